@@ -1,0 +1,296 @@
+"""Every setting of a run, with its unit, default and reason.
+
+The sections are frozen pydantic models: unknown keys and impossible combinations are refused here,
+before any weight is loaded. Nothing in this package imports torch, so `vdr --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters through PEFT (extra: lora)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Module names that get an adapter, as PEFT's target_modules."""
+
+
+class ModelConfig(Section):
+    name: str = "starter"
+    """`starter` (embedded), a local directory in Hugging Face format, or a hub id."""
+    revision: str | None = None
+    """Hub branch, tag or commit; None: the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on an accelerator that has it, float32 on CPU (bf16 is slower there)."""
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """None: train every parameter."""
+
+
+class DataConfig(Section):
+    name: str = "starter"
+    """`starter` (embedded Countdown), a hub id, a JSONL/CSV/Parquet file, or a directory `datasets` can load."""
+    split: str = "train"
+    eval_name: str | None = None
+    """Where held-out prompts come from; None: the same as `name`."""
+    eval_split: str = "test"
+    """Split of the held-out prompts."""
+    prompt_column: str = "prompt"
+    """A string or chat messages. Every other column goes to the reward functions."""
+    system_prompt: str | None = None
+    """Put before the messages of every prompt (chat prompts only)."""
+    max_prompt_tokens: Positive | None = None
+    """Longer prompts keep their last tokens, with a warning that counts them; None: no limit."""
+    shuffle: bool = True
+    """A new order each epoch, from train.seed."""
+
+
+class RolloutConfig(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    group_size: Positive = 8
+    """G, completions of one prompt."""
+    max_new_tokens: Positive = 256
+    """T_max, longest completion in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Keep the smallest set of tokens with this much probability."""
+    min_p: Fraction = 0.0
+    """Keep tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    stop: list[str] = []
+    """A completion ends after any of these strings."""
+    batch_tokens: Positive = 262_144
+    """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
+
+
+class RewardFunction(Section):
+    name: str
+    """A built-in, `module:function`, or `file.py:function`."""
+    weight: float = 1.0
+
+
+class RewardsConfig(Section):
+    functions: list[RewardFunction] = []
+    """Empty: the data's own (`countdown` for the starter); otherwise refused."""
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds one call of one function may take before the run stops and names it."""
+    solved_at: float = 1.0
+    """A completion whose weighted task reward reaches this counts as solved in pass@k."""
+
+
+class DisagreementConfig(Section):
+    """The bonus: design section 4. `mode: none` is the one switch that turns it off."""
+
+    mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
+    measure: Literal["bald", "rmi"] = "bald"
+    members: Annotated[int, Field(ge=2)] = 8
+    """M, dropout members."""
+    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """p of the Bernoulli masks on the residual branches."""
+    scope: Literal["full", "last_k"] = "full"
+    last_k: Positive | None = None
+    """Layers that members differ in, with scope last_k."""
+    mask_sharing: Literal["member", "token"] = "member"
+    """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
+    site: Literal["residual", "embedding", "attention"] = "residual"
+    """Where masks act. attention: attention probabilities, only to compare with the original code."""
+    blocks: dict[str, str] | None = None
+    """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for
+    architectures where they are not found; None: found."""
+    credit: Literal["sequence", "token"] = "sequence"
+    """per_token only. sequence: the masked mean is the completion's bonus; token: each token gets what follows it."""
+    discount: Fraction = 1.0
+    """γ of the sum of what follows (credit: token)."""
+    last_n: Positive | None = None
+    """per_token only: restrict to the last n valid tokens; None: all."""
+    gate: Literal["all", "incorrect", "zero_variance"] = "all"
+    """Which completions get a bonus: all, those not solved, those of groups whose task rewards are all equal."""
+    shape: Literal["additive", "reward", "multiplicative", "quality"] = "additive"
+    weight: Annotated[float, Field(ge=0)] = 0.1
+    """λ (additive, reward) or β (multiplicative, quality) at the first step."""
+    clip: Annotated[float, Field(gt=0)] = 3.0
+    """c or cap: largest |standardised disagreement|."""
+    schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
+    """How the weight falls from `weight` to 0."""
+    schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which the weight is 0 (not with constant)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.scope == "last_k" and self.last_k is None:
+            raise ValueError("scope last_k needs last_k: how many top layers the members differ in")
+        if self.scope == "full" and self.last_k is not None:
+            raise ValueError("last_k is set but scope is full: set scope to last_k or remove last_k")
+        if self.mode != "per_token" and (self.credit == "token" or self.last_n is not None):
+            raise ValueError(f"credit token and last_n need mode per_token, not {self.mode}")
+        if self.credit == "token" and self.shape != "additive":
+            raise ValueError(f"credit token needs shape additive, not {self.shape}")
+        return self
+
+
+class GrpoConfig(Section):
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "sapo"] = "dapo"
+    epsilon_low: Annotated[float, Field(ge=0)] = 0.2
+    """The ratio is clipped below at 1 - epsilon_low."""
+    epsilon_high: Annotated[float, Field(ge=0)] = 0.28
+    """The ratio is clipped above at 1 + epsilon_high (clip-higher, DAPO)."""
+    delta: Annotated[float, Field(gt=1)] | None = None
+    """Two-sided clip: the ratio never counts above delta; None: off."""
+    sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
+    sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the group's standard deviation, the step's, or nothing."""
+    multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the reference model; 0: no reference is loaded."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    sync_reference_every: Positive | None = None
+    """Steps after which the reference becomes the policy; None: never."""
+    entropy_weight: float = 0.0
+    """Added to the objective, times the mean token entropy."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the step's tokens, those of highest entropy, that make the loss (0.2 in Wang et al. 2025)."""
+    num_iterations: Positive = 1
+    """μ, updates from one rollout."""
+    mask_truncated: bool = False
+    """Completions that hit max_new_tokens give no gradient."""
+    overlong_cache: Annotated[int, Field(ge=0)] = 0
+    """Soft overlong penalty (DAPO): 0 to -1 over the last overlong_cache tokens; 0: off."""
+    resample_groups: Annotated[int, Field(ge=0)] = 0
+    """Most extra rollouts to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0: off."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """Truncated importance sampling: cap of policy over sampler probability; None: off."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 500
+    """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str | None = None
+    """Run directory; None: runs/<date>-<time>."""
+    prompts_per_step: Positive = 8
+    """Groups of one step over all ranks; times rollout.group_size = completions of a step."""
+    micro_batch_size: Positive = 8
+    """Completions in one forward and backward of one rank; memory, never the result."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Global norm the gradient is clipped to; 0: not clipped."""
+    max_refused_steps: Positive = 5
+    """Steps in a row with a non-finite loss or gradient before the run stops and saves the batch."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 100
+    """Steps; 0: only at the end."""
+    keep_last: Positive = 2
+    """Complete checkpoints kept."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best held-out pass@1 (needs eval_every)."""
+    save_model: bool = True
+    """Write model/ (save_pretrained format) at the end."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations; 0: none. When set, also before the first step and after the last."""
+    eval_prompts: Positive = 64
+    """Held-out prompts of one evaluation."""
+    eval_samples: Positive = 8
+    """Completions a prompt in an evaluation."""
+
+
+class EngineConfig(Section):
+    ds_config: str = "zero3"
+    """A name in ds_configs/ (zero1, zero2, zero3, zero3_offload) or a path to a DeepSpeed JSON."""
+    leaf_layers: bool = True
+    """Under ZeRO-3 a decoder layer is fetched as one unit: fewer, larger gathers."""
+
+
+class LaunchConfig(Section):
+    """How the ranks are started. Never part of what a run computes."""
+
+    num_processes: Positive | None = None
+    """Processes on this machine; None: one, or every slot of the hostfile."""
+    hostfile: str | None = None
+    include: str | None = None
+    """Hosts and slots to use, DeepSpeed's syntax: host1@host2:0,2."""
+    exclude: str | None = None
+    master_addr: str | None = None
+    master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """None: a free port (local), 29500 (hostfile)."""
+    ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    launcher: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
+    no_ssh: bool = False
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    env: dict[str, str] = {}
+    """Environment variables that every rank gets."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    fault_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds within which every process ends after a fault was noticed."""
+    check_hosts: bool = True
+    """With a hostfile: every host reachable, same versions, before anything starts."""
+
+
+class ObserveConfig(Section):
+    live: Literal["auto", "on", "off"] = "auto"
+    """auto: a live view on a terminal, a line a step elsewhere."""
+    completions_every: Annotated[int, Field(ge=0)] = 10
+    """Steps between completions/step_*.parquet; 0: none."""
+    tensorboard: bool = True
+    wandb: bool = False
+    """Weights & Biases (extra: wandb)."""
+    report: bool = True
+    """Write report.html at the end."""
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    disagreement: DisagreementConfig = DisagreementConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    train: TrainConfig = TrainConfig()
+    engine: EngineConfig = EngineConfig()
+    launch: LaunchConfig = LaunchConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        group_needed = self.grpo.scale_rewards == "group" or self.disagreement.mode != "none"
+        if self.rollout.group_size < 2 and group_needed:
+            raise ValueError(
+                f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"
+            )
+        if self.grpo.sync_reference_every and self.grpo.beta == 0:
+            raise ValueError("grpo.sync_reference_every is set but grpo.beta is 0: there is no reference to update")
+        if self.train.keep_best and self.train.eval_every == 0:
+            raise ValueError("train.keep_best needs train.eval_every: nothing measures which checkpoint is best")
+        if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps > 0:
+            raise ValueError(
+                f"train.warmup_steps {self.train.warmup_steps} is not below train.steps {self.train.steps}"
+            )
+        processes = self.launch.num_processes or 1
+        if self.train.prompts_per_step < processes:
+            raise ValueError(
+                f"train.prompts_per_step {self.train.prompts_per_step} is below {processes} processes: "
+                "a group lives on one rank, so some ranks would have none"
+            )
+        return self

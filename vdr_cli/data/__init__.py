@@ -1,0 +1,1 @@
+"""Datasets to prompts: columns, chat template, order."""

@@ -1,0 +1,1 @@
+"""The heart: dropout members, information measures, bonus."""

@@ -1,0 +1,1 @@
+"""DeepSpeed: build, gather, step, checkpoint. Nothing else imports deepspeed."""

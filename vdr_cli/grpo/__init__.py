@@ -1,0 +1,1 @@
+"""GRPO as pure functions: advantages, losses, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Starting the ranks: hostfiles, the deepspeed launcher, environment."""

@@ -1,0 +1,1 @@
+"""What we know about Hugging Face decoders: loading, anatomy, log-probabilities."""

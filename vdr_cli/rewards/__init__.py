@@ -1,0 +1,1 @@
+"""Reward functions: the protocol, the built-ins, loading and calling them."""

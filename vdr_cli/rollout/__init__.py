@@ -1,0 +1,1 @@
+"""Prompts to completions: one protocol, backends behind it."""
