@@ -24,7 +24,7 @@ class DataError(VdrError):
     exit_code = 3
 
 
-class EnvironmentFault(VdrError):
+class MachineError(VdrError):
     """The machine: no permission, no memory, no host, a missing package."""
 
     exit_code = 4
