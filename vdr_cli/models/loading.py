@@ -1,0 +1,114 @@
+"""Names to weights and tokenizers: `starter`, a run directory, a local path or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vdr_cli.config import ModelConfig
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.starter import paths as starter_paths
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_model_path(name: str) -> str:
+    """Where the weights lie: the starter's directory, a run's model/, a local path, else the hub id unchanged.
+
+    Raises ConfigError when `name` looks like a path and nothing that can be loaded is there.
+    """
+    if name == "starter":
+        return str(starter_paths.model_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        for candidate in (path, path / "model"):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        raise ConfigError(
+            f"model {name}: the directory has neither config.json nor model/config.json; give a directory in "
+            "Hugging Face format or a finished run"
+        )
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"model {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)")
+    return name
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """The compute dtype of `model.dtype`: bfloat16 where an accelerator has it, float32 on CPU."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, left-padding, with a pad token (EOS stands in when it has none)."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model_path(name)
+    tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"model {name}: its tokenizer has neither a pad nor an EOS token; set one in the tokenizer")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_causal_lm(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A plain causal LM in eval mode, no ZeRO; for eval, score and tests."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model_path(name)
+    model = _load(
+        AutoModelForCausalLM, name, path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
+    )
+    return model.to(device).eval()
+
+
+def load_for_training(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The policy's causal LM. Under a live HfDeepSpeedConfig each rank receives only its shard."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model_path(config.name)
+    return _load(
+        AutoModelForCausalLM,
+        config.name,
+        path,
+        dtype=dtype,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the generation config's and the tokenizer's."""
+    found: list[int] = []
+    generation = getattr(model, "generation_config", None)
+    for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return sorted(set(found))
+
+
+def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
+    try:
+        return factory.from_pretrained(path, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if path == name and not Path(path).exists():
+            raise ConfigError(
+                f"model {name}: neither a local directory nor loadable from the hub ({first_line})"
+            ) from error
+        raise ConfigError(f"model {name}: cannot be loaded from {path} ({first_line})") from error
+    except MemoryError as error:
+        raise MachineError(f"model {name}: not enough memory to load it") from error
