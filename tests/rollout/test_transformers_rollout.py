@@ -1,0 +1,220 @@
+"""The transformers backend against transformers' own generate and full forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.models.anatomy import position_ids
+from vdr_cli.rollout.base import Completions, Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
+
+PAD, EOS = 0, 1
+V = 40
+SMALL = {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+DECODER = {
+    **SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+NO_GROUPS = {key: value for key, value in DECODER.items() if key != "num_key_value_heads"}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen2": lambda: Qwen2Config(**DECODER),
+    "qwen3": lambda: Qwen3Config(**DECODER, head_dim=8),
+    "llama": lambda: LlamaConfig(**DECODER),
+    "gpt2": lambda: GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gemma": lambda: GemmaConfig(**DECODER, head_dim=8),
+    "gpt_neox": lambda: GPTNeoXConfig(**NO_GROUPS),
+    "mixtral": lambda: MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "sliding": lambda: MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "qwen2_sliding": lambda: Qwen2Config(**DECODER, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+}
+
+PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20, 21], [22, 23]]
+KEYS = [101, 202, 303, 404, 505]
+
+
+def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
+    """A random model whose distributions are peaked enough to differ from uniform."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(spread)
+    return model
+
+
+def rollout(**kwargs: object) -> TransformersRollout:
+    return TransformersRollout(PAD, [EOS], **kwargs)  # type: ignore[arg-type]
+
+
+def full_logits(model: PreTrainedModel, out: Completions) -> torch.Tensor:
+    """(B, T, V) logits that predict the completions, from one forward without a cache."""
+    ids = torch.cat([out.prompt_ids, out.completion_ids], 1)
+    mask = torch.cat([out.prompt_mask, out.completion_mask], 1)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask)).logits
+    P = out.prompt_ids.shape[1]
+    return logits[:, P - 1 : -1].float()
+
+
+def answers(out: Completions) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(out.completion_ids, out.completion_mask, strict=True)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_transformers_generate(name: str) -> None:
+    model = tiny(name)
+    out = rollout().generate(model, PROMPTS, 1, Sampling(max_new_tokens=14, temperature=0), KEYS)
+    theirs = model.generate(
+        input_ids=out.prompt_ids, attention_mask=out.prompt_mask.long(), do_sample=False, max_new_tokens=14
+    )[:, out.prompt_ids.shape[1] :]
+    theirs = torch.nn.functional.pad(theirs, (0, 14 - theirs.shape[1]), value=PAD)
+    ours = torch.nn.functional.pad(out.completion_ids, (0, 14 - out.completion_ids.shape[1]), value=PAD)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logps_equal_a_full_forward(name: str) -> None:
+    model = tiny(name)
+    out = rollout().generate(model, PROMPTS, 3, Sampling(max_new_tokens=12, temperature=0.7), KEYS)
+    logps = (full_logits(model, out) / 0.7).log_softmax(-1).gather(-1, out.completion_ids[..., None])[..., 0]
+    assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
+    assert (out.sampler_logps[~out.completion_mask] == 0).all()
+    assert out.completion_mask.any(1).all()
+
+
+def test_rows_end_at_eos_and_truncated_says_which_did_not() -> None:
+    model = tiny("qwen2", spread=1.0)
+    out = rollout().generate(model, PROMPTS, 40, Sampling(max_new_tokens=30, temperature=1.0), KEYS)
+    ended = 0
+    for ids, truncated in zip(answers(out), out.truncated.tolist(), strict=True):
+        assert EOS not in ids[:-1]
+        assert truncated == (ids[-1] != EOS)
+        assert len(ids) == 30 or not truncated
+        ended += not truncated
+    assert 0 < ended < len(out)
+    assert (out.completion_ids[~out.completion_mask] == PAD).all()
+
+
+def test_eos_as_the_last_allowed_token_is_not_truncated() -> None:
+    model = tiny("qwen2")
+    first = rollout().generate(model, PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1])
+    assert first.truncated.tolist() == [True]
+    token = int(first.completion_ids[0, 0])
+    out = TransformersRollout(PAD, [EOS, token]).generate(model, PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1])
+    assert out.truncated.tolist() == [False]
+    assert out.completion_mask.sum() == 1
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen2_sliding"])
+def test_a_completion_does_not_depend_on_batch_size_or_order(name: str) -> None:
+    model = tiny(name)
+    sampling = Sampling(max_new_tokens=10, temperature=1.3, top_p=0.95)
+    together = answers(rollout().generate(model, PROMPTS, 6, sampling, KEYS))
+    order = [3, 1, 4, 0, 2]
+    shuffled = rollout().generate(model, [PROMPTS[i] for i in order], 6, sampling, [KEYS[i] for i in order])
+    for place, index in enumerate(order):
+        assert answers(shuffled)[place * 6 : place * 6 + 6] == together[index * 6 : index * 6 + 6]
+    for rows in (1, 7, 64):
+        split = rollout(batch_tokens=rows * 18).generate(model, PROMPTS, 6, sampling, KEYS)
+        assert answers(split) == together
+    fewer = answers(rollout().generate(model, PROMPTS[1:2], 2, sampling, KEYS[1:2]))
+    assert fewer == together[6:8]
+    assert len({tuple(ids) for ids in together}) > 20
+
+
+def test_batches_hold_the_limit_and_every_row_once() -> None:
+    batches = list(_batches([5, 1, 3, 8, 2], 6, T=10, batch_tokens=60))
+    rows = [(row.prompt, row.completion) for batch in batches for row in batch]
+    assert sorted(rows) == [(prompt, g) for prompt in range(5) for g in range(6)]
+    lengths = [5, 1, 3, 8, 2]
+    for batch in batches:
+        width = max(lengths[row.prompt] for row in batch) + 10
+        assert len(batch) * width <= 60 or len(batch) == 1
+
+
+class Letters:
+    """Token i is the i-th letter."""
+
+    def batch_decode(self, rows: list[list[int]], **_: object) -> list[str]:
+        return ["".join(chr(97 + token) for token in row) for row in rows]
+
+
+def test_a_stop_string_ends_after_the_token_that_completes_it() -> None:
+    model = tiny("qwen2")
+    sampling = Sampling(max_new_tokens=12, temperature=1.5)
+    free = answers(rollout().generate(model, PROMPTS, 4, sampling, KEYS))
+    text = Letters().batch_decode(free)
+    stop = next(t[3:5] for t in text if len(t) >= 8)
+    stopped = rollout(tokenizer=Letters()).generate(
+        model, PROMPTS, 4, Sampling(max_new_tokens=12, temperature=1.5, stop=("zzz", stop)), KEYS
+    )
+    hits = 0
+    for before, after, truncated in zip(text, Letters().batch_decode(answers(stopped)), stopped.truncated, strict=True):
+        if stop in before:
+            assert after == before[: before.index(stop) + len(stop)]
+            assert not truncated
+            hits += 1
+        else:
+            assert after == before
+    assert hits > 0
+
+
+def test_stop_strings_without_a_tokenizer_are_refused() -> None:
+    with pytest.raises(ConfigError, match="rollout.stop"):
+        rollout().generate(tiny("qwen2"), PROMPTS, 1, Sampling(4, stop=("x",)), KEYS)
+
+
+def test_an_empty_prompt_is_refused_and_no_prompts_give_no_rows() -> None:
+    model = tiny("qwen2")
+    with pytest.raises(DataError, match="prompt 1"):
+        rollout().generate(model, [[3], []], 1, Sampling(4), [1, 2])
+    out = rollout().generate(model, [], 4, Sampling(4), [])
+    assert len(out) == 0
+    assert out.completion_ids.shape[0] == 0
+
+
+def test_repetition_penalty_ignores_padding() -> None:
+    """transformers penalises the pad token of padded rows; a completion must not depend on its neighbours."""
+    model = tiny("qwen2")
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, repetition_penalty=1.7)
+    together = answers(rollout().generate(model, PROMPTS, 4, sampling, KEYS))
+    for index, prompt in enumerate(PROMPTS):
+        alone = rollout().generate(model, [prompt], 4, sampling, [KEYS[index]])
+        assert answers(alone) == together[index * 4 : index * 4 + 4]
+
+
+def test_the_model_is_used_in_inference_only() -> None:
+    model = tiny("qwen2")
+    out = rollout().generate(model, PROMPTS, 2, Sampling(3), KEYS)
+    assert not out.sampler_logps.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bfloat16_models_give_float32_logps() -> None:
+    model = tiny("qwen2").to(torch.bfloat16)
+    out = rollout().generate(model, PROMPTS, 2, Sampling(5), KEYS)
+    assert out.sampler_logps.dtype == torch.float32
+    assert torch.isfinite(out.sampler_logps).all()

@@ -1,0 +1,224 @@
+"""Sampling with a plain Hugging Face model: prefill once a prompt, decode its completions together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.models.anatomy import forward_arguments, position_ids
+from vdr_cli.rollout.base import Completions, Sampling, pad_prompts
+from vdr_cli.rollout.cache import expand, without_holes
+from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
+
+COMPACT_SHARE = 8
+"""Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Completion `completion` of prompt `prompt` of the call."""
+
+    prompt: int
+    completion: int
+
+
+class TransformersRollout:
+    """The Rollout protocol on a model in this process.
+
+    sampler_logps are those of the distribution that was sampled: temperature-scaled, and renormalised
+    after top-k, top-p, min-p and the repetition penalty when these are on (what importance correction
+    needs). Without them they equal the policy's log-probabilities at the sampling temperature. At
+    temperature 0 they are log-probabilities at temperature 1.
+
+    Completion g of a prompt is drawn by inverse CDF from the stream of (key, g) alone, so batch size,
+    order and rank change it only if rounding of the logits moves a boundary across its uniform.
+    """
+
+    def __init__(
+        self,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        batch_tokens: int = 262_144,
+    ) -> None:
+        """tokenizer: needed for stop strings. batch_tokens: most tokens, at full length, decoded at once."""
+        self.pad_id = pad_id
+        self.eos_ids = tuple(eos_ids)
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+
+    @torch.no_grad()
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
+    ) -> Completions:
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise DataError(f"prompt {index} of the batch has no tokens: a completion needs something to follow")
+        if sampling.stop and self.tokenizer is None:
+            raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
+        ids, mask = pad_prompts(prompts, self.pad_id)
+        B, T = len(prompts) * n, sampling.max_new_tokens
+        out = Completions(
+            prompt_ids=ids.repeat_interleave(n, 0),
+            prompt_mask=mask.repeat_interleave(n, 0),
+            completion_ids=torch.full((B, T), self.pad_id, dtype=torch.int64),
+            completion_mask=torch.zeros((B, T), dtype=torch.bool),
+            sampler_logps=torch.zeros((B, T)),
+            truncated=torch.zeros(B, dtype=torch.bool),
+        )
+        for rows in _batches([len(prompt) for prompt in prompts], n, T, self.batch_tokens):
+            decoder = _Decoder(model, self, prompts, rows, sampling, keys)
+            at = torch.tensor([row.prompt * n + row.completion for row in rows])
+            tokens, valid, logps, truncated = decoder.run()
+            out.completion_ids[at, : tokens.shape[1]] = tokens.cpu()
+            out.completion_mask[at, : valid.shape[1]] = valid.cpu()
+            out.sampler_logps[at, : logps.shape[1]] = logps.cpu()
+            out.truncated[at] = truncated.cpu()
+        return out.trimmed()
+
+
+def _batches(lengths: Sequence[int], n: int, T: int, batch_tokens: int) -> Iterator[list[_Row]]:
+    """Rows of each decode batch: similar prompt lengths together, rows times full width within batch_tokens.
+
+    A group that is too large for one batch is split; a single row always goes.
+    """
+    batch: list[_Row] = []
+    for prompt in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        for completion in range(n):
+            width = (lengths[batch[0].prompt] if batch else lengths[prompt]) + T
+            if batch and (len(batch) + 1) * width > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(_Row(prompt, completion))
+    if batch:
+        yield batch
+
+
+class _Decoder:
+    """One batch from prefill to its last token. Cache row r holds the completion of batch row `rows[r]`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rollout: TransformersRollout,
+        prompts: Sequence[Sequence[int]],
+        batch: list[_Row],
+        sampling: Sampling,
+        keys: Sequence[int],
+    ) -> None:
+        self.model: Any = model
+        self.sampling = sampling
+        self.device = next(model.parameters()).device
+        groups = [(prompt, len(list(rows))) for prompt, rows in groupby(batch, key=lambda row: row.prompt)]
+        ids, mask = pad_prompts([prompts[prompt] for prompt, _ in groups], rollout.pad_id)
+        self.prompt_ids, self.prompt_mask = ids.to(self.device), mask.to(self.device)  # (N, P)
+        owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([count for _, count in groups]))
+        self.owner = owner.to(self.device)  # (R,)
+        self.padded = not bool(mask.all())
+        self.takes_positions = "position_ids" in forward_arguments(model, mask, mask)
+        self.processors = processors(sampling)
+        self.stop = StopStrings(sampling.stop, rollout.tokenizer) if sampling.stop else None
+        self.eos = torch.tensor(rollout.eos_ids, dtype=torch.int64, device=self.device)
+        self.uniforms: Tensor | None = None
+        if sampling.temperature > 0:
+            streams = [(keys[row.prompt], row.completion) for row in batch]
+            self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
+        self.pad_id = rollout.pad_id
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens (R, T), validity (R, T), log-probabilities (R, T), truncated (R,)."""
+        T, R = self.sampling.max_new_tokens, len(self.owner)
+        tokens = torch.full((R, T), self.pad_id, dtype=torch.int64, device=self.device)
+        valid = torch.zeros((R, T), dtype=torch.bool, device=self.device)
+        logps = torch.zeros((R, T), device=self.device)
+        logits = self._prefill()  # (R, V)
+        rows = torch.arange(R, device=self.device)
+        done = torch.zeros(R, dtype=torch.bool, device=self.device)
+        for t in range(T):
+            token, logp = self._sample(logits, rows, tokens, t)
+            tokens[rows, t] = token.masked_fill(done, self.pad_id)
+            logps[rows, t] = logp.masked_fill(done, 0.0)
+            valid[rows, t] = ~done
+            done |= self._ends(token, tokens, rows, t)
+            finished = int(done.sum())
+            if finished == len(rows) or t + 1 == T:
+                break
+            if finished * COMPACT_SHARE >= len(rows):
+                keep = without_holes(done)
+                self.cache.batch_select_indices(keep)
+                rows, token, done = rows[keep], token[keep], done[keep]
+            logits = self._forward(token, rows, t)
+        truncated = torch.zeros(R, dtype=torch.bool, device=self.device)
+        truncated[rows] = ~done
+        return tokens, valid, logps, truncated
+
+    def _prefill(self) -> Tensor:
+        """Read each prompt once, then give every completion its row of the cache; (R, V) logits of the first token."""
+        self.cache = DynamicCache(config=self.model.config)
+        positions = position_ids(self.prompt_mask)
+        logits = self._logits(self.prompt_ids, self.prompt_mask, positions)  # (N, V)
+        P, R = self.prompt_ids.shape[1], len(self.owner)
+        expand(self.cache, self.owner, P + self.sampling.max_new_tokens)
+        self.next_position = positions[self.owner, -1:] + 1  # (R, 1)
+        self.mask = torch.ones((R, P + self.sampling.max_new_tokens), dtype=torch.bool, device=self.device)
+        self.mask[:, :P] = self.prompt_mask[self.owner]
+        return logits[self.owner]
+
+    def _forward(self, token: Tensor, rows: Tensor, t: int) -> Tensor:
+        """Read token t of each row; (R, V) logits of token t + 1."""
+        width = self.prompt_ids.shape[1] + t + 1
+        return self._logits(token[:, None], self.mask[rows, :width], self.next_position[rows] + t)
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """(R, W) ids to the float32 logits after the last of them, (R, V)."""
+        arguments: dict[str, Tensor] = {}
+        if self.takes_positions:
+            arguments["position_ids"] = positions
+        if self.padded or not self.takes_positions:
+            arguments["attention_mask"] = mask.long()
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **arguments)
+        return out.logits[:, -1].float()
+
+    def _sample(self, logits: Tensor, rows: Tensor, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        scores = self.processors(self._context(rows, tokens, t), logits) if len(self.processors) else logits
+        if self.uniforms is None:
+            return greedy(scores)
+        return inverse_cdf(scores, self.uniforms[rows, t])
+
+    def _context(self, rows: Tensor, tokens: Tensor, t: int) -> Tensor:
+        """(R, P + t) ids that the repetition penalty looks at.
+
+        Padding repeats the prompt's last token, so that the pad token (often EOS) is not penalised.
+        """
+        prompts = torch.where(self.prompt_mask, self.prompt_ids, self.prompt_ids[:, -1:])
+        return torch.cat([prompts[self.owner[rows]], tokens[rows, :t]], dim=1)
+
+    def _ends(self, token: Tensor, tokens: Tensor, rows: Tensor, t: int) -> Tensor:
+        ends = torch.isin(token, self.eos)
+        if self.stop is not None:
+            ends |= self.stop.found(tokens[rows, : t + 1]).to(self.device)
+        return ends
+
+
+class StopStrings:
+    """Whether the newest token completes a stop string in the completion's own text (never in the prompt's)."""
+
+    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        assert tokenizer is not None
+        self.strings = tuple(strings)
+        self.tokenizer = tokenizer
+        # A token adds at least one byte, so older ones cannot be part of a match; a few more for special
+        # tokens, which add none.
+        self.window = max(len(string.encode()) for string in strings) + 8
+
+    def found(self, tokens: Tensor) -> Tensor:
+        """(R, t) tokens so far -> (R,) bool."""
+        texts = self.tokenizer.batch_decode(tokens[:, -self.window :].tolist(), skip_special_tokens=False)
+        return torch.tensor([any(string in text for string in self.strings) for text in texts])
