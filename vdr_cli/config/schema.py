@@ -17,7 +17,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 class Section(BaseModel):
     """A frozen section that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class LoraConfig(Section):
@@ -47,6 +49,8 @@ class DataConfig(Section):
     name: str = "starter"
     """`starter` (embedded Countdown), a hub id, a JSONL/CSV/Parquet file, or a directory `datasets` can load."""
     split: str = "train"
+    subset: str | None = None
+    """The hub data set's configuration (`main` of openai/gsm8k); None: its default."""
     eval_name: str | None = None
     """Where held-out prompts come from; None: the same as `name`."""
     eval_split: str = "test"

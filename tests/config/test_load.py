@@ -1,0 +1,172 @@
+"""Layers, round trips and the lines that a refused configuration prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vdr_cli.config import Config, load
+from vdr_cli.config.load import config_hash, dump_config, load_config
+from vdr_cli.config.yaml_text import dump_tree, parse_document
+from vdr_cli.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _fixed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "starter_recipe", lambda: {"train": {"steps": 77, "seed": 5}})
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_precedence(write):
+    path = write("train: {steps: 10, seed: 1, micro_batch_size: 4}\ndata: {split: a}\n")
+    config = load_config(path, ["train.steps=20", "train.micro_batch_size=2"], {"train.steps": 30, "data.name": None})
+    assert (config.train.steps, config.train.micro_batch_size, config.train.seed) == (30, 2, 1)
+    assert config.data.split == "a" and config.data.name == "starter"
+
+
+def test_recipe_only_for_the_starter(write):
+    assert load_config().train.steps == 77
+    assert load_config(write("train: {seed: 1}")).train.model_dump(include={"steps", "seed"}) == {
+        "steps": 77,
+        "seed": 1,
+    }
+    assert load_config(flags={"model.name": "other"}).train.steps == Config().train.steps
+    assert load_config(overrides=["model.name=other"]).train.steps == Config().train.steps
+    assert load_config(write("model: {name: other}"), ["model.name=starter"]).train.steps == 77
+
+
+def test_sections_merge_and_lists_replace(write):
+    path = write(
+        "launch: {env: {A: '1', B: '2'}}\nrewards: {functions: [{name: x}, {name: y}]}\nmodel: {lora: {rank: 4}}\n"
+    )
+    config = load_config(path, ["launch.env.B='3'", "rewards.functions=[{name: z}]", "model.lora.alpha=8"])
+    assert config.launch.env == {"A": "1", "B": "3"}
+    assert [f.name for f in config.rewards.functions] == ["z"]
+    assert config.model.lora is not None and (config.model.lora.rank, config.model.lora.alpha) == (4, 8)
+    assert load_config(path, ["model.lora=null"]).model.lora is None
+
+
+def test_yaml_means_what_it_says(write):
+    config = load_config(write("observe: {live: off}\ntrain: {learning_rate: 1e-5}\ndata:\nmodel: {name: no}\n"))
+    assert config.observe.live == "off" and config.train.learning_rate == 1e-5 and config.model.name == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n  stepz: 3\n", "run.yaml:2: train.stepz is not a setting; did you mean train.steps?"),
+        (
+            "train:\n  group_size: 3\n",
+            "run.yaml:2: train.group_size is not a setting; did you mean rollout.group_size?",
+        ),
+        ("members: 3\n", "run.yaml:1: members is not a setting; did you mean disagreement.members?"),
+        ("xyzzy: 3\n", "run.yaml:1: xyzzy is not a setting; the sections are model, data,"),
+        ("model:\n  lora:\n    rnk: 3\n", "run.yaml:3: model.lora.rnk is not a setting; did you mean model.lora.rank?"),
+        ("train:\n  steps: abc\n", "run.yaml:2: train.steps must be a whole number, not 'abc'"),
+        ("train:\n  steps: 0\n", "run.yaml:2: train.steps must be at least 1, not 0"),
+        ("train:\n  learning_rate: .nan\n", "run.yaml:2: train.learning_rate must be"),
+        ("train: 3\n", "run.yaml:1: train must be a section"),
+        ("disagreement:\n  mode: eos\n", "'none', 'per_token' or 'end_of_sequence', not 'eos'"),
+        ("rewards:\n  functions:\n  - name: a\n  - nme: b\n", "run.yaml:4: rewards.functions[1].nme is not a setting"),
+        ("train:\n  adam_betas: [0.9]\n", "run.yaml:2: train.adam_betas[1] is missing"),
+        ("rollout: {group_size: 1}\n", "rollout.group_size is 1: a group is compared with itself"),
+        ("disagreement:\n  scope: last_k\n", "run.yaml:1: disagreement: scope last_k needs last_k"),
+        ("train:\n  steps: 1\n  steps: 2\n", "run.yaml:3: train.steps is given twice (first on line 2)"),
+        ("train: [1\n", "run.yaml:2: not valid YAML"),
+        ("train:\n\tsteps: 1\n", "run.yaml:2: not valid YAML"),
+        ("- a\n", "not a configuration"),
+        ("a: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML"),
+    ],
+)
+def test_refused_file(write, text: str, expected: str):
+    message = refused(write(text))
+    assert expected in message
+
+
+def test_first_few_problems_on_one_line(write):
+    message = refused(write("train: {a1: 1, steps: x, seed: -1, weight_decay: q}\nfoo: 1\n"))
+    assert message.count(";") <= 6 and message.endswith("and 2 more")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.steps", "--set train.steps: needs KEY=VALUE"),
+        ("=3", "needs KEY=VALUE"),
+        ("train.steps=[", "not valid YAML"),
+        ("train=3", "train is a section"),
+        ("trian.steps=3", "--set: trian.steps is not a setting; did you mean train.steps?"),
+        ("train.stepz=3", "--set: train.stepz is not a setting; did you mean train.steps?"),
+        ("train.steps=x", "--set: train.steps must be a whole number, not 'x'"),
+        ("train.steps.x=3", "--set: train.steps must be a whole number"),
+    ],
+)
+def test_refused_override(override: str, expected: str):
+    assert expected in refused(None, [override])
+
+
+def test_refused_paths(tmp_path: Path):
+    assert "no such configuration file" in refused(tmp_path / "none.yaml")
+    assert "a directory" in refused(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in refused(tmp_path / "binary")
+
+
+def test_dump_loads_back(tmp_path: Path):
+    config = load_config(
+        overrides=[
+            "model.lora={rank: 2, targets: [q, v]}",
+            "rewards.functions=[{name: 'f.py:g', weight: 0.5}]",
+            "rollout.stop=['\n', 'off', '1e-3', '2024-01-01', '~', 'ü: #']",
+            "launch.env={A: '010'}",
+            "observe.live=off",
+            "train.learning_rate=1e-7",
+            "train.output=runs/x",
+        ]
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    assert dump_config(load_config(path)) == dump_config(config)
+    assert list(parse_document(path.read_text(), "x").tree) == list(Config.model_fields)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), min_size=1),
+        st.text(st.characters(codec="utf-8")) | st.floats(allow_nan=False) | st.integers() | st.booleans() | st.none(),
+    )
+)
+def test_dump_is_read_back_exactly(tree):
+    if "<<" in tree:
+        return
+    back = parse_document(dump_tree(tree), "x").tree
+    assert back == tree and [type(v) for v in back.values()] == [type(v) for v in tree.values()]
+
+
+def test_hash_ignores_what_does_not_compute():
+    base = config_hash(load_config())
+    same = load_config(overrides=["launch.num_processes=2", "observe.live=off", "train.output=a"])
+    assert config_hash(same) == base
+    assert config_hash(load_config(overrides=["train.seed=9"])) != base

@@ -1,0 +1,159 @@
+"""From a YAML file, --set overrides and flags to one frozen Config, and back to YAML.
+
+Precedence: flag, then --set, then the file, then the starter's recipe (when the model is the starter),
+then the default of the schema. Sections merge key by key; lists replace each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from vdr_cli.config.messages import refusal, unknown_key
+from vdr_cli.config.schema import Config
+from vdr_cli.config.yaml_text import KeyPath, dump_tree, parse_document, parse_value
+from vdr_cli.errors import ConfigError
+
+Tree = dict[str, Any]
+
+STARTER = "starter"
+SECTIONS_WITHOUT_EFFECT = ("launch", "observe")
+"""How ranks are started and what is shown: never part of what a run computes."""
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration of a run.
+
+    path: YAML file. overrides: `a.b=value` as typed after --set. flags: dotted key to value; None: not given.
+    Raises ConfigError, one line that names the key and where it was given.
+    """
+    places: dict[KeyPath, str] = {}
+    file_tree = _read_file(path, places) if path is not None else {}
+    typed = _parse_overrides(overrides, places)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(typed, key, value)
+            places[tuple(key.split("."))] = "command line"
+    tree = deep_merge(file_tree, typed)
+    if _model_name(tree) == STARTER:
+        tree = deep_merge(starter_recipe(), tree)
+    return validate(tree, places)
+
+
+def validate(tree: Tree, places: Mapping[KeyPath, str] | None = None) -> Config:
+    """The Config of a complete or partial tree; ConfigError with the places where keys were given."""
+    known = places or {}
+
+    def where(key: KeyPath) -> str:
+        above = (key[:n] for n in range(len(key), 0, -1))
+        below = (given for given in known if given[: len(key)] == key)
+        return next((known[given] for given in (*above, *below) if given in known), "") if key else ""
+
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(refusal(error, where)) from None
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """A new tree: `over` on `base`; mappings merge, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = deep_merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def starter_recipe() -> Tree:
+    """The settings that suit the embedded starter, under everything the user gives."""
+    from vdr_cli.starter.paths import recipe_path
+
+    path = Path(recipe_path())
+    if not path.is_file():
+        return {}
+    return parse_document(path.read_text(encoding="utf-8"), path.name).tree
+
+
+def dump_config(config: Config) -> str:
+    """Complete YAML in the schema's order; load_config of it gives an equal Config."""
+    return dump_tree(config.model_dump(mode="json"))
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits of everything that decides what a run computes: not launch, observe, or the output's name."""
+    return hashlib.sha256(json.dumps(computed_settings(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def computed_settings(config: Config) -> Tree:
+    """The settings that decide what a run computes."""
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(SECTIONS_WITHOUT_EFFECT, True), "train": {"output"}})
+
+
+def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a directory, not a configuration file; a run's is {path}/config.yaml") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML configuration") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    document = parse_document(text, str(path))
+    places |= {key: f"{path}:{line}" for key, line in document.lines.items()}
+    # A section whose keys are all commented out is read as null and means: nothing given.
+    return {key: value for key, value in document.tree.items() if not (value is None and key in Config.model_fields)}
+
+
+def _parse_overrides(overrides: Iterable[str], places: dict[KeyPath, str]) -> Tree:
+    tree: Tree = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: needs KEY=VALUE, such as --set train.steps=100")
+        try:
+            value = parse_value(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {override}: the value is not valid YAML; quote it") from None
+        if key in Config.model_fields and not isinstance(value, dict):
+            raise ConfigError(f"--set {override}: {key} is a section; set one of its keys, such as {_example(key)}")
+        if key.split(".")[0] not in Config.model_fields:
+            raise ConfigError(f"--set: {unknown_key(tuple(key.split('.')))}")
+        _put(tree, key, value)
+        places[tuple(key.split("."))] = "--set"
+    return tree
+
+
+def _put(tree: Tree, dotted: str, value: Any) -> None:
+    """Set tree[a][b][c] for `a.b.c`; a later whole section merges into an earlier key."""
+    *parents, last = dotted.split(".")
+    node = tree
+    for parent in parents:
+        below = node.get(parent)
+        if not isinstance(below, dict):
+            below = node[parent] = {}
+        node = below
+    both = isinstance(node.get(last), dict) and isinstance(value, dict)
+    node[last] = deep_merge(node[last], value) if both else value
+
+
+def _model_name(tree: Tree) -> Any:
+    section = tree.get("model", {})
+    return section.get("name", STARTER) if isinstance(section, dict) else None
+
+
+def _example(section: str) -> str:
+    return f"{section}.{next(iter(Config.model_fields[section].annotation.model_fields))}"  # type: ignore[union-attr]

@@ -1,0 +1,141 @@
+"""What a user reads when a configuration is refused: key, value, what is allowed, where it was given."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from vdr_cli.config.schema import Config
+from vdr_cli.config.yaml_text import KeyPath
+
+Where = Callable[[KeyPath], str]
+"""The place a key was given, e.g. `run.yaml:12` or `--set`; empty when it was not given."""
+
+MOST_PROBLEMS = 3
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model inside an annotation such as `LoraConfig | None` or `list[RewardFunction]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, list):
+        return next(filter(None, map(section_of, get_args(annotation))), None)
+    return None
+
+
+def dotted_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the configuration, dotted, in the order of the schema."""
+    for name, info in model.model_fields.items():
+        yield f"{prefix}{name}"
+        inner = section_of(info.annotation)
+        if inner is not None and get_origin(info.annotation) is not list:
+            yield from dotted_keys(inner, f"{prefix}{name}.")
+
+
+def nearest_key(path: KeyPath) -> str | None:
+    """The valid dotted key that an unknown one most likely stands for: of the same section first, then of any."""
+    *parents, last = [str(part) for part in path]
+    prefix = "".join(f"{part}." for part in parents)
+    keys = list(dotted_keys())
+    siblings = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
+    close = difflib.get_close_matches(str(last), [key[len(prefix) :] for key in siblings], n=1, cutoff=0.6)
+    if close:
+        return prefix + close[0]
+    exact = [key for key in keys if key.rsplit(".", 1)[-1] == last]
+    if exact:
+        return exact[0]
+    by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
+    close = difflib.get_close_matches(str(last), by_name, n=1, cutoff=0.75)
+    if close:
+        return by_name[close[0]]
+    close = difflib.get_close_matches(".".join(map(str, path)), keys, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def unknown_key(path: KeyPath) -> str:
+    """`train.stepz is not a setting; did you mean train.steps?`"""
+    near = nearest_key(path)
+    hint = f"did you mean {near}?" if near else f"the sections are {', '.join(Config.model_fields)}"
+    return f"{_dotted(path)} is not a setting; {hint}"
+
+
+def refusal(error: ValidationError, where: Where) -> str:
+    """One line for everything pydantic found, the first few problems in the order of the schema."""
+    problems: list[str] = []
+    refused: set[KeyPath] = set()
+    found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    for entry in found:
+        path = _key_path(entry["loc"])
+        if entry["type"] == "missing":
+            path = (*path, entry["loc"][-1]) if path[-1:] != (entry["loc"][-1],) else path
+        if path in refused:
+            continue
+        refused.add(path)
+        place = where(path)
+        problems.append((f"{place}: " if place else "") + _problem(path, dict(entry)))
+    more = len(problems) - MOST_PROBLEMS
+    shown = "; ".join(problems[:MOST_PROBLEMS])
+    return shown + (f"; and {more} more" if more > 0 else "")
+
+
+def _problem(path: KeyPath, entry: dict[str, Any]) -> str:
+    if entry["type"] == "extra_forbidden":
+        return unknown_key(path)
+    if entry["type"] == "value_error":
+        message = str(entry["ctx"]["error"])
+        return f"{_dotted(path)}: {message}" if path else message
+    if entry["type"] == "missing":
+        return f"{_dotted(path)} is missing; give it"
+    return f"{_dotted(path)} must be {_allowed(entry)}, not {_shown(entry['input'])}"
+
+
+def _allowed(entry: dict[str, Any]) -> str:
+    kind, context = entry["type"], entry.get("ctx", {})
+    bounds = {
+        "greater_than_equal": "at least {ge:g}",
+        "greater_than": "above {gt:g}",
+        "less_than_equal": "at most {le:g}",
+        "less_than": "below {lt:g}",
+        "literal_error": "{expected}",
+        "finite_number": "a finite number",
+    }
+    if kind in bounds:
+        return bounds[kind].format(**context)
+    families = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "string": "text (put it in quotes)",
+        "list": "a list, such as [a, b]",
+        "tuple": "a list, such as [a, b]",
+        "too": "shorter",
+        "dict": "keys and values, such as {a: b}",
+        "model": "a section with keys below it",
+    }
+    return families.get(kind.split("_")[0], entry["msg"])
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(path: KeyPath) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _key_path(location: KeyPath) -> KeyPath:
+    """The part of pydantic's location that a user typed: without the names of union members."""
+    path: list[str | int] = []
+    for part in location:
+        if isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool")):
+            break
+        path.append(part)
+    return tuple(path)
