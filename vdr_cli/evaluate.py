@@ -1,0 +1,322 @@
+"""`vdr eval` and train's held-out evaluation: sample, reward, pass@k with intervals, entropy, length.
+
+Prompts are split over the ranks and gathered; a completion depends on (seed, prompt row, its index) alone, so the
+numbers do not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from vdr_cli.batch import to_device
+from vdr_cli.config.schema import DataConfig, ModelConfig, RewardsConfig, RolloutConfig
+from vdr_cli.engine import collectives
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.models.policy import completion_logps
+from vdr_cli.rewards.base import LoadedReward, compute_rewards
+from vdr_cli.rollout.base import Completions, Messages, Prompt, Rollout, Sampling, completion_key
+from vdr_cli.stats.bootstrap import mean_interval
+from vdr_cli.stats.passk import pass_at_k
+
+STREAM = 0  # the "step" of the completion keys: every evaluation draws the same random numbers
+CHUNK_COMPLETIONS = 2048  # completions held before their rewards are computed
+ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What `vdr eval` was asked for. data.name and data.split say where the prompts come from."""
+
+    models: tuple[str, ...]
+    data: DataConfig = field(default_factory=DataConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """dtype, revision and trust_remote_code of every model; `name` is not read."""
+    samples: int = 8
+    ks: tuple[int, ...] | None = None
+    """pass@k for these k; None: 1 and `samples`."""
+    greedy: bool = False
+    prompts: int | None = None
+    """The first this many prompts; None: all."""
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One model on N prompts with n completions each."""
+
+    model: str
+    ks: tuple[int, ...]
+    seed: int
+    prompts: list[Prompt]
+    texts: list[list[str]]  # (N, n)
+    task_reward: NDArray[np.float64]  # (N, n), NaN where every function returned None
+    rewards: dict[str, NDArray[np.float64]]  # name: (N, n)
+    solved: NDArray[np.bool_]  # (N, n)
+    length: NDArray[np.int64]  # (N, n) tokens
+    truncated: NDArray[np.bool_]  # (N, n)
+    entropy_sum: NDArray[np.float64]  # (N, n) nats, summed over tokens
+
+    def pass_at(self, k: int) -> NDArray[np.float64]:
+        """(N,) unbiased pass@k of each prompt."""
+        return pass_at_k(self.solved.shape[1], self.solved.sum(1), k)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers of a table row; intervals are 95 %, by bootstrap over prompts."""
+        numbers: dict[str, float] = {}
+        for k in self.ks:
+            values = self.pass_at(k)
+            low, high = mean_interval(values, self.seed)
+            numbers |= {f"pass@{k}": float(values.mean()), f"pass@{k}_low": low, f"pass@{k}_high": high}
+        numbers["reward"] = _mean(self.task_reward)
+        numbers["reward_low"], numbers["reward_high"] = mean_interval(_row_means(self.task_reward), self.seed)
+        numbers["reward_std"] = float(np.nanstd(self.task_reward)) if np.isfinite(self.task_reward).any() else np.nan
+        numbers |= {f"rewards/{name}/mean": _mean(values) for name, values in self.rewards.items()}
+        numbers["mean_length"] = float(self.length.mean())
+        numbers["truncated_share"] = float(self.truncated.mean())
+        numbers["entropy"] = float(self.entropy_sum.sum() / max(int(self.length.sum()), 1))
+        return numbers
+
+    def record(self) -> dict[str, Any]:
+        """What `--json` writes of this model."""
+        return {"model": self.model, "prompts": len(self.prompts), "samples": self.solved.shape[1], **self.metrics()}
+
+
+def run_eval(request: EvalRequest) -> list[EvalResult]:
+    """Evaluate every model of the request on the same prompts with the same random numbers."""
+    from vdr_cli.data.prompts import load_prompts
+    from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
+    from vdr_cli.rewards.base import check_columns, load_rewards
+    from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+    samples, ks, sampling = _sampling(request)
+    for name in request.models:
+        resolve_model_path(name)
+    rewards = load_rewards(request.rewards, request.data.name)
+    results = []
+    for name in request.models:
+        setting = request.model
+        tokenizer = load_tokenizer(name, setting.revision, setting.trust_remote_code)
+        prompt_set = load_prompts(request.data, request.data.split, tokenizer)
+        check_columns(rewards, prompt_set.columns)
+        count = min(len(prompt_set), request.prompts or len(prompt_set))
+        model = load_causal_lm(
+            name, resolve_dtype(setting.dtype), setting.revision, setting.trust_remote_code, request.device
+        )
+        rollout = TransformersRollout(
+            tokenizer.pad_token_id, eos_token_ids(model, tokenizer), tokenizer, request.rollout.batch_tokens
+        )
+        results.append(
+            evaluate_model(
+                model,
+                tokenizer,
+                rollout,
+                [prompt_set[index] for index in range(count)],
+                rewards,
+                samples,
+                ks,
+                request.seed,
+                sampling,
+                solved_at=request.rewards.solved_at,
+                timeout=request.rewards.timeout,
+                name=name,
+            )
+        )
+    return results
+
+
+def evaluate_model(
+    model: nn.Module,
+    tokenizer: Any,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[LoadedReward],
+    n: int,
+    ks: Sequence[int],
+    seed: int,
+    sampling: Sampling,
+    solved_at: float = 1.0,
+    timeout: float = 300.0,
+    name: str = "",
+) -> EvalResult:
+    """n completions of every prompt; a collective when there are several processes, with the same result on each."""
+    if not prompts:
+        raise DataError("there are no prompts to evaluate on: give a split with at least one row")
+    mine = range(collectives.rank(), len(prompts), collectives.world_size())
+    shares: list[dict[str, Any]] = []
+    error: Exception | None = None
+    try:
+        step = max(CHUNK_COMPLETIONS // n, 1)
+        for start in range(0, len(mine), step):
+            chunk = [prompts[index] for index in mine[start : start + step]]
+            shares.append(_sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout))
+    except Exception as raised:  # agreed on below: one rank that stops alone would leave the others waiting
+        error = raised
+    collectives.agree(error)
+    gathered = collectives.gather_objects((list(mine), _joined(shares)))
+    return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
+
+
+def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Completions) -> list[str] | list[Messages]:
+    """What reward functions see of each row: a string, or one assistant message when the prompt is a chat."""
+    rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
+    texts = tokenizer.batch_decode([ids[:count] for ids, count in rows], skip_special_tokens=True)
+    if any(not isinstance(prompt.value, str) for prompt in prompts):
+        return [[{"role": "assistant", "content": text}] for text in texts]
+    return texts  # type: ignore[no-any-return]
+
+
+def paired_differences(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
+    """Every later model minus every earlier one, prompt by prompt, with 95 % intervals over prompts."""
+    rows = []
+    for first, second in itertools.combinations(results, 2):
+        row: dict[str, Any] = {"model": second.model, "minus": first.model}
+        per_prompt = {f"pass@{k}": second.pass_at(k) - first.pass_at(k) for k in first.ks}
+        per_prompt["reward"] = _row_means(second.task_reward) - _row_means(first.task_reward)
+        for name, values in per_prompt.items():
+            row[name] = _mean(values)
+            row[f"{name}_low"], row[f"{name}_high"] = mean_interval(values, first.seed)
+        rows.append(row)
+    return rows
+
+
+def _sampling(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
+    """Completions a prompt, the list of k, and how to sample; ConfigError for what cannot be."""
+    setting = request.rollout
+    samples = 1 if request.greedy else request.samples
+    if request.greedy:
+        ks: tuple[int, ...] = (1,)
+    else:
+        ks = tuple(sorted(set(request.ks or (1, samples))))
+        if samples < 1:
+            raise ConfigError(f"--samples {samples}: draw at least one completion a prompt")
+        if ks[0] < 1 or ks[-1] > samples:
+            raise ConfigError(f"--k {','.join(map(str, ks))}: each k lies between 1 and --samples {samples}")
+    if request.prompts is not None and request.prompts < 1:
+        raise ConfigError(f"--prompts {request.prompts}: evaluate on at least one prompt")
+    return (
+        samples,
+        ks,
+        Sampling(
+            max_new_tokens=setting.max_new_tokens,
+            temperature=0.0 if request.greedy else setting.temperature,
+            top_k=setting.top_k,
+            top_p=setting.top_p,
+            min_p=setting.min_p,
+            repetition_penalty=setting.repetition_penalty,
+            stop=tuple(setting.stop),
+        ),
+    )
+
+
+def _sample_chunk(
+    model: nn.Module,
+    tokenizer: Any,
+    rollout: Rollout,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[LoadedReward],
+    n: int,
+    seed: int,
+    sampling: Sampling,
+    timeout: float,
+) -> dict[str, Any]:
+    """Completions of some prompts as arrays (prompts, n, ...)."""
+    keys = [completion_key(seed, STREAM, prompt.row) for prompt in prompts]
+    completions = rollout.generate(model, [prompt.token_ids for prompt in prompts], n, sampling, keys)
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    texts = completion_texts(tokenizer, repeated, completions)
+    lengths = completions.completion_mask.sum(1)
+    ids = [row[:count].tolist() for row, count in zip(completions.completion_ids, lengths.tolist(), strict=True)]
+    scores = compute_rewards(list(rewards), repeated, texts, ids, timeout)  # (B, F)
+    entropy = _entropy_sums(model, completions, sampling.temperature or 1.0)
+    shape = (len(prompts), n)
+    return {
+        "texts": [_plain(text) for text in texts],
+        "scores": scores.double().cpu().numpy().reshape(*shape, -1),
+        "length": lengths.cpu().numpy().reshape(shape),
+        "truncated": completions.truncated.cpu().numpy().reshape(shape),
+        "entropy_sum": entropy.reshape(shape),
+    }
+
+
+@torch.no_grad()
+def _entropy_sums(model: nn.Module, completions: Completions, temperature: float) -> NDArray[np.float64]:
+    """(B,) sum of the token entropies at this temperature, in batches of similar length."""
+    device = next(model.parameters()).device
+    lengths = completions.completion_mask.sum(1)
+    sums = np.zeros(len(completions))
+    order = torch.argsort(lengths, stable=True)
+    width = completions.prompt_ids.shape[1] + completions.completion_ids.shape[1]
+    for rows in order.split(max(ENTROPY_TOKENS // width, 1)):
+        part = to_device(completions.rows(rows).trimmed(), device)
+        _, entropy = completion_logps(
+            model, part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask, temperature
+        )  # (B, T)
+        sums[rows.numpy()] = (entropy.double() * part.completion_mask).sum(1).cpu().numpy()
+    return sums
+
+
+def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    if not shares:
+        return None
+    arrays = {key: np.concatenate([share[key] for share in shares]) for key in shares[0] if key != "texts"}
+    return {**arrays, "texts": [text for share in shares for text in share["texts"]]}
+
+
+def _result(
+    gathered: Sequence[tuple[list[int], dict[str, Any] | None]],
+    prompts: Sequence[Prompt],
+    rewards: Sequence[LoadedReward],
+    ks: tuple[int, ...],
+    seed: int,
+    solved_at: float,
+    name: str,
+) -> EvalResult:
+    """The shares of all ranks, back in the order of the prompts."""
+    filled = [(rows, share) for rows, share in gathered if share is not None]
+    order = np.argsort(np.concatenate([rows for rows, _ in filled]))
+    whole = {key: np.concatenate([share[key] for _, share in filled])[order] for key in filled[0][1] if key != "texts"}
+    n = whole["length"].shape[1]
+    flat = [text for _, share in filled for text in share["texts"]]
+    texts = [flat[row * n : row * n + n] for row in order]
+    scores = whole["scores"]  # (N, n, F)
+    weights = np.array([reward.weight for reward in rewards])
+    task_reward = np.where(np.isnan(scores).all(2), np.nan, np.nansum(scores * weights, axis=2))
+    return EvalResult(
+        model=name,
+        ks=ks,
+        seed=seed,
+        prompts=list(prompts),
+        texts=texts,
+        task_reward=task_reward,
+        rewards={reward.name: scores[..., index] for index, reward in enumerate(rewards)},
+        solved=task_reward >= solved_at,
+        length=whole["length"],
+        truncated=whole["truncated"],
+        entropy_sum=whole["entropy_sum"],
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) means over the completions of each prompt, NaN where there is none."""
+    counts = np.isfinite(values).sum(1)
+    sums: NDArray[np.float64] = np.nansum(values, axis=1)
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _plain(text: str | Messages) -> str:
+    return text if isinstance(text, str) else text[0]["content"]

@@ -1,0 +1,86 @@
+"""What `vdr score` was asked for, and what it answers. No torch import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vdr_cli.config.schema import DisagreementConfig
+
+BASE_COLUMNS = ("n_tokens", "nll_sum", "nll_mean", "ppl", "entropy_mean", "entropy_max")
+ENSEMBLE_COLUMNS = (
+    "total_mean",
+    "aleatoric_mean",
+    "bald_mean",
+    "bald_sum",
+    "bald_max",
+    "bald_eos",
+    "bald_mean_jk",
+    "bald_se",
+    "epkl_mean",
+    "rmi_mean",
+    "logp_var_mean",
+    "rmi_seq",
+    "ig_seq",
+    "vote_disagree",
+)
+BASE_TOKEN_COLUMNS = ("token_ids", "token_logp", "token_entropy")
+ENSEMBLE_TOKEN_COLUMNS = ("token_bald", "token_rmi")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where the parts of a row lie: column names, or paths into nested columns such as resps.0.0."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    prompt_ids: str = "prompt_ids"
+    completion_ids: str = "completion_ids"
+    label: str | None = None
+    """1 right, 0 wrong; or any number where higher is better."""
+    group: str | None = None
+    """Rows of one group are resampled together in the intervals; None: rows with the same prompt."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    inputs: tuple[str, ...]
+    """Files (JSONL, CSV, Parquet), globs, `-` (JSONL on stdin), run directories or their completions/."""
+    model: str
+    output: str
+    """OUT.parquet, OUT.jsonl or OUT.csv."""
+    disagreement: DisagreementConfig | None = field(default_factory=DisagreementConfig)
+    """members, dropout, scope, last_k, mask_sharing, site, blocks are read; None: nll and entropy only."""
+    seed: int = 0
+    fields: Fields = Fields()
+    tokens: bool = False
+    """Also write arrays with one value a token."""
+    max_tokens: int | None = None
+    """Longer completions are scored on their first tokens; None: no limit."""
+    append_eos: bool = False
+    """Completions given as text end with the EOS token."""
+    batch_tokens: int = 16_384
+    """Prompt and completion tokens of one forward; memory, never the result."""
+    on_error: Literal["stop", "skip"] = "stop"
+    resume: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    device: str = "auto"
+    """auto: this process's accelerator when there is one, else cpu."""
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    output: str
+    rows: int
+    skipped: int
+    truncated: int
+    empty: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    """One line each: what was left out, cut or overwritten."""
+    skipped_rows: tuple[str, ...] = ()
+    """The first of them: `file:line: why`."""
+    ranking: tuple[dict[str, Any], ...] = ()
+    """With labels: a row a measure, {"measure", "auroc", "auroc_low", "auroc_high", ...}."""

@@ -1,0 +1,40 @@
+"""Percentile bootstrap over clusters (prompts, groups)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 2000
+LEVEL = 0.95
+_CELLS = 4_000_000  # counts held at once
+
+
+def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """How often each cluster is drawn in each resample, in blocks of (R, clusters); the same for the same seed."""
+    generator = np.random.Generator(np.random.Philox(seed))
+    share = np.full(clusters, 1.0 / clusters)
+    block = max(_CELLS // max(clusters, 1), 1)
+    for start in range(0, resamples, block):
+        yield generator.multinomial(clusters, share, size=min(block, resamples - start))
+
+
+def mean_interval(
+    values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
+) -> tuple[float, float]:
+    """Interval of the mean of one value a cluster; NaN values are left out. (nan, nan) without any."""
+    kept = np.asarray(values, np.float64)
+    kept = kept[~np.isnan(kept)]
+    if kept.size == 0:
+        return float("nan"), float("nan")
+    means = np.concatenate([counts @ kept / kept.size for counts in resampled_counts(kept.size, resamples, seed)])
+    return interval(means, level)
+
+
+def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
+    """The central `level` of the draws."""
+    tail = (1.0 - level) / 2.0
+    low, high = np.nanquantile(np.asarray(draws, np.float64), [tail, 1.0 - tail])
+    return float(low), float(high)
