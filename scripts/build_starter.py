@@ -1,0 +1,178 @@
+"""Build the embedded model: a small Qwen2 that knows Countdown's format and some of its answers.
+
+    python scripts/build_starter.py --output vdr_cli/starter/model
+
+Pretraining reads train problems only. A completion is a right answer with a probability that starts
+high and ends at `--right`, otherwise any expression of the numbers: the model learns to solve, then
+to hesitate, which leaves reinforcement learning something to find. The seed and one thread make the
+result repeat on one machine; another CPU may round differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from vdr_cli.starter import countdown
+
+PAD, EOS = 0, 1
+VOCABULARY = ["<pad>", "<eos>", *"0123456789+-*=: "]
+IGNORED = -100  # target of positions that give no loss
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token a character: byte-level BPE without merges (Qwen2's kind: AutoTokenizer imposes the class)."""
+    vocabulary = {"Ġ" if token == " " else token: index for index, token in enumerate(VOCABULARY)}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], unk_token=None, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+
+
+def build_model(hidden: int, layers: int) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = EOS
+    return model
+
+
+def encode(prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Token ids of prompt, completion and EOS, and the targets: the completion's only."""
+    ids = [VOCABULARY.index(character) for character in prompt + completion] + [EOS]
+    return ids, [IGNORED] * len(prompt) + ids[len(prompt) :]
+
+
+def pad_right(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Ids and targets as (B, W); padding comes last, so causal attention needs no mask."""
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in rows])
+    targets = torch.tensor([targets + [IGNORED] * (width - len(targets)) for _, targets in rows])
+    return ids, targets
+
+
+def draw_batch(rng: random.Random, size: int, right: float) -> tuple[Tensor, Tensor]:
+    """Train problems with their numbers in a random order; a share `right` of the completions is right."""
+    rows = []
+    for problem in rng.choices(countdown.problems("train"), k=size):
+        numbers = rng.sample(problem.numbers, 3)
+        if rng.random() < right:
+            completion = rng.choice(countdown.solutions()[problem])
+        else:
+            signs = [rng.choice("+-*"), rng.choice("+-*"), ""]
+            completion = "".join(f"{n}{s}" for n, s in zip(rng.sample(numbers, 3), signs, strict=True))
+        rows.append(encode(countdown.prompt(numbers, problem.target), completion))
+    return pad_right(rows)
+
+
+def token_logps(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (B, W-1), 0 where there is none, and where there is one."""
+    logits = model(input_ids=ids[:, :-1]).logits.float()
+    wanted = targets[:, 1:]
+    valid = wanted != IGNORED
+    picked = logits.log_softmax(-1).gather(-1, wanted.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return picked * valid, valid
+
+
+@torch.no_grad()
+def solve_rates(model: nn.Module, split: str) -> Tensor:
+    """Exact probability, per problem, that one sample at temperature 1 solves it: its answers' total."""
+    cases, owner = [], []
+    for index, row in enumerate(countdown.rows(split)):
+        problem = countdown.Problem(tuple(sorted(row["numbers"])), row["target"])
+        for answer in countdown.solutions()[problem]:
+            cases.append(encode(row["prompt"], answer))
+            owner.append(index)
+    ids, targets = pad_right(cases)
+    answer_logps = torch.cat(
+        [token_logps(model, i, t)[0].sum(1) for i, t in zip(ids.split(256), targets.split(256), strict=True)]
+    )
+    rates = torch.zeros(len(countdown.rows(split)))
+    return rates.index_add(0, torch.tensor(owner), answer_logps.exp())
+
+
+def report(model: nn.Module) -> dict[str, float]:
+    found = {}
+    for split in ("train", "test"):
+        rates = solve_rates(model, split)
+        for k in (1, 8):
+            found[f"{split} pass@{k}"] = round(float((1 - (1 - rates) ** k).mean()), 4)
+    return found
+
+
+def right_share(step: int, steps: int, first: float, last: float) -> float:
+    """`first` for 70 % of the steps, then linear to `last` at 85 %, which holds to the end."""
+    progress = min(max((step / steps - 0.70) / 0.15, 0.0), 1.0)
+    return first + (last - first) * progress
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 100 steps, then linear to 2 % of the peak."""
+    return peak * min((step + 1) / 100, 1.0) * (1 - 0.98 * step / steps)
+
+
+def pretrain(model: nn.Module, arguments: argparse.Namespace) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    rng = random.Random(arguments.seed)
+    start = time.monotonic()
+    for step in range(arguments.steps):
+        ids, targets = draw_batch(
+            rng, arguments.batch, right_share(step, arguments.steps, arguments.first_right, arguments.right)
+        )
+        logps, valid = token_logps(model, ids, targets)
+        loss = -logps.sum() / valid.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, arguments.steps, arguments.lr)
+        optimizer.step()
+        if (step + 1) % arguments.report_every == 0:
+            figures = {"step": step + 1, "seconds": round(time.monotonic() - start), "loss": round(loss.item(), 4)}
+            print(json.dumps(figures | report(model)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--first-right", type=float, default=1.0, help="share of right completions at the start")
+    parser.add_argument("--right", type=float, default=0.3, help="share of right completions at the end")
+    parser.add_argument("--report-every", type=int, default=100)
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    model = build_model(arguments.hidden, arguments.layers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    pretrain(model, arguments)
+    model.save_pretrained(arguments.output)
+    build_tokenizer().save_pretrained(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
