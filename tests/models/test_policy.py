@@ -1,0 +1,169 @@
+"""Policy log-probabilities against the model's own logits, for the architectures people use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vdr_cli.models.policy import Policy, completion_logps, silence_dropout
+
+V = 41
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen2": SMALL,
+    "llama": SMALL,
+    "gemma": SMALL,
+    "gemma2": SMALL | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0, "sliding_window": 8},
+    "mixtral": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.1},
+    "granite": SMALL | {"logits_scaling": 4.0},
+    "gpt2": {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 2},
+    "gpt_neox": SMALL,
+    "opt": SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "falcon": {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
+}
+DROPOUT: dict[str, dict[str, float]] = {
+    "gpt2": {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    "gpt_neox": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.1},
+    "falcon": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+    "qwen2": {"attention_dropout": 0.1},
+    "mixtral": {"attention_dropout": 0.1},
+}
+
+
+def tiny(kind: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **(ARCHITECTURES[kind] | changes))
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def batch(prompt_lengths: list[int], lengths: list[int], pads: tuple[int, int] = (0, 0)) -> dict[str, Tensor]:
+    """Random rows with these true lengths; pads: extra columns on the left and on the right."""
+    generator = torch.Generator().manual_seed(1)
+    width, height = max(prompt_lengths) + pads[0], max(lengths) + pads[1]
+    made = {
+        "prompt_ids": torch.zeros(len(lengths), width, dtype=torch.int64),
+        "prompt_mask": torch.zeros(len(lengths), width, dtype=torch.bool),
+        "completion_ids": torch.zeros(len(lengths), height, dtype=torch.int64),
+        "completion_mask": torch.zeros(len(lengths), height, dtype=torch.bool),
+    }
+    for row, (before, after) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+        tokens = torch.randint(3, V, (before + after,), generator=generator)
+        made["prompt_ids"][row, width - before :] = tokens[:before]
+        made["prompt_mask"][row, width - before :] = True
+        made["completion_ids"][row, :after] = tokens[before:]
+        made["completion_mask"][row, :after] = True
+    return made
+
+
+def row_by_row(model: nn.Module, data: dict[str, Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """The plain twin: each row alone, unpadded, through the model's own forward."""
+    logps = torch.zeros(data["completion_ids"].shape)
+    entropy = torch.zeros_like(logps)
+    for row in range(len(logps)):
+        prompt = data["prompt_ids"][row][data["prompt_mask"][row]]
+        completion = data["completion_ids"][row][data["completion_mask"][row]]
+        if len(completion) == 0:
+            continue
+        logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+        logps[row, : len(completion)] = log_p.gather(1, completion[:, None])[:, 0]
+        entropy[row, : len(completion)] = -(log_p.exp() * log_p).sum(1)
+    return logps, entropy
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+def test_equals_the_models_own_logits(kind: str) -> None:
+    model = tiny(kind)
+    data = batch([5, 3, 7], [4, 6, 1])
+    with torch.no_grad():
+        ours = Policy(model)(**data, temperature=0.7)
+        theirs = row_by_row(model, data, 0.7)
+    torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2"])
+def test_gradient_equals_the_dense_one(kind: str) -> None:
+    model = tiny(kind)
+    data = batch([5, 3], [4, 6])
+    coefficients = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for function in (Policy(model, chunk_tokens=3), lambda **kw: row_by_row(model, {**kw}, kw.pop("temperature"))):
+        model.zero_grad()
+        logps, entropy = function(**data, temperature=0.7)
+        (coefficients[0] * logps * data["completion_mask"] + coefficients[1] * entropy).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, ours in gradients[0].items():
+        scale = gradients[1][name].norm()
+        assert (ours - gradients[1][name]).norm() <= 1e-5 * scale + 1e-7, name
+
+
+def test_extra_padding_changes_nothing() -> None:
+    model = tiny("qwen2")
+    plain = completion_logps(model, **batch([5, 3], [4, 6]), temperature=1.0)[0]
+    padded = completion_logps(model, **batch([5, 3], [4, 6], pads=(3, 4)), temperature=1.0)[0]
+    torch.testing.assert_close(plain, padded[:, :6], rtol=1e-5, atol=1e-6)
+    assert (padded[:, 6:] == 0).all()
+
+
+def test_all_masked_batch_reaches_every_parameter() -> None:
+    model = tiny("qwen2")
+    data = batch([5, 3], [4, 6])
+    data["completion_mask"][:] = False
+    logps, entropy = Policy(model)(**data, temperature=1.0)
+    assert (logps == 0).all()
+    assert (entropy == 0).all()
+    logps.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad == 0).all(), name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", list(DROPOUT))
+def test_train_mode_equals_eval_mode_exactly(kind: str, attention: str) -> None:
+    model = tiny(kind, attn_implementation=attention, **DROPOUT[kind])
+    data = batch([5, 3], [4, 6])
+    model.train()
+    noisy = completion_logps(model, **data, temperature=1.0)[0]
+    silence_dropout(model)
+    train = completion_logps(model, **data, temperature=1.0)[0]
+    old = completion_logps(model.eval(), **data, temperature=1.0)[0]
+    assert (torch.exp(train - old) == 1.0).all()
+    assert not torch.equal(noisy, train)
+
+
+def test_gradient_checkpointing_runs_and_changes_nothing() -> None:
+    model = tiny("gpt2", **DROPOUT["gpt2"])
+    silence_dropout(model)
+    data = batch([5, 3], [4, 6])
+    gradients = []
+    for on in (False, True):
+        if on:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        Policy(model)(**data, temperature=1.0)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)

@@ -1,0 +1,294 @@
+"""The policy losses: per-token terms by variant, weights by aggregation, and the sum of their products.
+
+An optimizer step's loss is Σ over micro-batches and ranks of Σ_{b,t} w_{b,t} · l_{b,t}. The weights hold the
+denominator, which is that of the WHOLE step (`Totals`), so the same data give the same gradient however
+they are split. docs/losses.md has the formulas side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vdr_cli.config import GrpoConfig
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The denominators: sums over all micro-batches and ranks of a step, known before its first backward."""
+
+    completions: float
+    """All of the step's completions, those with no valid token included."""
+    tokens: float
+    """Valid tokens: True in the loss mask."""
+
+
+@dataclass
+class LossInputs:
+    """One micro-batch. None: not needed by the configured loss."""
+
+    logps: Tensor  # (B, T), with gradient
+    advantages: Tensor  # (B,) or (B, T)
+    mask: Tensor  # (B, T) bool, the loss mask
+    old_logps: Tensor | None = None  # (B, T); None: these are the policy's own, logps.detach()
+    entropy: Tensor | None = None  # (B, T), with gradient when it is rewarded
+    ref_logps: Tensor | None = None  # (B, T), of the reference model
+    sampler_logps: Tensor | None = None  # (B, T), of the program that drew the tokens; NaN: unknown
+    selected: Tensor | None = None  # (B, T) bool, tokens whose policy term counts; None: all
+    entropy_weights: Tensor | None = None  # (B, T), token_weights("dapo", ...): mean over the step's tokens
+
+
+@dataclass
+class LossOutput:
+    """The micro-batch's share of the step's loss, and metrics to add up."""
+
+    loss: Tensor  # ()
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """name → (numerator, denominator): add both over micro-batches and ranks, then divide."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """name → largest value: take the maximum over micro-batches and ranks."""
+
+
+class TokenLoss(NamedTuple):
+    """A variant's per-token term and the tokens whose ratio was clipped (both (B, T); None: it does not clip)."""
+
+    value: Tensor
+    clipped_low: Tensor | None = None
+    clipped_high: Tensor | None = None
+
+
+class Terms(NamedTuple):
+    """What a variant's per-token term is made of, each (B, T)."""
+
+    logps: Tensor
+    log_ratio: Tensor  # log π(y_t) − log π_old(y_t); 0 at padding
+    advantages: Tensor
+    mask: Tensor  # bool
+
+
+# ---- per-token terms ----------------------------------------------------------------------------------------
+
+
+def clipped_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+    """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A), ρ = π/π_old. PPO (Schulman et al. 2017), GRPO (Shao et al. 2024);
+    ε_high > ε_low is clip-higher (DAPO, Yu et al. 2025); δ caps ρ in the first term, which matters for
+    A < 0 (two-sided clipping, INTELLECT-2, 2025).
+    """
+    return _clipped(torch.exp(terms.log_ratio), terms.advantages, cfg)
+
+
+def gspo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+    """−min(s_t A_t, clip(s_t, 1−ε_low, 1+ε_high) A_t), s_t = sg[s] · π_t/sg[π_t], s = exp(mean_t log ρ_t).
+
+    GSPO-token (Zheng et al. 2025, eq. 13-14): the value and, with one advantage per completion, the gradient
+    of GSPO's sequence-level −min(s A, clip(s) A); it also takes an advantage per token.
+    """
+    mask = terms.mask.to(terms.log_ratio.dtype)
+    length = mask.sum(dim=1, keepdim=True).clamp_min(1.0)
+    log_s = (terms.log_ratio * mask).sum(dim=1, keepdim=True) / length  # (B, 1)
+    return _clipped(torch.exp(log_s.detach() + terms.logps - terms.logps.detach()), terms.advantages, cfg)
+
+
+def cispo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+    """−sg[min(ρ, 1+ε_high)] A log π. CISPO (MiniMax-M1, 2025, eq. 4-5): the weight is clipped, the gradient never;
+    as in the paper's runs there is no lower bound.
+    """
+    ratio = torch.exp(terms.log_ratio).detach()
+    value = -ratio.clamp(max=1.0 + cfg.epsilon_high) * terms.advantages * terms.logps
+    return TokenLoss(value, torch.zeros_like(terms.mask), ratio > 1.0 + cfg.epsilon_high)
+
+
+def sapo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+    """−(4/τ) σ(τ(ρ − 1)) A with τ = τ_pos where A > 0 and τ_neg elsewhere: a soft gate in place of the clip.
+    SAPO (Gao et al. 2025).
+    """
+    ratio = torch.exp(terms.log_ratio)
+    positive = torch.full_like(ratio, cfg.sapo_temperature_positive)
+    tau = torch.where(terms.advantages > 0, positive, cfg.sapo_temperature_negative)
+    return TokenLoss(-torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * terms.advantages)
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, cfg: GrpoConfig) -> TokenLoss:
+    low, high = 1.0 - cfg.epsilon_low, 1.0 + cfg.epsilon_high
+    capped = ratio if cfg.delta is None else ratio.clamp(max=cfg.delta)
+    value = -torch.min(capped * advantages, ratio.clamp(low, high) * advantages)
+    return TokenLoss(value, (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0))
+
+
+# ---- aggregations: w (B, T) so that the step's loss is Σ w · l -------------------------------------------------
+
+
+def mean_of_means(mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
+    """1/(B |y_b|): the mean over completions of each one's token mean (GRPO, GSPO, SAPO)."""
+    length = mask.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return mask / (length * max(totals.completions, 1.0))
+
+
+def constant_length(mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
+    """1/(B T_max): no length bias (Dr. GRPO, Liu et al. 2025)."""
+    return mask / (max(totals.completions, 1.0) * max_new_tokens)
+
+
+def token_mean(mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
+    """1/Σ_b |y_b|: every token of the step weighs the same (DAPO, CISPO)."""
+    return mask / max(totals.tokens, 1.0)
+
+
+class Variant(NamedTuple):
+    token_loss: Callable[[Terms, GrpoConfig], TokenLoss]
+    aggregation: Callable[[Tensor, Totals, int], Tensor]
+
+
+VARIANTS: dict[str, Variant] = {
+    "grpo": Variant(clipped_surrogate, mean_of_means),
+    "dr_grpo": Variant(clipped_surrogate, constant_length),
+    "dapo": Variant(clipped_surrogate, token_mean),
+    "bnpo": Variant(clipped_surrogate, token_mean),  # TRL: tokens of the local batch; ours: of the step, like dapo
+    "cispo": Variant(cispo_surrogate, token_mean),
+    "gspo": Variant(gspo_surrogate, mean_of_means),
+    "sapo": Variant(sapo_surrogate, mean_of_means),
+}
+
+
+def loss_mask(completion_mask: Tensor, truncated: Tensor, mask_truncated: bool) -> Tensor:
+    """(B, T) bool: valid tokens; none of truncated completions when they are masked (DAPO's overlong filtering)."""
+    return completion_mask & ~truncated[:, None] if mask_truncated else completion_mask
+
+
+def token_weights(loss: str, mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
+    """(B, T) float32 weights of the loss's aggregation, 0 at padding."""
+    return VARIANTS[loss].aggregation(mask.float(), totals, max_new_tokens)
+
+
+# ---- KL, sampler correction, entropy selection ----------------------------------------------------------------
+
+
+def kl_estimate(log_ratio: Tensor, kind: str) -> Tensor:
+    """Per-token estimate of KL(π ‖ π_ref) from log_ratio = log π − log π_ref of a token drawn from π (Schulman 2020).
+
+    k1 = x; k2 = x²/2; k3 = e^{−x} + x − 1, never clamped. As a loss their gradients are different things:
+    k1's has mean zero; k2's is that of KL(π ‖ π_ref); k3's is that of KL(π_ref ‖ π) (Tang & Munos 2025).
+    """
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    if kind == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown KL estimator {kind!r}: k1, k2 or k3")
+
+
+def kl_penalised_rewards(
+    rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, beta: float, kind: str
+) -> Tensor:
+    """rewards (B,) − β Σ_t kl_t: the KL in the reward, whose policy gradient with k1 is exactly β ∇KL(π ‖ π_ref)."""
+    kl = kl_estimate(_where(mask, logps - ref_logps), kind)
+    return rewards - beta * _where(mask, kl).sum(dim=1)
+
+
+def sampler_weights(old_logps: Tensor, sampler_logps: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """(B, T): min(π_old/π_sampler, cap), 1 where the sampler's log-probability is unknown (NaN) or at padding.
+
+    Truncated importance sampling (Yao et al. 2025) for a sampler whose numbers differ from the trainer's.
+    """
+    difference = _where(mask, old_logps - sampler_logps).nan_to_num(nan=0.0)
+    return torch.exp(difference).clamp(max=cap).detach()
+
+
+def entropy_threshold(entropies: Tensor, share: float) -> float:
+    """The entropy that the `share` of tokens with the highest entropy reaches; entropies: the whole step's valid
+    tokens, (N,), over all ranks. −inf when there are none. (Wang et al. 2025, "Beyond the 80/20 rule".)
+    """
+    if entropies.numel() == 0 or share >= 1.0:
+        return -torch.inf
+    count = max(round(share * entropies.numel()), 1)
+    return float(entropies.flatten().kthvalue(entropies.numel() - count + 1).values)
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------
+
+
+def policy_loss(inputs: LossInputs, weights: Tensor, cfg: GrpoConfig) -> LossOutput:
+    """Σ_{b,t} w · (policy term + β KL) − c · entropy, and its metrics.
+
+    weights: (B, T) from token_weights. Padding is replaced before it is weighed, so nothing there can spread.
+    """
+    mask = inputs.mask.bool()
+    old_logps = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps
+    advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
+    terms = Terms(
+        logps=_where(mask, inputs.logps),
+        log_ratio=_where(mask, inputs.logps - old_logps),
+        advantages=_where(mask, advantages.to(inputs.logps.dtype).expand_as(inputs.logps)),
+        mask=mask,
+    )
+    token_loss = VARIANTS[cfg.loss].token_loss(terms, cfg)
+    value = token_loss.value
+    if inputs.selected is not None:
+        value = _where(inputs.selected, value)
+    if inputs.sampler_logps is not None and cfg.importance_cap is not None:
+        value = value * sampler_weights(old_logps, inputs.sampler_logps, mask, cfg.importance_cap)
+    if cfg.beta != 0.0 and cfg.kl_in == "loss":
+        value = value + cfg.beta * kl_estimate(
+            _where(mask, inputs.logps - _required(inputs.ref_logps, "ref_logps")), cfg.kl
+        )
+    loss = (weights * _where(mask, value)).sum()
+    if cfg.entropy_weight != 0.0:
+        bonus = _required(inputs.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
+        loss = loss - cfg.entropy_weight * _where(mask, bonus).sum()
+    return LossOutput(loss, _metrics(inputs, terms, token_loss, old_logps, cfg), _maxima(inputs, terms, old_logps))
+
+
+@torch.no_grad()
+def _metrics(
+    inputs: LossInputs, terms: Terms, token_loss: TokenLoss, old_logps: Tensor, cfg: GrpoConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Token means, as (sum, count) pairs; names as TRL's."""
+    mask = terms.mask
+    count = mask.sum().float()
+    metrics = {"ratio/mean": (_where(mask, torch.exp(terms.log_ratio)).sum(), count)}
+    if token_loss.clipped_low is not None and token_loss.clipped_high is not None:
+        low, high = token_loss.clipped_low & mask, token_loss.clipped_high & mask
+        metrics["clip_ratio/low_mean"] = (low.sum().float(), count)
+        metrics["clip_ratio/high_mean"] = (high.sum().float(), count)
+        metrics["clip_ratio/region_mean"] = ((low | high).sum().float(), count)
+    if inputs.entropy is not None:
+        metrics["entropy"] = (_where(mask, inputs.entropy).sum(), count)
+    if inputs.ref_logps is not None:
+        kl = kl_estimate(_where(mask, inputs.logps - inputs.ref_logps), cfg.kl)
+        metrics["kl"] = (_where(mask, kl).sum(), count)
+    if inputs.sampler_logps is not None:
+        known = mask & ~inputs.sampler_logps.isnan()
+        difference = _where(known, old_logps - inputs.sampler_logps)
+        known_count = known.sum().float()
+        metrics["sampling/sampling_logp_difference/mean"] = (difference.abs().sum(), known_count)
+        ratio = _where(known, difference.exp())
+        if cfg.importance_cap is not None:
+            ratio = ratio.clamp(max=cfg.importance_cap)
+        metrics["sampling/importance_sampling_ratio/mean"] = (ratio.sum(), known_count)
+    return metrics
+
+
+@torch.no_grad()
+def _maxima(inputs: LossInputs, terms: Terms, old_logps: Tensor) -> dict[str, Tensor]:
+    maxima = {"ratio/max": torch.exp(terms.log_ratio).amax()}
+    if inputs.sampler_logps is not None:
+        known = terms.mask & ~inputs.sampler_logps.isnan()
+        difference = _where(known, old_logps - inputs.sampler_logps)
+        maxima["sampling/sampling_logp_difference/max"] = difference.abs().amax()
+    return maxima
+
+
+def _where(mask: Tensor, values: Tensor) -> Tensor:
+    """values where mask is True, 0 elsewhere, also where they are NaN or infinite there; the same for gradients."""
+    return torch.where(mask, values, values.new_zeros(()))
+
+
+def _required(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(f"the configured loss needs LossInputs.{name}")
+    return tensor
