@@ -1,0 +1,223 @@
+"""Rows to prompts: every kind of source, chat templates, and what a bad row prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from vdr_cli.config import DataConfig
+from vdr_cli.data import sources
+from vdr_cli.data.prompts import PromptSet, encode, load_prompts
+from vdr_cli.errors import ConfigError, DataError, VdrError
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role[0] }}>{{ m.content }}{% if not loop.last or m.role != 'assistant' %}|{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def character_tokenizer(append_eos: bool = False, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    alphabet = [chr(c) for c in range(32, 127)]
+    vocabulary = {token: index for index, token in enumerate(["[pad]", "[eos]", "[bos]", *alphabet])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[pad]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    single = "[bos] $A [eos]" if append_eos else "$A"
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("[bos]", 2), ("[eos]", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[pad]", eos_token="[eos]", bos_token="[bos]"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return character_tokenizer()
+
+
+def text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def write_jsonl(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def load(path: Path, tokenizer, **settings) -> PromptSet:
+    return load_prompts(DataConfig(name=str(path), **settings), "train", tokenizer)
+
+
+ROWS = [{"prompt": "1+1=", "answer": 2}, {"prompt": "2+3=", "answer": 5}]
+
+
+@pytest.fixture(params=["jsonl", "json", "csv", "parquet", "directory", "saved", "saved_dict", "glob_directory"])
+def source(request, tmp_path: Path) -> Path:
+    from datasets import Dataset, DatasetDict
+
+    kind = request.param
+    if kind == "jsonl":
+        return write_jsonl(tmp_path / "a.jsonl", *ROWS)
+    if kind == "json":
+        (tmp_path / "a.json").write_text(json.dumps(ROWS))
+        return tmp_path / "a.json"
+    if kind == "csv":
+        (tmp_path / "a.csv").write_text("prompt,answer\n1+1=,2\n2+3=,5\n")
+        return tmp_path / "a.csv"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+        return tmp_path / "a.parquet"
+    if kind == "directory":
+        write_jsonl(tmp_path / "train.jsonl", *ROWS)
+    elif kind == "glob_directory":
+        write_jsonl(tmp_path / "train-00000-of-00001.jsonl", *ROWS)
+    elif kind == "saved":
+        Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "d"))
+        return tmp_path / "d"
+    else:
+        DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
+        return tmp_path / "d"
+    return tmp_path
+
+
+def test_every_source_gives_the_same_prompts(source: Path, tokenizer, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    prompts = load(source, tokenizer)
+    assert len(prompts) == 2 and prompts.columns == ("answer",)
+    assert [(p.row, p.value, text(tokenizer, p.token_ids), p.columns) for p in prompts] == [
+        (0, "1+1=", "1+1=", {"answer": 2}),
+        (1, "2+3=", "2+3=", {"answer": 5}),
+    ]
+    assert prompts[-1].row == 1 and [p.row for p in prompts[:1]] == [0]
+
+
+def test_starter_rows(monkeypatch, tokenizer):
+    monkeypatch.setattr(sources.starter_paths, "rows", lambda split: [{"prompt": split, "target": 3}])
+    assert load_prompts(DataConfig(), "train", tokenizer)[0].value == "train"
+    assert load_prompts(DataConfig(), "eval", tokenizer)[0].value == "test"
+    with pytest.raises(ConfigError, match="the starter's splits are train, test"):
+        load_prompts(DataConfig(split="dev"), "train", tokenizer)
+
+
+def test_ragged_rows_get_every_column(tmp_path, tokenizer):
+    prompts = load(write_jsonl(tmp_path / "a.jsonl", {"prompt": "a", "x": 1}, "", {"prompt": "b", "y": 2}), tokenizer)
+    assert [p.columns for p in prompts] == [{"x": 1, "y": None}, {"x": None, "y": 2}]
+    assert [prompts.where(i) for i in range(2)] == [f"{tmp_path}/a.jsonl line 1", f"{tmp_path}/a.jsonl line 3"]
+
+
+def test_chat_prompts(tmp_path, tokenizer):
+    user, assistant = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "well"}
+    system = {"role": "system", "content": "own"}
+    path = write_jsonl(tmp_path / "a.jsonl", *({"prompt": m} for m in ([user], [user, assistant], [system, user])))
+    prompts = load(path, tokenizer, system_prompt="be brief")
+    assert [text(tokenizer, p.token_ids) for p in prompts] == [
+        "<s>be brief|<u>hi|<a>",
+        "<s>be brief|<u>hi|<a>well",
+        "<s>own|<u>hi|<a>",
+    ]
+    assert prompts[0].value == [{"role": "system", "content": "be brief"}, user]
+    assert load(path, tokenizer)[0].value == [user]
+
+
+def test_a_string_keeps_its_special_tokens_but_no_end(tokenizer):
+    ending = character_tokenizer(append_eos=True)
+    assert text(ending, encode(ending, "ab")) == "[bos]ab"
+    assert text(tokenizer, encode(tokenizer, "ab")) == "ab"
+
+
+def test_long_prompts_keep_their_end_and_are_counted(tmp_path, tokenizer, caplog):
+    prompts = load(
+        write_jsonl(tmp_path / "a.jsonl", *({"prompt": "x" * n + "!"} for n in (1, 5, 6))),
+        tokenizer,
+        max_prompt_tokens=3,
+    )
+    assert [text(tokenizer, p.token_ids) for p in prompts] == ["x!", "xx!", "xx!"]
+    assert prompts.truncated_rows == {1, 2} and "2 prompts so far" in caplog.text
+
+
+OK = {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([OK, "{"], "a.jsonl line 2: not valid JSON"),
+        ([OK, "", "[1]"], "a.jsonl line 3: an object is needed"),
+        ([{"question": "a", "x": 1}], "a.jsonl: no column prompt; the columns are question, x; name the right one"),
+        ([OK, {"x": 1}], "a.jsonl line 2: prompt is missing; the row has x"),
+        ([OK, {"prompt": None}], "a.jsonl line 2: prompt is null"),
+        ([OK, {"prompt": ""}], "a.jsonl line 2: prompt is an empty string"),
+        ([OK, {"prompt": 3}], "a.jsonl line 2: prompt must be a string or a list of messages, not 3"),
+        ([OK, {"prompt": []}], "a.jsonl line 2: prompt must be a string or a list of messages, not []"),
+        ([{"prompt": [{"role": "user"}]}], "a.jsonl line 1: message 0 of prompt needs role and content"),
+        ([{"prompt": ["hi"]}], "a.jsonl line 1: message 0 of prompt needs role and content, not 'hi'"),
+        ([{"prompt": [{"role": "user", "content": None}]}], "a.jsonl line 1: message 0 of prompt has no content"),
+        ([OK, {"prompt": [{"role": "user", "content": "a"}]}], "a.jsonl line 2: prompts must be all strings or all"),
+        ([""], "a.jsonl: no rows"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, tokenizer, lines, expected):
+    with pytest.raises(DataError) as caught:
+        load(write_jsonl(tmp_path / "a.jsonl", *lines), tokenizer)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_files_of_other_kinds(tmp_path, tokenizer):
+    for name, content, expected in [
+        ("a.json", "{}", "a list of objects is needed"),
+        ("b.json", '{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON (Extra data, line 2)"),
+        ("c.json", '[{"prompt": "a"}, 3]', "row 1: an object is needed"),
+        ("a.csv", "prompt,x\na,1\nb\n", "not valid CSV"),
+        ("a.parquet", "hello", "not valid Parquet"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError) as caught:
+            load(tmp_path / name, tokenizer)
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a"}, {"prompt": None}]), tmp_path / "n.parquet")
+    with pytest.raises(DataError, match="row 1: prompt is null"):
+        load(tmp_path / "n.parquet", tokenizer)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(DataError, match="not text in UTF-8"):
+        load(tmp_path / "latin.jsonl", tokenizer)
+
+
+def test_splits(tmp_path, tokenizer):
+    from datasets import Dataset, DatasetDict
+
+    file = write_jsonl(tmp_path / "a.jsonl", OK)
+    cases: list[tuple[DataConfig, str]] = [
+        (DataConfig(name=str(file), split="dev"), "data.split dev"),
+        (DataConfig(name=str(tmp_path / "none.txt"), split="train"), "no such file"),
+    ]
+    DatasetDict({"train": Dataset.from_list([OK]), "val": Dataset.from_list([OK])}).save_to_disk(str(tmp_path / "d"))
+    cases.append((DataConfig(name=str(tmp_path / "d"), split="dev"), "the splits of .* are train, val"))
+    for cfg, expected in cases:
+        with pytest.raises(ConfigError, match=expected):
+            load_prompts(cfg, "train", tokenizer)
+    with pytest.raises(ConfigError, match=r"give data\.eval_name"):
+        load_prompts(DataConfig(name=str(file)), "eval", tokenizer)
+    held_out = write_jsonl(tmp_path / "h.jsonl", {"prompt": "h"})
+    assert load_prompts(DataConfig(name=str(file), eval_name=str(held_out)), "eval", tokenizer)[0].value == "h"
+
+
+def test_chat_needs_a_template_and_system_needs_chat(tmp_path):
+    chat = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "user", "content": "a"}]})
+    plain = write_jsonl(tmp_path / "p.jsonl", OK)
+    with pytest.raises(ConfigError, match="no chat template"):
+        load(chat, character_tokenizer(template=None))
+    with pytest.raises(ConfigError, match="plain strings"):
+        load(plain, character_tokenizer(), system_prompt="x")
+
+
+def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "tool", "content": "a"}]})
+    with pytest.raises(VdrError, match="line 1: the chat template refuses the messages: no tools here"):
+        load(path, tokenizer)[0]

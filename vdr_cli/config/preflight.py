@@ -1,0 +1,176 @@
+"""What can be refused before a process is started or a weight is loaded. No torch; nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
+from vdr_cli.config.schema import Config
+from vdr_cli.config.yaml_text import parse_document
+from vdr_cli.data.files import SUFFIXES
+from vdr_cli.engine.ds_config import read_ds_config
+from vdr_cli.errors import ConfigError, DataError, MachineError, VdrError
+
+CHANGEABLE_ON_RESUME = {
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.save_model",
+    "train.eval_every",
+    "train.eval_prompts",
+    "train.eval_samples",
+    "train.max_refused_steps",
+    "train.micro_batch_size",
+    "rollout.batch_tokens",
+    "rewards.timeout",
+    "data.eval_name",
+    "data.eval_split",
+}
+"""What a resumed run may do differently: how long, how often, in which pieces; never what a step computes."""
+
+
+def default_output() -> str:
+    """runs/<date>-<time>, to be decided once for all processes of a run."""
+    return time.strftime("runs/%Y%m%d-%H%M%S")
+
+
+def check_before_start(config: Config, resume: str | None) -> None:
+    """Everything below, cheapest first. Raises VdrError, one line."""
+    check_model(config.model.name)
+    check_data(config.data.name, "data.name")
+    if config.train.eval_every:
+        check_data(config.data.eval_name or config.data.name, "data.eval_name")
+        check_held_out(config)
+    read_ds_config(config.engine.ds_config)
+    check_resume(resume)
+    if config.train.output is not None:
+        check_output(config, Path(config.train.output), resume)
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Every rank must hold at least one group of a step."""
+    if config.train.prompts_per_step < processes:
+        raise ConfigError(
+            f"train.prompts_per_step {config.train.prompts_per_step} is below {processes} processes: a group lives on "
+            f"one rank, so some would have none; give at least {processes} or start fewer processes"
+        )
+
+
+def looks_like_path(name: str) -> bool:
+    """True for what can only be meant as a file or directory, not as a hub id (owner/name)."""
+    return name.startswith(("/", ".", "~")) or Path(name).expanduser().exists() or name.count("/") > 1
+
+
+def check_model(name: str) -> None:
+    """A model that looks like a path must be a directory with a config.json, its own or its model/'s."""
+    if name == STARTER or not looks_like_path(name):
+        return
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"model.name {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+        )
+    if not any((folder / "config.json").is_file() for folder in (path, path / "model")):
+        raise ConfigError(
+            f"model.name {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
+            "format or a finished run"
+        )
+
+
+def check_data(name: str, key: str) -> None:
+    """Data that look like a local file or directory must be there and be of a kind that can be read."""
+    path = Path(name).expanduser()
+    if name == STARTER or not (looks_like_path(name) or path.suffix in SUFFIXES):
+        return
+    if not path.exists():
+        raise ConfigError(f"{key} {name}: no such file or directory; give `starter`, a local file or a hub id")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ConfigError(f"{key} {name}: a file must end in one of {', '.join(SUFFIXES)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{key} {name}: the file is empty")
+    if not os.access(path, os.R_OK):
+        raise MachineError(f"{key} {name}: no permission to read it")
+
+
+def check_held_out(config: Config) -> None:
+    """One file has no splits, so held-out prompts need a place of their own."""
+    if config.data.eval_name is None and Path(config.data.name).expanduser().is_file():
+        raise ConfigError(
+            f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} is one file without "
+            "splits; give data.eval_name, the file with the held-out prompts"
+        )
+
+
+def check_resume(resume: str | None) -> None:
+    """A checkpoint given by path must be there; `auto` may find none."""
+    if resume not in (None, "auto") and not Path(str(resume)).expanduser().is_dir():
+        raise ConfigError(f"--resume {resume}: no such checkpoint directory; give its path, or auto for the newest one")
+
+
+def check_output(config: Config, directory: Path, resume: str | None) -> None:
+    """The run directory can be written and does not hold another run, nor this one without --resume."""
+    _check_writable(directory)
+    earlier = directory / "config.yaml"
+    if not earlier.is_file():
+        return
+    changed = differing_keys(_computed_by(earlier), computed_settings(config))
+    hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME]
+    if resume is None:
+        whose = f"another run ({_few(changed)})" if changed else "this run already"
+        help_text = "give another --output" if hard else "continue it with --resume auto, or give another --output"
+        raise ConfigError(f"train.output {directory} holds {whose}; {help_text}")
+    if hard:
+        raise ConfigError(
+            f"train.output {directory} holds a run with other settings ({_few(hard)}); resume with those in "
+            f"{earlier}, or give another --output"
+        )
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two trees of settings."""
+    keys: list[str] = []
+    for name in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _computed_by(path: Path) -> Mapping[str, Any]:
+    """The settings in a run's config.yaml; a file that is not one counts as another run's."""
+    try:
+        tree = parse_document(path.read_text(encoding="utf-8"), str(path)).tree
+        return computed_settings(validate(deep_merge({}, tree)))
+    except (OSError, UnicodeDecodeError, VdrError, yaml.YAMLError):
+        return {}
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more + (" differ" if len(keys) > 1 else " differs")
+
+
+def _check_writable(directory: Path) -> None:
+    """Without creating it: the directory, or the nearest parent that exists, must let us write."""
+    existing = directory.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise MachineError(f"train.output {directory}: {existing} is a file; give a directory")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise MachineError(
+            f"train.output {directory}: cannot write in {existing} ({error.strerror}); choose another --output"
+        ) from None

@@ -1,0 +1,153 @@
+"""Local data files as rows, each with the place an error message can name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from vdr_cli.errors import ConfigError, DataError, MachineError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+Row = dict[str, Any]
+
+
+class RowSource(Protocol):
+    """Rows by number, as a list, an Arrow table or a `datasets` data set gives them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one split. `lines[i]`: the line of row i in a JSONL file, from 1; elsewhere rows count from 0."""
+
+    name: str
+    rows: RowSource
+    columns: tuple[str, ...]
+    lines: Sequence[int] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """`FILE line 7` or `FILE row 6`."""
+        return f"{self.name} line {self.lines[index]}" if self.lines else f"{self.name} row {index}"
+
+
+class ArrowRows:
+    """An Arrow table row by row, converted when asked for."""
+
+    def __init__(self, table: Any) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row: Row = self._table.slice(index, 1).to_pylist()[0]
+        return row
+
+    def __iter__(self) -> Iterator[Row]:
+        for batch in self._table.to_batches():
+            yield from batch.to_pylist()
+
+    def select_columns(self, columns: list[str]) -> ArrowRows:
+        """The same rows with only these columns."""
+        return ArrowRows(self._table.select(columns))
+
+
+def read_file(path: Path) -> Table:
+    """A .jsonl, .json, .csv or .parquet file. Raises DataError naming the line or row that cannot be read."""
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ConfigError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}")
+    try:
+        table = readers[path.suffix](path)
+    except PermissionError:
+        raise MachineError(f"{path}: no permission to read it") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such data file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not text in UTF-8 (byte {error.start}); convert it") from None
+    if len(table) == 0:
+        raise DataError(f"{path}: no rows")
+    return table
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows: list[Row] = []
+    lines: list[int] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, text in enumerate(file, start=1):
+            if text.isspace():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); mend or remove it") from None
+            if not isinstance(row, dict):
+                raise DataError(f'{path} line {number}: an object is needed, such as {{"prompt": ...}}')
+            rows.append(row)
+            lines.append(number)
+    return Table(str(path), rows, _columns(rows), lines)
+
+
+def _read_json(path: Path) -> Table:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not valid JSON ({_reason(error)}); a .json file holds one list of objects, "
+            "a file with an object a line ends in .jsonl"
+        ) from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a list of objects is needed")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f'{path} row {index}: an object is needed, such as {{"prompt": ...}}')
+    return Table(str(path), rows, _columns(rows))
+
+
+def _read_csv(path: Path) -> Table:
+    from pyarrow import ArrowInvalid, csv
+
+    try:
+        table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+    except ArrowInvalid as error:
+        raise DataError(f"{path}: not valid CSV: {_first_line(error)}") from None
+    return Table(str(path), ArrowRows(table), tuple(table.column_names))
+
+
+def _read_parquet(path: Path) -> Table:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
+    return Table(str(path), ArrowRows(table), tuple(table.column_names))
+
+
+def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_keys(rows)))
+
+
+def _keys(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        yield from row
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno}"
+    return "too deeply nested"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,101 @@
+"""Where rows come from: the embedded task, a local file or directory, or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from vdr_cli.config import DataConfig
+from vdr_cli.config.preflight import check_data
+from vdr_cli.data.files import SUFFIXES, Row, Table, read_file
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.starter import paths as starter_paths
+
+Role = Literal["train", "eval"]
+
+STARTER = "starter"
+STARTER_SPLITS = ("train", "test")
+
+
+def open_table(cfg: DataConfig, role: Role) -> Table:
+    """The rows of `data.name`/`data.split` (train) or `data.eval_name`/`data.eval_split` (eval).
+
+    Raises ConfigError when there is no such data or split, DataError when the data cannot be read or are empty.
+    """
+    own_place = role == "eval" and cfg.eval_name is not None
+    name = cfg.eval_name if own_place and cfg.eval_name is not None else cfg.name
+    split = cfg.split if role == "train" else cfg.eval_split
+    split_key = "data.split" if role == "train" else "data.eval_split"
+    check_data(name, "data.eval_name" if own_place else "data.name")
+    path = Path(name).expanduser()
+    if name == STARTER:
+        table = _starter(split, split_key)
+    elif path.is_file():
+        _check_whole_file(name, split, split_key, role, own_place)
+        table = read_file(path)
+    elif path.is_dir():
+        table = _directory(name, path, split, split_key)
+    else:
+        table = _hub(name, None if own_place else cfg.subset, split, split_key)
+    if len(table) == 0:
+        raise DataError(f"{table.name}: no rows")
+    return table
+
+
+def _starter(split: str, split_key: str) -> Table:
+    if split not in STARTER_SPLITS:
+        raise ConfigError(f"{split_key} {split}: the starter's splits are {', '.join(STARTER_SPLITS)}")
+    rows: list[Row] = starter_paths.rows(split)
+    return Table(f"starter[{split}]", rows, tuple(rows[0]) if rows else ())
+
+
+def _check_whole_file(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:
+    """A file is one split: any other than the default name cannot be meant, nor can training data be held out."""
+    if role == "eval" and not own_place:
+        raise ConfigError(f"data.name {name} is one file without splits; give data.eval_name, the held-out file")
+    default = DataConfig.model_fields["split" if role == "train" else "eval_split"].default
+    if split not in (default, "train", "test"):
+        raise ConfigError(f"{split_key} {split}: {name} is one file without splits; leave {split_key} out")
+
+
+def _directory(name: str, path: Path, split: str, split_key: str) -> Table:
+    """A directory that `datasets` saved, or one with a file a split (train.jsonl, test.parquet, ...)."""
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
+        loaded: Any = load_from_disk(str(path))
+        if isinstance(loaded, DatasetDict):
+            if split not in loaded:
+                raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(loaded)}")
+            loaded = loaded[split]
+        return Table(f"{name}[{split}]", loaded, tuple(loaded.column_names))
+    for suffix in SUFFIXES:
+        if (path / f"{split}{suffix}").is_file():
+            return read_file(path / f"{split}{suffix}")
+    return _hub(name, None, split, split_key)
+
+
+def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
+    """A data set by hub id, or a directory in a layout that `datasets` knows."""
+    from datasets import load_dataset
+
+    try:
+        loaded: Any = load_dataset(name, subset, split=split)
+    except ValueError as error:
+        reason = _one_line(error)
+        if "split" in reason.lower():
+            raise ConfigError(f"{split_key} {split}: {name} has no such split ({reason})") from None
+        if "config" in reason.lower():
+            raise ConfigError(f"data.subset {subset}: {reason}") from None
+        raise ConfigError(f"data.name {name}: cannot be loaded ({reason})") from None
+    except Exception as error:
+        # `datasets` raises what its file systems, parsers and HTTP clients raise; all mean that there are no data.
+        raise ConfigError(
+            f"data.name {name}: neither a local file or directory nor loadable from the hub ({_one_line(error)})"
+        ) from None
+    return Table(f"{name}[{split}]", loaded, tuple(loaded.column_names))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
