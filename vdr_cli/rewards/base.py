@@ -1,0 +1,77 @@
+"""What a reward function is: TRL's signature, and what it asks of the dataset.
+
+    f(prompts, completions, completion_ids, **columns) -> list[float | None]     (sync or async)
+
+Every argument is a list with one entry a completion. Completions are strings, or one assistant
+message in a list when the prompts are chats. Columns are the dataset's, repeated for each
+completion. None leaves a completion out of this function's share of the reward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vdr_cli.errors import DataError
+
+PROVIDED = ("prompts", "completions", "completion_ids")
+
+
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function with its weight and the name that metrics and errors use."""
+
+    name: str
+    weight: float
+    function: Callable[..., Any]
+
+    @property
+    def is_async(self) -> bool:
+        call = getattr(self.function, "__call__", None)  # noqa: B004 - an object with an async __call__
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the function has a parameter for: all of them with **kwargs."""
+        parameters = _parameters(self.function)
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            return arguments
+        names = {parameter.name for parameter in parameters}
+        return {name: value for name, value in arguments.items() if name in names}
+
+    def required_columns(self) -> list[str]:
+        """Dataset columns without which the function cannot be called."""
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [
+            parameter.name
+            for parameter in _parameters(self.function)
+            if parameter.kind in by_name
+            and parameter.default is inspect.Parameter.empty
+            and parameter.name not in PROVIDED
+        ]
+
+
+def check_columns(loaded: Iterable[LoadedReward], columns: Iterable[str]) -> None:
+    """DataError when a reward function needs a column that the data lack."""
+    present = sorted(set(columns))
+    for reward in loaded:
+        missing = [name for name in reward.required_columns() if name not in present]
+        if missing:
+            have = ", ".join(present) or "none besides the prompt"
+            raise DataError(
+                f"reward {reward.name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the "
+                f"dataset lacks (it has: {have}); add it, or give the parameter a default"
+            )
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion, whether it came as a string or as an assistant message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a C function: it tells no signature
+        return [inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)]

@@ -1,0 +1,69 @@
+"""Reward functions that come with vdr, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vdr_cli.errors import ConfigError
+from vdr_cli.rewards.base import completion_text
+from vdr_cli.starter.countdown import countdown
+
+
+def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
+    """1 where the completion is the column `answer`, white space at the ends aside, else 0."""
+    return [
+        float(completion_text(completion).strip() == str(expected).strip())
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+def length(completions: list[Any], target_length: list[float] | None = None, **_: Any) -> list[float]:
+    """Characters of the completion; with a column `target_length`: -|characters - target_length|.
+
+    Without the column this is the reward of the original experiments ("longer is better",
+    grpo-vdr, scripts/multinode_train.py).
+    """
+    lengths = [float(len(completion_text(completion))) for completion in completions]
+    if target_length is None:
+        return lengths
+    return [-abs(found - wanted) for found, wanted in zip(lengths, target_length, strict=True)]
+
+
+def math_verify(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+    """1 where the completion's final expression equals the column `answer` as mathematics, else 0.
+
+    An `answer` that cannot be parsed gives None: nothing can be compared with it.
+    """
+    from math_verify import parse, verify
+
+    scores: list[float | None] = []
+    for completion, expected in zip(completions, answer, strict=True):
+        # Their time limits are signals, which only the main thread may set; ours is rewards.timeout.
+        gold = parse(str(expected), parsing_timeout=None) or parse(f"${expected}$", parsing_timeout=None)
+        if not gold:
+            scores.append(None)
+            continue
+        found = parse(completion_text(completion), parsing_timeout=None)
+        scores.append(float(verify(gold, found, timeout_seconds=None)))
+    return scores
+
+
+BUILT_IN: dict[str, Callable[..., Any]] = {
+    "countdown": countdown,
+    "exact_match": exact_match,
+    "length": length,
+    "math_verify": math_verify,
+}
+
+
+def built_in(name: str) -> Callable[..., Any]:
+    """The built-in function of this name. ConfigError when it needs a package that is not there."""
+    if name == "math_verify":
+        try:
+            import math_verify as _  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "rewards.functions: math_verify needs the package math-verify; pip install 'vdr-cli[math]'"
+            ) from error
+    return BUILT_IN[name]

@@ -1,0 +1,130 @@
+"""From the names in `rewards.functions` to functions: built-ins, `module:function`, `file.py:function`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vdr_cli.config import RewardsConfig
+from vdr_cli.errors import ConfigError
+from vdr_cli.rewards.base import LoadedReward, check_columns
+from vdr_cli.rewards.builtin import BUILT_IN, built_in
+
+__all__ = ["LoadedReward", "check_columns", "load_rewards"]
+
+OF_DATA = {"starter": "countdown"}  # datasets that bring a reward
+
+
+def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
+    """The functions of the configuration in its order; the data's own when it names none."""
+    if not cfg.functions:
+        if data_name not in OF_DATA:
+            raise ConfigError(
+                f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
+                f"({', '.join(BUILT_IN)}), module:function or file.py:function"
+            )
+        return [_named(OF_DATA[data_name], 1.0, [])]
+    loaded: list[LoadedReward] = []
+    for entry in cfg.functions:
+        loaded.append(_named(entry.name, entry.weight, [reward.name for reward in loaded]))
+    return loaded
+
+
+def _named(given: str, weight: float, taken: list[str]) -> LoadedReward:
+    function = find_function(given)
+    inner = getattr(function, "func", function)  # functools.partial
+    name = str(getattr(inner, "__name__", type(inner).__name__))
+    alike = sum(other == name or (other.startswith(f"{name}_") and other[len(name) + 1 :].isdigit()) for other in taken)
+    return LoadedReward(f"{name}_{alike + 1}" if alike else name, weight, function)
+
+
+def find_function(given: str) -> Callable[..., Any]:
+    """The reward function that a name stands for. ConfigError, one line, when there is none."""
+    place, colon, attribute = given.rpartition(":")
+    if not colon:
+        if given in BUILT_IN:
+            return built_in(given)
+        near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)};"
+        raise ConfigError(f"rewards.functions: no built-in {given}; {hint} Or give module:function or file.py:function")
+    if not place or not attribute:
+        raise ConfigError(f"rewards.functions: {given} must be module:function or file.py:function")
+    module = _import_file(place, given) if place.endswith(".py") else _import_module(place, given)
+    return _attribute(module, attribute, given)
+
+
+def _import_file(place: str, given: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(f"rewards.functions: {given}: no such file {path}")
+    unique = f"vdr_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+    if unique in sys.modules:
+        return sys.modules[unique]
+    _make_importable(path.parent)
+    spec = importlib.util.spec_from_file_location(unique, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"rewards.functions: {given}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[unique] = module  # dataclasses and pickle look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[unique]
+        raise ConfigError(f"rewards.functions: importing {path} failed: {one_line(error)}") from error
+    return module
+
+
+def _import_module(place: str, given: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
+            raise ConfigError(
+                f"rewards.functions: {given}: no module {place} here or among the installed packages"
+            ) from error
+        raise ConfigError(f"rewards.functions: importing {place} failed: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"rewards.functions: importing {place} failed: {one_line(error)}") from error
+
+
+def _attribute(module: ModuleType, attribute: str, given: str) -> Callable[..., Any]:
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if callable(found):
+        return found  # type: ignore[no-any-return]
+    if found is not None:
+        raise ConfigError(f"rewards.functions: {given}: {attribute} is not a function")
+    there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    near = difflib.get_close_matches(attribute, there, n=1, cutoff=0.5) or there[:5]
+    hint = f"; it has {', '.join(near)}" if near else ""
+    raise ConfigError(f"rewards.functions: {given}: no function {attribute} there{hint}")
+
+
+def _make_importable(directory: Path) -> None:
+    """Last on the path, so that a user's files never shadow a package."""
+    if str(directory) not in sys.path:
+        sys.path.append(str(directory))
+
+
+def one_line(error: BaseException) -> str:
+    """`ValueError: what it says (file.py:12)`: an exception of the user's code, safe for a terminal."""
+    text = " ".join(str(error).split())
+    shown = "".join(character if character.isprintable() else "?" for character in text)
+    shown = shown if len(shown) <= 200 else shown[:197] + "..."
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError):
+        place = f" ({Path(error.filename or '').name}:{error.lineno})" if error.lineno else ""
+        shown = str(error.msg)
+    else:
+        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{': ' * bool(shown)}{shown}{place}"
