@@ -159,9 +159,11 @@ def loss_mask(completion_mask: Tensor, truncated: Tensor, mask_truncated: bool) 
     return completion_mask & ~truncated[:, None] if mask_truncated else completion_mask
 
 
-def token_weights(loss: str, mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
-    """(B, T) float32 weights of the loss's aggregation, 0 at padding."""
-    return VARIANTS[loss].aggregation(mask.float(), totals, max_new_tokens)
+def token_weights(
+    loss: str, mask: Tensor, totals: Totals, max_new_tokens: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """(B, T) weights of the loss's aggregation, 0 at padding."""
+    return VARIANTS[loss].aggregation(mask.to(dtype), totals, max_new_tokens)
 
 
 # ---- KL, sampler correction, entropy selection ----------------------------------------------------------------

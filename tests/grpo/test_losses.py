@@ -1,0 +1,399 @@
+"""Every loss, aggregation, clip and KL against float64 loops written from the papers, value and gradient."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vdr_cli.config import GrpoConfig
+from vdr_cli.grpo.losses import (
+    VARIANTS,
+    LossInputs,
+    LossOutput,
+    Totals,
+    entropy_threshold,
+    kl_estimate,
+    kl_penalised_rewards,
+    loss_mask,
+    policy_loss,
+    sampler_weights,
+    token_weights,
+)
+
+B, T, T_MAX = 8, 6, 9
+LOSSES = list(VARIANTS)
+
+
+def make(seed: int = 0) -> dict[str, np.ndarray]:
+    """Float64 data whose ratios fall on both sides of every clip."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, T + 1, B)
+    logps = -rng.exponential(1.0, (B, T)) - 0.1
+    return {
+        "logps": logps,
+        "old_logps": logps + rng.normal(0, 0.5, (B, T)),
+        "ref_logps": logps + rng.normal(0, 0.4, (B, T)),
+        "sampler_logps": logps + rng.normal(0, 0.5, (B, T)),
+        "entropy": rng.uniform(0.1, 2.0, (B, T)),
+        "advantages": rng.normal(0, 1, (B, 1)).repeat(T, axis=1),
+        "mask": np.arange(T)[None] < lengths[:, None],
+    }
+
+
+# ---- the papers, as loops ------------------------------------------------------------------------------------
+
+
+def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: GrpoConfig) -> tuple[float, float]:
+    """−J of one token and its derivative by log π, for the losses with a ratio per token."""
+    logp, old, advantage = data["logps"][b, t], data["old_logps"][b, t], data["advantages"][b, t]
+    ratio = np.exp(logp - old)
+    if cfg.loss == "cispo":
+        weight = min(ratio, 1 + cfg.epsilon_high)
+        return -weight * advantage * logp, -weight * advantage
+    if cfg.loss == "sapo":
+        tau = cfg.sapo_temperature_positive if advantage > 0 else cfg.sapo_temperature_negative
+        gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
+        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * ratio * advantage
+    return paper_clip(ratio, advantage, ratio, cfg)
+
+
+def paper_clip(ratio: float, advantage: float, slope: float, cfg: GrpoConfig) -> tuple[float, float]:
+    """−min(min(ρ, δ) A, clip(ρ) A) and its derivative, when dρ = slope."""
+    delta = np.inf if cfg.delta is None else cfg.delta
+    first = min(ratio, delta) * advantage
+    second = min(max(ratio, 1 - cfg.epsilon_low), 1 + cfg.epsilon_high) * advantage
+    if first <= second:
+        return -first, -advantage * slope if ratio < delta else 0.0
+    inside = 1 - cfg.epsilon_low < ratio < 1 + cfg.epsilon_high
+    return -second, -advantage * slope if inside else 0.0
+
+
+def paper_kl(x: float, kind: str) -> tuple[float, float]:
+    """Estimate and derivative by log π, x = log π − log π_ref."""
+    if kind == "k1":
+        return x, 1.0
+    if kind == "k2":
+        return x * x / 2, x
+    return np.exp(-x) - 1 + x, 1 - np.exp(-x)
+
+
+def paper_weight(loss: str, lengths: np.ndarray, b: int) -> float:
+    if loss in ("grpo", "gspo", "sapo"):
+        return 1 / len(lengths) / lengths[b]
+    if loss == "dr_grpo":
+        return 1 / (len(lengths) * T_MAX)
+    return 1 / lengths.sum()
+
+
+def paper_policy_terms(data: dict[str, np.ndarray], cfg: GrpoConfig) -> tuple[np.ndarray, np.ndarray]:
+    """−J per token (B, T) and derivative by log π; GSPO in its sequence form, spread evenly over the tokens."""
+    values, gradients = np.zeros((B, T)), np.zeros((B, T))
+    for b in range(B):
+        valid = [t for t in range(T) if data["mask"][b, t]]
+        if cfg.loss == "gspo":
+            s = np.exp(sum(data["logps"][b, t] - data["old_logps"][b, t] for t in valid) / len(valid))
+            value, gradient = paper_clip(s, data["advantages"][b, 0], s, cfg)
+            for t in valid:
+                values[b, t], gradients[b, t] = value, gradient
+            continue
+        for t in valid:
+            values[b, t], gradients[b, t] = paper_token(data, b, t, cfg)
+    return values, gradients
+
+
+def paper_loss(data: dict[str, np.ndarray], cfg: GrpoConfig, selected: np.ndarray | None = None) -> tuple[float, Any]:
+    """The step's loss and its gradient by log π, (B, T)."""
+    lengths = data["mask"].sum(1)
+    values, gradients = paper_policy_terms(data, cfg)
+    loss, gradient = 0.0, np.zeros((B, T))
+    for b in range(B):
+        for t in range(T):
+            if not data["mask"][b, t]:
+                continue
+            factor = 1.0 if selected is None else float(selected[b, t])
+            if cfg.importance_cap is not None:
+                factor *= min(np.exp(data["old_logps"][b, t] - data["sampler_logps"][b, t]), cfg.importance_cap)
+            value, slope = factor * values[b, t], factor * gradients[b, t]
+            if cfg.beta and cfg.kl_in == "loss":
+                kl, kl_slope = paper_kl(data["logps"][b, t] - data["ref_logps"][b, t], cfg.kl)
+                value, slope = value + cfg.beta * kl, slope + cfg.beta * kl_slope
+            weight = paper_weight(cfg.loss, lengths, b)
+            loss += weight * value - cfg.entropy_weight * data["entropy"][b, t] / lengths.sum()
+            gradient[b, t] = weight * slope
+    return loss, gradient
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------
+
+
+def tensors(data: dict[str, np.ndarray], dtype: torch.dtype, selected: np.ndarray | None = None) -> LossInputs:
+    made = {name: torch.tensor(value).to(dtype) for name, value in data.items() if name != "mask"}
+    made["logps"].requires_grad_()
+    made["entropy"].requires_grad_()
+    return LossInputs(
+        **made,
+        mask=torch.tensor(data["mask"]),
+        selected=None if selected is None else torch.tensor(selected),
+    )
+
+
+def step_totals(mask: Tensor) -> Totals:
+    return Totals(completions=len(mask), tokens=float(mask.sum()))
+
+
+def ours(inputs: LossInputs, cfg: GrpoConfig, totals: Totals | None = None) -> LossOutput:
+    totals = totals or step_totals(inputs.mask)
+    dtype = inputs.logps.dtype
+    inputs.entropy_weights = token_weights("dapo", inputs.mask, totals, T_MAX, dtype)
+    return policy_loss(inputs, token_weights(cfg.loss, inputs.mask, totals, T_MAX, dtype), cfg)
+
+
+def check_against_paper(cfg: GrpoConfig, dtype: torch.dtype = torch.float64, selected: bool = False) -> None:
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for seed in range(4):
+        data = make(seed)
+        if dtype == torch.float32:
+            data = {k: v.astype(np.float32).astype(np.float64) if v.dtype != bool else v for k, v in data.items()}
+        chosen = data["entropy"] > 0.8 if selected else None
+        inputs = tensors(data, dtype, chosen)
+        loss = ours(inputs, cfg).loss
+        (gradient,) = torch.autograd.grad(loss, inputs.logps)
+        expected, expected_gradient = paper_loss(data, cfg, chosen)
+        scale = max(abs(expected), 0.05)
+        assert abs(loss.item() - expected) <= tolerance * scale
+        error = np.linalg.norm(gradient.numpy() - expected_gradient)
+        assert error <= tolerance * np.linalg.norm(expected_gradient)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"epsilon_low": 0.1, "epsilon_high": 0.4},
+    {"delta": 1.5},
+    {"beta": 0.3, "kl": "k1"},
+    {"beta": 0.3, "kl": "k2"},
+    {"beta": 0.3, "kl": "k3"},
+    {"beta": 0.3, "kl": "k3", "kl_in": "reward"},
+    {"entropy_weight": 0.2},
+    {"importance_cap": 1.2},
+    {"delta": 1.6, "beta": 0.1, "entropy_weight": 0.1, "importance_cap": 1.3, "sapo_temperature_negative": 2.0},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_the_paper(loss: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    check_against_paper(GrpoConfig(loss=loss, **settings), dtype)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "gspo"])
+def test_only_selected_tokens_make_the_policy_term(loss: str) -> None:
+    check_against_paper(GrpoConfig(loss=loss, beta=0.1), selected=True)
+
+
+def test_entropy_bonus_raises_entropy() -> None:
+    inputs = tensors(make(), torch.float64)
+    loss = ours(inputs, GrpoConfig(entropy_weight=0.2)).loss
+    (gradient,) = torch.autograd.grad(loss, inputs.entropy)
+    expected = -0.2 * inputs.mask.double() / inputs.mask.sum()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_gspo_takes_an_advantage_per_token() -> None:
+    """GSPO-token, eq. 14: the gradient of token t is s A_t / |y| inside the clip."""
+    data = make()
+    data["old_logps"] = data["logps"] + 0.01
+    data["advantages"] = np.random.default_rng(5).normal(size=(B, T))
+    inputs = tensors(data, torch.float64)
+    (gradient,) = torch.autograd.grad(ours(inputs, GrpoConfig(loss="gspo")).loss, inputs.logps)
+    lengths = data["mask"].sum(1, keepdims=True)
+    expected = -np.exp(-0.01) * data["advantages"] * data["mask"] / lengths / B
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-10)
+
+
+def test_on_policy_old_logps_may_be_left_out() -> None:
+    data = make()
+    data["old_logps"] = data["logps"]
+    inputs = tensors(data, torch.float64)
+    with_old = ours(inputs, GrpoConfig())
+    inputs.old_logps = None
+    without = ours(inputs, GrpoConfig())
+    assert torch.equal(with_old.loss, without.loss)
+    assert without.maxima["ratio/max"] == 1.0
+
+
+# ---- invariances ---------------------------------------------------------------------------------------------
+
+
+def rows(data: dict[str, np.ndarray], index: Any) -> dict[str, np.ndarray]:
+    return {name: value[index] for name, value in data.items()}
+
+
+def gradient_by_parts(data: dict[str, np.ndarray], cfg: GrpoConfig, parts: list[Any]) -> tuple[float, np.ndarray]:
+    """Loss and gradient of a step that is split into these micro-batches."""
+    totals = step_totals(torch.tensor(data["mask"]))
+    loss, gradient = 0.0, np.zeros(data["logps"].shape)
+    for part in parts:
+        inputs = tensors(rows(data, part), torch.float64)
+        output = ours(inputs, cfg, totals)
+        loss += output.loss.item()
+        gradient[part] += torch.autograd.grad(output.loss, inputs.logps)[0].numpy()
+    return loss, gradient
+
+
+def check_split(loss: str) -> None:
+    data, cfg = make(1), GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1)
+    whole = gradient_by_parts(data, cfg, [slice(0, B)])
+    for parts in (2, 4, 8, "unequal"):
+        cuts = [0, 1, 6, 8] if parts == "unequal" else list(range(0, B + 1, B // int(parts)))
+        split = gradient_by_parts(data, cfg, [slice(a, b) for a, b in pairwise(cuts)])
+        np.testing.assert_allclose(split[0], whole[0], rtol=1e-10)
+        np.testing.assert_allclose(split[1], whole[1], rtol=1e-10)
+
+
+def check_padding(loss: str) -> None:
+    """Columns of padding, filled with anything, change nothing."""
+    data, cfg = make(2), GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0)
+    plain = gradient_by_parts(data, cfg, [slice(0, B)])
+    for junk in (7.0, np.inf, np.nan):
+        padded = {
+            name: np.concatenate([value, np.full((B, 3), False if name == "mask" else junk)], axis=1)
+            for name, value in data.items()
+        }
+        loss_value, gradient = gradient_by_parts(padded, cfg, [slice(0, B)])
+        np.testing.assert_allclose(loss_value, plain[0], rtol=1e-12)
+        np.testing.assert_allclose(gradient[:, :T], plain[1], rtol=1e-12)
+        assert (gradient[:, T:] == 0).all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_do_not_matter(loss: str) -> None:
+    check_split(loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_does_not_matter(loss: str) -> None:
+    check_padding(loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_order_does_not_matter(loss: str) -> None:
+    data, cfg = make(3), GrpoConfig(loss=loss, beta=0.1)
+    order = np.random.default_rng(0).permutation(B)
+    plain = gradient_by_parts(data, cfg, [slice(0, B)])
+    shuffled = gradient_by_parts(rows(data, order), cfg, [slice(0, 3), slice(3, B)])
+    np.testing.assert_allclose(shuffled[0], plain[0], rtol=1e-12)
+    np.testing.assert_allclose(shuffled[1], plain[1][order], rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_all_masked_is_exactly_zero(loss: str) -> None:
+    data = make()
+    data["mask"][:] = False
+    inputs = tensors(data, torch.float32)
+    output = ours(inputs, GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0))
+    (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
+    assert output.loss == 0
+    assert (gradient == 0).all()
+    assert all(torch.isfinite(part) for pair in output.metrics.values() for part in pair)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_zero_advantages_are_exactly_zero(loss: str) -> None:
+    data = make()
+    data["advantages"][:] = 0.0
+    inputs = tensors(data, torch.float32)
+    output = ours(inputs, GrpoConfig(loss=loss))
+    (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
+    assert output.loss == 0
+    assert (gradient == 0).all()
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_sums_that_add_up() -> None:
+    data, cfg = make(1), GrpoConfig(beta=0.1)
+    mask = data["mask"]
+    ratio, advantages = np.exp(data["logps"] - data["old_logps"]), data["advantages"]
+    high = ((ratio > 1.28) & (advantages > 0) & mask).sum() / mask.sum()
+    low = ((ratio < 0.8) & (advantages < 0) & mask).sum() / mask.sum()
+    kl = sum(paper_kl(x, "k3")[0] for x in (data["logps"] - data["ref_logps"])[mask]) / mask.sum()
+    gap = np.abs(data["old_logps"] - data["sampler_logps"])[mask]
+    expected = {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+        "kl": kl,
+        "entropy": data["entropy"][mask].mean(),
+        "ratio/mean": ratio[mask].mean(),
+        "sampling/sampling_logp_difference/mean": gap.mean(),
+    }
+    outputs = [ours(tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 3), slice(3, B))]
+    for name, value in expected.items():
+        numerator = sum(float(output.metrics[name][0]) for output in outputs)
+        denominator = sum(float(output.metrics[name][1]) for output in outputs)
+        assert numerator / denominator == pytest.approx(value, rel=1e-6), name
+    assert max(float(output.maxima["ratio/max"]) for output in outputs) == pytest.approx(ratio[mask].max())
+    assert max(float(output.maxima["sampling/sampling_logp_difference/max"]) for output in outputs) == pytest.approx(
+        gap.max()
+    )
+
+
+def test_masking_truncated_completions() -> None:
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    truncated = torch.tensor([False, True, False])
+    assert loss_mask(mask, truncated, False).all()
+    assert loss_mask(mask, truncated, True).sum(1).tolist() == [2, 0, 2]
+
+
+def test_sampler_weights_are_capped_and_ignore_unknown_tokens() -> None:
+    old = torch.zeros(1, 4)
+    sampler = torch.tensor([[-1.0, 1.0, torch.nan, -5.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    expected = torch.tensor([[2.0, float(np.exp(-1)), 1.0, 1.0]])
+    torch.testing.assert_close(sampler_weights(old, sampler, mask, cap=2.0), expected)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_entropy_threshold_keeps_the_share(share: float) -> None:
+    entropies = torch.randperm(50).float()
+    assert (entropies >= entropy_threshold(entropies, share)).sum() == round(share * 50)
+    assert entropy_threshold(torch.empty(0), share) == -torch.inf
+
+
+def test_kl_estimates_have_the_right_mean() -> None:
+    """Σ_y π(y) k(y) is KL(π ‖ π_ref) for k1 and k3; the gradients are those that the docstring says."""
+    theta = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ref = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
+    log_p = theta.log_softmax(0)
+    p = log_p.exp()
+    forward = (p * (log_p - ref)).sum()
+    reverse = (ref.exp() * (ref - log_p)).sum()
+    for kind, target in (("k1", None), ("k2", forward), ("k3", reverse)):
+        estimate = kl_estimate(log_p - ref, kind)
+        if kind != "k2":
+            assert (p * estimate).sum().item() == pytest.approx(forward.item())
+        (gradient,) = torch.autograd.grad((p.detach() * estimate).sum(), theta, retain_graph=True)
+        wanted = torch.zeros(5, dtype=torch.float64)
+        if target is not None:
+            (wanted,) = torch.autograd.grad(target, theta, retain_graph=True)
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_kl_in_the_reward() -> None:
+    logps, ref = torch.randn(2, 3), torch.randn(2, 3)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    ref[0, 2] = torch.nan
+    rewards = kl_penalised_rewards(torch.ones(2), logps, ref, mask, 0.5, "k1")
+    difference = torch.where(mask, logps - ref, torch.zeros(()))
+    torch.testing.assert_close(rewards, 1 - 0.5 * difference.sum(1))
+
+
+def test_large_kl_is_not_clamped() -> None:
+    assert kl_estimate(torch.tensor(-50.0), "k3") > 1e21
