@@ -62,7 +62,8 @@ def countdown(completions: list[Any], numbers: list[Sequence[int]], target: list
     return [float(is_solution(_text(completion), row_numbers, goal)) for completion, row_numbers, goal in rows]
 
 
-def expressions(numbers: Sequence[int]) -> list[str]:
+@cache
+def expressions(numbers: tuple[int, ...]) -> list[str]:
     """Every distinct expression that uses each number exactly once."""
     orders = sorted(set(itertools.permutations(numbers)))
     signs = list(itertools.product("+-*", repeat=len(numbers) - 1))
