@@ -1,0 +1,91 @@
+"""Tiny random models of many architectures, and ragged completions for them."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from vdr_cli.rollout.base import Completions
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+    "ffn_dim": 24,
+    "word_embed_proj_dim": 16,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_positions": 64,
+    "d_model": 16,
+    "n_heads": 2,
+    "n_layers": 3,
+    "expansion_ratio": 2,
+    "sliding_window": 4,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "logits_scaling": 0.5,
+    "final_logit_softcapping": 5.0,
+    "initializer_range": 0.5,
+    "init_std": 0.5,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., nn.Module]:
+    """A random model of an architecture; weights large enough that members differ by more than rounding."""
+    made: dict[str, nn.Module] = {}
+
+    def build(kind: str = "qwen2", **changes: object) -> nn.Module:
+        name = kind + repr(sorted(changes.items()))
+        if name not in made:
+            config_class = CONFIG_MAPPING[kind]
+            known = inspect.signature(config_class.__init__).parameters
+            settings = {key: value for key, value in {**SMALL, **changes}.items() if key in known}
+            torch.manual_seed(0)
+            made[name] = AutoModelForCausalLM.from_config(config_class(**settings)).eval()
+        return made[name]
+
+    return build
+
+
+@pytest.fixture
+def ragged() -> Callable[..., Completions]:
+    """Completions of unequal lengths under left-padded prompts."""
+
+    def build(groups: int = 2, group_size: int = 3, prompt: int = 6, length: int = 5, seed: int = 0) -> Completions:
+        generator = torch.Generator().manual_seed(seed)
+        rows = groups * group_size
+        prompts = torch.randint(3, 61, (groups, prompt), generator=generator)
+        prompt_mask = torch.ones(groups, prompt, dtype=torch.bool)
+        for group in range(groups):
+            prompt_mask[group, : (2 * group) % prompt] = False
+        ids = torch.randint(3, 61, (rows, length), generator=generator)
+        lengths = torch.tensor([1 + (row * 3 + 1) % length for row in range(rows)])
+        mask = torch.arange(length) < lengths[:, None]
+        return Completions(
+            torch.where(prompt_mask, prompts, 0).repeat_interleave(group_size, 0),
+            prompt_mask.repeat_interleave(group_size, 0),
+            torch.where(mask, ids, 0),
+            mask,
+            torch.zeros(rows, length),
+            torch.zeros(rows, dtype=torch.bool),
+        )
+
+    return build

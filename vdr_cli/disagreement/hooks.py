@@ -1,0 +1,129 @@
+"""Members made from a plain model: masks on the residual branches, installed for the length of a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vdr_cli.disagreement.masks import EnsembleSpec, Site, member_mask, token_mask
+from vdr_cli.errors import ConfigError
+from vdr_cli.models import anatomy
+
+
+@dataclass
+class Members:
+    """The members of one `ensemble` block. Row r of a batch belongs to member r // (rows / len(members))."""
+
+    spec: EnsembleSpec
+    step: int
+    members: Sequence[int]
+    keys: list[str] = field(default_factory=list)
+    """Of the sequences in the next pass, one per row of a member (mask_sharing: token)."""
+
+    def mask(self, layer: int, site: Site, branch: Tensor) -> Tensor:
+        """A mask that broadcasts against the branch seen as (members, tokens of a member, D)."""
+        width = branch.shape[-1]
+        if self.spec.mask_sharing == "member":
+            masks = [member_mask(self.spec, self.step, m, layer, site, width)[None] for m in self.members]
+        else:
+            length = branch.numel() // (width * len(self.members) * len(self.keys))
+            masks = [
+                torch.cat([token_mask(self.spec, self.step, m, layer, site, key, length, width) for key in self.keys])
+                for m in self.members
+            ]
+        return torch.stack(masks).to(branch.device)  # (m, 1, D) or (m, rows·W, D)
+
+
+class _BranchHook:
+    """Forward hook that multiplies a block's output, or the first entry of a tuple, by the members' masks."""
+
+    def __init__(self, members: Members, layer: int, site: Site) -> None:
+        self.members = members
+        self.layer = layer
+        self.site: Site = site
+        self.kept: Tensor | None = None
+
+    def __call__(self, module: nn.Module, arguments: object, output: object) -> object:
+        if isinstance(output, tuple):
+            return (self.masked(output[0]), *output[1:])
+        return self.masked(output)
+
+    def masked(self, branch: Tensor) -> Tensor:
+        # The product is taken in float32: 1/(1-p) rounded to bfloat16 would scale every branch by a wrong constant.
+        flat = branch.reshape(len(self.members.members), -1, branch.shape[-1])
+        return (flat * self.mask(branch)).to(branch.dtype).view(branch.shape)
+
+    def mask(self, branch: Tensor) -> Tensor:
+        if self.members.spec.mask_sharing == "token":
+            return self.members.mask(self.layer, self.site, branch)
+        if self.kept is None or self.kept.device != branch.device:
+            self.kept = self.members.mask(self.layer, self.site, branch)
+        return self.kept
+
+
+@contextmanager
+def ensemble(model: nn.Module, spec: EnsembleSpec, step: int, members: Sequence[int]) -> Iterator[Members]:
+    """Inside the block a batch is read by `members`, laid out member-major: row = m_local * B + b.
+
+    The model is put into eval mode, so that no dropout of its own is active, and left as it was found: hooks removed,
+    training flags restored, whatever happens inside. Not to be nested on one model.
+    """
+    sites = _sites(model, spec)
+    if any(isinstance(hook, _BranchHook) for _, _, block in sites for hook in block._forward_hooks.values()):
+        raise RuntimeError("an ensemble block is already open on this model: its masks would be applied twice")
+    active = Members(spec, step, members)
+    with ExitStack() as restore:
+        restore.enter_context(evaluating(model))
+        for layer, site, block in sites:
+            restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, layer, site)))
+        yield active
+
+
+def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
+    """(layer, site, module) of every mask of the ensemble."""
+    if spec.site == "embedding":
+        embeddings = anatomy.unwrapped(model).get_input_embeddings()
+        return [(0, "embedding", embeddings)]
+    if spec.site == "attention":
+        raise ConfigError("disagreement.site: attention is not available for this attention implementation")
+    sites: list[tuple[int, Site, nn.Module]] = []
+    layers = anatomy.decoder_layers(model)
+    for number in range(first_layer(len(layers), spec), len(layers)):
+        attention, mlp = anatomy.residual_blocks(layers[number], spec.block_names)
+        sites += [(number, "attention", attention), (number, "mlp", mlp)]
+    return sites
+
+
+def first_layer(count: int, spec: EnsembleSpec) -> int:
+    """The lowest layer in which members differ."""
+    if spec.scope == "full":
+        return 0
+    if spec.last_k is None or spec.last_k > count:
+        raise ConfigError(f"disagreement.last_k is {spec.last_k}, but the model has {count} layers")
+    return count - spec.last_k
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, every module's own flag back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def hooked(register: Callable[..., torch.utils.hooks.RemovableHandle], hook: object, **how: bool) -> Iterator[None]:
+    """A hook that exists inside the block only."""
+    handle = register(hook, **how)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,178 @@
+"""From completions to disagreement: which rows and members go through the network together, and the result.
+
+No collective happens in here: a rank that runs out of memory splits its work and tries again alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vdr_cli.disagreement.hooks import ensemble
+from vdr_cli.disagreement.information import Statistics, token_statistics
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reading import Batch, prepare
+from vdr_cli.errors import MachineError
+from vdr_cli.models import anatomy
+from vdr_cli.rollout.base import Completions
+
+__all__ = ["EnsembleSpec", "ensemble", "measure"]
+
+CPU_BUDGET = 2**28
+"""Bytes of activations on a CPU: larger batches gain nothing there."""
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    completions: Completions,
+    group_size: int,
+    spec: EnsembleSpec,
+    step: int,
+    positions: Literal["all", "last"] = "all",
+    measures: Collection[str] = ("bald",),
+    budget: int | None = None,
+    last_n: int | None = None,
+) -> Statistics:
+    """The measures of every completion under the ensemble of one step.
+
+    positions: all valid tokens, giving (B, T), or each row's last valid one, giving (B,). last_n: only the last n valid
+    tokens of a row (the others stay 0). budget: bytes of activations and logits at once; None: what the device
+    has. Neither budget nor the batch's padding, order or split changes a number.
+    """
+    budget = budget or default_budget(completions.prompt_ids.device)
+    while True:
+        try:
+            return _measure(model, completions, group_size, spec, step, positions, frozenset(measures), budget, last_n)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            smaller = budget // 2
+        if smaller < 2**20:
+            raise MachineError(
+                "disagreement: not enough memory for one member and one completion; lower rollout.max_new_tokens or "
+                "disagreement.members"
+            )
+        budget = smaller
+        if completions.prompt_ids.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes: half of what the device has free, a fixed amount on a CPU."""
+    if device.type != "cuda":
+        return CPU_BUDGET
+    return torch.cuda.mem_get_info(device)[0] // 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _measure(
+    model: nn.Module,
+    completions: Completions,
+    group_size: int,
+    spec: EnsembleSpec,
+    step: int,
+    positions: str,
+    measures: frozenset[str],
+    budget: int,
+    last_n: int | None,
+) -> Statistics:
+    _check_groups(completions, group_size)
+    shape = completions.completion_ids.shape
+    wanted = wanted_positions(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
+    head = anatomy.output_head(model)
+    device = completions.completion_ids.device
+    results = {
+        name: torch.zeros((spec.members, *shape) if name == "member_logps" else shape, device=device)
+        for name in measures
+    }
+    for rows, member_count in plan(model, completions, group_size, spec.members, budget):
+        batch = _batch(completions, rows, group_size, wanted, positions == "last")
+        if len(batch.rows) == 0:
+            continue
+        reading = prepare(model, spec, step, batch)
+        everyone = range(spec.members)
+        parts = [reading.states(everyone[at : at + member_count]) for at in range(0, spec.members, member_count)]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
+        targets = batch.completions.completion_ids[batch.rows, batch.tokens]
+        statistics = token_statistics(hidden, targets, head, measures, max(budget // 4, 2**20))
+        for name in measures:
+            results[name][..., rows.start + batch.rows, batch.tokens] = statistics.get(name)
+    if positions == "last":
+        results = {name: values.sum(-1) for name, values in results.items()}  # all columns but one are 0
+    return Statistics(**results)
+
+
+def wanted_positions(mask: Tensor, last_n: int | None) -> Tensor:
+    """(B, T) bool: the valid tokens, or only the last n of each row."""
+    valid = mask.bool()
+    if last_n is None:
+        return valid
+    remaining = valid.long().flip(-1).cumsum(-1).flip(-1)  # valid tokens from here to the row's end
+    return valid & (remaining <= last_n)
+
+
+def _check_groups(completions: Completions, group_size: int) -> None:
+    if len(completions) % group_size:
+        raise ValueError(f"{len(completions)} completions are not whole groups of {group_size}")
+    prompts = torch.where(completions.prompt_mask.bool(), completions.prompt_ids, -1)
+    groups = prompts.view(-1, group_size, prompts.shape[1])
+    if not bool((groups == groups[:, :1]).all()):
+        raise ValueError("the completions of a group must share their prompt: groups are contiguous rows")
+
+
+def _batch(completions: Completions, rows: slice, group_size: int, wanted: Tensor, one_a_row: bool) -> Batch:
+    """The rows without padding that all of them have, and the positions to read in them."""
+    part = completions.rows(rows).trimmed()
+    row, token = wanted[rows].nonzero(as_tuple=True)
+    return Batch(part, min(group_size, len(part)), row, token, one_a_row)
+
+
+def plan(
+    model: nn.Module, completions: Completions, group_size: int, members: int, budget: int
+) -> Iterator[tuple[slice, int]]:
+    """(rows, members at once) of each batch, so that its activations fit the budget.
+
+    As many whole groups as fit with all members; else one group with as many members as fit; else one member and
+    a part of a group. The division never changes a number.
+    """
+    row, prompt = bytes_per_row(model, completions)
+    group = group_size * row + prompt
+    total = len(completions)
+    if members * group <= budget:
+        size, together = group_size * max(1, budget // (members * group)), members
+    elif group <= budget:
+        size, together = group_size, budget // group
+    else:
+        part = max(1, (budget - prompt) // row)
+        size, together = max(n for n in range(1, group_size + 1) if group_size % n == 0 and n <= part), 1
+    return ((slice(at, min(at + size, total)), together) for at in range(0, total, size))
+
+
+def bytes_per_row(model: nn.Module, completions: Completions) -> tuple[int, int]:
+    """Peak bytes of activations that one member needs for (a completion, a prompt).
+
+    A completion: the widest layer's activations, and its keys and values joined with the prompt's. A prompt: keys
+    and values in all layers, or the widest layer's activations.
+    """
+    config = anatomy.text_config(model)
+    size = anatomy.output_head(model).weight.element_size()
+    width = config.hidden_size
+    inner = max(
+        getattr(config, name, None) or 0 for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+    )
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    heads = config.num_attention_heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    keys = 2 * width * kept // heads  # D of keys and values together
+    per_token = 8 * width + 3 * (inner or 4 * width) * active
+    lengths = completions.prompt_ids.shape[1], completions.completion_ids.shape[1]
+    row = size * (lengths[1] * per_token + sum(lengths) * keys)
+    prompt = size * lengths[0] * (per_token + config.num_hidden_layers * keys)
+    return row, prompt
