@@ -21,7 +21,8 @@ from vdr_cli.config.schema import DataConfig, ModelConfig, RewardsConfig, Rollou
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rewards.base import LoadedReward, compute_rewards
+from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
+from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rollout.base import Completions, Messages, Prompt, Rollout, Sampling, completion_key
 from vdr_cli.stats.bootstrap import mean_interval
 from vdr_cli.stats.passk import pass_at_k
@@ -33,7 +34,7 @@ ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What `vdr eval` was asked for. data.name and data.split say where the prompts come from."""
+    """What `vdr eval` was asked for. The prompts are the held-out ones of `data` (eval_name, eval_split)."""
 
     models: tuple[str, ...]
     data: DataConfig = field(default_factory=DataConfig)
@@ -96,7 +97,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     """Evaluate every model of the request on the same prompts with the same random numbers."""
     from vdr_cli.data.prompts import load_prompts
     from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
-    from vdr_cli.rewards.base import check_columns, load_rewards
+    from vdr_cli.rewards.loading import load_rewards
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     samples, ks, sampling = _sampling(request)
@@ -107,7 +108,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     for name in request.models:
         setting = request.model
         tokenizer = load_tokenizer(name, setting.revision, setting.trust_remote_code)
-        prompt_set = load_prompts(request.data, request.data.split, tokenizer)
+        prompt_set = load_prompts(request.data, "eval", tokenizer)
         check_columns(rewards, prompt_set.columns)
         count = min(len(prompt_set), request.prompts or len(prompt_set))
         model = load_causal_lm(
@@ -241,7 +242,7 @@ def _sample_chunk(
     entropy = _entropy_sums(model, completions, sampling.temperature or 1.0)
     shape = (len(prompts), n)
     return {
-        "texts": [_plain(text) for text in texts],
+        "texts": [completion_text(text) for text in texts],
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": lengths.cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
@@ -316,7 +317,3 @@ def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
     counts = np.isfinite(values).sum(1)
     sums: NDArray[np.float64] = np.nansum(values, axis=1)
     return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
-
-
-def _plain(text: str | Messages) -> str:
-    return text if isinstance(text, str) else text[0]["content"]

@@ -11,9 +11,11 @@ import glob
 import io
 import itertools
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes; 0 for stdin."""
-        return 0 if self.path == STDIN else Path(self.path).stat().st_size
+        """Bytes."""
+        return Path(self.path).stat().st_size
 
 
 @dataclass(slots=True)
@@ -43,13 +45,14 @@ class Row:
     """One input row: its values, or why it cannot be used."""
 
     source: str
-    number: int  # line of the file (JSONL, CSV) or row (Parquet), from 1
+    number: int  # line of the file from 1 (JSONL, CSV), row from 0 (Parquet)
     values: dict[str, Any] | None
     error: str | None = None
 
     @property
     def place(self) -> str:
-        return f"{'stdin' if self.source == STDIN else self.source}:{self.number}"
+        unit = "row" if self.source.endswith(".parquet") else "line"
+        return f"{self.source} {unit} {self.number}"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,20 @@ class Window:
     index: int
     rows: list[Row]
     fraction: float
-    """Share of the input read so far, by bytes; 0 when unknown."""
+    """Share of the input read so far, by bytes."""
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files behind paths, globs, run directories and `-`, in order."""
+def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
+    """The files behind paths, globs, run directories and `-`, in order.
+
+    stdin is copied to the file `spool` first: it can be read only once, and a resumed scoring reads it again.
+    """
     sources: list[Source] = []
     for given in inputs:
         if given == STDIN:
-            sources.append(Source(STDIN, "jsonl"))
+            with spool.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            sources.append(Source(str(spool), "jsonl"))
             continue
         for path in _expand(given):
             kind = FORMATS.get(path.suffix.lower())
@@ -77,32 +85,43 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return sources
 
 
-def windows(sources: Sequence[Source], wanted: Callable[[int], bool]) -> Iterator[Window]:
-    """The wanted windows in order. Rows of the others are read past without being parsed."""
-    sizes = [source.size for source in sources]
-    total = sum(sizes)
-    number = 0
-    rows: list[Row] = []
-    for index, source in enumerate(sources):
-        before = sum(sizes[:index])
-        for make, share in _readers[source.format](source):
-            window = number // WINDOW_ROWS
-            if wanted(window):
-                rows.append(make())
-            number += 1
-            if number % WINDOW_ROWS == 0:
-                if rows:
-                    yield Window(window, rows, (before + share * sizes[index]) / total if total else 0.0)
-                rows = []
-    if rows:
-        yield Window(number // WINDOW_ROWS, rows, 1.0)
+class Windows:
+    """The wanted windows in order; `count` says how many there are in all once the end was reached.
+
+    Rows of windows that are not wanted are read past without being parsed.
+    """
+
+    def __init__(self, sources: Sequence[Source], wanted: Callable[[int], bool]) -> None:
+        self._sources = sources
+        self._wanted = wanted
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Window]:
+        sizes = [source.size for source in self._sources]
+        total = max(sum(sizes), 1)
+        rows: list[Row] = []
+        number = 0
+        for index, source in enumerate(self._sources):
+            before = sum(sizes[:index])
+            for make, share in _readers[source.format](source):
+                window = number // WINDOW_ROWS
+                number += 1
+                if self._wanted(window):
+                    rows.append(make())
+                if number % WINDOW_ROWS == 0 and rows:
+                    yield Window(window, rows, (before + share * sizes[index]) / total)
+                    rows = []
+        if rows:
+            yield Window(number // WINDOW_ROWS, rows, 1.0)
+        self.count = -(-number // WINDOW_ROWS)
 
 
-def count_rows(sources: Sequence[Source]) -> int | None:
-    """How many rows there are when that is cheap to know (Parquet), else None."""
-    if any(source.format != "parquet" for source in sources):
-        return None
-    return sum(_parquet(source.path).metadata.num_rows for source in sources)
+def first_rows(sources: Sequence[Source]) -> list[Row]:
+    """The rows of the first window; DataError when there are none."""
+    window = next(iter(Windows(sources, lambda index: index == 0)), None)
+    if window is None:
+        raise DataError(f"{', '.join(source.path for source in sources)}: no rows to score")
+    return window.rows
 
 
 def input_schema(sources: Sequence[Source]) -> pa.Schema | None:
@@ -136,14 +155,14 @@ Reader = Iterator[tuple[Callable[[], Row], float]]
 
 
 def _jsonl(source: Source) -> Reader:
-    size = source.size
+    size = max(source.size, 1)
     read = 0
     with _open_binary(source) as lines:
         for number, line in enumerate(lines, 1):
             read += len(line)
             if not line.strip():
                 continue
-            yield (lambda line=line, number=number: _json_row(source.path, number, line)), read / size if size else 0.0
+            yield partial(_json_row, source.path, number, line), read / size
 
 
 def _json_row(path: str, number: int, line: bytes) -> Row:
@@ -158,16 +177,16 @@ def _json_row(path: str, number: int, line: bytes) -> Row:
 
 def _csv(source: Source) -> Reader:
     csv.field_size_limit(sys.maxsize)
-    size = source.size
+    size = max(source.size, 1)
     with _open_binary(source) as raw:
         reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8", errors="replace", newline=""))
         header = next(reader, None)
         if header is None:
             return
         for values in itertools.filterfalse(lambda row: not row, reader):
-            share = raw.tell() / size if size else 0.0
+            share = raw.tell() / size
             number = reader.line_num
-            yield (lambda values=values, number=number: _csv_row(source.path, number, header, values)), share
+            yield partial(_csv_row, source.path, number, header, values), share
 
 
 def _csv_row(path: str, number: int, header: list[str], values: list[str]) -> Row:
@@ -181,16 +200,27 @@ def _parquet_rows(source: Source) -> Reader:
     total = max(file.metadata.num_rows, 1)
     number = 0
     for batch in file.iter_batches(batch_size=WINDOW_ROWS):
-        parsed: list[dict[str, Any]] = []
-
-        def row(at: int, first: int, batch: Any = batch, parsed: list[dict[str, Any]] = parsed) -> Row:
-            if not parsed:
-                parsed.extend(batch.to_pylist())
-            return Row(source.path, first + at + 1, parsed[at])
-
+        parsed = _Parsed(batch)
         for at in range(batch.num_rows):
-            yield (lambda at=at, first=number, row=row: row(at, first)), (number + at + 1) / total
-        number += batch.num_rows
+            yield partial(_parquet_row, source.path, number, parsed, at), (number + 1) / total
+            number += 1
+
+
+class _Parsed:
+    """A record batch as Python rows, converted when the first of them is asked for."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self._rows: list[dict[str, Any]] | None = None
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        if self._rows is None:
+            self._rows = self._batch.to_pylist()
+        return self._rows[at]
+
+
+def _parquet_row(path: str, number: int, parsed: _Parsed, at: int) -> Row:
+    return Row(path, number, parsed[at])
 
 
 def _parquet(path: str) -> pq.ParquetFile:
@@ -201,8 +231,6 @@ def _parquet(path: str) -> pq.ParquetFile:
 
 
 def _open_binary(source: Source) -> Any:
-    if source.path == STDIN:
-        return sys.stdin.buffer
     try:
         return Path(source.path).open("rb")
     except OSError as error:

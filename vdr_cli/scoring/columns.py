@@ -1,0 +1,85 @@
+"""Per-token numbers to the columns of one completion. Sums are float64 over valid tokens: padding cannot move them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vdr_cli.disagreement.information import Statistics, at_last, ig_seq, rmi_seq
+
+MEASURES = frozenset(
+    ("total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "vote_disagree", "bald_jk", "bald_se", "member_logps")
+)
+"""What the ensemble is asked for."""
+
+Columns = dict[str, NDArray[Any]]
+
+
+def base_columns(logps: Tensor, entropy: Tensor, mask: Tensor) -> Columns:
+    """Of the model itself, dropout off: logps (B, T), entropy (B, T), mask (B, T) bool with a token in every row."""
+    count = mask.sum(1)
+    nll_sum = -(logps.double() * mask).sum(1)
+    nll_mean = nll_sum / count
+    return {
+        "n_tokens": _array(count),
+        "nll_sum": _array(nll_sum),
+        "nll_mean": _array(nll_mean),
+        "ppl": _array(nll_mean.exp()),
+        "entropy_mean": _array(_mean(entropy, mask)),
+        "entropy_max": _array(_max(entropy, mask)),
+    }
+
+
+def ensemble_columns(statistics: Statistics, mask: Tensor) -> Columns:
+    """Of the ensemble: the statistics at all positions, (B, T) each."""
+    bald = statistics.get("bald")
+    member_logps = statistics.get("member_logps")
+    means = {
+        "total_mean": "total",
+        "aleatoric_mean": "aleatoric",
+        "bald_mean": "bald",
+        "bald_mean_jk": "bald_jk",
+        "bald_se": "bald_se",
+        "epkl_mean": "epkl",
+        "rmi_mean": "rmi",
+        "logp_var_mean": "logp_var",
+        "vote_disagree": "vote_disagree",
+    }
+    return {
+        **{column: _array(_mean(statistics.get(measure), mask)) for column, measure in means.items()},
+        "bald_sum": _array((bald.double() * mask).sum(1)),
+        "bald_max": _array(_max(bald, mask)),
+        "bald_eos": _array(at_last(bald, mask).double()),
+        "rmi_seq": _array(rmi_seq(member_logps, mask).double()),
+        "ig_seq": _array(ig_seq(member_logps, mask).double()),
+    }
+
+
+def token_columns(
+    completion_ids: Tensor, logps: Tensor, entropy: Tensor, statistics: Statistics | None, mask: Tensor
+) -> dict[str, list[list[Any]]]:
+    """Arrays with one value a valid token, for `--tokens`."""
+    tensors = {"token_ids": completion_ids, "token_logp": logps, "token_entropy": entropy}
+    if statistics is not None:
+        tensors |= {"token_bald": statistics.get("bald"), "token_rmi": statistics.get("rmi")}
+    counts = mask.sum(1).tolist()
+    return {
+        name: [row[:count] for row, count in zip(values.tolist(), counts, strict=True)]
+        for name, values in tensors.items()
+    }
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return (values.double() * mask).sum(1) / mask.sum(1)
+
+
+def _max(values: Tensor, mask: Tensor) -> Tensor:
+    return values.double().masked_fill(~mask, -torch.inf).amax(1)
+
+
+def _array(values: Tensor) -> NDArray[Any]:
+    return np.asarray(values.cpu())

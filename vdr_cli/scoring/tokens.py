@@ -1,0 +1,192 @@
+"""Rows to token ids: what is scored of each row, or why it cannot be.
+
+Prompt and completion are tokenised apart, as in training: a sampled completion never merges with its prompt's
+last token. Token ids that a row brings are used as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from vdr_cli.data.prompts import encode
+from vdr_cli.scoring.request import Fields
+from vdr_cli.scoring.sources import Row
+
+
+@dataclass(slots=True)
+class Item:
+    """One row that can be scored."""
+
+    at: int  # in its window
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    is_cut: bool
+
+
+class RowError(Exception):
+    """Why a row cannot be used: what `--on-error` decides about."""
+
+
+@dataclass(frozen=True)
+class Tokeniser:
+    """How rows become tokens. use_ids: whether ids that rows bring are this tokenizer's."""
+
+    tokenizer: Any
+    fields: Fields
+    vocabulary: int
+    max_tokens: int | None
+    append_eos: bool
+    longest: int | None
+    """Tokens that the model takes in all; None: no limit."""
+    use_ids: bool = True
+
+    def items(self, rows: Sequence[Row]) -> list[Item]:
+        """The rows of a window that can be scored; the others get their error."""
+        prompts: dict[str, list[int]] = {}
+        items = []
+        for at, row in enumerate(rows):
+            if row.error is not None or row.values is None:
+                continue
+            try:
+                items.append(self._item(at, row.values, prompts))
+            except RowError as error:
+                row.error = str(error)
+        return items
+
+    def _item(self, at: int, values: dict[str, Any], prompts: dict[str, list[int]]) -> Item:
+        prompt_ids = self._ids(values, self.fields.prompt_ids)
+        if prompt_ids is None:
+            prompt_ids = self._prompt(prompt_value(values, self.fields), prompts)
+        completion_ids = self._ids(values, self.fields.completion_ids)
+        if completion_ids is None:
+            text = completion_value(values, self.fields)
+            completion_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if self.append_eos:
+                completion_ids = [*completion_ids, self.tokenizer.eos_token_id]
+        if not prompt_ids:
+            raise RowError("the prompt has no tokens: a completion needs something to follow")
+        is_cut = self.max_tokens is not None and len(completion_ids) > self.max_tokens
+        completion_ids = completion_ids[: self.max_tokens]
+        length = len(prompt_ids) + len(completion_ids)
+        if self.longest is not None and length > self.longest:
+            raise RowError(f"prompt and completion have {length} tokens, the model takes {self.longest}")
+        return Item(at, prompt_ids, completion_ids, is_cut)
+
+    def _prompt(self, value: str | list[dict[str, Any]], known: dict[str, list[int]]) -> list[int]:
+        key = value if isinstance(value, str) else json.dumps(value, default=str)
+        if key not in known:
+            try:
+                known[key] = encode(self.tokenizer, value)
+            except (TemplateError, ValueError) as error:
+                raise RowError(f"the chat template refuses the messages: {error}") from error
+        return known[key]
+
+    def _ids(self, values: dict[str, Any], name: str) -> list[int] | None:
+        found = value_at(values, name) if self.use_ids else None
+        if isinstance(found, str):  # CSV
+            found = _json_or(found, None)
+        if found is None:
+            return None
+        if not isinstance(found, list) or not all(type(token) is int for token in found):
+            raise RowError(f"{name} must be a list of token ids")
+        wrong = next((token for token in found if not 0 <= token < self.vocabulary), None)
+        if wrong is not None:
+            raise RowError(f"{name} holds {wrong}, the model's vocabulary has {self.vocabulary} tokens")
+        return found
+
+
+def prompt_value(values: dict[str, Any], fields: Fields) -> str | list[dict[str, Any]]:
+    """The prompt of a row, a string or messages. Knows the sample logs of lm-evaluation-harness."""
+    found = value_at(values, fields.prompt)
+    if found is None and _is_lm_eval(values):
+        arguments = values["arguments"]
+        found = value_at(arguments, "gen_args_0.arg_0") if isinstance(arguments, dict) else value_at(arguments, "0.0")
+    if found is None:
+        raise RowError(_missing(fields.prompt, values, "--prompt-column"))
+    if isinstance(found, str) and found.startswith('[{"'):  # messages in a CSV cell or lm-eval's chat prompts
+        found = _json_or(found, found)
+    if isinstance(found, str):
+        return found
+    messages = _messages(found)
+    if not messages:
+        raise RowError(f"{fields.prompt} must be a string or a list of messages with role and content")
+    return messages
+
+
+def completion_value(values: dict[str, Any], fields: Fields) -> str:
+    """The completion of a row, from a string or one assistant message."""
+    found = value_at(values, fields.completion)
+    if found is None and fields.completion not in values and _is_lm_eval(values):
+        responses = [response for one in values["resps"] for response in (one if isinstance(one, list) else [one])]
+        if len(responses) != 1:
+            raise RowError(f"resps holds {len(responses)} responses: choose one, --completion-column resps.0.0")
+        found = responses[0]
+    if found is None:
+        raise RowError(_missing(fields.completion, values, "--completion-column"))
+    if isinstance(found, str):
+        return found
+    messages = _messages(found)
+    if len(messages) != 1:
+        raise RowError(f"{fields.completion} must be a string or one assistant message")
+    return str(messages[0]["content"])
+
+
+def value_at(values: Any, path: str) -> Any:
+    """The column of this name, else what a path such as resps.0.0 leads to; None when there is nothing."""
+    if isinstance(values, dict) and path in values:
+        return values[path]
+    for step in path.split("."):
+        if isinstance(values, dict):
+            values = values.get(step)
+        elif isinstance(values, list) and step.isdigit() and int(step) < len(values):
+            values = values[int(step)]
+        else:
+            return None
+    return values
+
+
+def ids_fit(rows: Sequence[Row], fields: Fields, tokenizer: Any) -> bool:
+    """Whether the ids that rows bring decode to their completions: False when another tokenizer made them."""
+    same = other = 0
+    for row in rows[:64]:
+        ids = value_at(row.values, fields.completion_ids) if row.values else None
+        text = value_at(row.values, fields.completion) if row.values else None
+        if isinstance(text, list):
+            text = text[0].get("content") if text and isinstance(text[0], dict) else None
+        if not isinstance(ids, list) or not isinstance(text, str) or not ids:
+            continue
+        try:
+            decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        except (IndexError, OverflowError, TypeError):
+            decoded = None
+        same, other = same + (decoded == text), other + (decoded != text)
+    return same >= other
+
+
+def _is_lm_eval(values: dict[str, Any]) -> bool:
+    return isinstance(values.get("resps"), list) and isinstance(values.get("arguments"), list | dict)
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    usable = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and message.get("content") is not None
+        for message in value
+    )
+    return value if usable else []
+
+
+def _missing(name: str, values: dict[str, Any], flag: str) -> str:
+    state = "is null" if name in values else f"is missing (there are: {', '.join(values) or 'none'})"
+    return f"{name} {state}; name the right column with {flag}"
+
+
+def _json_or(text: str, otherwise: Any) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return otherwise
