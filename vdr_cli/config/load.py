@@ -31,10 +31,12 @@ def load_config(
     path: str | Path | None = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
+    flag_names: Mapping[str, str] | None = None,
 ) -> Config:
     """The configuration of a run.
 
     path: YAML file. overrides: `a.b=value` as typed after --set. flags: dotted key to value; None: not given.
+    flag_names: what was typed for a dotted key of `flags`, for error messages.
     Raises ConfigError, one line that names the key and where it was given.
     """
     places: dict[KeyPath, str] = {}
@@ -43,7 +45,7 @@ def load_config(
     for key, value in (flags or {}).items():
         if value is not None:
             _put(typed, key, value)
-            places[tuple(key.split("."))] = "command line"
+            places[tuple(key.split("."))] = (flag_names or {}).get(key, "command line")
     tree = deep_merge(file_tree, typed)
     if _model_name(tree) == STARTER:
         tree = deep_merge(starter_recipe(), tree)
@@ -88,6 +90,16 @@ def starter_recipe() -> Tree:
 def dump_config(config: Config) -> str:
     """Complete YAML in the schema's order; load_config of it gives an equal Config."""
     return dump_tree(config.model_dump(mode="json"))
+
+
+def dump_run_record(config: Config) -> str:
+    """A run's config.yaml: everything but where it lies, so `vdr train that/config.yaml` starts a new run."""
+    return dump_config(with_output(config, None))
+
+
+def with_output(config: Config, output: str | None) -> Config:
+    """The same configuration with another run directory."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"output": output})})
 
 
 def config_hash(config: Config) -> str:

@@ -43,16 +43,15 @@ def default_output() -> str:
 
 
 def check_before_start(config: Config, resume: str | None) -> None:
-    """Everything below, cheapest first. Raises VdrError, one line."""
+    """Everything below that is the same on every process. Raises VdrError, one line."""
     check_model(config.model.name)
     check_data(config.data.name, "data.name")
     if config.train.eval_every:
         check_data(config.data.eval_name or config.data.name, "data.eval_name")
         check_held_out(config)
     read_ds_config(config.engine.ds_config)
+    check_rewards(config)
     check_resume(resume)
-    if config.train.output is not None:
-        check_output(config, Path(config.train.output), resume)
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -115,8 +114,23 @@ def check_resume(resume: str | None) -> None:
         raise ConfigError(f"--resume {resume}: no such checkpoint directory; give its path, or auto for the newest one")
 
 
-def check_output(config: Config, directory: Path, resume: str | None) -> None:
-    """The run directory can be written and does not hold another run, nor this one without --resume."""
+def check_rewards(config: Config) -> None:
+    """Only the starter's data bring a reward of their own."""
+    if not config.rewards.functions and config.data.name != STARTER:
+        raise ConfigError(
+            f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
+            "give --reward a built-in, module:function or file.py:function"
+        )
+
+
+def check_output(config: Config, resume: str | None) -> None:
+    """The run directory can be written and does not hold another run, nor this one without --resume.
+
+    For one process alone: once a run has started, its directory holds it.
+    """
+    if config.train.output is None:
+        return
+    directory = Path(config.train.output)
     _check_writable(directory)
     earlier = directory / "config.yaml"
     if not earlier.is_file():

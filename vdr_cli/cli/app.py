@@ -1,0 +1,115 @@
+"""The `vdr` command: subcommands, exit codes, and errors as one line on stderr.
+
+A command is a file with a function; COMMANDS names it. Nothing here or there imports torch at import time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from vdr_cli import __version__
+from vdr_cli.cli import eval as eval_command
+from vdr_cli.cli import score, train
+from vdr_cli.errors import VdrError
+from vdr_cli.observe.text import visible
+
+COMMANDS: dict[str, Any] = {"train": train, "eval": eval_command, "score": score}
+"""Name to module; each has `command` (the function) and EXAMPLES (lines of its help)."""
+
+INTERRUPTED = 130
+USAGE = 2
+
+LOCAL_RANK = re.compile(r"^--local[-_]rank(=.*)?$")
+
+
+def build_app() -> typer.Typer:
+    """The Typer application with every command."""
+    app = typer.Typer(
+        name="vdr",
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, module in COMMANDS.items():
+        app.command(name, epilog=examples(module.EXAMPLES))(module.command)
+    return app
+
+
+def examples(lines: Sequence[str]) -> str:
+    """The end of a help page: an example a line, brackets kept from being read as markup."""
+    shown = "\n\n".join("  " + line.replace("[", r"\[") for line in lines)
+    return f"[bold]Examples[/bold]\n\n{shown}"
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The arguments without --local_rank=N, which the deepspeed launcher puts before the subcommand.
+
+    The two-word form takes its number with it; LOCAL_RANK in the environment says the same.
+    """
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip and argument.isdigit():
+            skip = False
+            continue
+        found = LOCAL_RANK.match(argument)
+        skip = bool(found) and "=" not in argument
+        if not found:
+            kept.append(argument)
+    return kept
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line (without the program's name); the exit code."""
+    given = without_local_rank(arguments) or ["--help"]
+    try:
+        result = build_app()(args=given, prog_name="vdr", standalone_mode=False, obj=tuple(given))
+    except VdrError as error:
+        _say(error, str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
+        if not hasattr(error, "format_message"):
+            raise
+        _say(error, error.format_message())
+        return int(getattr(error, "exit_code", USAGE))
+    return result if isinstance(result, int) else 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _say(error: Exception, message: str) -> None:
+    """The one line, from rank 0 when there are several."""
+    if os.environ.get("VDR_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    if os.environ.get("RANK", "0") == "0":
+        text = " ".join(line.strip() for line in message.splitlines())
+        print(f"vdr: error: {visible(text)}", file=sys.stderr, flush=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vdr {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """GRPO fine-tuning on DeepSpeed ZeRO-3 that keeps exploring: dropout members that disagree earn a bonus."""

@@ -1,0 +1,179 @@
+"""`vdr eval`: models side by side on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
+from vdr_cli.config import Config
+from vdr_cli.config.preflight import check_model
+from vdr_cli.errors import ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from vdr_cli.evaluate import EvalRequest
+
+EXAMPLES = (
+    "vdr eval starter runs/20261123-101500           before and after, on the run's held-out prompts",
+    "vdr eval Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl --reward my_rewards.py:correct --samples 16 --k 4",
+    "vdr eval runs/a runs/b --greedy --json results.json",
+)
+
+SECTIONS_READ = ("model", "data", "rewards", "rollout")
+
+
+def command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="starter, directory, run or hub id.")],
+    data: Annotated[str | None, typer.Option(help="starter, a file, a directory or a hub id.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the held-out prompts. Default: test.")] = None,
+    reward: RewardOption = None,
+    samples: Annotated[int, typer.Option("--samples", "--n", "-n", help="Completions of one prompt.")] = 8,
+    k: Annotated[list[int] | None, typer.Option("--k", help="pass@k. Repeatable. Default: 1 and --samples.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Only the first this many prompts.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="One completion a prompt, the likeliest tokens.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Sample, reward, and compare models: pass@k, mean reward, length, entropy, with 95 % intervals.
+
+    Data, rewards and sampling are those of the first run named, if any; flags go over them.
+    """
+    if greedy and temperature is not None:
+        raise ConfigError("--greedy and --temperature exclude each other; give one")
+    flags = {
+        ("--data", "data.name"): data,
+        ("--reward", "rewards.functions"): reward_settings(reward),
+        ("--max-new-tokens", "rollout.max_new_tokens"): max_new_tokens,
+        ("--temperature", "rollout.temperature"): temperature,
+    }
+    for name in models:
+        check_model(name)
+    refuse_unread(overrides, SECTIONS_READ, "vdr eval")
+    base = next(filter(None, map(run_config_of, models)), None)
+    config = config_from(base, overrides, {**flags, ("", "model.name"): None if base else models[0]})
+    if json_file is not None:
+        check_writable_file(json_file, "--json")
+    request = build_request(config, models, data, split, samples, k, prompts, greedy, seed)
+
+    from vdr_cli.evaluate import paired_differences, run_eval
+
+    results = run_eval(request)
+    records = [result.record() for result in results]
+    differences = paired_differences(results)
+    show(records, differences)
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps({"models": records, "differences": differences}, indent=2) + "\n")
+
+
+def build_request(
+    config: Config,
+    models: Sequence[str],
+    data: str | None,
+    split: str | None,
+    samples: int,
+    k: Sequence[int] | None,
+    prompts: int | None,
+    greedy: bool,
+    seed: int,
+) -> EvalRequest:
+    """The held-out place of the configuration becomes data.name and data.split; --data and --split replace it."""
+    from vdr_cli.evaluate import EvalRequest
+
+    name = data or config.data.eval_name or config.data.name
+    held_out = {
+        "name": name,
+        "split": split or config.data.eval_split,
+        "subset": config.data.subset if name == config.data.name else None,
+        "eval_name": None,
+    }
+    return EvalRequest(
+        models=tuple(models),
+        data=config.data.model_copy(update=held_out),
+        rewards=config.rewards,
+        rollout=config.rollout,
+        model=config.model,
+        samples=samples,
+        ks=tuple(k) if k else None,
+        greedy=greedy,
+        prompts=prompts,
+        seed=seed,
+        device=default_device(),
+    )
+
+
+def default_device() -> str:
+    """This process's accelerator when there is one."""
+    import torch
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def refuse_unread(overrides: Sequence[str] | None, sections: Sequence[str], name: str) -> None:
+    """A --set of a section that a command does not read would silently do nothing."""
+    for override in overrides or ():
+        section = override.partition("=")[0].partition(".")[0].strip()
+        if section in Config.model_fields and section not in sections:
+            raise ConfigError(f"--set {override}: {name} does not read {section}; it reads {', '.join(sections)}")
+
+
+def check_writable_file(path: str, flag: str) -> None:
+    """The file's directory is there and can be written, before hours of work."""
+    parent = Path(path).expanduser().absolute().parent
+    if Path(path).expanduser().is_dir():
+        raise ConfigError(f"{flag} {path}: a directory; give a file")
+    if not parent.is_dir():
+        raise ConfigError(f"{flag} {path}: no directory {parent}; make it first")
+    if not os.access(parent, os.W_OK):
+        raise MachineError(f"{flag} {path}: no permission to write in {parent}")
+
+
+def show(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> None:
+    """The numbers as a table, a model a row; below, each pair's difference over the same prompts."""
+    from rich.console import Console
+
+    console = Console()
+    first = records[0]
+    console.print(_table(f"{first['prompts']} prompts x {first['samples']} completions", "model", records))
+    if differences:
+        named = [{**row, "model": f"{row['model']} - {row['minus']}"} for row in differences]
+        console.print(_table("Differences over the same prompts", "models", named))
+
+
+def _table(title: str, first_column: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """`value [low, high]` where the row has an interval; text of the user is never markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    hidden = {"model", "minus", "prompts", "samples"}
+    names = [name for name in rows[0] if name not in hidden and not name.endswith(("_low", "_high"))]
+    table = Table(
+        title=title, title_justify="left", caption="[low, high]: 95 % interval" if _has_interval(rows) else None
+    )
+    table.add_column(first_column, overflow="fold")
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for row in rows:
+        table.add_row(Text(str(row["model"])), *(Text(_cell(row, name)) for name in names))
+    return table
+
+
+def _has_interval(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(name.endswith("_low") for name in rows[0])
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    text = f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    if f"{name}_low" in row:
+        text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+    return text

@@ -1,0 +1,150 @@
+"""`vdr score`: the uncertainty of completions that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vdr_cli.cli.eval import check_writable_file
+from vdr_cli.config import DisagreementConfig
+from vdr_cli.config.load import validate
+from vdr_cli.config.preflight import check_model
+from vdr_cli.errors import ConfigError
+from vdr_cli.scoring.request import Fields, ScoreRequest
+
+if TYPE_CHECKING:
+    from vdr_cli.scoring.request import ScoreResult
+
+EXAMPLES = (
+    "vdr score runs/wide/completions --model runs/wide -o scores.parquet",
+    "vdr score answers.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --completion-column answer",
+    "vdr score answers.jsonl --model starter --members 0 -o nll.csv     likelihood and entropy only",
+)
+
+ENSEMBLE = "Ensemble"
+ROWS = "Rows"
+
+
+def command(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="JSONL, CSV, Parquet, globs, a run, or - (JSONL on stdin).")
+    ],
+    model: Annotated[str, typer.Option(help="starter, a local directory, a run, or a hub id.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="OUT.parquet, .jsonl or .csv. Default: FILE.scored.<kind>.")
+    ] = None,
+    members: Annotated[
+        int, typer.Option(min=0, help="M, dropout members; 0: likelihood and entropy only.", rich_help_panel=ENSEMBLE)
+    ] = 8,
+    dropout: Annotated[float, typer.Option(help="p of the members' masks.", rich_help_panel=ENSEMBLE)] = 0.1,
+    scope: Annotated[str, typer.Option(help="full, or last_k with --last-k.", rich_help_panel=ENSEMBLE)] = "full",
+    last_k: Annotated[
+        int | None, typer.Option(help="Top layers that members differ in.", rich_help_panel=ENSEMBLE)
+    ] = None,
+    mask_sharing: Annotated[
+        str, typer.Option(help="member, or token: new masks at every position.", rich_help_panel=ENSEMBLE)
+    ] = "member",
+    seed: Annotated[int, typer.Option(min=0, help="Of the masks.", rich_help_panel=ENSEMBLE)] = 0,
+    prompt_column: Annotated[str, typer.Option(help="String or chat messages.", rich_help_panel=ROWS)] = "prompt",
+    completion_column: Annotated[str, typer.Option(rich_help_panel=ROWS)] = "completion",
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="1 right, 0 wrong, or a quality: measures are ranked by it.", rich_help_panel=ROWS),
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Rows of one group; default: of one prompt.", rich_help_panel=ROWS)
+    ] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also an array with a value a token.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")] = None,
+    append_eos: Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")] = False,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward; memory only.")] = 16_384,
+    on_error: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip it and say so.")] = "stop",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed scoring stopped.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+) -> None:
+    """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
+    check_model(model)
+    request = ScoreRequest(
+        inputs=tuple(inputs),
+        model=model,
+        output=output or default_output(inputs),
+        disagreement=ensemble_settings(members, dropout, scope, last_k, mask_sharing),
+        seed=seed,
+        fields=Fields(prompt_column, completion_column, label=label_column, group=group_column),
+        tokens=tokens,
+        max_tokens=max_tokens,
+        append_eos=append_eos,
+        batch_tokens=batch_tokens,
+        on_error=one_of(on_error, ("stop", "skip"), "--on-error"),  # type: ignore[arg-type]
+        resume=resume,
+        dtype=one_of(dtype, ("auto", "float32", "bfloat16"), "--dtype"),  # type: ignore[arg-type]
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    check_writable_file(request.output, "-o")
+
+    from vdr_cli.score import run_score
+
+    show(run_score(request))
+
+
+def default_output(inputs: Sequence[str]) -> str:
+    """FILE.scored.<kind> beside the first file; scores.parquet in a directory."""
+    first = Path(inputs[0])
+    if inputs[0] == "-" or any(mark in inputs[0] for mark in "*?["):
+        raise ConfigError(f"-o is needed: {inputs[0]} does not say where the scores should go")
+    if first.is_dir():
+        return str(first / "scores.parquet")
+    return str(first.with_name(f"{first.stem}.scored{first.suffix}"))
+
+
+def ensemble_settings(
+    members: int, dropout: float, scope: str, last_k: int | None, mask_sharing: str
+) -> DisagreementConfig | None:
+    """The ensemble of the flags; None with --members 0."""
+    if members == 0:
+        return None
+    keys: dict[str, Any] = {
+        "members": members,
+        "dropout": dropout,
+        "scope": scope,
+        "last_k": last_k,
+        "mask_sharing": mask_sharing,
+    }
+    places = {("disagreement", key): f"--{key.replace('_', '-')}" for key in keys}
+    return validate({"disagreement": keys}, places).disagreement  # type: ignore[arg-type]
+
+
+def one_of(value: str, allowed: Sequence[str], flag: str) -> str:
+    """The value, if it is allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{flag} {value}: give one of {', '.join(allowed)}")
+    return value
+
+
+def show(result: ScoreResult) -> None:
+    """What was written, what was left out, and with labels how well each measure ranks."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from vdr_cli.observe.text import visible
+
+    console = Console()
+    rate = result.rows / result.seconds if result.seconds > 0 else float("nan")
+    console.print(escape(f"{result.rows:,} rows scored in {result.seconds:.1f} s ({rate:.0f} rows/s): {result.output}"))
+    for line in (*result.notes, *result.skipped_rows):
+        console.print(escape(visible(line)), soft_wrap=True)
+    if not result.ranking:
+        return
+    table = Table()
+    for name in result.ranking[0]:
+        table.add_column(escape(name), justify="left" if name == "measure" else "right")
+    for row in result.ranking:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
+    console.print(table)

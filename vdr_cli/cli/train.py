@@ -1,0 +1,192 @@
+"""`vdr train`: parse, check, start the ranks if there are to be several, train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
+from vdr_cli.config import Config
+from vdr_cli.config.load import dump_config, with_output
+from vdr_cli.config.plan import batch_plan
+from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
+from vdr_cli.errors import ConfigError
+
+EXAMPLES = (
+    "vdr train                                       the embedded task, in minutes on a laptop",
+    "vdr train --mode per_token --members 16 --output runs/wide",
+    "vdr train --model Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl --reward my_rewards.py:correct",
+    "vdr train run.yaml --set grpo.beta=0.01 --dry-run",
+    "vdr train --output runs/wide --resume auto --steps 1000",
+    "vdr train run.yaml --hostfile hosts --ds-config zero3_offload",
+)
+
+DISAGREEMENT = "Disagreement"
+ROLLOUT = "Rollout and update"
+RUN = "The run"
+LAUNCH = "Processes and hosts"
+
+
+def command(
+    context: typer.Context,
+    config_file: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; flags go over it.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Run directory. Default: runs/<date>-<time>.", rich_help_panel=RUN)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="starter, a local directory, a run, or a hub id.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="starter, a JSONL/CSV/Parquet file, a directory, or a hub id.")
+    ] = None,
+    reward: RewardOption = None,
+    mode: Annotated[
+        str | None, typer.Option(help="none, per_token or end_of_sequence.", rich_help_panel=DISAGREEMENT)
+    ] = None,
+    measure: Annotated[str | None, typer.Option(help="bald or rmi.", rich_help_panel=DISAGREEMENT)] = None,
+    members: Annotated[int | None, typer.Option(help="M, dropout members.", rich_help_panel=DISAGREEMENT)] = None,
+    weight: Annotated[float | None, typer.Option(help="Weight of the bonus.", rich_help_panel=DISAGREEMENT)] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="G, completions of one prompt.", rich_help_panel=ROLLOUT)
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.", rich_help_panel=ROLLOUT)] = None,
+    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=ROLLOUT)] = None,
+    loss: Annotated[str | None, typer.Option(help="grpo, dapo, dr_grpo, ...", rich_help_panel=ROLLOUT)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=RUN)] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=RUN)] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|PATH", help="Go on from the newest checkpoint of --output, or from PATH.", rich_help_panel=RUN
+        ),
+    ] = None,
+    overrides: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the settings and the plan.", rich_help_panel=RUN)
+    ] = False,
+    ds_config: Annotated[
+        str | None,
+        typer.Option(help="zero3, zero2, zero1, zero3_offload, or a DeepSpeed JSON.", rich_help_panel=LAUNCH),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="Processes on this machine.", rich_help_panel=LAUNCH)
+    ] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines such as: node1 slots=8.", rich_help_panel=LAUNCH)] = None,
+    include: Annotated[str | None, typer.Option(help="Only these: host1@host2:0,2.", rich_help_panel=LAUNCH)] = None,
+    exclude: Annotated[str | None, typer.Option(help="All but these.", rich_help_panel=LAUNCH)] = None,
+    master_addr: Annotated[str | None, typer.Option(rich_help_panel=LAUNCH)] = None,
+    master_port: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH)] = None,
+    ssh_port: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH)] = None,
+    launcher: Annotated[str | None, typer.Option(help="pdsh, openmpi or slurm.", rich_help_panel=LAUNCH)] = None,
+    no_ssh: Annotated[
+        bool | None,
+        typer.Option("--no-ssh", help="Started once on every host, with --node-rank.", rich_help_panel=LAUNCH),
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="This host's number (--no-ssh).", rich_help_panel=LAUNCH)
+    ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(help="Restarts from the newest checkpoint after a fault.", rich_help_panel=LAUNCH)
+    ] = None,
+) -> None:
+    """Fine-tune a model with GRPO and the disagreement bonus."""
+    flags = {
+        ("--output", "train.output"): output or _run_of(resume),
+        ("--model", "model.name"): model,
+        ("--data", "data.name"): data,
+        ("--reward", "rewards.functions"): reward_settings(reward),
+        ("--mode", "disagreement.mode"): mode,
+        ("--measure", "disagreement.measure"): measure,
+        ("--members", "disagreement.members"): members,
+        ("--weight", "disagreement.weight"): weight,
+        ("--group-size", "rollout.group_size"): group_size,
+        ("--max-new-tokens", "rollout.max_new_tokens"): max_new_tokens,
+        ("--learning-rate", "train.learning_rate"): learning_rate,
+        ("--loss", "grpo.loss"): loss,
+        ("--steps", "train.steps"): steps,
+        ("--seed", "train.seed"): seed,
+        ("--ds-config", "engine.ds_config"): ds_config,
+        ("--num-processes", "launch.num_processes"): num_processes,
+        ("--hostfile", "launch.hostfile"): hostfile,
+        ("--include", "launch.include"): include,
+        ("--exclude", "launch.exclude"): exclude,
+        ("--master-addr", "launch.master_addr"): master_addr,
+        ("--master-port", "launch.master_port"): master_port,
+        ("--ssh-port", "launch.ssh_port"): ssh_port,
+        ("--launcher", "launch.launcher"): launcher,
+        ("--no-ssh", "launch.no_ssh"): no_ssh,
+        ("--node-rank", "launch.node_rank"): node_rank,
+        ("--max-restarts", "launch.max_restarts"): max_restarts,
+    }  # fmt: skip
+    config = config_from(_settings_file(config_file, resume, flags), overrides, flags)
+    raise typer.Exit(start(config, resume, dry_run, context.obj))
+
+
+def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
+    """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
+    from vdr_cli.launch.reexec import is_rank, launch
+
+    if resume is not None and config.train.output is None:
+        raise ConfigError("--resume needs --output, the run directory to go on in")
+    check_before_start(config, resume)
+    if is_rank() and not dry_run:
+        check_processes(config, int(os.environ["WORLD_SIZE"]))
+        if os.environ["RANK"] == "0":
+            check_output(config, resume)
+        return _train(config, resume)
+    check_processes(config, num_processes(config))
+    if dry_run:
+        check_output(config, resume)
+        show_plan(config)
+        return 0
+    arguments = list(arguments)
+    if config.train.output is None:
+        config = with_output(config, default_output())
+        arguments += ["--output", str(config.train.output)]
+    check_output(config, resume)
+    if wants_ranks(config):
+        return launch(config.launch, arguments)
+    return _train(config, resume)
+
+
+def wants_ranks(config: Config) -> bool:
+    """True when this process only starts others."""
+    return config.launch.hostfile is not None or (config.launch.num_processes or 1) > 1 or config.launch.no_ssh
+
+
+def num_processes(config: Config) -> int:
+    """Processes over all hosts."""
+    return config.launch.num_processes or 1
+
+
+def show_plan(config: Config) -> None:
+    """The settings as YAML and, as comments under them, what they amount to: the output is a configuration file."""
+    lines = batch_plan(config, num_processes(config))
+    width = max(len(name) for name, _ in lines)
+    print(dump_config(config) + "\n" + "\n".join(f"# {name:<{width}}  {value}" for name, value in lines))
+
+
+def _train(config: Config, resume: str | None) -> int:
+    from vdr_cli.train import train
+
+    return train(config, resume)
+
+
+def _run_of(resume: str | None) -> str | None:
+    """The run directory of a checkpoint given by path: RUN/checkpoints/step_000100."""
+    if resume in (None, "auto"):
+        return None
+    folder = Path(str(resume)).expanduser().absolute().parent
+    return os.path.relpath(folder.parent) if folder.name == "checkpoints" else None
+
+
+def _settings_file(config_file: str | None, resume: str | None, flags: dict[tuple[str, str], Any]) -> str | Path | None:
+    """The file typed; with --resume and none typed, the settings that the run was started with."""
+    output = flags[("--output", "train.output")]
+    if config_file is not None or resume is None or output is None:
+        return config_file
+    return run_config_of(output)

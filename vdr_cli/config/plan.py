@@ -1,0 +1,51 @@
+"""What a configuration amounts to in batches, tokens and files, before anything starts. Pure."""
+
+from __future__ import annotations
+
+from vdr_cli.config.schema import Config
+
+
+def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
+    """Name and value of each line that --dry-run prints under the configuration."""
+    group, groups = config.rollout.group_size, config.train.prompts_per_step
+    completions = group * groups
+    few, many = groups // processes, -(-groups // processes)
+    micro_batches = -(-many * group // config.train.micro_batch_size)
+    tokens = completions * config.rollout.max_new_tokens
+    lines = [
+        ("processes", str(processes)),
+        ("steps", f"{config.train.steps:,}, {config.grpo.num_iterations} update(s) each"),
+        ("groups a step", f"{groups}, {few if few == many else f'{few} or {many}'} on a process"),
+        ("completions a step", f"{completions} = {groups} groups x {group}"),
+        ("micro-batches", f"{micro_batches} a process and update, {config.train.micro_batch_size} completions at most"),
+        ("completion tokens", f"at most {tokens:,} a step, {tokens * config.train.steps:,} in the run"),
+        ("disagreement", _disagreement(config)),
+        ("held-out evaluations", _evaluations(config)),
+        ("checkpoints", _checkpoints(config)),
+        ("output", config.train.output or "runs/<date>-<time>, decided at the start"),
+    ]
+    if config.grpo.resample_groups:
+        lines.insert(6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts a step, not counted above"))
+    return lines
+
+
+def _disagreement(config: Config) -> str:
+    cfg = config.disagreement
+    if cfg.mode == "none":
+        return "off"
+    share = "every layer" if cfg.scope == "full" else f"the top {cfg.last_k} layers"
+    return f"{cfg.measure}, {cfg.mode}, {cfg.members} members through {share}"
+
+
+def _evaluations(config: Config) -> str:
+    every, steps = config.train.eval_every, config.train.steps
+    if not every:
+        return "none"
+    count = 1 + steps // every + (1 if steps % every else 0)
+    return f"{count}, each {config.train.eval_prompts} prompts x {config.train.eval_samples} completions"
+
+
+def _checkpoints(config: Config) -> str:
+    every, steps = config.train.checkpoint_every, config.train.steps
+    written = steps // every + (1 if steps % every else 0) if every else 1
+    return f"{written} written, {min(written, config.train.keep_last)} kept"
