@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +22,44 @@ from vdr_cli.rollout.base import Messages, Prompt
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
 
 
-class _TimedOutError(Exception):
-    """A call was still running at its limit."""
+@dataclass
+class _Call:
+    """One call of one function, which ends with a value or an error, if it ends."""
+
+    reward: LoadedReward
+    arguments: dict[str, list[Any]]
+    value: Any = None
+    error: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """On a daemon thread: a call that hangs cannot keep the process alive."""
+        if self.reward.is_async:
+            asyncio.run_coroutine_threadsafe(self._await(), _event_loop())
+        else:
+            threading.Thread(target=self._run, name=f"reward {self.reward.name}", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.value = self.reward.function(**self.reward.accepted(self.arguments))
+        except BaseException as error:  # SystemExit too: it would end the thread without a word
+            self.error = error
+        self.done.set()
+
+    async def _await(self) -> None:
+        try:
+            self.value = await self.reward.function(**self.reward.accepted(self.arguments))
+        except BaseException as error:
+            self.error = error
+        self.done.set()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for the life of the process, so that clients which functions keep between calls stay usable."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def compute_rewards(
@@ -35,21 +72,55 @@ def compute_rewards(
     """Rewards of B completions by F functions, (B, F) float32; NaN where a function returned None.
 
     prompts: one a completion. timeout: seconds for each function's call. Async functions are awaited
-    together. Raises DataError, naming function and row, when one raises, hangs or returns what is
-    not B numbers.
+    together, the others run one after another. Raises DataError, naming function and row, when one
+    raises, hangs or returns what is not B numbers.
     """
     arguments = _arguments(prompts, completions, completion_ids)
-    returned: list[Any] = [None] * len(loaded)
-    together = [index for index, reward in enumerate(loaded) if reward.is_async]
-    for index, reward in enumerate(loaded):
-        if index not in together:
-            returned[index] = _guarded(reward, arguments, prompts, timeout, _call)
-    if together:
-        outcomes = _await_all([loaded[index] for index in together], arguments, timeout)
-        for index, outcome in zip(together, outcomes, strict=True):
-            returned[index] = _guarded(loaded[index], arguments, prompts, timeout, _already(outcome))
-    columns = [_checked(reward, values, prompts) for reward, values in zip(loaded, returned, strict=True)]
-    return torch.tensor(columns, dtype=torch.float32).T.contiguous().reshape(len(prompts), len(loaded))
+    calls = [_Call(reward, arguments) for reward in loaded]
+    for call in calls:
+        if not call.reward.is_async:
+            _finish([call], prompts, timeout)
+    _finish([call for call in calls if call.reward.is_async], prompts, timeout)
+    rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
+    for column, call in enumerate(calls):
+        rewards[:, column] = torch.tensor(_checked(call, prompts), dtype=torch.float32)
+    return rewards
+
+
+def _finish(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None:
+    """Start the calls and wait for all of them. DataError when one is not done in time or raised."""
+    deadline = time.monotonic() + timeout
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.done.wait(deadline - time.monotonic())
+    late = [call.reward.name for call in calls if not call.done.is_set()]
+    if late:
+        _event_loop.cache_clear()  # it may be blocked
+        raise DataError(
+            f"reward {' and '.join(late)} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
+            "mend it or raise rewards.timeout"
+        )
+    for call in calls:
+        if call.error is not None:
+            row = _failing_row(call, prompts, timeout)
+            where = f"row {row}" if row is not None else _rows(prompts)
+            message = f"reward {call.reward.name} raised on dataset {where}: {one_line(call.error)}"
+            raise DataError(message) from call.error
+
+
+def _failing_row(failed: _Call, prompts: Sequence[Prompt], timeout: float) -> int | None:
+    """The row of the first completion on which the function raises alone; None when none is found."""
+    deadline = time.monotonic() + min(timeout, SEARCH_SECONDS)
+    for index, prompt in enumerate(prompts):
+        single = {name: values[index : index + 1] for name, values in failed.arguments.items()}
+        call = _Call(failed.reward, single)
+        call.start()
+        if not call.done.wait(deadline - time.monotonic()):
+            return None
+        if call.error is not None:
+            return prompt.row
+    return None
 
 
 def _arguments(
@@ -68,113 +139,14 @@ def _arguments(
     }
 
 
-def _call(reward: LoadedReward, arguments: dict[str, list[Any]], timeout: float) -> Any:
-    """One function's answer, from a daemon thread: a call that hangs cannot keep the process alive."""
-    accepted = reward.accepted(arguments)
-    if reward.is_async:
-        return _in_thread(lambda: asyncio.run(reward.function(**accepted)), timeout)
-    return _in_thread(lambda: reward.function(**accepted), timeout)
-
-
-def _in_thread(work: Callable[[], Any], timeout: float) -> Any:
-    answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((work(), None))
-        except BaseException as error:  # SystemExit too: it would end the thread without a word
-            answers.put((None, error))
-
-    threading.Thread(target=run, name="reward", daemon=True).start()
-    try:
-        value, error = answers.get(timeout=timeout)
-    except queue.Empty:
-        raise _TimedOutError from None
-    if error is not None:
-        raise error
-    return value
-
-
-def _await_all(rewards: list[LoadedReward], arguments: dict[str, list[Any]], timeout: float) -> list[Any]:
-    """Each async function's answer or exception; what is unfinished at the limit counts as timed out."""
-    outcomes: list[Any] = [_TimedOutError() for _ in rewards]
-
-    async def run_one(index: int, reward: LoadedReward) -> None:
-        try:
-            outcomes[index] = await asyncio.wait_for(reward.function(**reward.accepted(arguments)), timeout)
-        except TimeoutError as error:
-            outcomes[index] = _TimedOutError() if time.monotonic() - start >= timeout else error
-        except BaseException as error:
-            outcomes[index] = error
-
-    async def run_all() -> None:
-        await asyncio.gather(*(run_one(index, reward) for index, reward in enumerate(rewards)))
-
-    start = time.monotonic()
-    try:
-        _in_thread(lambda: asyncio.run(run_all()), timeout + 1.0)
-    except _TimedOutError:  # one of them blocks the event loop: those without an outcome say so
-        return list(outcomes)
-    return outcomes
-
-
-def _already(outcome: Any) -> Callable[..., Any]:
-    def give(*_: Any) -> Any:
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    return give
-
-
-def _guarded(
-    reward: LoadedReward,
-    arguments: dict[str, list[Any]],
-    prompts: Sequence[Prompt],
-    timeout: float,
-    call: Callable[[LoadedReward, dict[str, list[Any]], float], Any],
-) -> Any:
-    """`call`, with whatever goes wrong turned into a DataError."""
-    try:
-        return call(reward, arguments, timeout)
-    except _TimedOutError:
-        raise DataError(
-            f"reward {reward.name} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
-            "mend it or raise rewards.timeout"
-        ) from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        row = _failing_row(reward, arguments, prompts, timeout)
-        where = f"row {row}" if row is not None else _rows(prompts)
-        raise DataError(f"reward {reward.name} raised on dataset {where}: {one_line(error)}") from error
-
-
-def _failing_row(
-    reward: LoadedReward, arguments: dict[str, list[Any]], prompts: Sequence[Prompt], timeout: float
-) -> int | None:
-    """The row of the first completion on which the function raises alone; None when none does."""
-    deadline = time.monotonic() + min(timeout, SEARCH_SECONDS)
-    for index, prompt in enumerate(prompts):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            return None
-        try:
-            _call(reward, {name: values[index : index + 1] for name, values in arguments.items()}, left)
-        except _TimedOutError:
-            return None
-        except Exception:
-            return prompt.row
-    return None
-
-
-def _checked(reward: LoadedReward, values: Any, prompts: Sequence[Prompt]) -> list[float]:
+def _checked(call: _Call, prompts: Sequence[Prompt]) -> list[float]:
     """The function's answer as B floats, NaN for None. DataError for anything else."""
+    reward = call.reward
     try:
-        entries = list(values)
+        entries = list(call.value)
     except TypeError:
         raise DataError(
-            f"reward {reward.name} returned {_shown(values)} on dataset {_rows(prompts)}, not a list of "
+            f"reward {reward.name} returned {_shown(call.value)} on dataset {_rows(prompts)}, not a list of "
             f"{len(prompts)} numbers, one a completion"
         ) from None
     if len(entries) != len(prompts):

@@ -1,0 +1,180 @@
+"""From a name to a function, and what a user reads when there is none."""
+
+import functools
+import sys
+
+import pytest
+
+from vdr_cli.config import RewardsConfig
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.rewards.base import LoadedReward, check_columns
+from vdr_cli.rewards.builtin import BUILT_IN
+from vdr_cli.rewards.loading import find_function, load_rewards
+
+SOURCE = """
+from dataclasses import dataclass
+
+@dataclass
+class Judge:
+    scale: float = 2.0
+
+    def __call__(self, completions, **columns):
+        return [self.scale * len(c) for c in completions]
+
+judge = Judge()
+limit = 3
+
+def brief(completions, **columns):
+    return [float(len(c) < limit) for c in completions]
+
+class Holder:
+    @staticmethod
+    def inner(completions):
+        return [0.0 for _ in completions]
+"""
+
+
+@pytest.fixture
+def rewards_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    file = tmp_path / "my_rewards.py"
+    file.write_text(SOURCE)
+    return file
+
+
+def config(*names):
+    return RewardsConfig.model_validate({"functions": [{"name": name} for name in names]})
+
+
+def refused(name):
+    with pytest.raises(ConfigError) as caught:
+        find_function(name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_starter_brings_its_reward():
+    (loaded,) = load_rewards(RewardsConfig(), "starter")
+    assert (loaded.name, loaded.weight) == ("countdown", 1.0)
+
+
+def test_other_data_need_one():
+    with pytest.raises(ConfigError, match=r"rewards\.functions is empty and data\.name gsm8k"):
+        load_rewards(RewardsConfig(), "gsm8k")
+
+
+def test_several_with_weights_in_order(rewards_file):
+    functions = [{"name": f"{rewards_file}:brief", "weight": 0.5}, {"name": "length", "weight": -1}]
+    loaded = load_rewards(RewardsConfig.model_validate({"functions": functions}), "any")
+    assert [(reward.name, reward.weight) for reward in loaded] == [("brief", 0.5), ("length", -1.0)]
+    assert loaded[0].function(completions=["a", "abcd"]) == [1.0, 0.0]
+
+
+def test_by_module_in_the_working_directory(rewards_file, monkeypatch):
+    monkeypatch.chdir(rewards_file.parent)
+    assert find_function("my_rewards:brief")(completions=["a"]) == [1.0]
+
+
+def test_by_installed_module():
+    assert find_function("vdr_cli.starter.countdown:countdown") is BUILT_IN["countdown"]
+
+
+def test_file_is_read_once_and_keeps_its_state(rewards_file):
+    assert (
+        find_function(f"{rewards_file}:brief").__globals__ is find_function(f"{rewards_file}:Holder.inner").__globals__
+    )
+
+
+def test_a_callable_object(rewards_file):
+    (loaded,) = load_rewards(config(f"{rewards_file}:judge"), "any")
+    assert loaded.name == "Judge"
+    assert loaded.function(completions=["ab"]) == [4.0]
+
+
+def test_equal_names_are_told_apart(rewards_file):
+    names = [reward.name for reward in load_rewards(config("length", "length", "length"), "any")]
+    assert names == ["length", "length_2", "length_3"]
+
+
+def test_unknown_built_in_gets_the_nearest():
+    assert "did you mean countdown?" in refused("countdwon")
+    assert "exact_match" in refused("zzz")
+
+
+@pytest.mark.parametrize("name", [":f", "module:", ":"])
+def test_half_a_name(name):
+    assert "must be module:function or file.py:function" in refused(name)
+
+
+def test_missing_file(tmp_path):
+    assert f"no such file {tmp_path / 'none.py'}" in refused(f"{tmp_path}/none.py:f")
+
+
+def test_missing_module():
+    assert "no module nowhere.at_all" in refused("nowhere.at_all:f")
+
+
+def test_missing_function_gets_the_nearest(rewards_file):
+    assert "no function breif there; it has brief" in refused(f"{rewards_file}:breif")
+
+
+def test_not_a_function(rewards_file):
+    assert "limit is not a function" in refused(f"{rewards_file}:limit")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package' (broken.py:1)"),
+        ("x = 1\nx / 0", "ZeroDivisionError: division by zero (broken.py:2)"),
+        ("def f(:\n  pass", "SyntaxError: invalid syntax (broken.py:1)"),
+        ("raise SystemExit(3)", "SystemExit: 3 (broken.py:1)"),
+        ("raise ValueError('two\\nlines \\x1b[31m')", "ValueError: two lines ?[31m (broken.py:1)"),
+    ],
+)
+def test_import_that_fails_is_one_line(rewards_file, source, expected):
+    broken = rewards_file.with_name("broken.py")
+    broken.write_text(source)
+    assert refused(f"{broken}:f") == f"rewards.functions: importing {broken} failed: {expected}"
+
+
+def test_module_whose_own_import_fails(rewards_file, monkeypatch):
+    monkeypatch.chdir(rewards_file.parent)
+    rewards_file.with_name("needs_more.py").write_text("import no_such_package")
+    assert "importing needs_more failed: ModuleNotFoundError" in refused("needs_more:f")
+
+
+def test_math_verify_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert "vdr-cli[math]" in refused("math_verify")
+
+
+def test_missing_column_is_named():
+    rewards = load_rewards(config("exact_match", "countdown"), "any")
+    check_columns(rewards, ["answer", "numbers", "target"])
+    with pytest.raises(DataError, match=r"reward exact_match needs the column answer, which .* \(it has: solution\)"):
+        check_columns(rewards, ["solution"])
+    with pytest.raises(DataError, match="reward countdown needs the columns numbers, target"):
+        check_columns(rewards, ["answer"])
+
+
+def test_columns_that_need_not_be_there():
+    def free(prompts, completions, completion_ids, level=1, *rest, **columns):
+        return []
+
+    check_columns([LoadedReward("free", 1.0, free)], [])
+    check_columns([LoadedReward("bound", 1.0, functools.partial(BUILT_IN["exact_match"], answer=["1"]))], [])
+
+
+def test_built_in_values():
+    assert BUILT_IN["length"](["abc", ""]) == [3.0, 0.0]
+    assert BUILT_IN["length"](["abc", "abcde"], target_length=[4, 4]) == [-1.0, -1.0]
+    message = [{"role": "assistant", "content": " 42\n"}]
+    assert BUILT_IN["exact_match"]([message, "42", "4 2"], answer=[42, "42 ", "42"]) == [1.0, 1.0, 0.0]
+
+
+def test_math_verify_values():
+    pytest.importorskip("math_verify")
+    scores = BUILT_IN["math_verify"](["so $\\frac{1}{2}$", "it is 3", "2"], answer=["0.5", "4", ""])
+    assert scores == [1.0, 0.0, None]
