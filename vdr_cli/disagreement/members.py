@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import ensemble
-from vdr_cli.disagreement.information import Statistics, token_statistics
+from vdr_cli.disagreement.information import Statistics, last_tokens, token_statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reading import Batch, prepare
 from vdr_cli.errors import MachineError
@@ -85,7 +85,7 @@ def _measure(
 ) -> Statistics:
     _check_groups(completions, group_size)
     shape = completions.completion_ids.shape
-    wanted = wanted_positions(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
+    wanted = last_tokens(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
     head = anatomy.output_head(model)
     device = completions.completion_ids.device
     results = {
@@ -107,15 +107,6 @@ def _measure(
     if positions == "last":
         results = {name: values.sum(-1) for name, values in results.items()}  # all columns but one are 0
     return Statistics(**results)
-
-
-def wanted_positions(mask: Tensor, last_n: int | None) -> Tensor:
-    """(B, T) bool: the valid tokens, or only the last n of each row."""
-    valid = mask.bool()
-    if last_n is None:
-        return valid
-    remaining = valid.long().flip(-1).cumsum(-1).flip(-1)  # valid tokens from here to the row's end
-    return valid & (remaining <= last_n)
 
 
 def _check_groups(completions: Completions, group_size: int) -> None:

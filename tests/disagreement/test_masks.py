@@ -1,0 +1,86 @@
+"""Masks are regenerated anywhere from their names, and are Bernoulli(1-p)/(1-p)."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vdr_cli.config.schema import DisagreementConfig
+from vdr_cli.disagreement import masks
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.errors import ConfigError
+
+SPEC = EnsembleSpec(members=4, dropout=0.1, seed=3)
+
+
+def test_values_and_rate() -> None:
+    mask = masks.member_mask(SPEC, 0, 0, 0, "mlp", 200_000)
+    assert mask.dtype == torch.float32
+    torch.testing.assert_close(mask.unique(), torch.tensor([0.0, 1 / 0.9]))
+    assert abs(float((mask == 0).float().mean()) - 0.1) < 0.003
+    assert abs(float(mask.mean()) - 1.0) < 0.003
+
+
+def test_every_part_of_the_key_matters() -> None:
+    one = masks.member_mask(SPEC, 5, 1, 2, "mlp", 64)
+    others = [
+        masks.member_mask(EnsembleSpec(members=4, seed=4), 5, 1, 2, "mlp", 64),
+        masks.member_mask(SPEC, 6, 1, 2, "mlp", 64),
+        masks.member_mask(SPEC, 5, 2, 2, "mlp", 64),
+        masks.member_mask(SPEC, 5, 1, 3, "mlp", 64),
+        masks.member_mask(SPEC, 5, 1, 2, "attention", 64),
+    ]
+    assert all(not torch.equal(one, other) for other in others)
+    assert torch.equal(one, masks.member_mask(SPEC, 5, 1, 2, "mlp", 64))
+
+
+def test_another_process_draws_the_same() -> None:
+    """Frozen bits: a change of generator would change every resumed run."""
+    mask = masks.member_mask(EnsembleSpec(members=2, dropout=0.5, seed=1), 2, 3, 4, "attention", 16)
+    code = (
+        "from vdr_cli.disagreement.masks import EnsembleSpec, member_mask;"
+        "print(member_mask(EnsembleSpec(members=2, dropout=0.5, seed=1), 2, 3, 4, 'attention', 16).int().tolist())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str(mask.int().tolist())
+    assert mask.int().tolist() == FROZEN
+
+
+FROZEN = [2, 0, 2, 0, 2, 2, 0, 2, 0, 2, 0, 0, 0, 2, 2, 2]
+
+
+def test_token_masks_depend_on_content_not_on_padding() -> None:
+    ids, mask = torch.tensor([[0, 0, 5, 6], [4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    answer, kept = torch.tensor([[8, 9, 0], [8, 9, 0]]), torch.tensor([[1, 1, 0], [1, 1, 0]]).bool()
+    keys = masks.row_keys(ids, mask, answer, kept)
+    assert keys[0] == masks.row_keys(ids[:1, 2:], mask[:1, 2:], answer[:1, :2], kept[:1, :2])[0]
+    assert keys[0] != keys[1]
+    short = masks.token_mask(SPEC, 0, 0, 0, "mlp", keys[0], 3, 8)
+    long = masks.token_mask(SPEC, 0, 0, 0, "mlp", keys[0], 5, 8)
+    assert torch.equal(short, long[:3])
+
+
+def test_positions_of_a_token_mask_are_independent() -> None:
+    mask = masks.token_mask(EnsembleSpec(members=2, dropout=0.5), 0, 0, 0, "mlp", "row", 400, 64) > 0
+    agreement = (mask[1:] == mask[:-1]).float().mean()
+    assert abs(float(agreement) - 0.5) < 0.02
+
+
+def test_impossible_ensembles_name_their_key() -> None:
+    with pytest.raises(ConfigError, match=r"disagreement\.members"):
+        EnsembleSpec(members=1)
+    with pytest.raises(ConfigError, match=r"disagreement\.last_k"):
+        EnsembleSpec(members=2, scope="last_k")
+    with pytest.raises(ConfigError, match=r"disagreement\.site"):
+        EnsembleSpec(members=2, scope="last_k", last_k=1, site="embedding")
+
+
+def test_from_config_takes_every_field() -> None:
+    config = DisagreementConfig(
+        members=3, dropout=0.2, scope="last_k", last_k=2, mask_sharing="token", blocks={"mlp": "ffn"}
+    )
+    spec = EnsembleSpec.from_config(config, seed=9)
+    assert spec == EnsembleSpec(3, 0.2, "last_k", 2, "token", "residual", (("mlp", "ffn"),), 9)
+    assert spec.block_names == {"mlp": "ffn"}
+    assert hash(spec) == hash(EnsembleSpec.from_config(config, seed=9))
