@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
-from vdr_cli.config import Config
-from vdr_cli.config.preflight import check_model
 from vdr_cli.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
+    from vdr_cli.config import Config
     from vdr_cli.evaluate import EvalRequest
 
 EXAMPLES = (
-    "vdr eval starter runs/20261123-101500           before and after, on the run's held-out prompts",
-    "vdr eval Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl --reward my_rewards.py:correct --samples 16 --k 4",
+    "vdr eval starter runs/wide                     # before and after",
+    "vdr eval Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right -n 16 --k 4",
     "vdr eval runs/a runs/b --greedy --json results.json",
 )
 
@@ -54,6 +53,8 @@ def command(
         ("--max-new-tokens", "rollout.max_new_tokens"): max_new_tokens,
         ("--temperature", "rollout.temperature"): temperature,
     }
+    from vdr_cli.config.preflight import check_model
+
     for name in models:
         check_model(name)
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
@@ -118,6 +119,8 @@ def default_device() -> str:
 
 def refuse_unread(overrides: Sequence[str] | None, sections: Sequence[str], name: str) -> None:
     """A --set of a section that a command does not read would silently do nothing."""
+    from vdr_cli.config import Config
+
     for override in overrides or ():
         section = override.partition("=")[0].partition(".")[0].strip()
         if section in Config.model_fields and section not in sections:

@@ -1,16 +1,20 @@
-"""What several commands share: --set, --reward, and the flags that stand for settings."""
+"""What several commands share: --set, --reward, and the flags that stand for settings.
+
+Commands import pydantic, torch and the like inside their functions: `vdr --help` waits for none of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.config import Config
-from vdr_cli.config.load import load_config
 from vdr_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vdr_cli.config import Config
 
 RUN_CONFIG = "config.yaml"
 
@@ -32,6 +36,8 @@ def config_from(
     path: str | Path | None, overrides: Sequence[str] | None, flags: Mapping[tuple[str, str], Any]
 ) -> Config:
     """The configuration of flags named ("--steps", "train.steps"), on --set, on a file."""
+    from vdr_cli.config.load import load_config
+
     values = {key: value for (_, key), value in flags.items()}
     names = {key: flag for flag, key in flags}
     return load_config(path, overrides or (), values, names)

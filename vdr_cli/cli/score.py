@@ -9,19 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vdr_cli.cli.eval import check_writable_file
-from vdr_cli.config import DisagreementConfig
-from vdr_cli.config.load import validate
-from vdr_cli.config.preflight import check_model
 from vdr_cli.errors import ConfigError
-from vdr_cli.scoring.request import Fields, ScoreRequest
 
 if TYPE_CHECKING:
+    from vdr_cli.config import DisagreementConfig
     from vdr_cli.scoring.request import ScoreResult
 
 EXAMPLES = (
-    "vdr score runs/wide/completions --model runs/wide -o scores.parquet",
-    "vdr score answers.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --completion-column answer",
-    "vdr score answers.jsonl --model starter --members 0 -o nll.csv     likelihood and entropy only",
+    "vdr score runs/wide --model runs/wide -o scores.parquet",
+    "vdr score rows.jsonl --model Qwen/Qwen3-0.6B --completion-column answer",
+    "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
 )
 
 ENSEMBLE = "Ensemble"
@@ -68,6 +65,9 @@ def command(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
     """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
+    from vdr_cli.config.preflight import check_model
+    from vdr_cli.scoring.request import Fields, ScoreRequest
+
     check_model(model)
     request = ScoreRequest(
         inputs=tuple(inputs),
@@ -107,6 +107,8 @@ def ensemble_settings(
     members: int, dropout: float, scope: str, last_k: int | None, mask_sharing: str
 ) -> DisagreementConfig | None:
     """The ensemble of the flags; None with --members 0."""
+    from vdr_cli.config.load import validate
+
     if members == 0:
         return None
     keys: dict[str, Any] = {

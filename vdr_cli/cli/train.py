@@ -1,25 +1,19 @@
-"""`vdr train`: parse, check, start the ranks if there are to be several, train."""
+"""`vdr train`: the flags. What they start is in training.py."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
-from vdr_cli.config import Config
-from vdr_cli.config.load import dump_config, with_output
-from vdr_cli.config.plan import batch_plan
-from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
-from vdr_cli.errors import ConfigError
 
 EXAMPLES = (
-    "vdr train                                       the embedded task, in minutes on a laptop",
+    "vdr train                             # the embedded task, in minutes",
     "vdr train --mode per_token --members 16 --output runs/wide",
-    "vdr train --model Qwen/Qwen2.5-0.5B-Instruct --data rows.jsonl --reward my_rewards.py:correct",
+    "vdr train --model Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right",
     "vdr train run.yaml --set grpo.beta=0.01 --dry-run",
     "vdr train --output runs/wide --resume auto --steps 1000",
     "vdr train run.yaml --hostfile hosts --ds-config zero3_offload",
@@ -34,7 +28,7 @@ LAUNCH = "Processes and hosts"
 def command(
     context: typer.Context,
     config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings; flags go over it.")
+        str | None, typer.Argument(metavar="CONFIG.yaml", help="Settings; flags go over it.")
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="Run directory. Default: runs/<date>-<time>.", rich_help_panel=RUN)
@@ -123,57 +117,9 @@ def command(
         ("--max-restarts", "launch.max_restarts"): max_restarts,
     }  # fmt: skip
     config = config_from(_settings_file(config_file, resume, flags), overrides, flags)
+    from vdr_cli.cli.training import start
+
     raise typer.Exit(start(config, resume, dry_run, context.obj))
-
-
-def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
-    """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
-    from vdr_cli.launch.reexec import is_rank, launch
-
-    if resume is not None and config.train.output is None:
-        raise ConfigError("--resume needs --output, the run directory to go on in")
-    check_before_start(config, resume)
-    if is_rank() and not dry_run:
-        check_processes(config, int(os.environ["WORLD_SIZE"]))
-        if os.environ["RANK"] == "0":
-            check_output(config, resume)
-        return _train(config, resume)
-    check_processes(config, num_processes(config))
-    if dry_run:
-        check_output(config, resume)
-        show_plan(config)
-        return 0
-    arguments = list(arguments)
-    if config.train.output is None:
-        config = with_output(config, default_output())
-        arguments += ["--output", str(config.train.output)]
-    check_output(config, resume)
-    if wants_ranks(config):
-        return launch(config.launch, arguments)
-    return _train(config, resume)
-
-
-def wants_ranks(config: Config) -> bool:
-    """True when this process only starts others."""
-    return config.launch.hostfile is not None or (config.launch.num_processes or 1) > 1 or config.launch.no_ssh
-
-
-def num_processes(config: Config) -> int:
-    """Processes over all hosts."""
-    return config.launch.num_processes or 1
-
-
-def show_plan(config: Config) -> None:
-    """The settings as YAML and, as comments under them, what they amount to: the output is a configuration file."""
-    lines = batch_plan(config, num_processes(config))
-    width = max(len(name) for name, _ in lines)
-    print(dump_config(config) + "\n" + "\n".join(f"# {name:<{width}}  {value}" for name, value in lines))
-
-
-def _train(config: Config, resume: str | None) -> int:
-    from vdr_cli.train import train
-
-    return train(config, resume)
 
 
 def _run_of(resume: str | None) -> str | None:

@@ -1,0 +1,134 @@
+"""The command line as a user meets it: help, errors on one line, exit codes, what the launcher adds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vdr_cli import __version__
+from vdr_cli.cli import app, train
+from vdr_cli.errors import ConfigError, DataError, MachineError
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "deepspeed", "pyarrow", "pydantic")
+
+
+@pytest.fixture(autouse=True)
+def _no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "VDR_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_help_imports_nothing_heavy_and_is_fast():
+    code = (
+        "import sys\nfrom vdr_cli.cli.app import run\nassert run(['--help']) == 0\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    durations = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        durations.append(time.perf_counter() - started)
+        assert done.stderr.strip() == "[]"
+        assert "train" in done.stdout and "score" in done.stdout
+    assert min(durations) < 1.5, f"{durations}: 0.2 s on an idle machine"
+
+
+@pytest.mark.parametrize("name", list(app.COMMANDS))
+def test_every_help_has_examples(name, capsys):
+    assert app.run([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Examples" in shown and f"vdr {name} " in shown
+
+
+def test_version_and_no_arguments(capsys):
+    assert app.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"vdr {__version__}\n"
+    assert app.run([]) == 0
+    assert "Usage: vdr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        (["--local_rank=1", "train", "a"], ["train", "a"]),
+        (["train", "--local-rank=0", "a"], ["train", "a"]),
+        (["--local_rank", "1", "train"], ["train"]),
+        (["--local_rank", "train"], ["train"]),
+        (["train", "--seed", "1"], ["train", "--seed", "1"]),
+        (["train", "--local_ranks=1"], ["train", "--local_ranks=1"]),
+    ],
+)
+def test_launchers_local_rank_is_dropped(arguments, kept):
+    assert app.without_local_rank(arguments) == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--stepz", "3"], "No such option"),
+        (["train", "--steps", "many"], "Invalid value for '--steps'"),
+        (["train", "a.yaml", "b.yaml"], "unexpected extra argument"),
+        (["eval"], "Missing argument"),
+        (["score", "a.jsonl"], "Missing option '--model'"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, expected, capsys):
+    assert app.run(arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.count("\n") == 1
+    assert streams.err.startswith("vdr: error: ") and expected in streams.err
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError, 2), (DataError, 3), (MachineError, 4)])
+def test_our_errors_are_one_untouched_line(error, code, monkeypatch, capsys):
+    message = "row 3: [bold]completion[/bold] \x1b[31m" + "x" * 300 + "\nnext"
+    monkeypatch.setattr(train, "config_from", raising(error(message)))
+    assert app.run(["train"]) == code
+    shown = capsys.readouterr().err
+    assert shown == "vdr: error: row 3: [bold]completion[/bold] ␛[31m" + "x" * 300 + " next\n"
+
+
+def test_only_rank_zero_speaks(monkeypatch, capsys):
+    monkeypatch.setattr(train, "config_from", raising(ConfigError("no")))
+    monkeypatch.setenv("RANK", "1")
+    assert app.run(["train"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_traceback_on_request(monkeypatch, capsys):
+    monkeypatch.setattr(train, "config_from", raising(ConfigError("no")))
+    monkeypatch.setenv("VDR_TRACEBACK", "1")
+    assert app.run(["train"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("vdr: error: no\n")
+
+
+def test_interrupt_and_bugs(monkeypatch):
+    monkeypatch.setattr(train, "config_from", raising(KeyboardInterrupt()))
+    assert app.run(["train"]) == 130
+    monkeypatch.setattr(train, "config_from", raising(ZeroDivisionError("a bug")))
+    with pytest.raises(ZeroDivisionError):
+        app.run(["train"])
+
+
+def test_the_module_is_the_command():
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "vdr_cli", "--local_rank=0", "train", "none.yaml"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (2, "vdr: error: none.yaml: no such configuration file\n")
+
+
+def raising(error: BaseException):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail

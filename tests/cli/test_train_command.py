@@ -1,0 +1,209 @@
+"""`vdr train` up to the moment it trains or starts ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vdr_cli.cli import app, training
+from vdr_cli.config import Config, load
+from vdr_cli.config.load import dump_run_record, load_config
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "starter_recipe", lambda: {"train": {"steps": 7}})
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict:
+    seen: dict = {}
+
+    def train(config: Config, resume: str | None) -> int:
+        seen.update(config=config, resume=resume)
+        return seen.get("code", 0)
+
+    def launch(config: Config, arguments: list[str]) -> int:
+        seen.update(launched=config, arguments=arguments)
+        return 0
+
+    monkeypatch.setattr(training, "_train", train)
+    monkeypatch.setattr(training, "_launch", launch)
+    return seen
+
+
+FLAGS = {
+    "--model": ("starter", "model.name"),
+    "--data": ("d.jsonl", "data.name"),
+    "--mode": ("per_token", "disagreement.mode"),
+    "--measure": ("rmi", "disagreement.measure"),
+    "--members": (4, "disagreement.members"),
+    "--weight": (0.5, "disagreement.weight"),
+    "--group-size": (6, "rollout.group_size"),
+    "--max-new-tokens": (9, "rollout.max_new_tokens"),
+    "--learning-rate": (0.001, "train.learning_rate"),
+    "--loss": ("grpo", "grpo.loss"),
+    "--steps": (11, "train.steps"),
+    "--seed": (3, "train.seed"),
+    "--output": ("out", "train.output"),
+    "--ds-config": ("zero2", "engine.ds_config"),
+    "--num-processes": (1, "launch.num_processes"),
+    "--include": ("a", "launch.include"),
+    "--exclude": ("b", "launch.exclude"),
+    "--master-addr": ("h", "launch.master_addr"),
+    "--master-port": (1234, "launch.master_port"),
+    "--ssh-port": (2222, "launch.ssh_port"),
+    "--launcher": ("slurm", "launch.launcher"),
+    "--node-rank": (1, "launch.node_rank"),
+    "--max-restarts": (2, "launch.max_restarts"),
+}
+
+
+def test_every_flag_reaches_its_setting(started):
+    Path("d.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = [text for flag, (value, _) in FLAGS.items() for text in (flag, str(value))]
+    assert app.run(["train", *arguments, "--reward", "f.py:g=0.5", "--reward", "length"]) == 0
+    dumped = started["config"].model_dump()
+    for flag, (value, key) in FLAGS.items():
+        section, name = key.split(".")
+        assert dumped[section][name] == value, flag
+    assert dumped["rewards"]["functions"] == [{"name": "f.py:g", "weight": 0.5}, {"name": "length", "weight": 1.0}]
+
+
+def test_the_list_of_options_is_frozen():
+    """A new flag needs a line in FLAGS, so that it is known to reach something."""
+    import typer
+
+    command = typer.main.get_command(app.build_app()).commands["train"]
+    options = {option for parameter in command.params for option in parameter.opts}
+    others = {"config_file", "--reward", "--set", "--resume", "--dry-run", "--hostfile", "--no-ssh"}
+    assert options == {*FLAGS, *others}
+
+
+def test_precedence_and_exit_code(started):
+    Path("run.yaml").write_text("train: {steps: 1, seed: 1, micro_batch_size: 1}\n")
+    started["code"] = 143
+    assert app.run(["train", "run.yaml", "--set", "train.seed=2", "--set", "train.steps=2", "--steps", "3"]) == 143
+    config = started["config"].train
+    assert (config.steps, config.seed, config.micro_batch_size) == (3, 2, 1)
+
+
+def test_output_is_decided_once_and_handed_to_the_ranks(started):
+    assert app.run(["train"]) == 0
+    assert started["config"].train.output.startswith("runs/2")
+    assert not Path("runs").exists()
+    assert app.run(["train", "--num-processes", "2", "--set", "data.split=train"]) == 0
+    given = started["arguments"]
+    assert given[:5] == ["train", "--num-processes", "2", "--set", "data.split=train"]
+    assert given[5] == "--output" and given[6].startswith("runs/2")
+    assert app.run(["--local_rank=0", "train", "--num-processes", "2", "--output", "o"]) == 0
+    assert started["arguments"] == ["train", "--num-processes", "2", "--output", "o"]
+
+
+def test_a_rank_trains(started, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert app.run(["train", "--num-processes", "2", "--output", "o"]) == 0
+    assert started["config"].train.output == "o" and "launched" not in started
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    monkeypatch.setenv("RANK", "0")
+    assert app.run(["train"]) == 2
+    assert "prompts_per_step 8 is below 9 processes" in capsys.readouterr().err
+
+
+def test_dry_run_prints_a_configuration_that_loads(started, capsys):
+    assert app.run(["train", "--dry-run", "--steps", "12", "--set", "train.eval_every=5"]) == 0
+    shown = capsys.readouterr().out
+    assert started == {} and list(Path.cwd().iterdir()) == []
+    Path("again.yaml").write_text(shown)
+    assert load_config("again.yaml").train.steps == 12
+    plan = dict(line[2:].split("  ", 1) for line in shown.splitlines() if line.startswith("# "))
+    plan = {name: value.strip() for name, value in plan.items()}
+    assert plan["processes"] == "1"
+    assert plan["completions a step"] == "64 = 8 groups x 8"
+    assert plan["completion tokens"] == "at most 16,384 a step, 196,608 in the run"
+    assert plan["held-out evaluations"].startswith("4,")
+    assert plan["checkpoints"] == "1 written, 1 kept"
+
+
+def finished_run(directory: str, *arguments: str, seen: dict) -> Path:
+    """What a run leaves behind, as far as the command line looks at it."""
+    assert app.run(["train", "--output", directory, *arguments]) == 0
+    Path(directory).mkdir(parents=True)
+    (Path(directory) / "config.yaml").write_text(dump_run_record(seen["config"]))
+    return Path(directory)
+
+
+def test_directory_of_another_run(started, capsys):
+    finished_run("o", seen=started)
+    assert app.run(["train", "--output", "o"]) == 2
+    assert "train.output o holds this run already; continue it with --resume auto" in capsys.readouterr().err
+    assert app.run(["train", "--output", "o", "--seed", "4"]) == 2
+    assert "holds another run (train.seed differs); give another --output" in capsys.readouterr().err
+    assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0
+    assert started["resume"] == "auto"
+    assert app.run(["train", "--output", "o", "--resume", "auto", "--seed", "4"]) == 2
+    assert "holds a run with other settings (train.seed differs)" in capsys.readouterr().err
+    assert app.run(["train", "--output", "o", "--resume", "auto", "--steps", "40"]) == 0
+    Path("o/config.yaml").write_text("something: else\n")
+    assert app.run(["train", "--output", "o"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_resume_takes_the_runs_own_settings(started, capsys):
+    directory = finished_run("o", "--seed", "9", "--members", "3", seen=started)
+    assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0
+    assert (started["config"].train.seed, started["config"].disagreement.members) == (9, 3)
+    checkpoint = directory / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    assert app.run(["train", "--resume", str(checkpoint)]) == 0
+    assert (started["config"].train.seed, started["config"].train.output) == (9, "o")
+    assert app.run(["train", "--resume", "o/checkpoints/step_000009"]) == 2
+    assert "no such checkpoint directory" in capsys.readouterr().err
+    assert app.run(["train", "--resume", "auto"]) == 2
+    assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_a_runs_configuration_repeats_it_elsewhere(started):
+    directory = finished_run("o", "--seed", "9", seen=started)
+    first = started["config"]
+    assert app.run(["train", str(directory / "config.yaml")]) == 0
+    assert started["config"].train.output != "o"
+    assert load.config_hash(started["config"]) == load.config_hash(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["--model", "./none"], 2, "model.name ./none: no such directory"),
+        (["--model", "empty"], 2, "neither config.json nor model/config.json"),
+        (["--data", "none.jsonl", "--reward", "length"], 2, "data.name none.jsonl: no such file"),
+        (["--data", "notes.txt", "--reward", "length"], 2, "must end in one of"),
+        (["--data", "empty.jsonl", "--reward", "length"], 3, "the file is empty"),
+        (["--data", "d.jsonl"], 2, "brings no reward"),
+        (["--data", "d.jsonl", "--reward", "length", "--set", "train.eval_every=5"], 2, "give data.eval_name"),
+        (["--ds-config", "zero9"], 2, "engine.ds_config zero9"),
+        (["--num-processes", "9"], 2, "below 9 processes"),
+        (["--output", "notes.txt/run"], 4, "is a file"),
+        (["--output", "/proc/run"], 4, "train.output /proc/run: cannot write in /proc"),
+        (["--reward", "length=much"], 2, "--reward length=much: the weight 'much' is not a number"),
+        (["--members", "1"], 2, "--members: disagreement.members must be at least 2, not 1"),
+        (["--mode", "eos"], 2, "--mode: disagreement.mode must be 'none', 'per_token' or 'end_of_sequence', not 'eos'"),
+        (["--set", "disagreement.credit=token"], 2, "need mode per_token"),
+    ],
+)
+def test_refused_before_anything_starts(arguments, code, expected, started, capsys):
+    Path("empty").mkdir()
+    Path("notes.txt").write_text("x")
+    Path("empty.jsonl").write_text("")
+    Path("d.jsonl").write_text(json.dumps({"prompt": "a"}))
+    before = sorted(Path.cwd().iterdir())
+    assert app.run(["train", *arguments]) == code
+    streams = capsys.readouterr()
+    assert expected in streams.err and streams.err.count("\n") == 1 and started == {}
+    assert sorted(Path.cwd().iterdir()) == before
