@@ -11,9 +11,12 @@ result repeat on one machine; another CPU may round differently.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -69,17 +72,34 @@ def pad_right(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
-def draw_batch(rng: random.Random, size: int, right: float) -> tuple[Tensor, Tensor]:
-    """Train problems with their numbers in a random order; a share `right` of the completions is right."""
+@cache
+def outside() -> dict[tuple[tuple[int, ...], int], list[str]]:
+    """Problems of three numbers whose target is below 0 or above 99, with their answers: arithmetic, no task."""
+    found: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    for numbers in itertools.combinations_with_replacement(range(1, 10), 3):
+        for expression in countdown.expressions(numbers):
+            parsed = countdown.evaluate(expression)
+            if parsed is not None and not 0 <= parsed[1] <= 99:
+                found.setdefault((numbers, parsed[1]), []).append(expression)
+    return found
+
+
+def draw_batch(rng: random.Random, size: int, right: float, outside_share: float) -> tuple[Tensor, Tensor]:
+    """Problems, held-out ones never, with their numbers in a random order; a share `right` of the answers is right."""
+    train, beyond = countdown.problems("train"), list(outside())
     rows = []
-    for problem in rng.choices(countdown.problems("train"), k=size):
-        numbers = rng.sample(problem.numbers, 3)
-        if rng.random() < right:
-            completion = rng.choice(countdown.solutions()[problem])
+    for _ in range(size):
+        if rng.random() < outside_share:
+            numbers, target = rng.choice(beyond)
+            answers: Sequence[str] = outside()[numbers, target]
         else:
-            signs = [rng.choice("+-*"), rng.choice("+-*"), ""]
-            completion = "".join(f"{n}{s}" for n, s in zip(rng.sample(numbers, 3), signs, strict=True))
-        rows.append(encode(countdown.prompt(numbers, problem.target), completion))
+            problem = rng.choice(train)
+            numbers, target, answers = problem.numbers, problem.target, countdown.solutions()[problem]
+        if rng.random() < right:
+            completion = rng.choice(answers)
+        else:
+            completion = rng.choice(countdown.expressions(numbers))
+        rows.append(encode(countdown.prompt(rng.sample(numbers, 3), target), completion))
     return pad_right(rows)
 
 
@@ -135,7 +155,10 @@ def pretrain(model: nn.Module, arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     for step in range(arguments.steps):
         ids, targets = draw_batch(
-            rng, arguments.batch, right_share(step, arguments.steps, arguments.first_right, arguments.right)
+            rng,
+            arguments.batch,
+            right_share(step, arguments.steps, arguments.first_right, arguments.right),
+            arguments.outside,
         )
         logps, valid = token_logps(model, ids, targets)
         loss = -logps.sum() / valid.sum()
@@ -162,6 +185,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--first-right", type=float, default=1.0, help="share of right completions at the start")
     parser.add_argument("--right", type=float, default=0.3, help="share of right completions at the end")
+    parser.add_argument("--outside", type=float, default=0.5, help="share of problems with a target beyond 0-99")
     parser.add_argument("--report-every", type=int, default=100)
     arguments = parser.parse_args()
 
