@@ -1,0 +1,200 @@
+"""The DeepSpeed engine: the only place where ZeRO is known.
+
+The rest of the program sees: a policy forward, `backward`, `step`, and the full weights inside `twin()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from vdr_cli.config import Config, TrainConfig
+from vdr_cli.engine import collectives
+from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
+from vdr_cli.engine.twin import Twin
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.anatomy import decoder_layers, output_head
+from vdr_cli.models.loading import load_for_training, resolve_dtype, resolve_model_path
+from vdr_cli.models.policy import Policy, silence_dropout
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf when refused."""
+    refused: bool
+    """True when the gradient was not finite on any rank: the weights are as before, on all ranks."""
+
+
+class Engine:
+    """One rank's view of the model being trained."""
+
+    def __init__(self, ds_engine: Any, causal_lm: nn.Module, twin: Twin, ds_config: DsConfig) -> None:
+        self.ds_engine = ds_engine
+        self.causal_lm = causal_lm
+        self.ds_config = ds_config
+        self.stage = zero_stage(ds_config)
+        self.device: torch.device = ds_engine.device
+        self._twin = twin
+
+    @contextmanager
+    def twin(self) -> Iterator[Any]:
+        """The full, hook-free model in eval mode. Collective on entry only (ZeRO-3: one gather of all parameters)."""
+        with self._twin.borrowed(gather if self.stage == 3 else None) as model, torch.no_grad():
+            yield model
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (B, T) of the completions under the policy, with gradient."""
+        return self.ds_engine(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of this rank's share of the step's loss; `last` closes the step's accumulation.
+
+        DeepSpeed averages gradients over ranks; the loss is a sum over ranks, hence the factor.
+        """
+        self.ds_engine.set_gradient_accumulation_boundary(last)
+        self.ds_engine.backward(loss * collectives.world_size(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> StepResult:
+        """One optimizer update. Refused on all ranks alike when the gradient is not finite."""
+        for group in self.ds_engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped = self.ds_engine.skipped_steps
+        self.ds_engine.step()
+        refused = self.ds_engine.skipped_steps > skipped
+        norm = self.ds_engine.get_global_grad_norm()
+        return StepResult(float("inf") if refused or norm is None else float(norm), refused)
+
+
+def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """All of these parameters whole on every rank, in one coalesced all-gather; released on exit."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)  # type: ignore[no-any-return]
+
+
+def start_distributed() -> torch.device:
+    """Join the process group and choose this rank's device. The launcher's environment must be set."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def build_engine(config: Config, device: torch.device) -> Engine:
+    """Load the policy (each rank only its shard under ZeRO-3) and wrap it. Call after start_distributed."""
+    dtype = resolve_dtype(config.model.dtype)
+    ds_config = resolve_ds_config(
+        config,
+        collectives.world_size(),
+        _hidden_size(config),
+        bf16=dtype is torch.bfloat16,
+        on_gpu=device.type == "cuda",
+    )
+    with sharded_loading(ds_config):
+        causal_lm = load_for_training(config.model, dtype)
+    if zero_stage(ds_config) < 3:
+        causal_lm.to(device)
+    twin = Twin(causal_lm, device)
+    silence_dropout(causal_lm)
+    if config.model.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(causal_lm)
+    if zero_stage(ds_config) == 3:
+        deepspeed.zero.register_external_parameter(policy.head_logps, output_head(causal_lm).weight)
+        if config.engine.leaf_layers:
+            deepspeed.utils.set_z3_leaf_modules(causal_lm, list({type(layer) for layer in decoder_layers(causal_lm)}))
+    try:
+        ds_engine, *_ = deepspeed.initialize(
+            model=policy, optimizer=_optimizer(policy, config.train, device), config=ds_config
+        )
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        raise MachineError(
+            f"model {config.model.name} with its optimizer does not fit: use more processes, engine.ds_config "
+            "zero3_offload, or model.lora"
+        ) from error
+    ds_engine.train()
+    return Engine(ds_engine, causal_lm, twin, ds_config)
+
+
+def learning_rate_at(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of step (from 0): linear warm-up over warmup_steps, then constant, linear or cosine to 0."""
+    import math
+
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return cfg.learning_rate * factor[cfg.lr_schedule]
+
+
+def _optimizer(policy: nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(
+        trainable,
+        lr=cfg.learning_rate,
+        betas=cfg.adam_betas,
+        weight_decay=cfg.weight_decay,
+        fused=device.type == "cuda",
+    )
+
+
+def sharded_loading(ds_config: DsConfig) -> AbstractContextManager[Any]:
+    """While open, from_pretrained gives each rank its shard (ZeRO-3)."""
+    return _ZeroInit(ds_config) if zero_stage(ds_config) == 3 else nullcontext()
+
+
+class _ZeroInit:
+    """Transformers looks up a weakly referenced HfDeepSpeedConfig; this keeps it alive while loading, not longer."""
+
+    def __init__(self, ds_config: DsConfig) -> None:
+        self._ds_config = ds_config
+
+    def __enter__(self) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._kept_alive = HfDeepSpeedConfig(self._ds_config)
+
+    def __exit__(self, *_: object) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+        del self._kept_alive
+
+
+def _hidden_size(config: Config) -> int:
+    from transformers import AutoConfig
+
+    path = resolve_model_path(config.model.name)
+    try:
+        loaded = AutoConfig.from_pretrained(
+            path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model {config.model.name}: no usable config.json locally or on the hub ({str(error).splitlines()[0]})"
+        ) from error
+    size = getattr(loaded, "hidden_size", None) or getattr(loaded.get_text_config(), "hidden_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"model {config.model.name}: its config has no hidden_size; use a causal language model")
+    return size

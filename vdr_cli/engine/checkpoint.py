@@ -1,0 +1,193 @@
+"""Checkpoints: complete or absent.
+
+A checkpoint is written to a hidden directory, every rank's success is agreed on, every file's size and
+SHA-256 go into a manifest, everything is fsynced, and one rename makes it appear as step_<n>. So a
+directory with that name is complete unless a disk lies, and the manifest finds that out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import Engine
+from vdr_cli.errors import ConfigError, MachineError, VdrError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+ENGINE_TAG = "engine"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+    """What the loop saved: step, prompt position, bonus statistics, world size."""
+
+
+def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write folder/step_<step>. Collective.
+
+    Raises MachineError on every rank when any rank could not write; what was there before is intact.
+    """
+    final = folder / f"step_{step:06d}"
+    partial = folder / f".partial_{final.name}"
+    _on_main(lambda: _fresh_directory(partial), folder)
+    _on_every_rank(lambda: _write_rank(engine, partial, step, state), folder)
+    digests = collectives.gather_objects(_digests(partial))
+    _on_main(lambda: _publish(partial, final, {k: v for part in digests for k, v in part.items()}), folder)
+    return final
+
+
+def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
+    """Remove all but the newest keep_last checkpoints (and `keep`). Rank 0 only; never fails a run."""
+    if collectives.is_main():
+        for path in _newest_first(folder)[keep_last:]:
+            if path != keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a line for each one that was passed over. Collective."""
+    return collectives.broadcast_object(_newest_complete(folder) if collectives.is_main() else None)  # type: ignore[no-any-return]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at this path. Raises ConfigError naming what is torn when its manifest does not hold."""
+    fault = collectives.broadcast_object(find_fault(path) if collectives.is_main() else None)
+    if fault:
+        raise ConfigError(f"--resume {path}: {fault}; give another checkpoint, or auto for the newest complete one")
+    return Checkpoint(path, json.loads((path / STATE).read_text()))
+
+
+def find_fault(path: Path) -> str | None:
+    """Why this is not a complete checkpoint, naming the file; None when it is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, (size, digest) in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if _sha256(file) != digest:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def load(engine: Engine, checkpoint: Checkpoint) -> None:
+    """Weights, optimizer and this rank's random states, bit for bit. Collective."""
+    engine.ds_engine.load_checkpoint(
+        str(checkpoint.path), tag=ENGINE_TAG, load_optimizer_states=True, load_lr_scheduler_states=False
+    )
+    own = checkpoint.path / f"rank_{collectives.rank():05d}.pt"
+    if own.is_file():
+        _set_random_states(torch.load(own, weights_only=False))
+
+
+def _write_rank(engine: Engine, partial: Path, step: int, state: dict[str, Any]) -> None:
+    engine.ds_engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
+    torch.save(_random_states(), partial / f"rank_{collectives.rank():05d}.pt")
+    if collectives.is_main():
+        full = {"step": step, "world_size": collectives.world_size(), "zero_stage": engine.stage, **state}
+        (partial / STATE).write_text(json.dumps(full))
+
+
+def _digests(partial: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of this rank's share of the files; sharing them out keeps large models quick."""
+    collectives.barrier()
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    mine = files[collectives.rank() :: collectives.world_size()]
+    return {str(file.relative_to(partial)): (file.stat().st_size, _sha256(file)) for file in mine}
+
+
+def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) -> None:
+    (partial / MANIFEST).write_text(json.dumps({"files": digests}))
+    for path in [*partial.rglob("*"), partial]:
+        _fsync(path)
+    if final.exists():  # the same step again, after a resume from an older one
+        shutil.rmtree(final)
+    partial.replace(final)
+    _fsync(final.parent)
+
+
+def _on_main(action: Any, folder: Path) -> None:
+    _on_every_rank(action if collectives.is_main() else lambda: None, folder)
+
+
+def _on_every_rank(action: Any, folder: Path) -> None:
+    error: Exception | None = None
+    try:
+        action()
+    except VdrError as own:
+        error = own
+    except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
+        error = MachineError(f"checkpoint under {folder} could not be written: {fault}; the one before is intact")
+        error.__cause__ = fault
+    collectives.agree(error)
+
+
+def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    passed_over = []
+    for path in _newest_first(folder):
+        fault = find_fault(path)
+        if fault is None:
+            return Checkpoint(path, json.loads((path / STATE).read_text())), passed_over
+        passed_over.append(f"checkpoint {path} passed over: {fault}")
+    return None, passed_over
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+
+
+def _fresh_directory(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in _stale(path.parent):
+        shutil.rmtree(stale)
+    path.mkdir()
+
+
+def _stale(folder: Path) -> Iterator[Path]:
+    yield from folder.glob(".partial_*")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _random_states() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

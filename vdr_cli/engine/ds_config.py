@@ -1,0 +1,161 @@
+"""From `engine.ds_config` to the complete DeepSpeed configuration: every "auto" resolved, every conflict named.
+
+DeepSpeed crashes on "auto" outside the Hugging Face trainer, ignores unknown top-level keys and clips
+gradients at 1.0 unless told otherwise, so nothing is left to it. Pure: dictionaries in, dictionaries out.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import vdr_cli
+from vdr_cli.config import Config
+from vdr_cli.errors import ConfigError
+
+DsConfig = dict[str, Any]
+
+# Keys whose value vdr owns: what the JSON may say is "auto", or the same number.
+OWNED_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+PASSED_THROUGH = {
+    "zero_optimization",
+    "activation_checkpointing",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+KNOWN_KEYS = PASSED_THROUGH | {*OWNED_BATCH_KEYS, "bf16", "fp16", "gradient_clipping", "optimizer", "scheduler"}
+
+
+def ds_config_path(name: str) -> Path:
+    """The JSON behind `engine.ds_config`: a path, or the name of a file in ds_configs/.
+
+    Raises ConfigError naming the known names when neither exists.
+    """
+    package = Path(vdr_cli.__file__).parent
+    folders = [folder for folder in (package / "ds_configs", package.parent / "ds_configs") if folder.is_dir()]
+    if not name.endswith(".json"):
+        for folder in folders:
+            if (folder / f"{name}.json").is_file():
+                return folder / f"{name}.json"
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = ", ".join(sorted({file.stem for folder in folders for file in folder.glob("*.json")}))
+    raise ConfigError(f"engine.ds_config {name}: no such file and not one of {known}")
+
+
+def read_ds_config(name: str) -> DsConfig:
+    """The JSON as it stands. Raises ConfigError with file and line when it is not a JSON object."""
+    path = ds_config_path(name)
+    try:
+        loaded = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"engine.ds_config {path}:{error.lineno}: {error.msg}; mend the JSON") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"engine.ds_config {path}: a JSON object is needed, not {type(loaded).__name__}")
+    for key in loaded:
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(KNOWN_KEYS))}"
+            raise ConfigError(f"engine.ds_config {path}: unknown key {key}{hint}")
+    return loaded
+
+
+def resolve_ds_config(config: Config, world_size: int, hidden_size: int, bf16: bool, on_gpu: bool) -> DsConfig:
+    """The complete DeepSpeed configuration of a run.
+
+    Micro-batches are counted by the loop (ranks may hold different numbers of them), so DeepSpeed sees
+    gradient_accumulation_steps 1 and is told where the boundary is.
+    """
+    name = config.engine.ds_config
+    given = read_ds_config(name)
+    _refuse_conflicts(name, given, config, world_size, bf16)
+    resolved: DsConfig = {key: copy.deepcopy(value) for key, value in given.items() if key in PASSED_THROUGH}
+    resolved["zero_optimization"] = _resolve_zero(name, resolved.get("zero_optimization", {}), hidden_size, on_gpu)
+    resolved["train_micro_batch_size_per_gpu"] = config.train.micro_batch_size
+    resolved["gradient_accumulation_steps"] = 1
+    resolved["train_batch_size"] = config.train.micro_batch_size * world_size
+    resolved["gradient_clipping"] = config.train.max_grad_norm
+    resolved["bf16"] = {"enabled": bf16}
+    resolved.setdefault("steps_per_print", 2**31)
+    resolved.setdefault("zero_allow_untested_optimizer", True)
+    resolved.setdefault("zero_force_ds_cpu_optimizer", False)
+    return resolved
+
+
+def zero_stage(ds_config: DsConfig) -> int:
+    """The ZeRO stage, 0 to 3."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def micro_batches_per_rank(config: Config, world_size: int) -> int:
+    """Micro-batches of the rank with most groups."""
+    groups = -(-config.train.prompts_per_step // world_size)
+    return -(-groups * config.rollout.group_size // config.train.micro_batch_size)
+
+
+def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool) -> DsConfig:
+    """Bucket sizes as the Hugging Face trainer sets them: h², 0.9 h², 10 h (h = hidden size)."""
+    autos = {
+        "reduce_bucket_size": hidden_size**2,
+        "allgather_bucket_size": max(hidden_size**2, 5_000_000),
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    resolved = dict(zero)
+    for key, value in zero.items():
+        if value == "auto":
+            if key not in autos:
+                raise ConfigError(f'engine.ds_config {name}: zero_optimization.{key} is "auto"; give a value')
+            resolved[key] = autos[key]
+    for key in ("offload_optimizer", "offload_param"):
+        if not on_gpu:
+            resolved.pop(key, None)  # the accelerator's memory is the host's already
+    if resolved.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.ds_config {name}: zero_optimization.stage is {resolved['stage']}; give 0 to 3")
+    return resolved
+
+
+def _refuse_conflicts(name: str, given: DsConfig, config: Config, world_size: int, bf16: bool) -> None:
+    batch = config.train.prompts_per_step * config.rollout.group_size
+    expected = {
+        "train_batch_size": (batch, "train.prompts_per_step x rollout.group_size"),
+        "train_micro_batch_size_per_gpu": (config.train.micro_batch_size, "train.micro_batch_size"),
+        "gradient_accumulation_steps": (
+            micro_batches_per_rank(config, world_size),
+            "train.prompts_per_step x rollout.group_size / (processes x train.micro_batch_size)",
+        ),
+        "gradient_clipping": (config.train.max_grad_norm, "train.max_grad_norm"),
+    }
+    for key, (value, source) in expected.items():
+        if given.get(key, "auto") not in ("auto", value):
+            raise ConfigError(
+                f"engine.ds_config {name}: {key} is {given[key]} but {source} is {value}; remove it or make them agree"
+            )
+    if given.get("bf16", {}).get("enabled", "auto") not in ("auto", bf16):
+        raise ConfigError(
+            f"engine.ds_config {name}: bf16.enabled disagrees with model.dtype; remove it, set model.dtype"
+        )
+    if given.get("fp16", {}).get("enabled", False) is True:
+        raise ConfigError(f"engine.ds_config {name}: fp16 is not supported; set model.dtype to bfloat16 or float32")
+    for section in ("optimizer", "scheduler"):
+        values = given.get(section, {}).get("params", {}).values()
+        if any(value != "auto" for value in values):
+            raise ConfigError(
+                f"engine.ds_config {name}: {section} is set by train.learning_rate, lr_schedule, warmup_steps, "
+                "adam_betas and weight_decay; remove it"
+            )

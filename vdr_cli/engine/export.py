@@ -1,0 +1,38 @@
+"""The trained model in save_pretrained format, loadable by AutoModelForCausalLM and vLLM."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import Engine
+from vdr_cli.errors import MachineError
+
+
+def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
+    """Write `folder` (adapters merged). Collective; rank 0 writes; complete or absent.
+
+    Raises MachineError on every rank when it cannot be written.
+    """
+    error: Exception | None = None
+    with engine.twin() as model:
+        if collectives.is_main():
+            try:
+                _write(model, tokenizer, folder)
+            except OSError as fault:
+                error = MachineError(f"model could not be written to {folder}: {fault}")
+    collectives.agree(error)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path) -> None:
+    partial = folder.with_name(f".partial_{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    if hasattr(model, "merge_and_unload"):
+        model = copy.deepcopy(model).merge_and_unload()
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)

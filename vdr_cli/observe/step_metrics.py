@@ -1,0 +1,68 @@
+"""A step's numbers under TRL's names, as (numerator, denominator) pairs that add up over ranks.
+
+Pure: tensors in, plain numbers out. The loop sums the pairs over all ranks and divides once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Pairs = dict[str, tuple[float, float]]
+
+
+def reward_pairs(
+    rewards: Tensor, task_reward: Tensor, zero_variance: Tensor, group_size: int, names: Sequence[str]
+) -> Pairs:
+    """rewards (B, F) with NaN where a function was silent, task_reward (B,), zero_variance (groups,) bool."""
+    groups = task_reward.view(-1, group_size)
+    pairs: Pairs = {
+        "reward": _sum_and_count(task_reward),
+        "reward_std": _sum_and_count(_nan_std(groups)),
+        "frac_reward_zero_std": (float(zero_variance.sum()), float(len(zero_variance))),
+    }
+    for index, name in enumerate(names):
+        pairs[f"rewards/{name}/mean"] = _sum_and_count(rewards[:, index])
+        pairs[f"rewards/{name}/std"] = _sum_and_count(_nan_std(rewards[:, index].view(-1, group_size)))
+    return pairs
+
+
+def completion_pairs(completion_mask: Tensor, truncated: Tensor) -> Pairs:
+    """completion_mask (B, T) bool, truncated (B,) bool."""
+    lengths = completion_mask.sum(1).float()
+    return {
+        "completions/mean_length": _sum_and_count(lengths),
+        "completions/mean_terminated_length": _sum_and_count(lengths[~truncated]),
+        "completions/clipped_ratio": (float(truncated.sum()), float(len(truncated))),
+    }
+
+
+def disagreement_pairs(reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:
+    """reduced (B,) measure of each completion, bonus (B,) or (B, T) as added, spread (groups,) bool."""
+    return {
+        "disagreement/mean": _sum_and_count(reduced),
+        "disagreement/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),
+        "disagreement/groups_with_spread": (float(spread.sum()), float(len(spread))),
+        "disagreement/bonus_abs": _sum_and_count(bonus.abs()),
+    }
+
+
+def ratios(pairs: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Numerator over denominator; a metric that nothing contributed to is left out."""
+    return {name: top / bottom for name, (top, bottom) in pairs.items() if bottom}
+
+
+def _sum_and_count(values: Tensor) -> tuple[float, float]:
+    known = values[~values.isnan()]
+    return float(known.double().sum()), float(known.numel())
+
+
+def _nan_std(groups: Tensor) -> Tensor:
+    """Standard deviation (ddof 1) of each row's known values; NaN when there are fewer than two."""
+    known = ~groups.isnan()
+    count = known.sum(1)
+    mean = torch.nansum(groups, 1) / count.clamp(min=1)
+    squares = torch.where(known, (groups - mean[:, None]) ** 2, 0.0).sum(1)
+    return torch.where(count > 1, (squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)

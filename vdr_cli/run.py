@@ -1,0 +1,300 @@
+"""What a training run consists of, and how it starts, saves, resumes and ends.
+
+The algorithm is in train.py; here is everything around it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vdr_cli.config import Config
+from vdr_cli.config.load import config_hash, dump_run_record
+from vdr_cli.data.order import stream_indices
+from vdr_cli.data.prompts import PromptSet, load_prompts
+from vdr_cli.disagreement.bonus import BonusWatch, RunningRms
+from vdr_cli.disagreement.members import EnsembleSpec
+from vdr_cli.engine import checkpoint as checkpoints
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import Engine, build_engine, start_distributed
+from vdr_cli.engine.export import export_model
+from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
+from vdr_cli.errors import MachineError, VdrError
+from vdr_cli.launch.environment import prepare_process
+from vdr_cli.models.loading import eos_token_ids, load_tokenizer
+from vdr_cli.observe.completions import remove_after
+from vdr_cli.observe.live import LiveView
+from vdr_cli.observe.metrics import MetricsWriter
+from vdr_cli.observe.timing import PhaseTimer
+from vdr_cli.rewards.loading import LoadedReward, check_columns, load_rewards
+from vdr_cli.rollout.base import Prompt, Rollout, Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.stopping import StopSignal
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint must carry beside the engine so that a resumed run is the same run."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    drawn: int = 0
+    """Prompts taken from the stream so far, over all ranks."""
+    tokens: int = 0
+    """Completion tokens so far, over all ranks."""
+    refused: int = 0
+    """Steps refused in a row."""
+    best: float | None = None
+    """Best held-out pass@1."""
+    best_step: int | None = None
+    rms: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One rank's parts of a run."""
+
+    config: Config
+    directory: Path
+    engine: Engine
+    tokenizer: Any
+    prompts: PromptSet
+    held_out: PromptSet | None
+    rewards: list[LoadedReward]
+    rollout: Rollout
+    sampling: Sampling
+    ensemble: EnsembleSpec | None
+    rms: RunningRms
+    reference: FrozenCopy | Adapterless | None
+    writer: MetricsWriter | None
+    view: LiveView | None
+    stop: StopSignal
+    state: LoopState = field(default_factory=LoopState)
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    exit_code: int = 0
+    saved_step: int | None = None
+    _drawn_this_step: int = 0
+    watch: BonusWatch = field(default_factory=BonusWatch)
+
+    @property
+    def step(self) -> int:
+        return self.state.step
+
+    def stopped(self) -> bool:
+        """True when any rank received Ctrl-C or SIGTERM; the exit code says which. Collective."""
+        signal_number = self.stop.agreed()
+        if signal_number:
+            self.exit_code = 128 + signal_number
+        return bool(signal_number)
+
+    def note(self, text: str) -> None:
+        """A line for the user, from rank 0."""
+        if self.view is not None:
+            self.view.note(text)
+
+    def next_prompts(self, counts: list[int]) -> list[tuple[int, Prompt]]:
+        """This rank's prompts when rank r takes the next counts[r] of the stream, each with its position in it.
+
+        The step's end moves `state.drawn` on, so a step that is abandoned draws the same prompts again.
+        """
+        rank = collectives.rank()
+        first = self.state.drawn + self._drawn_this_step + sum(counts[:rank])
+        self._drawn_this_step += sum(counts)
+        cfg = self.config
+        rows = stream_indices(len(self.prompts), first, counts[rank], cfg.train.seed, cfg.data.shuffle)
+        return [(first + offset, self.prompts[row]) for offset, row in enumerate(rows)]
+
+    def advance(self, steps: int, tokens: int) -> None:
+        """These optimizer steps are done: what they used is used."""
+        self.state.step += steps
+        self.state.tokens += tokens
+        self.state.drawn += self._drawn_this_step
+        self._drawn_this_step = 0
+
+    def best_is_new(self) -> bool:
+        """True right after the best held-out evaluation so far, when the best checkpoint is to be kept."""
+        return self.config.train.keep_best and self.state.best_step == self.step
+
+    def checkpoint_or_go_on(self) -> None:
+        """A checkpoint that cannot be written (disk full) is said and passed over: the one before is intact."""
+        try:
+            self.save_checkpoint()
+        except MachineError as error:
+            self.note(f"{error}; training goes on")
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step_<n>, once a step. Collective."""
+        if self.saved_step == self.step:
+            return
+        folder = self.directory / "checkpoints"
+        self.state.rms = self.rms.state_dict()
+        state = {"loop": vars(self.state), "config_hash": config_hash(self.config)}
+        checkpoints.save(self.engine, folder, self.step, state)
+        self.saved_step = self.step
+        best = self.state.best_step if self.config.train.keep_best else None
+        keep = folder / f"step_{best:06d}" if best is not None else None
+        checkpoints.prune(folder, self.config.train.keep_last, keep)
+
+    def finish(self) -> None:
+        """The last checkpoint; when the run reached its end also model/ and the finished marker. Collective."""
+        self.save_checkpoint()
+        if self.exit_code:
+            return
+        if self.config.train.save_model:
+            export_model(self.engine, self.tokenizer, self.directory / "model")
+        if collectives.is_main():
+            _write_json(self.directory / "finished.json", {"step": self.step})
+
+
+def even_shares(count: int) -> list[int]:
+    """How many of `count` things each rank takes: they differ by at most one."""
+    size = collectives.world_size()
+    return [count * (rank + 1) // size - count * rank // size for rank in range(size)]
+
+
+@contextmanager
+def open_run(config: Config, resume: str | None) -> Iterator[Run]:
+    """Everything a run needs, loaded or resumed; closed again whatever happens.
+
+    After a VdrError in the loop the last finished step is saved before the error goes on.
+    """
+    prepare_process(config.launch)
+    directory = Path(config.train.output or ".")
+    device = start_distributed()
+    with ExitStack() as stack:
+        stack.callback(_leave_process_group)
+        stop = stack.enter_context(StopSignal())
+        run = _build(config, directory, device, stop, resume, stack)
+        try:
+            yield run
+        except VdrError as error:
+            _write_fault(directory, error)
+            run.note("saving the last finished step")
+            if not isinstance(error, MachineError):
+                run.save_checkpoint()
+            raise
+
+
+def _build(
+    config: Config, directory: Path, device: torch.device, stop: StopSignal, resume: str | None, stack: ExitStack
+) -> Run:
+    _seed(config.train.seed)
+    tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
+    prompts = load_prompts(config.data, "train", tokenizer)
+    rewards = load_rewards(config.rewards, config.data.name)
+    check_columns(rewards, prompts.columns)
+    held_out = load_prompts(config.data, "eval", tokenizer) if config.train.eval_every else None
+    found, passed_over = _choose_checkpoint(directory, resume)
+    _prepare_directory(directory, config)
+    engine = build_engine(config, device)
+    eos_ids = eos_token_ids(engine.causal_lm, tokenizer)
+    run = Run(
+        config=config,
+        directory=directory,
+        engine=engine,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        held_out=held_out,
+        rewards=rewards,
+        rollout=TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, config.rollout.batch_tokens),
+        sampling=sampling_of(config),
+        ensemble=_ensemble(config),
+        rms=RunningRms(),
+        reference=build_reference(config, engine),
+        writer=None,
+        view=None,
+        stop=stop,
+    )
+    if collectives.is_main():
+        run.writer = stack.enter_context(MetricsWriter(directory, config.observe, config.model_dump()))
+        run.view = stack.enter_context(LiveView(config.observe.live))
+    for line in passed_over:
+        run.note(line)
+    if found is not None:
+        _resume(run, found)
+    if run.view is not None:
+        run.view.start(config.train.steps, run.step)
+    return run
+
+
+def sampling_of(config: Config) -> Sampling:
+    cfg = config.rollout
+    return Sampling(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tuple(cfg.stop)
+    )
+
+
+def _ensemble(config: Config) -> EnsembleSpec | None:
+    cfg = config.disagreement
+    return None if cfg.mode == "none" else EnsembleSpec.from_config(cfg, config.train.seed)
+
+
+def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    if resume is None:
+        return None, []
+    if resume == "auto":
+        return checkpoints.newest_complete(directory / "checkpoints")
+    return checkpoints.open_checkpoint(Path(resume)), []
+
+
+def _resume(run: Run, found: checkpoints.Checkpoint) -> None:
+    checkpoints.load(run.engine, found)
+    run.state = LoopState(**found.state["loop"])
+    run.rms.load_state_dict(run.state.rms)
+    run.saved_step = run.step if found.path.parent == run.directory / "checkpoints" else None
+    if run.writer is not None:
+        run.writer.truncate(run.step)
+        remove_after(run.directory, run.step)
+    run.note(f"resumed from {found.path}")
+
+
+def _prepare_directory(directory: Path, config: Config) -> None:
+    error: Exception | None = None
+    if collectives.is_main():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.yaml").write_text(dump_run_record(config))
+            for marker in ("finished.json", "fault.json"):
+                (directory / marker).unlink(missing_ok=True)
+        except OSError as fault:
+            error = MachineError(f"train.output {directory}: cannot be written ({fault.strerror}); choose another")
+    collectives.agree(error)
+
+
+def _seed(seed: int) -> None:
+    """For reward functions that draw random numbers; ours never use global generators."""
+    own = seed * 1_000_003 + collectives.rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
+def _write_fault(directory: Path, error: VdrError) -> None:
+    if collectives.is_main():
+        fault = {
+            "host": socket.gethostname(),
+            "rank": collectives.rank(),
+            "message": str(error),
+            "exit_code": error.exit_code,
+        }
+        _write_json(directory / "fault.json", fault)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Best effort: a marker that cannot be written must not hide what happened."""
+    with suppress(OSError):
+        path.write_text(json.dumps(value) + "\n")
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,295 @@
+"""`vdr train`: GRPO with a disagreement bonus. This file is the algorithm, top to bottom.
+
+    prompts ─ rollout ─ rewards ─ disagreement ─ advantages ─ update ─ (metrics, completions, checkpoint)
+
+What a run consists of and how it starts, saves and ends is in run.py; what it writes down in record.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdr_cli import record
+from vdr_cli.batch import Batch, Signal, Updates, concatenate, micro_batches_of, to_device
+from vdr_cli.config import Config
+from vdr_cli.disagreement import bonus as bonuses
+from vdr_cli.disagreement.members import measure
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import learning_rate_at
+from vdr_cli.evaluate import completion_texts
+from vdr_cli.grpo import advantages as grpo_advantages
+from vdr_cli.grpo.losses import (
+    Totals,
+    entropy_threshold,
+    kl_penalised_rewards,
+    loss_mask,
+    policy_loss,
+    token_weights,
+)
+from vdr_cli.models.policy import completion_logps
+from vdr_cli.rewards.calling import compute_rewards
+from vdr_cli.rollout.base import Completions, Prompt, completion_key
+from vdr_cli.run import Run, even_shares, open_run
+
+
+def train(config: Config, resume: str | None = None) -> int:
+    """Run the loop to train.steps; returns the exit code (0, or 130/143 after Ctrl-C or SIGTERM).
+
+    resume: None, "auto" (the newest complete checkpoint of train.output, if any) or a checkpoint's path.
+    Raises VdrError, the same one on every rank, after saving a checkpoint.
+    """
+    with open_run(config, resume) as run:
+        record.evaluate_at_start(run)
+        while run.step < config.train.steps and not run.stopped():
+            with run.timer.phase("step"):
+                batch, signal = collect(run)
+                updates = update(run, batch, signal)
+            record.end_step(run, batch, signal, updates)
+        run.finish()
+    return run.exit_code
+
+
+# ---- prompts ─ rollout ─ rewards ─ disagreement ─ advantages -----------------------------------------------------
+
+
+def collect(run: Run) -> tuple[Batch, Signal]:
+    """This rank's groups, from prompts to advantages.
+
+    Under ZeRO-3 the weights are gathered once for all of it; between the collectives ranks go their own pace.
+    """
+    with run.engine.twin() as model:
+        batch = sample_informative(run, model)
+        measured = disagree(run, model, batch)
+        knowledge = consult(run, model, batch)
+    return batch, reward_head(run, batch, measured, knowledge)
+
+
+def sample_informative(run: Run, model: Any) -> Batch:
+    """prompts_per_step groups; those whose task rewards are all equal are drawn anew, resample_groups times at most."""
+    G = run.config.rollout.group_size
+    batch = sample(run, model, run.next_prompts(even_shares(run.config.train.prompts_per_step)))
+    for _ in range(run.config.grpo.resample_groups):
+        stalled = grpo_advantages.zero_variance(batch.task_reward, G)
+        counts = collectives.gather_objects(int(stalled.sum()))
+        if not sum(counts):
+            break
+        fresh = sample(run, model, run.next_prompts(counts))
+        batch = replace_groups(batch, stalled, fresh, G, run.tokenizer.pad_token_id)
+    return batch
+
+
+def sample(run: Run, model: Any, drawn: list[tuple[int, Prompt]]) -> Batch:
+    """Prompts, each with its position in the stream, to completions and task rewards. Collective: errors are shared."""
+    cfg = run.config
+    error: Exception | None = None
+    try:
+        keys = [completion_key(cfg.train.seed, 1, position) for position, _ in drawn]
+        with run.timer.phase("rollout"):
+            completions = run.rollout.generate(
+                model, [prompt.token_ids for _, prompt in drawn], cfg.rollout.group_size, run.sampling, keys
+            )
+        prompts = [prompt for _, prompt in drawn for _ in range(cfg.rollout.group_size)]
+        with run.timer.phase("rewards"):
+            batch = rewarded(run, prompts, completions)
+    except Exception as raised:  # agreed on: a rank that stops alone leaves the others waiting
+        error = raised
+    collectives.agree(error)
+    return batch
+
+
+def rewarded(run: Run, prompts: list[Prompt], completions: Completions) -> Batch:
+    """Completions with what every reward function says of them."""
+    cfg = run.config
+    texts = completion_texts(run.tokenizer, prompts, completions)
+    rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
+    ids = [tokens[:count] for tokens, count in rows]
+    rewards = compute_rewards(run.rewards, prompts, texts, ids, cfg.rewards.timeout)  # (B, F)
+    weights = torch.tensor([reward.weight for reward in run.rewards])
+    task_reward = grpo_advantages.combine_rewards(rewards, weights)
+    lengths = completions.completion_mask.sum(1)
+    task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
+    return Batch(prompts, completions, texts, rewards, task_reward)
+
+
+def replace_groups(batch: Batch, stalled: Tensor, fresh: Batch, group_size: int, pad_id: int) -> Batch:
+    """The batch with its stalled groups (groups,) bool replaced by the groups of `fresh`, in order."""
+    if not bool(stalled.any()):
+        return batch
+    source = torch.arange(len(stalled))
+    source[stalled] = len(stalled) + torch.arange(int(stalled.sum()))
+    rows = (source[:, None] * group_size + torch.arange(group_size)).flatten()
+    return concatenate([batch, fresh], pad_id).select(rows)
+
+
+def disagree(run: Run, model: Any, batch: Batch) -> Tensor | None:
+    """The configured measure of every completion: (B, T) per token, (B,) at the end of the sequence; None without."""
+    cfg = run.config.disagreement
+    if run.ensemble is None:
+        return None
+    with run.timer.phase("disagreement"):
+        statistics = measure(
+            model,
+            to_device(batch.completions, run.engine.device),
+            run.config.rollout.group_size,
+            run.ensemble,
+            run.step,
+            positions="last" if cfg.mode == "end_of_sequence" else "all",
+            measures=frozenset({cfg.measure}),
+        )
+    return statistics.get(cfg.measure).cpu()
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What the loss needs to know of the completions under full weights, when it is configured to."""
+
+    ref_logps: Tensor | None = None  # (B, T), under the reference model
+    logps: Tensor | None = None  # (B, T), under the policy; only with the KL in the reward
+    selected: Tensor | None = None  # (B, T) bool, the step's tokens of highest entropy
+
+
+def consult(run: Run, model: Any, batch: Batch) -> Knowledge:
+    """Reference log-probabilities and high-entropy tokens; nothing is computed that the loss does not use."""
+    cfg = run.config.grpo
+    ref_logps = logps = selected = None
+    if run.reference is not None:
+        with run.timer.phase("reference"), run.reference.whole(model) as reference:
+            ref_logps, _ = logps_of(run, reference, batch)
+    if cfg.top_entropy_quantile < 1.0 or (ref_logps is not None and cfg.kl_in == "reward"):
+        logps, entropy = logps_of(run, model, batch)
+        mask = batch.completions.completion_mask
+        everybody = torch.cat(collectives.gather_objects(entropy[mask]))
+        selected = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
+    return Knowledge(ref_logps, logps, selected)
+
+
+def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, T) of the completions under a whole model, micro-batch by micro-batch."""
+    logps = torch.zeros(batch.completions.completion_ids.shape)
+    entropy = torch.zeros_like(logps)
+    size = run.config.train.micro_batch_size
+    for start in range(0, len(batch), size):
+        rows = slice(start, start + size)
+        part = to_device(batch.completions.rows(rows), run.engine.device)
+        logps[rows], entropy[rows] = completion_logps(
+            model,
+            part.prompt_ids,
+            part.prompt_mask,
+            part.completion_ids,
+            part.completion_mask,
+            run.config.rollout.temperature,
+        )
+    return logps, entropy
+
+
+# ---- advantages ─ update -----------------------------------------------------------------------------------------
+
+
+def reward_head(run: Run, batch: Batch, measured: Tensor | None, knowledge: Knowledge) -> Signal:
+    """Where task rewards and bonus become advantages. measured: (B, T) or (B,), None without disagreement."""
+    completions, cfg = batch.completions, run.config
+    mask = loss_mask(completions.completion_mask, completions.truncated, cfg.grpo.mask_truncated)
+    rewards = penalised(run, batch, knowledge)
+    task_advantages = group_relative(run, batch.rewards, rewards)
+    shaped, reduced, bonus = task_advantages, None, None
+    if measured is not None:
+        shaped, reduced, bonus = add_bonus(run, batch, measured, rewards, task_advantages)
+    return Signal(
+        advantages=(shaped if shaped.dim() == 2 else shaped[:, None]).expand(mask.shape),
+        mask=mask,
+        task_advantages=task_advantages,
+        reduced=reduced,
+        bonus=bonus,
+        token_measure=measured if measured is not None and measured.dim() == 2 else None,
+        ref_logps=knowledge.ref_logps,
+        selected=knowledge.selected,
+    )
+
+
+def add_bonus(
+    run: Run, batch: Batch, measured: Tensor, rewards: Tensor, task_advantages: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(advantages with the bonus, the measure of each completion (B,), the bonus). Collective."""
+    cfg, G = run.config.disagreement, run.config.rollout.group_size
+    mask = batch.completions.completion_mask
+    weight = bonuses.weight_at(cfg, run.step, run.config.train.steps)
+    solved = batch.task_reward >= run.config.rewards.solved_at
+    gate = bonuses.gated(cfg.gate, batch.task_reward, solved, G)
+    reduced = bonuses.reduce(measured, mask, cfg.last_n)
+    if cfg.shape == "reward":
+        shaped_rewards = bonuses.shaped_rewards(rewards, reduced, gate, weight)
+        advantages = group_relative(run, batch.rewards, shaped_rewards)
+        return advantages, reduced, advantages - task_advantages
+    b, token_mask = reduced, None
+    if cfg.credit == "token":
+        b, token_mask = bonuses.token_credit(measured, mask, cfg.measure, cfg.discount, cfg.last_n), mask
+    run.rms.update(*collectives.all_reduce_sum(bonuses.deviation_sums(b, G, token_mask)))
+    advantages, bonus = bonuses.shaped_advantages(
+        cfg.shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, run.rms.value, token_mask
+    )
+    return advantages, reduced, bonus
+
+
+def penalised(run: Run, batch: Batch, knowledge: Knowledge) -> Tensor:
+    """(B,) task rewards, less β times the KL to the reference when it is taken from the reward."""
+    cfg, mask = run.config.grpo, batch.completions.completion_mask
+    if cfg.kl_in == "loss" or knowledge.ref_logps is None or knowledge.logps is None:
+        return batch.task_reward
+    return kl_penalised_rewards(batch.task_reward, knowledge.logps, knowledge.ref_logps, mask, cfg.beta, cfg.kl)
+
+
+def group_relative(run: Run, rewards: Tensor, task_reward: Tensor) -> Tensor:
+    """(B,) advantages of the rewards within their groups. Collective when the scale is the whole step's."""
+    cfg, G = run.config.grpo, run.config.rollout.group_size
+    if cfg.multi_reward == "normalise_then_sum":
+        weights = torch.tensor([reward.weight for reward in run.rewards])
+        scores = grpo_advantages.normalised_sum(rewards, weights, G)
+        return grpo_advantages.standardise(scores, step_moments(scores))
+    batch_std = step_moments(task_reward).std if cfg.scale_rewards == "batch" else None
+    return grpo_advantages.group_advantages(task_reward, G, cfg.scale_rewards, batch_std)
+
+
+def step_moments(values: Tensor) -> grpo_advantages.Moments:
+    """Mean and standard deviation over the whole step. Collective."""
+    own = grpo_advantages.Moments.of(values)
+    return grpo_advantages.Moments(*collectives.all_reduce_sum([own.count, own.total, own.squares]))
+
+
+def update(run: Run, batch: Batch, signal: Signal) -> Updates:
+    """num_iterations optimizer steps on one rollout.
+
+    The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches
+    and ranks. The first iteration is on-policy: its log-probabilities are the old ones of the others.
+    """
+    cfg = run.config
+    totals = step_totals(signal)
+    weights = token_weights(cfg.grpo.loss, signal.mask, totals, cfg.rollout.max_new_tokens)
+    entropy_weights = token_weights("dapo", signal.mask, totals, cfg.rollout.max_new_tokens)
+    size, device = cfg.train.micro_batch_size, run.engine.device
+    micro_batches = micro_batches_of(batch, signal, weights, entropy_weights, size, device)
+    old_logps: list[Tensor | None] = [None] * len(micro_batches)
+    updates = Updates()
+    with run.timer.phase("update"):
+        for iteration in range(cfg.grpo.num_iterations):
+            for index, micro in enumerate(micro_batches):
+                logps, entropy = run.engine.forward(*micro.tokens, cfg.rollout.temperature)
+                if old_logps[index] is None:
+                    old_logps[index] = logps.detach()
+                output = policy_loss(micro.inputs(logps, old_logps[index], entropy), micro.weights, cfg.grpo)
+                run.engine.backward(output.loss, last=index == len(micro_batches) - 1)
+                updates.add(output)
+            updates.learning_rate = learning_rate_at(run.step + iteration, cfg.train)
+            result = run.engine.step(updates.learning_rate)
+            updates.grad_norm = result.grad_norm
+            updates.refused += result.refused
+    return updates
+
+
+def step_totals(signal: Signal) -> Totals:
+    """The denominators of the whole optimizer step, over all ranks, before the first backward."""
+    completions, tokens = collectives.all_reduce_sum([len(signal.mask), float(signal.mask.sum())])
+    return Totals(completions=completions, tokens=tokens)
