@@ -64,7 +64,9 @@ FLAGS = {
 }
 
 
-def test_every_flag_reaches_its_setting(started):
+def test_every_flag_reaches_its_setting(started, monkeypatch):
+    monkeypatch.setattr(training, "wants_ranks", lambda launch: False)
+    monkeypatch.setattr(training, "world_size", lambda launch: 1)
     Path("d.jsonl").write_text('{"prompt": "a"}\n')
     arguments = [text for flag, (value, _) in FLAGS.items() for text in (flag, str(value))]
     assert app.run(["train", *arguments, "--reward", "f.py:g=0.5", "--reward", "length"]) == 0
@@ -189,6 +191,10 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--data", "d.jsonl", "--reward", "length", "--set", "train.eval_every=5"], 2, "give data.eval_name"),
         (["--ds-config", "zero9"], 2, "engine.ds_config zero9"),
         (["--num-processes", "9"], 2, "below 9 processes"),
+        (["--hostfile", "none"], 2, "launch.hostfile none: no such file"),
+        (["--hostfile", "hosts", "--num-processes", "3"], 2, "host node1 has 2 slots"),
+        (["--hostfile", "hosts", "--set", "train.prompts_per_step=2", "--dry-run"], 2, "below 4 processes"),
+        (["--no-ssh", "--node-rank", "0", "--hostfile", "hosts"], 2, "train.output is needed"),
         (["--output", "notes.txt/run"], 4, "is a file"),
         (["--output", "/proc/run"], 4, "train.output /proc/run: cannot write in /proc"),
         (["--reward", "length=much"], 2, "--reward length=much: the weight 'much' is not a number"),
@@ -200,6 +206,7 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
 def test_refused_before_anything_starts(arguments, code, expected, started, capsys):
     Path("empty").mkdir()
     Path("notes.txt").write_text("x")
+    Path("hosts").write_text("node1 slots=2\nnode2 slots=2\n")
     Path("empty.jsonl").write_text("")
     Path("d.jsonl").write_text(json.dumps({"prompt": "a"}))
     before = sorted(Path.cwd().iterdir())

@@ -10,7 +10,8 @@ from vdr_cli.config.load import dump_config, with_output
 from vdr_cli.config.plan import batch_plan
 from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
 from vdr_cli.errors import ConfigError
-from vdr_cli.launch.environment import is_rank
+from vdr_cli.launch.environment import is_rank, translated
+from vdr_cli.launch.reexec import launch, wants_ranks, world_size
 
 
 def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
@@ -18,47 +19,48 @@ def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence
     if resume is not None and config.train.output is None:
         raise ConfigError("--resume needs --output, the run directory to go on in")
     check_before_start(config, resume)
-    if is_rank() and not dry_run:
-        check_processes(config, int(os.environ["WORLD_SIZE"]))
-        if os.environ["RANK"] == "0":
+    several = wants_ranks(config.launch)
+    environ = {**os.environ, **translated(os.environ)}
+    if is_rank(environ) and not several and not dry_run:
+        check_processes(config, int(environ["WORLD_SIZE"]))
+        if environ["RANK"] == "0":
             check_output(config, resume)
         return _train(config, resume)
-    check_processes(config, num_processes(config))
+    processes = world_size(config.launch)
+    check_processes(config, processes)
     if dry_run:
         check_output(config, resume)
-        show_plan(config)
+        show_plan(config, processes)
         return 0
-    arguments = list(arguments)
     if config.train.output is None:
-        config = with_output(config, default_output())
-        arguments += ["--output", str(config.train.output)]
-    check_output(config, resume)
-    if wants_ranks(config):
-        return _launch(config, arguments)
-    return _train(config, resume)
+        config = with_output(config, chosen_output(config))
+        arguments = [*arguments, "--output", str(config.train.output)]
+    if _node_rank(config) == 0:
+        check_output(config, resume)
+    return _launch(config, list(arguments)) if several else _train(config, resume)
 
 
-def wants_ranks(config: Config) -> bool:
-    """True when this process only starts others."""
-    return config.launch.hostfile is not None or (config.launch.num_processes or 1) > 1 or config.launch.no_ssh
+def chosen_output(config: Config) -> str:
+    """runs/<date>-<time>, where one process decides it for all."""
+    if config.launch.no_ssh or int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+        raise ConfigError("train.output is needed when vdr is started on every host: all must know the same directory")
+    return default_output()
 
 
-def num_processes(config: Config) -> int:
-    """Processes over all hosts."""
-    return config.launch.num_processes or 1
-
-
-def show_plan(config: Config) -> None:
+def show_plan(config: Config, processes: int) -> None:
     """The settings as YAML and, as comments under them, what they amount to: the output is a configuration file."""
-    lines = batch_plan(config, num_processes(config))
+    lines = batch_plan(config, processes)
     width = max(len(name) for name, _ in lines)
     print(dump_config(config) + "\n" + "\n".join(f"# {name:<{width}}  {value}" for name, value in lines))
 
 
 def _launch(config: Config, arguments: list[str]) -> int:
-    from vdr_cli.launch.reexec import launch
+    return launch(config.launch, arguments, config.train.output)
 
-    return launch(config.launch, arguments)
+
+def _node_rank(config: Config) -> int:
+    """This host's number when vdr is started once on every host; 0 elsewhere."""
+    return config.launch.node_rank if config.launch.node_rank is not None else int(os.environ.get("SLURM_NODEID", 0))
 
 
 def _train(config: Config, resume: str | None) -> int:

@@ -1,0 +1,178 @@
+"""`vdr eval` and `vdr score`: from flags to requests, from results to tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from vdr_cli import evaluate, score
+from vdr_cli.cli import app
+from vdr_cli.cli import eval as eval_command
+from vdr_cli.config import load
+from vdr_cli.config.load import dump_run_record, load_config
+from vdr_cli.scoring.request import ScoreResult
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "starter_recipe", lambda: {"rollout": {"max_new_tokens": 16}})
+
+
+@dataclass(frozen=True)
+class Result:
+    model: str
+
+    def record(self) -> dict:
+        return {
+            "model": self.model,
+            "prompts": 4,
+            "samples": 8,
+            "pass@1": 0.25,
+            "pass@1_low": 0.125,
+            "pass@1_high": 0.5,
+        }
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list:
+    requests: list = []
+
+    def run_eval(request):
+        requests.append(request)
+        return [Result(name) for name in request.models]
+
+    monkeypatch.setattr(evaluate, "run_eval", run_eval)
+    monkeypatch.setattr(evaluate, "paired_differences", lambda results: [])
+    return requests
+
+
+@pytest.fixture
+def scored(monkeypatch) -> list:
+    requests: list = []
+
+    def run_score(request, progress=None):
+        requests.append(request)
+        return ScoreResult(
+            request.output, 3, 1, 0, 0, 0.5, ("1 row skipped: [b]x[/b]",), (), ({"measure": "bald_mean", "auroc": 0.7},)
+        )
+
+    monkeypatch.setattr(score, "run_score", run_score)
+    return requests
+
+
+def run_directory(name: str, *overrides: str) -> str:
+    (Path(name) / "model").mkdir(parents=True)
+    (Path(name) / "model" / "config.json").write_text("{}")
+    (Path(name) / "config.yaml").write_text(dump_run_record(load_config(overrides=overrides)))
+    return name
+
+
+def test_eval_defaults_are_the_starters(asked, capsys):
+    assert app.run(["eval", "starter"]) == 0
+    (request,) = asked
+    assert (request.models, request.data.name, request.data.split) == (("starter",), "starter", "test")
+    assert (request.rollout.max_new_tokens, request.samples, request.ks, request.greedy) == (16, 8, None, False)
+    assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
+
+
+def test_eval_flags_reach_the_request(asked):
+    Path("d.jsonl").write_text('{"prompt": "a"}\n')
+    arguments = [
+        "--data",
+        "d.jsonl",
+        "--split",
+        "train",
+        "--reward",
+        "length",
+        "--samples",
+        "4",
+        "--k",
+        "1",
+        "--k",
+        "2",
+    ]
+    arguments += ["--prompts", "5", "--max-new-tokens", "9", "--temperature", "0.5", "--seed", "3"]
+    assert app.run(["eval", "starter", *arguments, "--set", "rollout.top_k=7", "--json", "o.json"]) == 0
+    (request,) = asked
+    assert (request.data.name, request.data.split, request.rewards.functions[0].name) == ("d.jsonl", "train", "length")
+    assert (request.samples, request.ks, request.prompts, request.seed) == (4, (1, 2), 5, 3)
+    assert (request.rollout.max_new_tokens, request.rollout.temperature, request.rollout.top_k) == (9, 0.5, 7)
+    assert json.loads(Path("o.json").read_text())["models"][0]["pass@1"] == 0.25
+    assert app.run(["eval", "starter", "-n", "2", "--greedy"]) == 0
+    assert (asked[-1].samples, asked[-1].greedy) == (2, True)
+
+
+def test_eval_takes_the_settings_of_the_run(asked):
+    run = run_directory("r", "data.eval_split=train", "rollout.max_new_tokens=33", "rewards.solved_at=0.5")
+    assert app.run(["eval", "starter", run]) == 0
+    (request,) = asked
+    assert request.models == ("starter", "r") and request.data.split == "train"
+    assert request.rollout.max_new_tokens == 33 and request.rewards.solved_at == 0.5
+
+
+def test_eval_shows_differences_and_names_as_text(capsys):
+    records = [{"model": "[red]a", "prompts": 1, "samples": 1, "reward": 12.5, "entropy": None}]
+    eval_command.show(
+        records, [{"model": "b", "minus": "[red]a", "reward": -0.5, "reward_low": -1.0, "reward_high": 0}]
+    )
+    shown = capsys.readouterr().out
+    assert "[red]a" in shown and "b - [red]a" in shown and "-0.500 [-1.000, 0.000]" in shown
+
+
+def test_score_flags_reach_the_request(scored, capsys):
+    arguments = ["--members", "4", "--dropout", "0.2", "--scope", "last_k", "--last-k", "2", "--mask-sharing", "token"]
+    arguments += ["--seed", "5", "--prompt-column", "q", "--completion-column", "a", "--label-column", "ok"]
+    arguments += ["--group-column", "g", "--tokens", "--max-tokens", "9", "--append-eos", "--batch-tokens", "64"]
+    arguments += ["--on-error", "skip", "--resume", "--dtype", "float32", "--revision", "main", "--trust-remote-code"]
+    assert app.run(["score", "a.jsonl", "b.jsonl", "--model", "starter", "-o", "o.csv", *arguments]) == 0
+    (request,) = scored
+    ensemble = request.disagreement
+    assert (ensemble.members, ensemble.dropout, ensemble.scope, ensemble.last_k) == (4, 0.2, "last_k", 2)
+    assert ensemble.mask_sharing == "token" and request.inputs == ("a.jsonl", "b.jsonl") and request.output == "o.csv"
+    fields = request.fields
+    assert (fields.prompt, fields.completion, fields.label, fields.group) == ("q", "a", "ok", "g")
+    assert (request.seed, request.tokens, request.max_tokens, request.append_eos) == (5, True, 9, True)
+    assert (request.batch_tokens, request.on_error, request.resume, request.dtype) == (64, "skip", True, "float32")
+    assert (request.revision, request.trust_remote_code) == ("main", True)
+    shown = capsys.readouterr().out
+    assert "3 rows scored" in shown and "[b]x[/b]" in shown and "0.700" in shown
+
+
+def test_score_defaults(scored):
+    assert app.run(["score", "a.jsonl", "--model", "starter", "--members", "0"]) == 0
+    assert scored[-1].disagreement is None and scored[-1].output == "a.scored.jsonl"
+    Path("run").mkdir()
+    assert app.run(["score", "run", "--model", "starter"]) == 0
+    assert scored[-1].output == "run/scores.parquet" and scored[-1].disagreement.members == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["eval", "./none"], "model.name ./none: no such directory"),
+        (["eval", "starter", "--greedy", "--temperature", "1"], "exclude each other"),
+        (["eval", "starter", "--set", "train.steps=3"], "vdr eval does not read train"),
+        (["eval", "starter", "--json", "none/o.json"], "no directory"),
+        (["eval", "starter", "--temperature", "-1"], "--temperature: rollout.temperature must be above 0"),
+        (["score", "-", "--model", "starter"], "-o is needed"),
+        (
+            ["score", "a.jsonl", "--model", "starter", "--members", "1"],
+            "--members: disagreement.members must be at least 2",
+        ),
+        (["score", "a.jsonl", "--model", "starter", "--scope", "top"], "--scope: disagreement.scope must be 'full' or"),
+        (["score", "a.jsonl", "--model", "starter", "--scope", "last_k"], "needs last_k"),
+        (["score", "a.jsonl", "--model", "starter", "--on-error", "cry"], "--on-error cry: give one of stop, skip"),
+        (["score", "a.jsonl", "--model", "./none"], "no such directory"),
+        (["score", "a.jsonl", "--model", "starter", "-o", "none/o.csv"], "-o none/o.csv: no directory"),
+    ],
+)
+def test_refused_before_torch(arguments, expected, asked, scored, capsys):
+    assert app.run(arguments) == 2
+    streams = capsys.readouterr()
+    assert expected in streams.err and streams.err.count("\n") == 1 and asked == [] and scored == []
