@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.scoring import sources
+from vdr_cli.scoring.sources import Source, Windows, find_sources, first_rows, input_schema
+
+ROWS = [{"prompt": f"p{index}", "completion": f"c{index}"} for index in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "WINDOW_ROWS", 4)
+
+
+def save(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    elif path.suffix == ".csv":
+        path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_windows_are_fixed_stretches_of_rows(tmp_path: Path, suffix: str) -> None:
+    found = find_sources([str(save(tmp_path / f"a{suffix}"))], tmp_path / "spool")
+    windows = Windows(found, lambda index: True)
+    seen = list(windows)
+    assert [(window.index, [row.values for row in window.rows]) for window in seen] == [
+        (0, ROWS[:4]),
+        (1, ROWS[4:8]),
+        (2, ROWS[8:]),
+    ]
+    assert windows.count == 3
+    assert [window.fraction for window in seen] == sorted(window.fraction for window in seen)
+    assert seen[-1].fraction == 1.0
+    assert first_rows(found) == seen[0].rows
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_wanted_windows_only_and_the_same_ones_whoever_asks(tmp_path: Path, suffix: str) -> None:
+    found = find_sources([str(save(tmp_path / f"a{suffix}")), str(save(tmp_path / f"b{suffix}"))], tmp_path / "spool")
+    shares = [Windows(found, lambda index, rank=rank: index % 3 == rank) for rank in range(3)]
+    windows = sorted((window.index, window.rows) for share in shares for window in share)
+    assert [row.values for _, rows in windows for row in rows] == ROWS * 2
+    assert {share.count for share in shares} == {5}
+
+
+def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n\nrubbish\n[1]\n"\xff"\n')
+    rows = first_rows([Source(str(path), "jsonl")])
+    assert [(row.number, row.error is None) for row in rows] == [(1, True), (3, False), (4, False), (5, False)]
+    assert rows[1].place == f"{path} line 3"
+    assert rows[2].error == "not a JSON object"
+    csv_path = tmp_path / "bad.csv"
+    csv_path.write_text('prompt,completion\n"two\nlines",b\nonly\n')
+    good, bad = first_rows([Source(str(csv_path), "csv")])
+    assert good.values == {"prompt": "two\nlines", "completion": "b"}
+    assert (bad.place, bad.error) == (f"{csv_path} line 4", "1 cells, the header has 2")
+    pq_rows = first_rows([Source(str(save(tmp_path / "a.parquet")), "parquet")])
+    assert pq_rows[0].place == f"{tmp_path / 'a.parquet'} row 0"
+
+
+def test_globs_run_directories_and_what_is_not_there(tmp_path: Path) -> None:
+    completions = tmp_path / "run" / "completions"
+    completions.mkdir(parents=True)
+    for step in (20, 10):
+        save(completions / f"step_{step:06d}.parquet")
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    spool = tmp_path / "spool"
+    names = [Path(source.path).name for source in find_sources([str(tmp_path / "run")], spool)]
+    assert names == ["step_000010.parquet", "step_000020.parquet"]
+    assert len(find_sources([str(completions / "*10.parquet")], spool)) == 1
+    with pytest.raises(ConfigError, match="nothing matches"):
+        find_sources([str(tmp_path / "no*.jsonl")], spool)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"unknown format '\.txt'"):
+        find_sources([str(tmp_path / "a.txt")], spool)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no completions"):
+        find_sources([str(tmp_path / "empty")], spool)
+
+
+def test_broken_and_empty_files(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("no")
+    with pytest.raises(DataError, match="not a readable Parquet"):
+        first_rows([Source(str(tmp_path / "a.parquet"), "parquet")])
+    for suffix in ("jsonl", "csv"):
+        (tmp_path / f"e.{suffix}").write_text("")
+        with pytest.raises(DataError, match="no rows"):
+            first_rows([Source(str(tmp_path / f"e.{suffix}"), suffix)])
+
+
+def test_schema_of_parquet_inputs(tmp_path: Path) -> None:
+    first = save(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"prompt": [1]}), tmp_path / "b.parquet")
+    assert input_schema([Source(str(first), "parquet")]).names == ["prompt", "completion"]  # type: ignore[union-attr]
+    assert input_schema([Source(str(save(tmp_path / "a.jsonl")), "jsonl")]) is None
+    with pytest.raises(DataError, match="different columns"):
+        input_schema([Source(str(first), "parquet"), Source(str(tmp_path / "b.parquet"), "parquet")])

@@ -1,0 +1,101 @@
+from typing import Any
+
+import pytest
+
+from vdr_cli.data.prompts import encode
+from vdr_cli.models.loading import load_tokenizer
+from vdr_cli.scoring.request import Fields
+from vdr_cli.scoring.sources import Row
+from vdr_cli.scoring.tokens import Tokeniser, completion_value, ids_fit, prompt_value, value_at
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer("starter")
+
+
+def tokeniser(tokenizer: Any, **more: Any) -> Tokeniser:
+    defaults = {"fields": Fields(), "vocabulary": 32, "max_tokens": None, "append_eos": False, "longest": 40}
+    return Tokeniser(tokenizer=tokenizer, **(defaults | more))
+
+
+def row(**values: Any) -> Row:
+    return Row("f.jsonl", 1, values)
+
+
+def test_text_is_tokenised_apart_and_ids_are_used_as_they_are(tokenizer: Any) -> None:
+    rows = [row(prompt="1 2 3=6:", completion="1+2+3"), row(prompt_ids=[3, 4], completion_ids=[5, 1])]
+    text, ids = tokeniser(tokenizer).items(rows)
+    assert text.prompt_ids == encode(tokenizer, "1 2 3=6:")
+    assert text.completion_ids == tokenizer("1+2+3", add_special_tokens=False)["input_ids"]
+    assert (ids.prompt_ids, ids.completion_ids) == ([3, 4], [5, 1])
+
+
+def test_eos_is_appended_to_text_only(tokenizer: Any) -> None:
+    rows = [row(prompt="1:", completion="1"), row(prompt="1:", completion_ids=[5])]
+    text, ids = tokeniser(tokenizer, append_eos=True).items(rows)
+    assert text.completion_ids[-1] == tokenizer.eos_token_id
+    assert ids.completion_ids == [5]
+
+
+def test_long_completions_are_cut_and_marked(tokenizer: Any) -> None:
+    (item,) = tokeniser(tokenizer, max_tokens=2).items([row(prompt="1:", completion="1+2")])
+    assert (len(item.completion_ids), item.is_cut) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"completion": "1"}, "prompt is missing"),
+        ({"prompt": None, "completion": "1"}, "prompt is null"),
+        ({"prompt": "1", "completion": None}, "completion is null"),
+        ({"prompt": 7, "completion": "1"}, "must be a string or a list of messages"),
+        ({"prompt": "1", "completion": 7}, "must be a string or one assistant message"),
+        ({"prompt": "", "completion": "1"}, "no tokens"),
+        ({"prompt": "1", "completion_ids": [99]}, "holds 99"),
+        ({"prompt": "1", "completion_ids": [1.5]}, "list of token ids"),
+        ({"prompt": "1", "completion_ids": [True]}, "list of token ids"),
+        ({"prompt": "1", "completion": "1" * 50}, "the model takes 40"),
+        ({"prompt": [{"role": "user", "content": "hi"}], "completion": "1"}, "chat template"),
+    ],
+)
+def test_rows_that_cannot_be_used(tokenizer: Any, values: dict[str, Any], message: str) -> None:
+    bad = row(**values)
+    assert tokeniser(tokenizer).items([bad]) == []
+    assert bad.error is not None
+    assert message in bad.error
+    assert "\n" not in bad.error
+
+
+def test_layouts_of_other_tools() -> None:
+    trl = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
+    assert prompt_value(trl, Fields()) == trl["prompt"]
+    assert completion_value(trl, Fields()) == "a"
+    harness = {"arguments": {"gen_args_0": {"arg_0": "q", "arg_1": {}}}, "resps": [["a"]], "doc": {}}
+    older = {"arguments": [["q", {}]], "resps": [["a"]]}
+    for values in (harness, older):
+        assert prompt_value(values, Fields()) == "q"
+        assert completion_value(values, Fields()) == "a"
+    several = {"arguments": [["q", {}]], "resps": [["a", "b"]]}
+    with pytest.raises(Exception, match="2 responses: choose one, --completion-column resps"):
+        completion_value(several, Fields())
+    assert completion_value(several, Fields(completion="resps.0.1")) == "b"
+
+
+def test_paths_into_nested_columns() -> None:
+    values = {"a.b": 1, "a": {"b": 2, "c": [3, {"d": 4}]}}
+    assert [value_at(values, path) for path in ("a.b", "a.c.0", "a.c.1.d", "a.c.9", "x.y")] == [1, 3, 4, None, None]
+
+
+def test_ids_of_another_tokenizer_are_noticed(tokenizer: Any) -> None:
+    ids = tokenizer("1+2", add_special_tokens=False)["input_ids"]
+    own = row(completion="1+2", completion_ids=[*ids, tokenizer.eos_token_id])
+    other = row(completion="1+2", completion_ids=[9, 9, 9000])
+    assert ids_fit([own], Fields(), tokenizer)
+    assert not ids_fit([other], Fields(), tokenizer)
+    assert ids_fit([row(prompt="1")], Fields(), tokenizer)
+
+
+def test_csv_cells_hold_json(tokenizer: Any) -> None:
+    (item,) = tokeniser(tokenizer).items([row(prompt_ids="[3, 4]", completion_ids="[5]", prompt="x")])
+    assert (item.prompt_ids, item.completion_ids) == ([3, 4], [5])
