@@ -1,0 +1,85 @@
+"""How a run ended, written by the run itself: exit codes of launchers over ssh cannot be trusted.
+
+finished.json stands in the run directory when the run ended as it should; fault.json when it ended
+for a reason it knows. `stop` in the same directory asks every rank to save and end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FINISHED = "finished.json"
+FAULT = "fault.json"
+STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Fault:
+    host: str
+    rank: int
+    message: str
+    exit_code: int
+
+    def line(self) -> str:
+        """`host h2, rank 1: message`"""
+        return f"host {self.host}, rank {self.rank}: {self.message}"
+
+
+def clear(directory: Path) -> None:
+    """Forget how an earlier run in this directory ended."""
+    for name in (FINISHED, FAULT, STOP):
+        (directory / name).unlink(missing_ok=True)
+
+
+def write_finished(directory: Path, **facts: object) -> None:
+    """Say that the run is complete; written by rank 0 as its last act."""
+    _write(directory / FINISHED, facts)
+
+
+def write_fault(directory: Path, rank: int, message: str, exit_code: int, host: str | None = None) -> None:
+    """Say why the run ended. The first word stands: what other ranks notice later is the consequence.
+
+    host: where the rank was; None: here. Best effort: a full disk must not hide what happened.
+    """
+    fault = Fault(host or socket.gethostname(), rank, " ".join(message.split()), exit_code)
+    if not (directory / FAULT).exists() and directory.is_dir():
+        with suppress(OSError):
+            _write(directory / FAULT, asdict(fault))
+
+
+def finished(directory: Path) -> bool:
+    """Whether the run in this directory said that it is complete."""
+    return (directory / FINISHED).is_file()
+
+
+def read_fault(directory: Path) -> Fault | None:
+    """Why the run ended, if it said so."""
+    try:
+        return Fault(**json.loads((directory / FAULT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def ask_to_stop(directory: Path, signal_number: int) -> None:
+    """Ask every rank, on every host that sees the directory, to behave as if it had this signal."""
+    if directory.is_dir():
+        _write(directory / STOP, signal_number)
+
+
+def asked_to_stop(directory: Path) -> int | None:
+    """The signal number in the `stop` file, if it is there."""
+    try:
+        return int((directory / STOP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, value: object) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
+    temporary.replace(path)

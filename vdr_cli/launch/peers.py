@@ -1,0 +1,165 @@
+"""Ranks noticing that another rank is gone, on whichever host, within a bounded time.
+
+Every rank holds one TCP connection to rank 0. When a process dies the kernel closes its side at once;
+when a host or the network goes away the kernel's keepalive probes fail. Either way no Python has to
+run on the side that is silent: a rank that computes for minutes without releasing the interpreter
+still counts as alive.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import selectors
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+PROBE_SECONDS = 5
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Why the run cannot go on: `rank` on `host` is gone, or said `message` before it ended."""
+
+    rank: int
+    host: str
+    message: str
+
+    def line(self) -> str:
+        return f"host {self.host}, rank {self.rank}: {self.message}"
+
+
+class Peers:
+    """The star of connections. `step` handles what has happened and returns a Loss once there is one."""
+
+    def __init__(self, rank: int, world_size: int, timeout: float, address: str, share: Callable[[Any], Any]) -> None:
+        """share: rank 0's value to all ranks (a broadcast); called once, on every rank."""
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.farewell: Loss | None = None
+        """The first rank that said why it ends, when one did: the others are expected to follow."""
+        self._selector = selectors.DefaultSelector()
+        self._who: dict[socket.socket, tuple[int, str]] = {}
+        self._left: set[socket.socket] = set()
+        self._buffers: dict[socket.socket, bytes] = {}
+        if rank == 0:
+            self._listen(share)
+        else:
+            self._connect(address, share)
+
+    def step(self, patience: float) -> Loss | None:
+        """Wait at most `patience` seconds for news."""
+        for key, _ in self._selector.select(patience):
+            if key.data == "listen":
+                self._accept()
+                continue
+            loss = self._read(key.fileobj)  # type: ignore[arg-type]
+            if loss is not None:
+                return loss
+        return None
+
+    def leave(self, why: str | None = None) -> None:
+        """This rank ends on its own account, so its silence is no fault. why: an error that all ranks should share."""
+        self._send_all({"leave": [self.rank, socket.gethostname(), why]})
+
+    def tell(self, loss: Loss) -> None:
+        """Pass on why the run cannot go on: from rank 0 to all, from another rank to rank 0."""
+        self._send_all({"loss": [loss.rank, loss.host, loss.message]})
+
+    def close(self) -> None:
+        self._selector.close()
+        for connection in self._who:
+            connection.close()
+
+    def _listen(self, share: Callable[[Any], Any]) -> None:
+        listener = socket.create_server(("", 0), backlog=self.world_size)
+        self._token = secrets.token_hex(16)
+        share((listener.getsockname()[1], self._token))
+        self._selector.register(listener, selectors.EVENT_READ, "listen")
+
+    def _connect(self, address: str, share: Callable[[Any], Any]) -> None:
+        port, token = share(None)
+        connection = socket.create_connection((address, port), timeout=self.timeout)
+        connection.sendall(_line({"token": token, "rank": self.rank, "host": socket.gethostname()}))
+        self._add(connection, 0, address)
+
+    def _accept(self) -> None:
+        listener = next(key.fileobj for key in self._selector.get_map().values() if key.data == "listen")
+        connection, _ = listener.accept()  # type: ignore[union-attr]
+        connection.settimeout(2.0)
+        try:
+            hello = json.loads(_read_line(connection))
+            known = hmac.compare_digest(str(hello["token"]), self._token)
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if known:
+            self._add(connection, int(hello["rank"]), str(hello["host"]))
+        else:
+            connection.close()
+
+    def _add(self, connection: socket.socket, rank: int, host: str) -> None:
+        _keep_alive(connection, self.timeout)
+        connection.setblocking(False)
+        self._who[connection] = (rank, host)
+        self._buffers[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ, "peer")
+
+    def _read(self, connection: socket.socket) -> Loss | None:
+        rank, host = self._who[connection]
+        try:
+            data = connection.recv(65536)
+            reason = "ended without a word (killed, or out of memory?)"
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            data, reason = b"", f"cannot be reached any more ({error.strerror or error})"
+        if not data:
+            self._selector.unregister(connection)
+            return None if connection in self._left else Loss(rank, host, reason)
+        *lines, self._buffers[connection] = (self._buffers[connection] + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "loss" in message:
+                return Loss(*message["loss"])
+            if message["leave"][0] == rank:
+                self._left.add(connection)
+            if message["leave"][2] is not None and self.farewell is None:
+                self.farewell = Loss(*message["leave"])
+                if self.rank == 0:
+                    self._send_all(message)
+        return None
+
+    def _send_all(self, message: Message) -> None:
+        for connection in self._who:
+            try:
+                connection.sendall(_line(message))
+            except OSError:
+                continue  # that one is gone, which is news for whoever still listens to it
+
+
+def _keep_alive(connection: socket.socket, timeout: float) -> None:
+    """Probes after PROBE_SECONDS of silence, and the end of the connection `timeout` seconds into it."""
+    probes = max(1, round(timeout / PROBE_SECONDS) - 1)
+    interval = max(1, min(PROBE_SECONDS, int(timeout / 2)))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout * 1000))
+
+
+def _line(message: Message) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    data = b""
+    while not data.endswith(b"\n") and len(data) < 4096:
+        more = connection.recv(4096)
+        if not more:
+            break
+        data += more
+    return data

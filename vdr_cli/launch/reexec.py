@@ -1,0 +1,149 @@
+"""`vdr train` with several processes or hosts: this process starts the ranks under DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vdr_cli.config.schema import LaunchConfig
+from vdr_cli.errors import ConfigError
+from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
+from vdr_cli.launch.environment import (
+    DEFAULT_PORT,
+    checked,
+    environment_file_text,
+    free_port,
+    is_rank,
+    slurm_hosts,
+    translated,
+    travelling,
+)
+from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_hostfile, select
+from vdr_cli.launch.supervisor import Plan, supervise
+
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
+
+
+def wants_ranks(launch: LaunchConfig) -> bool:
+    """Whether this process only starts others."""
+    if is_rank():
+        return False
+    several = (launch.num_processes or 1) > 1 or launch.hostfile is not None
+    return several or (launch.max_restarts > 0 and not translated(os.environ))
+
+
+def hosts_of(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> Hosts:
+    """The hosts and slots of a launch, in rank order. ConfigError for a bad hostfile or filter."""
+    if launch.hostfile is not None:
+        return select(read_hostfile(launch.hostfile), launch.include, launch.exclude, launch.num_processes)
+    if launch.include or launch.exclude:
+        raise ConfigError("launch.include and launch.exclude choose from a hostfile; give launch.hostfile")
+    slots = list(range(launch.num_processes or 1))
+    if _one_task_a_node(environ):
+        return dict.fromkeys(slurm_hosts(environ), slots)
+    return {"localhost": slots}
+
+
+def world_size(launch: LaunchConfig) -> int:
+    """Processes over all hosts."""
+    return sum(len(slots) for slots in hosts_of(launch).values())
+
+
+def launch(launch: LaunchConfig, arguments: Sequence[str], directory: str | None = None) -> int:
+    """Start every rank with the arguments of this command, wait, and return the exit code.
+
+    directory: the run directory, where the run says how it ended; None for commands without one.
+    """
+    hosts = hosts_of(launch)
+    checked(launch.env)
+    with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
+        plan = make_plan(launch, hosts, Path(directory).absolute() if directory else None, Path(scratch))
+        return supervise(plan, list(arguments), launch.max_restarts, _say)
+
+
+def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path) -> Plan:
+    """How this launch is done: ranks here, through DeepSpeed's runner over ssh, or through srun."""
+    environment = {**os.environ, **checked(launch.env), "VDR_SUPERVISOR": str(os.getpid())}
+    if directory is not None:
+        environment["VDR_RUN_DIRECTORY"] = str(directory)
+    node_rank = _node_rank(launch, hosts)
+    if node_rank is None:
+        return _plan_over_hosts(launch, hosts, directory, scratch, environment)
+    address, port = _rendezvous(launch, hosts)
+
+    def command(arguments: Sequence[str]) -> list[str]:
+        return node_command(Target(tuple(arguments)), hosts, node_rank, address, port or free_port())
+
+    # Only the first host's supervisor judges by the run directory: others may not see it.
+    own = directory if node_rank == 0 else None
+    return Plan(command, environment, own, over_ssh=len(hosts) > 1, fault_timeout=launch.fault_timeout)
+
+
+def _plan_over_hosts(
+    launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path, environment: dict[str, str]
+) -> Plan:
+    check_plain(launch, str(Path.cwd()))
+    hostfile = scratch / "hostfile"
+    hostfile.write_text(hostfile_text(hosts))
+    variables = travelling(environment, launch.env)
+    if launch.master_addr is not None:
+        variables |= {"MASTER_ADDR": launch.master_addr, "MASTER_PORT": str(launch.master_port or DEFAULT_PORT)}
+    variables_file = scratch / "deepspeed_env"
+    variables_file.write_text(environment_file_text(variables))
+    count = max(2, round(launch.fault_timeout / 5))
+    ssh_options = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS.format(count=count)}".strip()
+    environment = {**environment, "DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh_options}
+
+    def command(arguments: Sequence[str]) -> list[str]:
+        target = Target(tuple(arguments))
+        if launch.launcher == "slurm":
+            return srun_command(target, hosts)
+        return runner_command(target, hosts, hostfile, launch)
+
+    return Plan(command, environment, directory, over_ssh=True, fault_timeout=launch.fault_timeout)
+
+
+def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
+    """This machine's place among the hosts when only its own ranks are to be started; None: start those of all."""
+    if launch.no_ssh:
+        rank = launch.node_rank if launch.node_rank is not None else os.environ.get("SLURM_NODEID")
+        if rank is None:
+            raise ConfigError("launch.no_ssh needs launch.node_rank: this host's place in the hostfile, from 0")
+        if int(rank) >= len(hosts):
+            raise ConfigError(f"launch.node_rank {rank}: there are {len(hosts)} hosts, numbered from 0")
+        return int(rank)
+    if launch.node_rank is not None:
+        raise ConfigError("launch.node_rank is set without launch.no_ssh; give both, or neither")
+    if _one_task_a_node(os.environ) and launch.hostfile is None:
+        return int(os.environ["SLURM_NODEID"])
+    name = next(iter(hosts))
+    return 0 if len(hosts) == 1 and name in (*LOCAL_NAMES, socket.gethostname()) else None
+
+
+def _rendezvous(launch: LaunchConfig, hosts: Hosts) -> tuple[str, int | None]:
+    """Where rank 0 listens. Several hosts must agree without a word; one host takes a free port at each start."""
+    if len(hosts) == 1:
+        return launch.master_addr or "127.0.0.1", launch.master_port
+    if launch.master_addr is None and not _one_task_a_node(os.environ):
+        raise ConfigError("launch.no_ssh with several hosts needs launch.master_addr: the address of the first host")
+    address = launch.master_addr or next(iter(hosts))
+    job = os.environ.get("SLURM_JOB_ID")
+    return address, launch.master_port or (20000 + int(job) % 20000 if job else DEFAULT_PORT)
+
+
+def _one_task_a_node(environ: Mapping[str, str]) -> bool:
+    """Started by srun with one task on each of several nodes, so each starts the ranks of its own."""
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES", 1))
+    return nodes > 1 and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == nodes and "SLURM_NODEID" in environ
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"vdr: {line}\n")
+    sys.stderr.flush()
+
+
+__all__ = ["hosts_of", "is_rank", "launch", "make_plan", "wants_ranks", "world_size"]

@@ -1,0 +1,144 @@
+"""The process that starts the ranks, passes signals on, and knows how the run ended.
+
+The exit code of a launcher over ssh cannot be trusted (it is 0 when a node's launcher is killed), so
+success is the `finished.json` that the run writes as its last act.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from vdr_cli.launch import outcome, processes
+
+POLL = 0.2
+BUG = 1
+MACHINE = 4
+USERS_OWN = (2, 3)
+"""Exit codes of configuration and data errors: a restart would meet them again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to start all ranks of one attempt."""
+
+    command: Callable[[Sequence[str]], list[str]]
+    """Arguments of vdr to a command line."""
+    environment: Mapping[str, str]
+    directory: Path | None
+    """The run directory, where the run says how it ended; None: the launcher's exit code is all there is."""
+    over_ssh: bool
+    """Ranks are on other hosts too: signals reach them through the run directory."""
+    fault_timeout: float
+
+
+@dataclass
+class Signals:
+    """SIGINT and SIGTERM that this process received, in order."""
+
+    received: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+
+    def remember(self, number: int, _: FrameType | None) -> None:
+        # The terminal, the user's shell and Slurm may all pass the same one on within moments.
+        if not self.times or time.monotonic() - self.times[-1] > 1.0:
+            self.received.append(number)
+            self.times.append(time.monotonic())
+
+
+def supervise(plan: Plan, arguments: Sequence[str], max_restarts: int, say: Callable[[str], None]) -> int:
+    """Run to the end, restarting from the last checkpoint after a fault; the exit code."""
+    processes.adopt_orphans()
+    with listening() as signals:
+        for attempt in range(max_restarts + 1):
+            code = run_once(plan, arguments, signals)
+            fault = outcome.read_fault(plan.directory) if plan.directory and code else None
+            if fault is not None:
+                say(fault.line())
+            if code == 0 or code in USERS_OWN or signals.received or attempt == max_restarts:
+                return code
+            say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts} from the newest checkpoint")
+            arguments = resuming(arguments)
+    raise AssertionError("unreachable")
+
+
+def resuming(arguments: Sequence[str]) -> list[str]:
+    """The same command, going on from the newest complete checkpoint (from the start when there is none)."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != "--resume" and not argument.startswith("--resume="):
+            kept.append(argument)
+        skip = argument == "--resume"
+    return [*kept, "--resume", "auto"]
+
+
+def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
+    """One attempt: start, wait, pass signals on, leave nothing behind. The exit code."""
+    if plan.directory is not None:
+        outcome.clear(plan.directory)
+    child = processes.start(plan.command(arguments), plan.environment)
+    try:
+        launcher_code = _wait(child, plan, signals)
+    finally:
+        left = processes.end_descendants(min(5.0, plan.fault_timeout))
+    return exit_code(plan, launcher_code, signals, left)
+
+
+def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> int:
+    """What the run's own word and the launcher's say together; never 0 unless both do."""
+    fault = outcome.read_fault(plan.directory) if plan.directory else None
+    if fault is not None:
+        return fault.exit_code
+    complete = plan.directory is None or outcome.finished(plan.directory)
+    if launcher_code == 0 and complete and not left:
+        return 0
+    if signals.received:
+        return 128 + signals.received[0]
+    # 247: a rank killed with SIGKILL, through a launcher that exits with the negative code; ssh says 255.
+    return launcher_code if 0 < launcher_code < 128 else MACHINE
+
+
+def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals) -> int:
+    """Until the launcher ends; a first signal asks the ranks to save, a second one ends everything now."""
+    passed_on = len(signals.received)
+    while child.poll() is None:
+        if len(signals.received) > passed_on:
+            passed_on += 1
+            if passed_on == 1:
+                _ask_ranks_to_stop(plan, signals.received[0])
+            else:
+                child.send_signal(signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(min(5.0, plan.fault_timeout))
+                break
+        time.sleep(POLL)
+    return child.poll() if child.poll() is not None else MACHINE  # type: ignore[return-value]
+
+
+def _ask_ranks_to_stop(plan: Plan, number: int) -> None:
+    if plan.over_ssh and plan.directory is not None:
+        outcome.ask_to_stop(plan.directory, number)
+    for process in processes.ranks_below():
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+@contextmanager
+def listening() -> Iterator[Signals]:
+    """SIGINT and SIGTERM are remembered, not obeyed, while inside."""
+    signals = Signals()
+    previous = {number: signal.signal(number, signals.remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

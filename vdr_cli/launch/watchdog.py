@@ -1,0 +1,177 @@
+"""A thread in every rank that ends it when the run around it is gone: its launcher, its peers, or its time.
+
+A rank that waits in a collective for one that died would wait for minutes or for ever. What is noticed:
+
+- a launcher above this process ended (every half second): exit at once
+- another rank ended or cannot be reached (peers.py): exit at once, the cause passed on to all
+- another rank ended with an error and `timeout` seconds later this one still runs: exit
+- Ctrl-C or SIGTERM arrived and `timeout` seconds later the step and its checkpoint were not done: exit
+- a `stop` file in the run directory: raise that signal here (how a signal reaches other hosts)
+
+It ends the process with os._exit: a collective that will never complete cannot be left in any other way,
+and checkpoints are complete or absent whenever a process stops.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.errors import VdrError
+from vdr_cli.launch import outcome
+from vdr_cli.launch.ancestors import Watched
+from vdr_cli.launch.peers import Loss, Peers
+
+EXIT_CODE = 4
+POLL = 0.5
+DEFAULT_TIMEOUT = 60.0
+
+
+class Watchdog:
+    """One per process; `begin` as early as possible, `connect` once ranks can talk, `end` when all is done."""
+
+    def __init__(self, directory: Path | None, timeout: float) -> None:
+        self.directory, self.timeout = directory, timeout
+        self.phase = "start"
+        self._watched = Watched()
+        self._peers: Peers | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._told_to_stop: tuple[int, float] | None = None
+        self._farewell_at = 0.0
+        self._signals = _signal_pipe()
+        threading.Thread(target=self._run, name="vdr-watchdog", daemon=True).start()
+
+    def connect(self, rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
+        """Begin to watch the other ranks. share: a broadcast from rank 0; collective."""
+        if world_size > 1:
+            peers = Peers(rank, world_size, self.timeout, os.environ.get("MASTER_ADDR", "127.0.0.1"), share)
+            with self._lock:
+                self._peers = peers
+
+    def end(self, error: BaseException | None) -> None:
+        """This rank has done its part, or fails with `error`; after a bug the others are told to end."""
+        if error is not None and not isinstance(error, VdrError):
+            # A collective fails on every rank when one dies: let the thread find out whose death is the cause.
+            time.sleep(4 * POLL)
+        self._ended.set()
+        with self._lock:
+            if self._peers is None:
+                return
+            if error is None or isinstance(error, VdrError):
+                self._peers.leave(None if error is None else str(error))
+            else:
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                self._peers.tell(Loss(self._peers.rank, socket.gethostname(), what))
+
+    def _run(self) -> None:
+        asked = False
+        while not self._ended.wait(0 if self._peers else POLL):
+            gone = self._watched.gone()
+            if gone is not None:
+                self._exit(f"its launcher ({gone.name}, process {gone.pid}) is gone")
+            self._look_at_signals()
+            if self.directory is not None and not asked:
+                number = outcome.asked_to_stop(self.directory)
+                if number is not None:
+                    asked = True
+                    os.kill(os.getpid(), number)
+            peers = self._peers
+            loss = peers.step(POLL) if peers is not None else None
+            if peers is not None and peers.farewell is not None:
+                loss = loss or self._overdue(peers.farewell)
+            if loss is not None and not self._ended.is_set():
+                self._lose(loss)
+
+    def _look_at_signals(self) -> None:
+        try:
+            received = [n for n in os.read(self._signals, 64) if n in (signal.SIGINT, signal.SIGTERM)]
+        except BlockingIOError:
+            received = []
+        if received and self._told_to_stop is None:
+            self._told_to_stop = received[0], time.monotonic()
+        if self._told_to_stop is not None and time.monotonic() - self._told_to_stop[1] > self.timeout:
+            number = self._told_to_stop[0]
+            self._exit(f"not done {self.timeout:g} s after {signal.Signals(number).name}", 128 + number)
+
+    def _overdue(self, farewell: Loss) -> Loss | None:
+        """An error that a rank ended with must end this one too, `timeout` seconds later at most."""
+        self._farewell_at = self._farewell_at or time.monotonic()
+        return farewell if time.monotonic() - self._farewell_at > self.timeout else None
+
+    def _lose(self, loss: Loss) -> None:
+        """The first to know tells the others, then everyone ends."""
+        peers = self._peers
+        if peers is not None and peers.rank == 0:
+            peers.tell(loss)
+            if self.directory is not None:
+                outcome.write_fault(self.directory, loss.rank, loss.message, EXIT_CODE, host=loss.host)
+        self._exit(f"{loss.line()}; ending too")
+
+    def _exit(self, reason: str, code: int = EXIT_CODE) -> None:
+        rank = os.environ.get("RANK", "0")
+        line = f"vdr: host {socket.gethostname()}, rank {rank}, during {self.phase}: {reason}\n"
+        try:
+            os.write(sys.stderr.fileno(), line.encode())
+        finally:
+            os._exit(code)
+
+
+_watchdog: Watchdog | None = None
+
+
+def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
+    """Start watching, from the main thread. directory: the run's; timeout: launch.fault_timeout, seconds."""
+    global _watchdog
+    if _watchdog is None:
+        _watchdog = Watchdog(Path(directory) if directory else None, timeout)
+
+
+def connect(rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
+    """Watch the other ranks from now on; collective (one broadcast)."""
+    if _watchdog is not None:
+        _watchdog.connect(rank, world_size, share)
+
+
+def phase(name: str) -> None:
+    """What this rank is doing, for the line it leaves when it is ended."""
+    if _watchdog is not None:
+        _watchdog.phase = name
+
+
+def end(error: BaseException | None = None) -> None:
+    """Stop watching: the run is over on this rank, after everything collective, or because of `error`."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.end(error)
+        _watchdog = None
+
+
+@contextmanager
+def connected(rank: int, world_size: int, share: Callable[[Any], Any]) -> Iterator[None]:
+    """Watch the other ranks inside; leave them in the way that fits how the block ends."""
+    connect(rank, world_size, share)
+    try:
+        yield
+    except BaseException as error:
+        end(error)
+        raise
+    end()
+
+
+def _signal_pipe() -> int:
+    """Signal numbers as bytes, written by the interpreter's C handler even while the main thread is stuck in C."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    return reader
