@@ -76,7 +76,7 @@ def run_directory(name: str, *overrides: str) -> str:
 def test_eval_defaults_are_the_starters(asked, capsys):
     assert app.run(["eval", "starter"]) == 0
     (request,) = asked
-    assert (request.models, request.data.name, request.data.split) == (("starter",), "starter", "test")
+    assert (request.models, request.data.eval_name, request.data.eval_split) == (("starter",), "starter", "test")
     assert (request.rollout.max_new_tokens, request.samples, request.ks, request.greedy) == (16, 8, None, False)
     assert "0.250 [0.125, 0.500]" in capsys.readouterr().out
 
@@ -100,7 +100,8 @@ def test_eval_flags_reach_the_request(asked):
     arguments += ["--prompts", "5", "--max-new-tokens", "9", "--temperature", "0.5", "--seed", "3"]
     assert app.run(["eval", "starter", *arguments, "--set", "rollout.top_k=7", "--json", "o.json"]) == 0
     (request,) = asked
-    assert (request.data.name, request.data.split, request.rewards.functions[0].name) == ("d.jsonl", "train", "length")
+    assert (request.data.eval_name, request.data.eval_split) == ("d.jsonl", "train")
+    assert (request.data.name, request.rewards.functions[0].name) == ("d.jsonl", "length")
     assert (request.samples, request.ks, request.prompts, request.seed) == (4, (1, 2), 5, 3)
     assert (request.rollout.max_new_tokens, request.rollout.temperature, request.rollout.top_k) == (9, 0.5, 7)
     assert json.loads(Path("o.json").read_text())["models"][0]["pass@1"] == 0.25
@@ -112,7 +113,7 @@ def test_eval_takes_the_settings_of_the_run(asked):
     run = run_directory("r", "data.eval_split=train", "rollout.max_new_tokens=33", "rewards.solved_at=0.5")
     assert app.run(["eval", "starter", run]) == 0
     (request,) = asked
-    assert request.models == ("starter", "r") and request.data.split == "train"
+    assert request.models == ("starter", "r") and request.data.eval_split == "train"
     assert request.rollout.max_new_tokens == 33 and request.rewards.solved_at == 0.5
 
 

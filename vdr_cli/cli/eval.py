@@ -85,16 +85,11 @@ def build_request(
     greedy: bool,
     seed: int,
 ) -> EvalRequest:
-    """The held-out place of the configuration becomes data.name and data.split; --data and --split replace it."""
+    """The held-out prompts of the configuration, in another place when --data or --split say so."""
     from vdr_cli.evaluate import EvalRequest
 
     name = data or config.data.eval_name or config.data.name
-    held_out = {
-        "name": name,
-        "split": split or config.data.eval_split,
-        "subset": config.data.subset if name == config.data.name else None,
-        "eval_name": None,
-    }
+    held_out = {"name": data or config.data.name, "eval_name": name, "eval_split": split or config.data.eval_split}
     return EvalRequest(
         models=tuple(models),
         data=config.data.model_copy(update=held_out),
@@ -139,44 +134,40 @@ def check_writable_file(path: str, flag: str) -> None:
 
 
 def show(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> None:
-    """The numbers as a table, a model a row; below, each pair's difference over the same prompts."""
+    """The numbers, a column a model; below, each pair's difference over the same prompts."""
     from rich.console import Console
 
     console = Console()
     first = records[0]
-    console.print(_table(f"{first['prompts']} prompts x {first['samples']} completions", "model", records))
+    console.print(_table(f"{first['prompts']} prompts x {first['samples']} completions", records))
     if differences:
         named = [{**row, "model": f"{row['model']} - {row['minus']}"} for row in differences]
-        console.print(_table("Differences over the same prompts", "models", named))
+        console.print(_table("Differences over the same prompts", named))
 
 
-def _table(title: str, first_column: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """`value [low, high]` where the row has an interval; text of the user is never markup."""
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
+    """`value [low, high]` where there is an interval; text of the user is never markup."""
     from rich.table import Table
     from rich.text import Text
 
     hidden = {"model", "minus", "prompts", "samples"}
     names = [name for name in rows[0] if name not in hidden and not name.endswith(("_low", "_high"))]
-    table = Table(
-        title=title, title_justify="left", caption="[low, high]: 95 % interval" if _has_interval(rows) else None
-    )
-    table.add_column(first_column, overflow="fold")
-    for name in names:
-        table.add_column(Text(name), justify="right")
+    has_interval = any(name.endswith("_low") for name in rows[0])
+    caption = Text("[low, high]: 95 % interval over prompts") if has_interval else None
+    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    table.add_column()
     for row in rows:
-        table.add_row(Text(str(row["model"])), *(Text(_cell(row, name)) for name in names))
+        table.add_column(Text(str(row["model"])), justify="right", overflow="fold")
+    for name in names:
+        table.add_row(Text(name), *(Text(_cell(row, name)) for row in rows))
     return table
-
-
-def _has_interval(rows: Sequence[Mapping[str, Any]]) -> bool:
-    return any(name.endswith("_low") for name in rows[0])
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, int | float):
         return "" if value is None else str(value)
-    text = f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
+    text = f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
     if f"{name}_low" in row:
         text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +15,7 @@ from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdr_cli.config import DisagreementConfig
-    from vdr_cli.scoring.request import ScoreResult
+    from vdr_cli.scoring.request import ScoreRequest, ScoreResult
 
 EXAMPLES = (
     "vdr score runs/wide --model runs/wide -o scores.parquet",
@@ -88,9 +90,22 @@ def command(
     )
     check_writable_file(request.output, "-o")
 
+    result = score_with_progress(request)
+    if os.environ.get("RANK", "0") == "0":
+        show(result)
+
+
+def score_with_progress(request: ScoreRequest) -> ScoreResult:
+    """Score, with a bar and the time left on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from vdr_cli.score import run_score
 
-    show(run_score(request))
+    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task("scoring", total=1.0)
+        return run_score(request, lambda done: bar.update(task, completed=done.fraction))
 
 
 def default_output(inputs: Sequence[str]) -> str:

@@ -12,7 +12,8 @@ def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> tuple[int, ...]
     """The rows 0..n-1 in the order of one pass: a permutation keyed by (seed, epoch), or as they lie."""
     if not shuffle:
         return tuple(range(n))
-    generator = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch]))
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)  # a plain list would pass through float64
+    generator = np.random.Generator(np.random.Philox(key=key))
     return tuple(int(row) for row in generator.permutation(n))
 
 

@@ -36,7 +36,7 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     elif path.is_dir():
         table = _directory(name, path, split, split_key)
     else:
-        table = _hub(name, None if own_place else cfg.subset, split, split_key)
+        table = _hub(name, cfg.subset if name == cfg.name else None, split, split_key)
     if len(table) == 0:
         raise DataError(f"{table.name}: no rows")
     return table
