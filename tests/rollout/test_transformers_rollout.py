@@ -183,7 +183,7 @@ def test_a_stop_string_ends_after_the_token_that_completes_it() -> None:
 
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
-    with pytest.raises(ConfigError, match="rollout.stop"):
+    with pytest.raises(ConfigError, match="stop needs a tokenizer"):
         rollout().generate(tiny("qwen2"), PROMPTS, 1, Sampling(4, stop=("x",)), KEYS)
 
 

@@ -81,7 +81,7 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     Returns (R,) int64 and (R,) float32.
     """
     R, V = scores.shape
-    top = scores.max(dim=-1, keepdim=True).values
+    top = scores.amax(dim=-1, keepdim=True)
     weights = torch.nn.functional.pad((scores - top).exp_(), (0, -V % BLOCK)).view(R, -1, BLOCK)
     block_cdf = weights.sum(-1).double().cumsum(-1)  # (R, V / BLOCK)
     total = block_cdf[:, -1:]

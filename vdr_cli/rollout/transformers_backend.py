@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import forward_arguments, position_ids
 from vdr_cli.rollout.base import Completions, Sampling, pad_prompts
-from vdr_cli.rollout.cache import expand, without_holes
+from vdr_cli.rollout.cache import DecodeCache, without_holes
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 
 COMPACT_SHARE = 8
@@ -121,8 +121,9 @@ class _Decoder:
         self.prompt_ids, self.prompt_mask = ids.to(self.device), mask.to(self.device)  # (N, P)
         owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([count for _, count in groups]))
         self.owner = owner.to(self.device)  # (R,)
-        self.padded = not bool(mask.all())
         self.takes_positions = "position_ids" in forward_arguments(model, mask, mask)
+        # ALiBi models make their position bias of the mask
+        self.needs_mask = not bool(mask.all()) or not self.takes_positions
         self.processors = processors(sampling)
         self.stop = StopStrings(sampling.stop, rollout.tokenizer) if sampling.stop else None
         self.eos = torch.tensor(rollout.eos_ids, dtype=torch.int64, device=self.device)
@@ -139,6 +140,13 @@ class _Decoder:
         valid = torch.zeros((R, T), dtype=torch.bool, device=self.device)
         logps = torch.zeros((R, T), device=self.device)
         logits = self._prefill()  # (R, V)
+        with self.cache.attention():
+            return self._decode(logits, tokens, valid, logps)
+
+    def _decode(
+        self, logits: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        R, T = tokens.shape
         rows = torch.arange(R, device=self.device)
         done = torch.zeros(R, dtype=torch.bool, device=self.device)
         for t in range(T):
@@ -152,7 +160,7 @@ class _Decoder:
                 break
             if finished * COMPACT_SHARE >= len(rows):
                 keep = without_holes(done)
-                self.cache.batch_select_indices(keep)
+                self.cache.select(keep)
                 rows, token, done = rows[keep], token[keep], done[keep]
             logits = self._forward(token, rows, t)
         truncated = torch.zeros(R, dtype=torch.bool, device=self.device)
@@ -161,29 +169,31 @@ class _Decoder:
 
     def _prefill(self) -> Tensor:
         """Read each prompt once, then give every completion its row of the cache; (R, V) logits of the first token."""
-        self.cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)
         positions = position_ids(self.prompt_mask)
-        logits = self._logits(self.prompt_ids, self.prompt_mask, positions)  # (N, V)
-        P, R = self.prompt_ids.shape[1], len(self.owner)
-        expand(self.cache, self.owner, P + self.sampling.max_new_tokens)
+        logits = self._logits(
+            cache, self.prompt_ids, self.prompt_mask if self.needs_mask else None, positions
+        )  # (N, V)
+        T = self.sampling.max_new_tokens
+        self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
+        self.needs_mask = self.needs_mask and not self.cache.shared
         self.next_position = positions[self.owner, -1:] + 1  # (R, 1)
-        self.mask = torch.ones((R, P + self.sampling.max_new_tokens), dtype=torch.bool, device=self.device)
-        self.mask[:, :P] = self.prompt_mask[self.owner]
+        self.mask = nn.functional.pad(self.prompt_mask[self.owner], (0, T), value=True)  # (R, P + T)
         return logits[self.owner]
 
     def _forward(self, token: Tensor, rows: Tensor, t: int) -> Tensor:
         """Read token t of each row; (R, V) logits of token t + 1."""
-        width = self.prompt_ids.shape[1] + t + 1
-        return self._logits(token[:, None], self.mask[rows, :width], self.next_position[rows] + t)
+        mask = self.mask[rows, : self.prompt_ids.shape[1] + t + 1] if self.needs_mask else None
+        return self._logits(self.cache.cache, token[:, None], mask, self.next_position[rows] + t)
 
-    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """(R, W) ids to the float32 logits after the last of them, (R, V)."""
+    def _logits(self, cache: Cache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+        """(R, W) ids to the float32 logits after the last of them, (R, V). mask: None where nothing is padding."""
         arguments: dict[str, Tensor] = {}
         if self.takes_positions:
             arguments["position_ids"] = positions
-        if self.padded or not self.takes_positions:
+        if mask is not None:
             arguments["attention_mask"] = mask.long()
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **arguments)
+        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
         return out.logits[:, -1].float()
 
     def _sample(self, logits: Tensor, rows: Tensor, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
