@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vdr_cli.models.policy import Policy, completion_logps, silence_dropout
+from vdr_cli.models.policy import (
+    Policy,
+    can_share_prompts,
+    completion_logps,
+    distinct_prompts,
+    silence_dropout,
+)
 
 V = 41
 SMALL = {
@@ -117,6 +123,65 @@ def test_gradient_equals_the_dense_one(kind: str) -> None:
     for name, ours in gradients[0].items():
         scale = gradients[1][name].norm()
         assert (ours - gradients[1][name]).norm() <= 1e-5 * scale + 1e-7, name
+
+
+def groups() -> dict[str, Tensor]:
+    """Two prompts of different lengths with three and two completions, one of them empty."""
+    data = batch([5, 3, 4, 4, 7], [4, 6, 1, 3, 2])
+    for name in ("prompt_ids", "prompt_mask"):
+        data[name] = data[name][[0, 0, 0, 4, 4]]
+    data["completion_mask"][3] = False
+    return data
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention"), [*((kind, None) for kind in ARCHITECTURES), ("qwen2", "eager"), ("mixtral", "eager")]
+)
+def test_shared_prompts_change_nothing(kind: str, attention: str | None) -> None:
+    model = tiny(kind, attn_implementation=attention)
+    silence_dropout(model)
+    data = groups()
+    coefficients = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2))
+    results = []
+    for share in (False, True):
+        model.train().zero_grad()
+        logps, entropy = Policy(model, share_prompts=share)(**data, temperature=0.7)
+        (coefficients[0] * logps + coefficients[1] * entropy).sum().backward()
+        results.append([logps, entropy, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1])
+    largest = max(tensor.norm() for tensor in results[0][2:])
+    for plain, shared in zip(*results, strict=True):
+        assert (plain - shared).norm() <= 1e-5 * plain.norm() + 1e-7 * largest
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_both_passes_of_shared_prompts_join_the_graph(width: int) -> None:
+    """All-masked batches and one-token completions: every call of every layer takes part in backward."""
+    model = tiny("qwen2")
+    data = groups()
+    data = {name: value[:, :width] if "completion" in name else value for name, value in data.items()}
+    data["completion_mask"][:] = False
+    calls = []
+    for layer in model.model.layers:
+        layer.register_full_backward_hook(lambda *_: calls.append(1))
+    Policy(model, share_prompts=True)(**data, temperature=1.0)[0].sum().backward()
+    assert len(calls) == 2 * len(model.model.layers)
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+def test_distinct_prompts_ignore_what_padding_holds() -> None:
+    ids = torch.tensor([[9, 1], [8, 1], [1, 1], [1, 1], [9, 1]])
+    mask = torch.tensor([[False, True], [False, True], [True, True], [True, True], [False, True]])
+    firsts, owner = distinct_prompts(ids, mask)
+    assert firsts.tolist() == [0, 2, 4]
+    assert owner.tolist() == [0, 0, 1, 1, 2]
+
+
+def test_prompts_are_not_shared_where_that_does_not_work() -> None:
+    model = tiny("qwen2")
+    assert can_share_prompts(model)
+    model.gradient_checkpointing_enable()
+    assert not can_share_prompts(model)
 
 
 def test_extra_padding_changes_nothing() -> None:

@@ -7,8 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdr_cli.disagreement.prefix import PrefixCache, shares_prompts
 from vdr_cli.grpo.logprobs import chunked_logps
-from vdr_cli.models.anatomy import Head, backbone, forward_arguments, output_head, position_ids
+from vdr_cli.models.anatomy import (
+    Head,
+    backbone,
+    decoder_layers,
+    forward_arguments,
+    output_head,
+    position_ids,
+    unwrapped,
+)
 
 NOISE_NAMES = ("drop", "jitter")
 """Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
@@ -31,11 +40,16 @@ class HeadLogps(nn.Module):
 
 
 class Policy(nn.Module):
-    """What the DeepSpeed engine wraps: its forward is all that the loss needs from the model."""
+    """What the DeepSpeed engine wraps: its forward is all that the loss needs from the model.
 
-    def __init__(self, causal_lm: nn.Module, chunk_tokens: int | None = None) -> None:
+    share_prompts: read a prompt once for all its completions in the batch; needs `can_share_prompts`, and all ranks
+    must choose alike.
+    """
+
+    def __init__(self, causal_lm: nn.Module, chunk_tokens: int | None = None, share_prompts: bool = False) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.share_prompts = share_prompts
         self.head_logps = HeadLogps(chunk_tokens)
 
     def forward(
@@ -47,7 +61,8 @@ class Policy(nn.Module):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """prompts (B, P), completions (B, T) → log-probabilities (B, T), entropies (B, T), float32, 0 at padding."""
-        hidden = completion_hidden(self.causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
+        read = shared_completion_hidden if self.share_prompts else completion_hidden
+        hidden = read(self.causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
         return _at_valid_tokens(
             self.head_logps, output_head(self.causal_lm), hidden, completion_ids, completion_mask, temperature
         )
@@ -63,20 +78,74 @@ def completion_logps(
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Policy.forward for a model outside the engine: the twin, the reference."""
-    hidden = completion_hidden(causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
-    head_logps = HeadLogps(chunk_tokens)
-    return _at_valid_tokens(head_logps, output_head(causal_lm), hidden, completion_ids, completion_mask, temperature)
+    policy = Policy(causal_lm, chunk_tokens)
+    return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
 
 
 def completion_hidden(
     causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> Tensor:
     """(B, T, D): the hidden states that produced each completion token, at columns P−1 ... P+T−2."""
-    ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P+T)
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1]  # (B, P+T-1): nothing is read off the last token
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)[:, :-1]
+    hidden = _trunk(causal_lm, ids, mask, position_ids(mask), use_cache=False)
+    return hidden[:, prompt_ids.shape[1] - 1 :]
+
+
+def shared_completion_hidden(
+    causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """`completion_hidden`, each prompt read once: its keys and values serve all its completions, gradients included.
+
+    Always two passes, whatever the batch, and a graph through both: ZeRO-3's gathers must be the same on all ranks.
+    """
+    firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
+    cache = SharedPromptCache(len(decoder_layers(causal_lm)))
+    prompts = prompt_mask[firsts]
+    at_prompts = _trunk(
+        causal_lm, prompt_ids[firsts], prompts, position_ids(prompts), past_key_values=cache, use_cache=True
+    )
+    cache.give_to(owner, prompt_ids.shape[1])
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
-    arguments: dict[str, Any] = forward_arguments(causal_lm, mask, position_ids(mask))
-    hidden = backbone(causal_lm)(input_ids=ids, use_cache=False, **arguments)[0]
-    return hidden[:, prompt_ids.shape[1] - 1 : -1]
+    positions = position_ids(mask)[:, prompt_ids.shape[1] :]
+    at_completions = _trunk(causal_lm, completion_ids, mask, positions, past_key_values=cache, use_cache=True)
+    anchor = 0.0 * at_completions[:, -1:].sum()  # nothing is read off the last token, but its pass joins the graph
+    first = at_prompts[:, -1:].index_select(0, owner) + anchor  # (B, 1, D)
+    return torch.cat([first, at_completions[:, :-1]], dim=1)
+
+
+def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, P) prompts → the first row of each run of equal ones (U,), and each row's run (B,)."""
+    same = ((prompt_ids[1:] == prompt_ids[:-1]) | ~prompt_mask[1:]) & (prompt_mask[1:] == prompt_mask[:-1])
+    new = torch.cat([same.new_ones(1), ~same.all(dim=1)])
+    return new.nonzero().squeeze(1), new.long().cumsum(0) - 1
+
+
+def can_share_prompts(causal_lm: nn.Module) -> bool:
+    """Whether `shared_completion_hidden` works for this model, as it is set up.
+
+    Not when layers remember something else than keys and values (`shares_prompts`), and not with gradient
+    checkpointing, which switches caches off.
+    """
+    checkpointing = bool(getattr(unwrapped(causal_lm), "is_gradient_checkpointing", False))
+    return shares_prompts(causal_lm) and not checkpointing
+
+
+class SharedPromptCache(PrefixCache):
+    """A PrefixCache for training: any prompt for any row, and nothing written in place."""
+
+    def give_to(self, owner: Tensor, prompt_width: int) -> None:
+        """From now on rows are completions, of these prompts (B,)."""
+        self.owner, self.prompt_width = owner, prompt_width
+
+    def joined(self, name: str, prompt: Tensor, own: Tensor) -> Tensor:
+        """(U, H, P, d) and (B, H, T, d) to (B, H, P + T, d)."""
+        return torch.cat([prompt.index_select(0, self.owner), own], dim=-2)
+
+
+def _trunk(causal_lm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Tensor:
+    """Final hidden states (B, W, D) of these ids; mask covers what the cache holds as well."""
+    return backbone(causal_lm)(input_ids=ids, **forward_arguments(causal_lm, mask, positions), **cache)[0]  # type: ignore[no-any-return]
 
 
 def _at_valid_tokens(
