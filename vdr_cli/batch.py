@@ -45,7 +45,7 @@ def concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
     return Batch(
         [prompt for batch in batches for prompt in batch.prompts],
         concatenate_completions([batch.completions for batch in batches], pad_id),
-        [text for batch in batches for text in batch.texts],  # type: ignore[misc]
+        [text for batch in batches for text in batch.texts],  # type: ignore[arg-type]
         torch.cat([batch.rewards for batch in batches]),
         torch.cat([batch.task_reward for batch in batches]),
     )

@@ -5,11 +5,9 @@ The algorithm is in train.py; here is everything around it.
 
 from __future__ import annotations
 
-import json
 import random
-import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from vdr_cli.engine.build import Engine, build_engine, start_distributed
 from vdr_cli.engine.export import export_model
 from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
 from vdr_cli.errors import MachineError, VdrError
+from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
 from vdr_cli.models.loading import eos_token_ids, load_tokenizer
 from vdr_cli.observe.completions import remove_after
@@ -79,7 +78,7 @@ class Run:
     view: LiveView | None
     stop: StopSignal
     state: LoopState = field(default_factory=LoopState)
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(watchdog.phase))
     exit_code: int = 0
     saved_step: int | None = None
     _drawn_this_step: int = 0
@@ -152,7 +151,7 @@ class Run:
         if self.config.train.save_model:
             export_model(self.engine, self.tokenizer, self.directory / "model")
         if collectives.is_main():
-            _write_json(self.directory / "finished.json", {"step": self.step})
+            outcome.write_finished(self.directory, step=self.step)
 
 
 def even_shares(count: int) -> list[int]:
@@ -169,15 +168,21 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
     """
     prepare_process(config.launch)
     directory = Path(config.train.output or ".")
+    watchdog.begin(str(directory), config.launch.fault_timeout)
     device = start_distributed()
     with ExitStack() as stack:
         stack.callback(_leave_process_group)
+        rank, size = collectives.rank(), collectives.world_size()
+        stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
+        stack.enter_context(
+            watchdog.connected(collectives.rank(), collectives.world_size(), collectives.broadcast_object)
+        )
         stop = stack.enter_context(StopSignal())
         run = _build(config, directory, device, stop, resume, stack)
         try:
             yield run
         except VdrError as error:
-            _write_fault(directory, error)
+            outcome.write_fault(directory, collectives.rank(), str(error), error.exit_code)
             run.note("saving the last finished step")
             if not isinstance(error, MachineError):
                 run.save_checkpoint()
@@ -263,8 +268,7 @@ def _prepare_directory(directory: Path, config: Config) -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(dump_run_record(config))
-            for marker in ("finished.json", "fault.json"):
-                (directory / marker).unlink(missing_ok=True)
+            outcome.clear(directory)
         except OSError as fault:
             error = MachineError(f"train.output {directory}: cannot be written ({fault.strerror}); choose another")
     collectives.agree(error)
@@ -276,23 +280,6 @@ def _seed(seed: int) -> None:
     random.seed(own)
     np.random.seed(own % 2**32)
     torch.manual_seed(own)
-
-
-def _write_fault(directory: Path, error: VdrError) -> None:
-    if collectives.is_main():
-        fault = {
-            "host": socket.gethostname(),
-            "rank": collectives.rank(),
-            "message": str(error),
-            "exit_code": error.exit_code,
-        }
-        _write_json(directory / "fault.json", fault)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Best effort: a marker that cannot be written must not hide what happened."""
-    with suppress(OSError):
-        path.write_text(json.dumps(value) + "\n")
 
 
 def _leave_process_group() -> None:

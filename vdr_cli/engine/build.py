@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import transformers
 from torch import Tensor, nn
 
 from vdr_cli.config import Config, TrainConfig
@@ -90,9 +91,9 @@ def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 def start_distributed() -> torch.device:
     """Join the process group and choose this rank's device. The launcher's environment must be set."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    transformers.utils.logging.disable_progress_bar()
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -143,7 +143,7 @@ def _on_every_rank(action: Any, folder: Path) -> None:
 
 
 def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    passed_over = []
+    passed_over: list[str] = []
     for path in _newest_first(folder):
         fault = find_fault(path)
         if fault is None:
