@@ -21,6 +21,7 @@ from vdr_cli.config.schema import DataConfig, ModelConfig, RewardsConfig, Rollou
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.policy import completion_logps
+from vdr_cli.processes import everywhere, join_processes
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rollout.base import Completions, Messages, Prompt, Rollout, Sampling, completion_key
@@ -49,7 +50,7 @@ class EvalRequest:
     prompts: int | None = None
     """The first this many prompts; None: all."""
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     samples, ks, sampling = _sampling(request)
+    device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
     rewards = load_rewards(request.rewards, request.data.name)
@@ -111,9 +113,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
         prompt_set = load_prompts(request.data, "eval", tokenizer)
         check_columns(rewards, prompt_set.columns)
         count = min(len(prompt_set), request.prompts or len(prompt_set))
-        model = load_causal_lm(
-            name, resolve_dtype(setting.dtype), setting.revision, setting.trust_remote_code, request.device
-        )
+        model = load_causal_lm(name, resolve_dtype(setting.dtype), setting.revision, setting.trust_remote_code, device)
         rollout = TransformersRollout(
             tokenizer.pad_token_id, eos_token_ids(model, tokenizer), tokenizer, request.rollout.batch_tokens
         )
@@ -155,15 +155,14 @@ def evaluate_model(
         raise DataError("there are no prompts to evaluate on: give a split with at least one row")
     mine = range(collectives.rank(), len(prompts), collectives.world_size())
     shares: list[dict[str, Any]] = []
-    error: Exception | None = None
-    try:
-        step = max(CHUNK_COMPLETIONS // n, 1)
+    step = max(CHUNK_COMPLETIONS // n, 1)
+
+    def sample() -> None:
         for start in range(0, len(mine), step):
             chunk = [prompts[index] for index in mine[start : start + step]]
             shares.append(_sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout))
-    except Exception as raised:  # agreed on below: one rank that stops alone would leave the others waiting
-        error = raised
-    collectives.agree(error)
+
+    everywhere(sample)
     gathered = collectives.gather_objects((list(mine), _joined(shares)))
     return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
 

@@ -7,7 +7,6 @@ the order of the rows or the number of processes, because members' masks come fr
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
 from vdr_cli.models.policy import completion_logps
+from vdr_cli.processes import everywhere, join_processes
 from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
@@ -48,7 +48,7 @@ class Progress:
 def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None = None) -> ScoreResult:
     """Score every row of the inputs into request.output; a collective when there are several processes."""
     started = time.monotonic()
-    device = _join_processes(request.device)
+    device = join_processes(request.device)
     spool = Path(request.output + ".stdin")
     if STDIN in request.inputs and collectives.world_size() > 1:
         raise ConfigError("- (stdin) is read by one process: give a file to score with several")
@@ -61,9 +61,9 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
         sample = first_rows(sources)
         layout = make_layout(request, sources, sample)
         scorer = Scorer.load(request, device, sample)
-        _everywhere(lambda: parts.begin() if collectives.is_main() else None)
-        count = _everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
-        summary = _everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
+        everywhere(lambda: parts.begin() if collectives.is_main() else None)
+        count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
+        summary = everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
         summary = collectives.broadcast_object(summary)
     spool.unlink(missing_ok=True)
     return ScoreResult(output=request.output, seconds=time.monotonic() - started, **_as_result(summary))
@@ -220,30 +220,6 @@ def _as_result(summary: dict[str, Any]) -> dict[str, Any]:
         "skipped_rows": tuple(summary["skipped_rows"]),
         "notes": tuple(notes),
     }
-
-
-def _join_processes(device: str) -> torch.device:
-    """Join the process group when a launcher started us; this process's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from vdr_cli.engine.build import start_distributed
-
-        own = start_distributed()
-        return own if device == "auto" else torch.device(device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
-
-
-def _everywhere(work: Callable[[], Any]) -> Any:
-    """Do the work on every rank; an error of one is raised on all."""
-    error: Exception | None = None
-    result = None
-    try:
-        result = work()
-    except Exception as raised:  # one rank that stops alone would leave the others waiting
-        error = raised
-    collectives.agree(error)
-    return result
 
 
 def _check_output(sources: Sequence[Source], output: str) -> None:

@@ -139,7 +139,8 @@ def _expand(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
         folder = path / "completions" if (path / "completions").is_dir() else path
-        found = sorted(file for file in folder.iterdir() if file.suffix.lower() in FORMATS)
+        found = sorted(folder.glob("step_*.parquet")) or sorted(folder.glob("completions_*.parquet"))  # ours, TRL's
+        found = found or sorted(file for file in folder.iterdir() if file.suffix.lower() in FORMATS)
         if not found:
             raise ConfigError(f"{given}: the directory holds no completions ({', '.join(sorted(FORMATS))})")
         return found

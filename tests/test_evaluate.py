@@ -1,0 +1,167 @@
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vdr_cli.config import DataConfig, RewardsConfig, RolloutConfig
+from vdr_cli.config.schema import RewardFunction
+from vdr_cli.engine import collectives
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.evaluate import EvalRequest, EvalResult, evaluate_model, paired_differences, run_eval
+from vdr_cli.models.loading import load_causal_lm, load_tokenizer
+from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rollout.base import Prompt, Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+
+@cache
+def starter() -> tuple[Any, Any]:
+    return load_causal_lm("starter"), load_tokenizer("starter")
+
+
+def prompts(count: int) -> list[Prompt]:
+    tokenizer = starter()[1]
+    return [
+        Prompt(row, text, tokenizer(text)["input_ids"], {"answer": row})
+        for row, text in enumerate(f"{a} 2 3={a + 5}:" for a in range(1, count + 1))
+    ]
+
+
+def rewards(*functions: Any) -> list[LoadedReward]:
+    return [LoadedReward(function.__name__, 1.0, function) for function in functions]
+
+
+def long(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text) >= 5) for text in completions]
+
+
+def evaluate(count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), **more: Any) -> EvalResult:
+    model, tokenizer = starter()
+    rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
+    sampling = Sampling(max_new_tokens=12)
+    return evaluate_model(
+        model, tokenizer, rollout, prompts(count), rewards(*functions), n, (1, n), 0, sampling, **more
+    )
+
+
+def test_numbers_follow_from_the_samples() -> None:
+    result = evaluate()
+    expected = np.array([[float(len(text) >= 5) for text in row] for row in result.texts])
+    metrics = result.metrics()
+    assert metrics["pass@1"] == pytest.approx(expected.mean())
+    assert metrics["pass@4"] == pytest.approx(expected.any(1).mean())
+    assert metrics["reward"] == metrics["rewards/long/mean"] == pytest.approx(expected.mean())
+    assert metrics["pass@1_low"] <= metrics["pass@1"] <= metrics["pass@1_high"]
+    assert metrics["mean_length"] == pytest.approx(result.length.mean())
+    assert result.record() | metrics == result.record()
+    assert result.record()["prompts"] == 6
+
+
+def test_entropy_is_that_of_the_models_own_distributions() -> None:
+    model, tokenizer = starter()
+    result = evaluate(count=2, n=2)
+    sums = []
+    for prompt, row in zip(result.prompts, result.texts, strict=True):
+        for text in row:
+            ids = prompt.token_ids + tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, len(prompt.token_ids) - 1 : -1].double()
+            sums.append(torch.distributions.Categorical(logits=logits).entropy().sum().item())
+    assert result.entropy_sum.ravel() == pytest.approx(sums, rel=1e-4)
+    assert result.metrics()["entropy"] == pytest.approx(sum(sums) / result.length.sum(), rel=1e-4)
+
+
+def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = evaluate(count=5)
+    shares: list[Any] = []
+
+    def keep(value: Any) -> list[Any]:
+        shares.append(value)
+        raise StopIteration
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "agree", lambda error: None)
+    monkeypatch.setattr(collectives, "gather_objects", keep)
+    for rank in range(3):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        with pytest.raises(StopIteration):
+            evaluate(count=5)
+    assert [len(rows) for rows, _ in shares] == [2, 2, 1]
+    monkeypatch.setattr(collectives, "gather_objects", lambda value: shares)
+    together = evaluate(count=5)
+    assert together.texts == alone.texts
+    assert together.metrics() == pytest.approx(alone.metrics())
+
+
+def test_none_rewards_leave_a_completion_out() -> None:
+    def sometimes(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if index % 2 else 1.0 for index in range(len(completions))]
+
+    result = evaluate(count=2, n=2, functions=(sometimes,))
+    assert np.isnan(result.task_reward).sum() == 2
+    assert result.metrics()["reward"] == 1.0
+    assert result.metrics()["pass@1"] == 0.5
+
+
+def test_weights_and_several_functions() -> None:
+    def half(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    model, tokenizer = starter()
+    rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
+    weighted = [LoadedReward("half", 2.0, half), LoadedReward("long", -1.0, long)]
+    result = evaluate_model(model, tokenizer, rollout, prompts(3), weighted, 2, (1,), 0, Sampling(12), solved_at=1.0)
+    assert result.task_reward == pytest.approx(1.0 - result.rewards["long"])
+    assert (result.solved == (result.rewards["long"] == 0)).all()
+
+
+def test_paired_differences() -> None:
+    first, second = evaluate(), evaluate(functions=(lambda completions, **_: [1.0] * len(completions),))
+    (row,) = paired_differences([first, second])
+    assert row["pass@1"] == pytest.approx(1.0 - first.metrics()["pass@1"])
+    assert row["pass@1_low"] <= row["pass@1"] <= row["pass@1_high"]
+    (same,) = paired_differences([first, first])
+    assert same["pass@1"] == same["pass@1_low"] == same["pass@1_high"] == 0.0
+
+
+def test_a_reward_that_raises_is_named_and_stops() -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        raise RuntimeError("no")
+
+    with pytest.raises(DataError, match="broken"):
+        evaluate(functions=(broken,))
+
+
+def test_the_whole_job_sampled_and_greedy() -> None:
+    request = EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), prompts=4, samples=2)
+    (sampled,) = run_eval(request)
+    assert sampled.record()["model"] == "starter"
+    assert sampled.solved.shape == (4, 2)
+    assert {"pass@1", "pass@2", "rewards/countdown/mean"} <= sampled.record().keys()
+    greedy = EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), prompts=4, samples=2, greedy=True)
+    assert run_eval(greedy)[0].solved.shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"ks": (1, 9), "samples": 8}, "each k lies between 1 and --samples 8"),
+        ({"ks": (0,)}, "each k"),
+        ({"samples": 0}, "at least one completion"),
+        ({"prompts": 0}, "at least one prompt"),
+        ({"models": ("./nowhere",)}, "no such directory"),
+        ({"rewards": RewardsConfig(functions=[RewardFunction(name="nonsense")])}, "nonsense"),
+        ({"data": DataConfig(eval_split="dev")}, "dev"),
+    ],
+)
+def test_usage_errors(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_eval(EvalRequest(**({"models": ("starter",)} | more)))
+
+
+def test_no_prompts() -> None:
+    with pytest.raises(DataError, match="no prompts"):
+        evaluate(count=0)

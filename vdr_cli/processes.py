@@ -1,0 +1,36 @@
+"""Several processes on one job that needs no engine: `vdr eval` and `vdr score` under a launcher."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from vdr_cli.engine import collectives
+
+Result = TypeVar("Result")
+
+
+def join_processes(device: str) -> torch.device:
+    """Join the process group when a launcher started us. device: auto is this process's accelerator, else the CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        from vdr_cli.engine.build import start_distributed
+
+        own = start_distributed()
+        return own if device == "auto" else torch.device(device)
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def everywhere(work: Callable[[], Result]) -> Result:
+    """Do the work on every rank; an error of one is raised on all."""
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as raised:  # one rank that stops alone would leave the others waiting
+        error = raised
+    collectives.agree(error)
+    return result
