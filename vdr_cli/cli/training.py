@@ -10,7 +10,7 @@ from vdr_cli.config.load import dump_config, with_output
 from vdr_cli.config.plan import batch_plan
 from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
 from vdr_cli.errors import ConfigError
-from vdr_cli.launch.environment import is_rank, translated
+from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.reexec import launch, wants_ranks, world_size
 
 
@@ -64,6 +64,8 @@ def _node_rank(config: Config) -> int:
 
 
 def _train(config: Config, resume: str | None) -> int:
+    prepare_process(config.launch)  # before torch is imported: it reads its number of threads once
+
     from vdr_cli.train import train
 
     return train(config, resume)
