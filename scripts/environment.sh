@@ -1,0 +1,23 @@
+# Sourced by demo.sh and test.sh: makes .venv with vdr and the extras in $1, or re-uses it in a moment.
+# Needs Python 3.11 or newer with venv; no compiler. PYTHON=/path/to/python chooses another one.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+make_environment() {
+    local extras=$1 python=${PYTHON:-python3} stamp
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "vdr needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3.11" >&2
+        exit 4
+    }
+    stamp=.venv/.made-of-$( (cat pyproject.toml scripts/environment.sh; "$python" -V) | sha256sum | cut -c1-16)-${extras:-plain}
+    if [ ! -e "$stamp" ]; then
+        echo "making .venv (a few minutes, once)"
+        "$python" -m venv --clear .venv
+        # Without a GPU a CPU build is enough; with one, pip's default brings CUDA.
+        .venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+        .venv/bin/pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+        touch "$stamp"
+    fi
+    export PATH="$root/.venv/bin:$PATH"
+}

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Everything that this machine can check: lint, types, unit tests, two-process tests, cluster tests (as root).
+#   bash scripts/test.sh [pytest arguments]       e.g. bash scripts/test.sh tests/grpo -k gspo
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+make_environment test
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+if [ $# -gt 0 ]; then exec pytest "$@"; fi
+
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    missing=$(for tool in ip:iproute2 sshd:openssh-server pdsh:pdsh; do
+        [ -n "$(PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}")" ] || echo "${tool##*:}"; done)
+    if [ -n "$missing" ]; then
+        echo "installing $missing for the cluster tests"
+        (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing) >/dev/null 2>&1 ||
+            echo "could not be installed; the cluster tests will be skipped"
+    fi
+fi
+
+ruff check .
+ruff format --check .
+mypy
+# Unit tests side by side on the cores, one thread each; then the tests that start processes of their own.
+OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" -m "not integration and not cluster"
+pytest -q -m "integration or cluster" --durations=10
