@@ -8,6 +8,7 @@ windows, ...) stay transformers' own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from vdr_cli.models.anatomy import text_config
+from vdr_cli.models.anatomy import backbone, text_config
 
 SHARED_PROMPT = "vdr_shared_prompt"
 """Name under which transformers' attention modules find `shared_prompt_attention`."""
@@ -206,10 +207,12 @@ class DecodeCache:
 def _can_share(model: nn.Module, cache: Cache) -> bool:
     """Float32, plain full attention in every layer, through transformers' exchangeable attention function.
 
-    Half precision keeps the fused kernel, which holds its scores in float32.
+    Half precision keeps the fused kernel, which holds its scores in float32. Without position ids the
+    positions are in the mask (ALiBi), which shared prompts do not read.
     """
     return (
-        bool(getattr(model, "_supports_attention_backend", False))
+        "position_ids" in inspect.signature(backbone(model).forward).parameters
+        and bool(getattr(model, "_supports_attention_backend", False))
         and text_config(model)._attn_implementation == "sdpa"
         and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
         and all(layer.keys.dtype == torch.float32 for layer in cache.layers)

@@ -171,9 +171,8 @@ class _Decoder:
         """Read each prompt once, then give every completion its row of the cache; (R, V) logits of the first token."""
         cache = DynamicCache(config=self.model.config)
         positions = position_ids(self.prompt_mask)
-        logits = self._logits(
-            cache, self.prompt_ids, self.prompt_mask if self.needs_mask else None, positions
-        )  # (N, V)
+        mask = self.prompt_mask if self.needs_mask else None
+        logits = self._logits(cache, self.prompt_ids, mask, positions)  # (N, V)
         T = self.sampling.max_new_tokens
         self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
         self.needs_mask = self.needs_mask and not self.cache.shared
