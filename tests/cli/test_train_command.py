@@ -110,12 +110,32 @@ def test_output_is_decided_once_and_handed_to_the_ranks(started):
 def test_a_rank_trains(started, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(training, "_agreed_output", lambda config, resume: config)
     assert app.run(["train", "--num-processes", "2", "--output", "o"]) == 0
     assert started["config"].train.output == "o" and "launched" not in started
     monkeypatch.setenv("WORLD_SIZE", "9")
     monkeypatch.setenv("RANK", "0")
     assert app.run(["train"]) == 2
     assert "prompts_per_step 8 is below 9 processes" in capsys.readouterr().err
+
+
+def test_ranks_agree_on_the_directory(started, monkeypatch, capsys):
+    from vdr_cli.engine import build, collectives
+
+    said: list = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(build, "start_distributed", lambda: None)
+    monkeypatch.setattr(collectives, "is_main", lambda: said == ["main"])
+    monkeypatch.setattr(collectives, "broadcast_object", lambda own: "runs/of-rank-0")
+    assert app.run(["train"]) == 0
+    assert started["config"].train.output == "runs/of-rank-0"
+    finished_run("o", seen=started)
+    assert app.run(["train", "--output", "o"]) == 0  # rank 0 looks, not this one
+    said.append("main")
+    monkeypatch.setenv("RANK", "0")
+    assert app.run(["train", "--output", "o"]) == 2
+    assert "holds this run already" in capsys.readouterr().err
 
 
 def test_dry_run_prints_a_configuration_that_loads(started, capsys):

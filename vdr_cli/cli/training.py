@@ -9,7 +9,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, with_output
 from vdr_cli.config.plan import batch_plan
 from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.reexec import launch, wants_ranks, world_size
 
@@ -23,9 +23,7 @@ def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence
     environ = {**os.environ, **translated(os.environ)}
     if is_rank(environ) and not several and not dry_run:
         check_processes(config, int(environ["WORLD_SIZE"]))
-        if environ["RANK"] == "0":
-            check_output(config, resume)
-        return _train(config, resume)
+        return _train(_agreed_output(config, resume), resume)
     processes = world_size(config.launch)
     check_processes(config, processes)
     if dry_run:
@@ -52,6 +50,24 @@ def show_plan(config: Config, processes: int) -> None:
     lines = batch_plan(config, processes)
     width = max(len(name) for name, _ in lines)
     print(dump_config(config) + "\n" + "\n".join(f"# {name:<{width}}  {value}" for name, value in lines))
+
+
+def _agreed_output(config: Config, resume: str | None) -> Config:
+    """The run directory that rank 0 decides and checks for all: another may look when the run is in it already."""
+    from vdr_cli.engine import collectives
+    from vdr_cli.engine.build import start_distributed
+
+    prepare_process(config.launch)
+    start_distributed()
+    chosen = with_output(config, config.train.output or default_output())
+    error: VdrError | None = None
+    if collectives.is_main():
+        try:
+            check_output(chosen, resume)
+        except VdrError as refused:
+            error = refused
+    collectives.agree(error)
+    return with_output(config, collectives.broadcast_object(chosen.train.output))
 
 
 def _launch(config: Config, arguments: list[str]) -> int:
