@@ -28,6 +28,7 @@ from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
+from vdr_cli.scoring.ranking import save_ranking
 from vdr_cli.scoring.request import ScoreRequest, ScoreResult
 from vdr_cli.scoring.sources import STDIN, Row, Source, Window, Windows, find_sources, first_rows
 from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
@@ -65,8 +66,10 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
         count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
         summary = everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
         summary = collectives.broadcast_object(summary)
+    seconds = time.monotonic() - started
     spool.unlink(missing_ok=True)
-    return ScoreResult(output=request.output, seconds=time.monotonic() - started, **_as_result(summary))
+    ranking = everywhere(lambda: save_ranking(request.output, request.fields) if collectives.is_main() else ())
+    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdr_cli.scoring.batches import batches, collate
@@ -7,6 +7,7 @@ from vdr_cli.scoring.tokens import Item
 ITEMS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), max_size=30)
 
 
+@settings(deadline=None)
 @given(ITEMS, st.integers(1, 60))
 def test_every_item_once_whole_groups_within_the_budget(shapes: list[tuple[int, int]], budget: int) -> None:
     items = [Item(at, [prompt] * prompt, [7] * length, False) for at, (prompt, length) in enumerate(shapes)]

@@ -11,6 +11,7 @@ from vdr_cli.stats.bootstrap import interval, mean_interval, resampled_counts
 from vdr_cli.stats.passk import pass_at_k
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.data())
 def test_pass_at_k_equals_the_closed_form(n: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -25,6 +25,7 @@ def arrays(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, ...]:
     return tuple(np.array(column, np.float64) for column in zip(*rows, strict=True))
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_auroc_and_auprc_equal_scikit_learn_with_ties_and_weights(rows: list[tuple[int, int, int]]) -> None:
     u, e, w = arrays(rows)
@@ -37,6 +38,7 @@ def test_auroc_and_auprc_equal_scikit_learn_with_ties_and_weights(rows: list[tup
     assert auprc(ranked) == pytest.approx(average_precision_score(e, u))
 
 
+@settings(deadline=None)
 @given(ROWS)
 def test_weights_are_repetitions(rows: list[tuple[int, int, int]]) -> None:
     u, e, w = arrays(rows)
@@ -54,6 +56,7 @@ def test_risk_coverage_is_the_mean_over_the_orders_of_ties() -> None:
     coverage, risk = risk_coverage(Ranked.of(u, e))
     assert coverage.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert risk == pytest.approx(risks)
+    assert aurc(Ranked.of(u, e)) == pytest.approx(risk.mean())
 
 
 def test_prr_on_worked_examples() -> None:
@@ -62,7 +65,7 @@ def test_prr_on_worked_examples() -> None:
     assert prr(Ranked.of(np.zeros(4), e)) == pytest.approx(0.0)
     # certain about one error: risks 1, 1/2, 1/3, 1/2, mean 7/12; oracle 0, 0, 1/3, 1/2, mean 5/24; chance 1/2
     assert prr(Ranked.of(np.array([2.0, 3.0, 1.0, 4.0]), e)) == pytest.approx((1 / 2 - 7 / 12) / (1 / 2 - 5 / 24))
-    assert math.isnan(prr(Ranked.of(np.arange(3.0), np.zeros(3))))
+    assert math.isnan(float(prr(Ranked.of(np.arange(3.0), np.zeros(3)))))
 
 
 def test_prr_equals_the_rejection_curves_of_its_definition() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,6 +146,7 @@ def one_of(value: str, allowed: Sequence[str], flag: str) -> str:
 
 def show(result: ScoreResult) -> None:
     """What was written, what was left out, and with labels how well each measure ranks."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -159,9 +160,22 @@ def show(result: ScoreResult) -> None:
         console.print(escape(visible(line)), soft_wrap=True)
     if not result.ranking:
         return
-    table = Table()
-    for name in result.ranking[0]:
-        table.add_column(escape(name), justify="left" if name == "measure" else "right")
+    table = Table(
+        caption=r"\[low, high]: 95 % interval over groups; higher is better; more beside the output", box=SIMPLE
+    )
+    names = [name for name in ("measure", "auroc", "auprc", "prr") if name in result.ranking[0]]
+    for name in names:
+        table.add_column(escape(name), justify="left" if name == "measure" else "right", no_wrap=True)
     for row in result.ranking:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else escape(str(value)) for value in row.values()))
+        table.add_row(*(escape(interval_cell(row, name)) for name in names))
     console.print(table)
+
+
+def interval_cell(row: Mapping[str, Any], name: str) -> str:
+    """`0.612 [0.55, 0.67]` where there is an interval."""
+    value = row[name]
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    if f"{name}_low" not in row:
+        return f"{value:.3f}"
+    return f"{value:.3f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"

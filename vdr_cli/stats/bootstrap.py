@@ -12,11 +12,14 @@ LEVEL = 0.95
 _CELLS = 4_000_000  # counts held at once
 
 
-def resampled_counts(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """How often each cluster is drawn in each resample, in blocks of (R, clusters); the same for the same seed."""
+def resampled_counts(clusters: int, resamples: int, seed: int, width: int | None = None) -> Iterator[NDArray[np.int64]]:
+    """How often each cluster is drawn in each resample, in blocks of (R, clusters); the same for the same seed.
+
+    width: numbers that the caller holds for each resample; blocks are the smaller for it.
+    """
     generator = np.random.Generator(np.random.Philox(seed))
     share = np.full(clusters, 1.0 / clusters)
-    block = max(_CELLS // max(clusters, 1), 1)
+    block = max(_CELLS // max(clusters, width or 0, 1), 1)
     for start in range(0, resamples, block):
         yield generator.multinomial(clusters, share, size=min(block, resamples - start))
 
@@ -34,7 +37,11 @@ def mean_interval(
 
 
 def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
-    """The central `level` of the draws."""
+    """The central `level` of the draws that are numbers; (nan, nan) without any."""
     tail = (1.0 - level) / 2.0
-    low, high = np.nanquantile(np.asarray(draws, np.float64), [tail, 1.0 - tail])
+    finite = np.asarray(draws, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if finite.size == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(finite, [tail, 1.0 - tail])
     return float(low), float(high)

@@ -35,58 +35,65 @@ class Ranked:
         return cls(order, starts, loss[order])
 
     def blocks(self, weights: Array | None = None) -> tuple[Array, Array]:
-        """(rows, loss) of each block; weights: (N,) in the original order."""
-        own = np.ones(len(self.order)) if weights is None else weights[self.order]
-        return np.add.reduceat(own, self.starts), np.add.reduceat(own * self.loss, self.starts)
+        """(rows, loss) of each block, (..., blocks); weights: (..., N) in the original order."""
+        own = np.ones(len(self.order)) if weights is None else weights[..., self.order]
+        return np.add.reduceat(own, self.starts, axis=-1), np.add.reduceat(own * self.loss, self.starts, axis=-1)
 
 
-def auroc(ranked: Ranked, weights: Array | None = None) -> float:
+def auroc(ranked: Ranked, weights: Array | None = None) -> Array:
     """P(u of an error > u of a right one) + ½ P(equal); NaN when all rows are right or all wrong. loss in {0, 1}."""
     rows, errors = ranked.blocks(weights)
     right = rows - errors
-    below = np.cumsum(right) - right
-    pairs = errors.sum() * right.sum()
-    return float((errors * (below + right / 2)).sum() / pairs) if pairs > 0 else float("nan")
+    below = np.cumsum(right, -1) - right
+    return _ratio((errors * (below + right / 2)).sum(-1), errors.sum(-1) * right.sum(-1))
 
 
-def auprc(ranked: Ranked, weights: Array | None = None) -> float:
+def auprc(ranked: Ranked, weights: Array | None = None) -> Array:
     """Average precision of finding errors by descending uncertainty: Σ (R_i − R_{i−1}) P_i over distinct values."""
-    rows, errors = (values[::-1] for values in ranked.blocks(weights))
-    if errors.sum() <= 0:
-        return float("nan")
-    precision = np.divide(np.cumsum(errors), np.cumsum(rows), out=np.zeros(len(rows)), where=np.cumsum(rows) > 0)
-    return float((errors * precision).sum() / errors.sum())
+    rows, errors = (values[..., ::-1] for values in ranked.blocks(weights))
+    precision = _ratio(np.cumsum(errors, -1), np.cumsum(rows, -1), otherwise=0.0)
+    return _ratio((errors * precision).sum(-1), errors.sum(-1))
 
 
-def risk_coverage(ranked: Ranked, weights: Array | None = None) -> tuple[Array, Array]:
+def risk_coverage(ranked: Ranked) -> tuple[Array, Array]:
     """(coverage, risk): mean loss of the most certain rows that make up each share, one point a row."""
-    rows, losses = ranked.blocks(weights)
-    rows, losses = rows[rows > 0], losses[rows > 0]
-    if rows.size == 0:
-        return np.zeros(0), np.zeros(0)
+    rows, losses = ranked.blocks()
     ends = np.concatenate([[0.0], np.cumsum(rows)])
-    at = np.arange(1, round(ends[-1]) + 1)
+    at = np.arange(1, len(ranked.order) + 1)
     total = np.interp(at, ends, np.concatenate([[0.0], np.cumsum(losses)]))  # inside a block: expectation over orders
-    return at / ends[-1], total / at
+    return at / max(len(at), 1), total / at
 
 
-def aurc(ranked: Ranked, weights: Array | None = None) -> float:
-    """Area under the risk-coverage curve: the mean of its points (Geifman & El-Yaniv 2017). Lower is better."""
-    risk = risk_coverage(ranked, weights)[1]
-    return float(risk.mean()) if risk.size else float("nan")
+def aurc(ranked: Ranked, weights: Array | None = None) -> Array:
+    """Area under the risk-coverage curve: the mean of its points (Geifman & El-Yaniv 2017). Lower is better.
+
+    Over a block of m rows with loss l, behind n rows with loss L: Σ_{j=1..m} (L + l j/m)/(n + j)
+    = l + (L − l n/m)(H(n+m) − H(n)) with the harmonic numbers H. Weights are whole numbers.
+    """
+    rows, losses = ranked.blocks(weights)
+    behind = np.cumsum(rows, -1)
+    before, loss_before = behind - rows, np.cumsum(losses, -1) - losses
+    harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, behind.max(initial=0) + 1))])
+    steps = harmonic[behind.astype(np.int64)] - harmonic[before.astype(np.int64)]
+    slope = _ratio(losses, rows, otherwise=0.0)
+    return _ratio((losses + (loss_before - slope * before) * steps).sum(-1), rows.sum(-1))
 
 
-def prr(ranked: Ranked, weights: Array | None = None) -> float:
+def prr(ranked: Ranked, weights: Array | None = None) -> Array:
     """Prediction rejection ratio: (AURC of chance − AURC) / (AURC of chance − AURC of the oracle).
 
     Malinin & Gales 2021, arXiv 2002.07650, app. B. 1 is the oracle's order, 0 chance, negative worse than chance.
     """
-    own = np.ones(len(ranked.order)) if weights is None else weights[ranked.order]
-    if own.sum() <= 0:
-        return float("nan")
-    chance = float((own * ranked.loss).sum() / own.sum())
+    own = np.ones(len(ranked.order)) if weights is None else weights[..., ranked.order]
+    chance = _ratio((own * ranked.loss).sum(-1), own.sum(-1))
     oracle = aurc(Ranked.of(ranked.loss, ranked.loss), own)
-    return (chance - aurc(ranked, weights)) / (chance - oracle) if chance > oracle else float("nan")
+    return _ratio(chance - aurc(ranked, weights), chance - oracle)
+
+
+def _ratio(top: Array, bottom: Array, otherwise: float = np.nan) -> Array:
+    """top / bottom where bottom is above rounding, else `otherwise`."""
+    top, bottom = np.asarray(top), np.asarray(bottom)
+    return np.divide(top, bottom, out=np.full(top.shape, otherwise), where=bottom > 1e-12)
 
 
 def expected_calibration_error(confidence: Array, right: Array, bins: int = 10) -> float:
@@ -97,8 +104,8 @@ def expected_calibration_error(confidence: Array, right: Array, bins: int = 10) 
     return float(np.abs(gap).sum() / max(counts.sum(), 1))
 
 
-BINARY: dict[str, Callable[[Ranked, Array | None], float]] = {"auroc": auroc, "auprc": auprc}
-ANY: dict[str, Callable[[Ranked, Array | None], float]] = {"prr": prr, "aurc": aurc}
+BINARY: dict[str, Callable[[Ranked, Array | None], Array]] = {"auroc": auroc, "auprc": auprc}
+ANY: dict[str, Callable[[Ranked, Array | None], Array]] = {"prr": prr, "aurc": aurc}
 
 
 def with_intervals(
@@ -116,14 +123,13 @@ def with_intervals(
     if not kept.any():
         return {key: float("nan") for name in measures for key in (name, f"{name}_low", f"{name}_high")}
     names, member = np.unique(clusters[kept], return_inverse=True)
-    draws: dict[str, list[float]] = {name: [] for name in measures}
+    draws: dict[str, list[Array]] = {name: [] for name in measures}
     count = resamples or (1000 if ranked.order.size <= SMALL else 100)
-    for block in resampled_counts(len(names), count, seed):
-        for counts in block:
-            weights = counts[member].astype(np.float64)
-            for name, function in measures.items():
-                draws[name].append(function(ranked, weights))
+    for counts in resampled_counts(len(names), count, seed, width=ranked.order.size):
+        weights = counts[:, member].astype(np.float64)  # (R, N)
+        for name, function in measures.items():
+            draws[name].append(function(ranked, weights))
     for name, function in measures.items():
-        low, high = interval(draws[name]) if np.isfinite(draws[name]).any() else (float("nan"), float("nan"))
-        result |= {name: function(ranked, None), f"{name}_low": low, f"{name}_high": high}
+        low, high = interval(np.concatenate(draws[name]))
+        result |= {name: float(function(ranked, None)), f"{name}_low": low, f"{name}_high": high}
     return result
