@@ -45,6 +45,7 @@ SMALL = {
     "initializer_range": 0.5,
     "init_std": 0.5,
 }
+OWN = {"lfm2": {"layer_types": ["conv", "full_attention", "conv"]}}
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,8 @@ def tiny_model() -> Callable[..., nn.Module]:
         if name not in made:
             config_class = CONFIG_MAPPING[kind]
             known = inspect.signature(config_class.__init__).parameters
-            settings = {key: value for key, value in {**SMALL, **changes}.items() if key in known}
+            wanted = {**SMALL, **OWN.get(kind, {}), **changes}
+            settings = {key: value for key, value in wanted.items() if key in known}
             torch.manual_seed(0)
             made[name] = AutoModelForCausalLM.from_config(config_class(**settings)).eval()
         return made[name]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vdr_cli.disagreement.attention import masked_probabilities
 from vdr_cli.disagreement.masks import EnsembleSpec, Site, member_mask, token_mask
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import anatomy
@@ -23,6 +24,8 @@ class Members:
     members: Sequence[int]
     keys: list[str] = field(default_factory=list)
     """Of the sequences in the next pass, one per row of a member (mask_sharing: token)."""
+    positions: tuple[Tensor, Tensor] | None = None
+    """Of the next pass's tokens (rows, W) and of all visible tokens (rows, K), the rows of one member."""
 
     def mask(self, layer: int, site: Site, branch: Tensor) -> Tensor:
         """A mask that broadcasts against the branch seen as (members, tokens of a member, D)."""
@@ -30,12 +33,44 @@ class Members:
         if self.spec.mask_sharing == "member":
             masks = [member_mask(self.spec, self.step, m, layer, site, width)[None] for m in self.members]
         else:
-            length = branch.numel() // (width * len(self.members) * len(self.keys))
-            masks = [
-                torch.cat([token_mask(self.spec, self.step, m, layer, site, key, length, width) for key in self.keys])
-                for m in self.members
-            ]
+            masks = [self._token_masks(m, layer, site, width) for m in self.members]
         return torch.stack(masks).to(branch.device)  # (m, 1, D) or (m, rows·W, D)
+
+    def _token_masks(self, member: int, layer: int, site: Site, width: int) -> Tensor:
+        """(rows·W, D): each row's stream, counted from its first valid token or the completion's first."""
+        if self.positions is None:
+            raise RuntimeError("mask_sharing token needs the keys and positions of the rows before each pass")
+        positions = (self.positions[0] - self.positions[0][:, :1]).cpu()
+        length = int(positions.max()) + 1
+        rows = [
+            token_mask(self.spec, self.step, member, layer, site, key, length, width)[own]
+            for key, own in zip(self.keys, positions, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def probability_mask(self, layer: int, probabilities: Tensor) -> Tensor:
+        """Masks of attention probabilities (m·rows, H, W, K), by the positions of the two tokens, not by columns."""
+        rows, heads, width, visible = probabilities.shape
+        rows //= len(self.members)
+        if self.positions is None:
+            reading, seen = torch.arange(visible - width, visible), torch.arange(visible)
+            reading, seen = reading.expand(rows, -1), seen.expand(rows, -1)
+        else:
+            reading, seen = (positions.cpu() for positions in self.positions)
+        size = int(seen.max()) + 1
+        shared = self.spec.mask_sharing == "member"
+        masks = []
+        for m in self.members:
+            tables = {}
+            for row, key in enumerate([""] * rows if shared else self.keys):
+                if key not in tables:
+                    drawn = [
+                        token_mask(self.spec, self.step, m, layer, "probabilities", f"{key}{q}", size, heads)
+                        for q in range(size)
+                    ]
+                    tables[key] = torch.stack(drawn)  # (reading position, seen position, H)
+                masks.append(tables[key][reading[row]][:, seen[row]].permute(2, 0, 1))
+        return torch.stack(masks).to(probabilities.device)
 
 
 class _BranchHook:
@@ -78,23 +113,27 @@ def ensemble(model: nn.Module, spec: EnsembleSpec, step: int, members: Sequence[
     active = Members(spec, step, members)
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
-        for layer, site, block in sites:
-            restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, layer, site)))
+        if spec.site == "attention":
+            attentions = [(layer, block) for layer, _, block in sites]
+            restore.enter_context(masked_probabilities(model, attentions, active.probability_mask))
+        else:
+            for layer, site, block in sites:
+                restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, layer, site)))
         yield active
 
 
 def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
     """(layer, site, module) of every mask of the ensemble."""
     if spec.site == "embedding":
-        embeddings = anatomy.unwrapped(model).get_input_embeddings()
-        return [(0, "embedding", embeddings)]
-    if spec.site == "attention":
-        raise ConfigError("disagreement.site: attention is not available for this attention implementation")
+        return [(0, "embedding", anatomy.unwrapped(model).get_input_embeddings())]
     sites: list[tuple[int, Site, nn.Module]] = []
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):
         attention, mlp = anatomy.residual_blocks(layers[number], spec.block_names)
-        sites += [(number, "attention", attention), (number, "mlp", mlp)]
+        if spec.site == "attention":
+            sites.append((number, "probabilities", attention))
+        else:
+            sites += [(number, "attention", attention), (number, "mlp", mlp)]
     return sites
 
 

@@ -119,6 +119,7 @@ class Reading:
             for number, each in enumerate(self.passes):
                 if self.spec.mask_sharing == "token":
                     active.keys = each.keys()
+                active.positions = each.positions, anatomy.position_ids(each.mask)
                 stem = self.stems[number] if self.stems else None
                 hidden = self.run(each, cache, count, stem)
                 outputs.append(hidden.view(count, -1, *hidden.shape[1:]))  # (m, R, W, D)

@@ -1,0 +1,373 @@
+"""What must not change a number: padding, order, chunks, memory, shared prompts; and what must be left as found."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vdr_cli.disagreement import hooks, masks, members, reading
+from vdr_cli.disagreement.information import MEASURES, Statistics
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.members import measure
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models import anatomy
+from vdr_cli.rollout.base import Completions
+
+SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
+TOP = EnsembleSpec(members=4, dropout=0.2, seed=5, scope="last_k", last_k=1)
+TOKEN = EnsembleSpec(members=4, dropout=0.2, seed=5, mask_sharing="token")
+EMBEDDING = EnsembleSpec(members=4, dropout=0.2, seed=5, site="embedding")
+ATTENTION = EnsembleSpec(members=4, dropout=0.2, seed=5, site="attention")
+EVERY = pytest.mark.parametrize(
+    "spec", [SPEC, TOP, TOKEN, EMBEDDING, ATTENTION], ids=["full", "top", "token", "emb", "att"]
+)
+ALL = frozenset(MEASURES)
+
+
+def assert_same(one: Statistics, other: Statistics, tolerance: float = 1e-6) -> None:
+    for name in MEASURES:
+        torch.testing.assert_close(one.get(name), other.get(name), rtol=1e-4, atol=tolerance)
+
+
+def padded(c: Completions, left: int, right: int) -> Completions:
+    return replace(
+        c,
+        prompt_ids=nn.functional.pad(c.prompt_ids, (left, 0), value=7),
+        prompt_mask=nn.functional.pad(c.prompt_mask, (left, 0)),
+        completion_ids=nn.functional.pad(c.completion_ids, (0, right), value=9),
+        completion_mask=nn.functional.pad(c.completion_mask, (0, right)),
+        sampler_logps=nn.functional.pad(c.sampler_logps, (0, right)),
+    )
+
+
+@EVERY
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_padding_changes_nothing(spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged()
+    plain = measure(model, batch, 3, spec, 1, positions, ALL)
+    wide = measure(model, padded(batch, 3, 2), 3, spec, 1, positions, ALL)
+    if positions == "all":
+        wide = Statistics(**{name: wide.get(name)[..., :5] for name in MEASURES})
+    assert_same(plain, wide)
+
+
+@EVERY
+def test_the_budget_changes_nothing(
+    spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups, members and rows of a group in every division that the plan can choose."""
+    model, batch = tiny_model(), ragged(groups=3, group_size=4)
+    whole = measure(model, batch, 4, spec, 1, "all", ALL)
+    for size, together in [(8, 4), (4, 4), (4, 3), (4, 1), (2, 1), (1, 1)]:
+        division = [(slice(at, min(at + size, 12)), together) for at in range(0, 12, size)]
+        monkeypatch.setattr(members, "plan", lambda *_, division=division: division)
+        assert_same(whole, measure(model, batch, 4, spec, 1, "all", ALL))
+
+
+def test_the_plan_covers_every_row_once_at_any_budget(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged(groups=3, group_size=4)
+    row, prompt = members.bytes_per_row(model, batch)
+    seen = set()
+    for budget in [
+        1,
+        prompt + row,
+        prompt + 2 * row,
+        prompt + 4 * row,
+        3 * (prompt + 4 * row),
+        8 * (prompt + 4 * row),
+        2**40,
+    ]:
+        division = list(members.plan(model, batch, 4, 4, budget))
+        seen.add((len(division), division[0][1]))
+        rows = [row for part, _ in division for row in range(12)[part]]
+        assert rows == list(range(12))
+        assert all(part.start // 4 == (part.stop - 1) // 4 or part.start % 4 == 0 for part, _ in division)
+    assert len(seen) >= 5
+
+
+@EVERY
+def test_every_group_stands_alone(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
+    """A rank with other groups, or the same ones in another order, gets the same numbers."""
+    model, batch = tiny_model(), ragged(groups=3, group_size=4)
+    whole = measure(model, batch, 4, spec, 1, "all", {"bald", "rmi"})
+    order = torch.tensor([9, 8, 11, 10, 0, 1, 2, 3])
+    part = measure(model, batch.rows(order), 4, spec, 1, "all", {"bald", "rmi"})
+    torch.testing.assert_close(part.bald, whole.bald[order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(part.rmi, whole.rmi[order], rtol=1e-4, atol=1e-6)
+
+
+@EVERY
+def test_equal_completions_disagree_equally(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
+    batch = ragged(groups=1, group_size=3)
+    batch = batch.rows(torch.tensor([1, 1, 2]))
+    found = measure(tiny_model(), batch, 3, spec, 1, "all", {"bald"}).bald
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma2", "mixtral", "bloom", "gpt_neox", "opt"])
+@pytest.mark.parametrize("spec", [SPEC, TOP], ids=["full", "top"])
+def test_shared_prompts_change_nothing(
+    kind: str, spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_model(kind), ragged()
+    shared = measure(model, batch, 3, spec, 1, "all", ALL)
+    monkeypatch.setattr(reading, "shares_prompts", lambda model: False)
+    assert_same(shared, measure(model, batch, 3, spec, 1, "all", ALL), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared"), [("qwen2", True), ("gemma2", True), ("lfm2", False), ("recurrent_gemma", False)]
+)
+def test_recurrent_layers_are_not_given_a_shared_prompt(kind: str, shared: bool, tiny_model: Callable) -> None:
+    assert reading.shares_prompts(tiny_model(kind)) is shared
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt_neox", "falcon", "opt", "mixtral", "phi"])
+def test_only_the_wanted_position_goes_through_the_last_mlp(kind: str, tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(kind), ragged()
+    mlp = anatomy.residual_blocks(anatomy.decoder_layers(model)[-1])[1]
+    widths = []
+    with hooks.hooked(mlp.register_forward_hook, lambda module, arguments, output: widths.append(arguments[0].shape)):
+        last = measure(model, batch, 3, SPEC, 1, "last", {"bald"}).bald
+    assert kind == "opt" or [shape[1] for shape in widths] == [1, 1]
+    everywhere = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
+    lengths = batch.completion_mask.sum(1)
+    torch.testing.assert_close(last, everywhere[torch.arange(6), lengths - 1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_prompt_is_read_once_a_member_and_group(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged(groups=2, group_size=3)
+    tokens = []
+    first = anatomy.decoder_layers(model)[0]
+    with hooks.hooked(
+        first.register_forward_hook, lambda module, arguments, output: tokens.append(arguments[0].shape[:2])
+    ):
+        measure(model, batch, 3, SPEC, 1)
+        measure(model, batch, 3, TOP, 1)
+    width = int(batch.completion_mask.sum(1).max()) - 1
+    member_passes = [torch.Size([4 * 2, 6]), torch.Size([4 * 6, width])]
+    assert tokens[:2] == member_passes
+    assert tokens[2:4] == [torch.Size([2, 6]), torch.Size([6, width])], "with last_k the lowest layer runs once"
+
+
+def test_last_n_is_all_positions_cut(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged()
+    whole = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
+    cut = measure(model, batch, 3, SPEC, 1, "all", {"bald"}, last_n=2).bald
+    lengths = batch.completion_mask.sum(1, keepdim=True)
+    kept = batch.completion_mask & (torch.arange(5) >= lengths - 2)
+    torch.testing.assert_close(cut, whole * kept, rtol=1e-5, atol=1e-7)
+
+
+def test_token_masks_are_applied_where_they_belong(tiny_model: Callable, ragged: Callable) -> None:
+    """By hand: prompt positions from the prompt's stream, completion positions from the completion's."""
+    model, batch = tiny_model(), ragged()
+    found = measure(model, batch, 3, TOKEN, 1, "all", {"member_logps"}).member_logps
+    row, member = 4, 2
+    prompt, answer = (
+        batch.prompt_ids[row][batch.prompt_mask[row]],
+        batch.completion_ids[row][batch.completion_mask[row]],
+    )
+    prompt_key = masks.prompt_keys(batch.prompt_ids[row][None], batch.prompt_mask[row][None])[0]
+    key = masks.row_keys(
+        *(x[row][None] for x in (batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask))
+    )[0]
+    handles = []
+    for number, layer in enumerate(anatomy.decoder_layers(model)):
+        for site, block in zip(("attention", "mlp"), anatomy.residual_blocks(layer), strict=True):
+            before = masks.token_mask(TOKEN, 1, member, number, site, prompt_key, len(prompt), 16)
+            after = masks.token_mask(TOKEN, 1, member, number, site, key, len(answer) - 1, 16)
+            mask = torch.cat([before, after])
+
+            def multiply(module: nn.Module, arguments: object, output: object, mask: Tensor = mask) -> object:
+                return (output[0] * mask, *output[1:]) if isinstance(output, tuple) else output * mask
+
+            handles.append(block.register_forward_hook(multiply))
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([prompt, answer[:-1]])[None]).logits[0, len(prompt) - 1 :]
+    for handle in handles:
+        handle.remove()
+    expected = torch.log_softmax(logits, -1).gather(-1, answer[:, None]).squeeze(-1)
+    torch.testing.assert_close(found[member, row, : len(answer)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "gemma2", "gpt_neox", "opt"])
+def test_attention_site_drops_probabilities_only(kind: str, tiny_model: Callable, ragged: Callable) -> None:
+    """Almost no dropout: the attention written out equals the model's own; with dropout members differ."""
+    model, batch = tiny_model(kind), ragged()
+    nothing = measure(model, batch, 3, replace(ATTENTION, dropout=1e-9), 1, "all", {"member_logps", "bald"})
+    plain = measure(model, batch, 3, replace(SPEC, dropout=1e-9), 1, "all", {"member_logps"})
+    torch.testing.assert_close(nothing.member_logps, plain.member_logps, rtol=1e-4, atol=1e-5)
+    assert nothing.bald.max() < 1e-6
+    assert measure(model, batch, 3, ATTENTION, 1, "all", {"bald"}).bald.max() > 1e-4
+
+
+def test_attention_that_cannot_be_exchanged_is_refused(tiny_model: Callable, ragged: Callable) -> None:
+    with pytest.raises(ConfigError, match=r"disagreement\.site.*BloomForCausalLM"):
+        measure(tiny_model("bloom"), ragged(), 3, ATTENTION, 1)
+
+
+def state_of(model: nn.Module) -> list[object]:
+    found: list[object] = []
+    for module in model.modules():
+        found.append(
+            (module.training, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+        )
+        found.append("member_probabilities" in vars(module))
+    return [*found, anatomy.text_config(model)._attn_implementation]
+
+
+@EVERY
+def test_the_model_is_left_as_found_even_by_exceptions(
+    spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_model("qwen2", hidden_act="silu"), ragged()
+    anatomy.decoder_layers(model)[1].train()
+    before, ids = state_of(model), torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    measure(model, batch, 3, spec, 1)
+    assert state_of(model) == before
+    with hooks.hooked(anatomy.decoder_layers(model)[2].register_forward_hook, _fail), pytest.raises(ZeroDivisionError):
+        inside = state_of(model)
+        try:
+            measure(model, batch, 3, spec, 1)
+        finally:
+            assert state_of(model) == inside
+    assert state_of(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    model.eval()
+
+
+def _fail(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("spec", [SPEC, ATTENTION], ids=["full", "att"])
+def test_blocks_do_not_nest(spec: EnsembleSpec, tiny_model: Callable) -> None:
+    model = tiny_model()
+    before = state_of(model)
+    with (
+        hooks.ensemble(model, spec, 0, range(2)),
+        pytest.raises(RuntimeError, match="already open"),
+        hooks.ensemble(model, spec, 0, range(2)),
+    ):
+        pass
+    assert state_of(model) == before
+
+
+def test_dropout_of_the_model_itself_stays_off(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), ragged()
+    calm = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
+    model.train()
+    assert torch.equal(measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald, calm)
+    assert model.training
+    model.eval()
+
+
+def test_members_that_drop_nothing_agree(tiny_model: Callable, ragged: Callable) -> None:
+    found = measure(tiny_model(), ragged(), 3, replace(SPEC, dropout=1e-9), 1, "all", {"bald", "rmi"})
+    assert found.bald.max() < 1e-6 and found.rmi.max() < 1e-6
+
+
+def test_steps_and_seeds_draw_new_members(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged()
+    one = measure(model, batch, 3, SPEC, 1).bald
+    assert torch.equal(one, measure(model, batch, 3, SPEC, 1).bald)
+    assert not torch.allclose(one, measure(model, batch, 3, SPEC, 2).bald)
+    assert not torch.allclose(one, measure(model, batch, 3, replace(SPEC, seed=6), 1).bald)
+
+
+def test_more_members_keep_the_first_ones(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged()
+    few = measure(model, batch, 3, SPEC, 1, "all", {"member_logps"}).member_logps
+    many = measure(model, batch, 3, replace(SPEC, members=6), 1, "all", {"member_logps"}).member_logps
+    torch.testing.assert_close(few, many[:4], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_must_share_their_prompt(tiny_model: Callable, ragged: Callable) -> None:
+    with pytest.raises(ValueError, match="share their prompt"):
+        measure(tiny_model(), ragged(groups=2, group_size=3), 6, SPEC, 1)
+    with pytest.raises(ValueError, match="whole groups"):
+        measure(tiny_model(), ragged(groups=2, group_size=3), 4, SPEC, 1)
+
+
+def test_empty_completions_measure_zero(tiny_model: Callable, ragged: Callable) -> None:
+    batch = ragged()
+    batch.completion_mask[2] = False
+    found = measure(tiny_model(), batch, 3, SPEC, 1, "all", {"bald"}).bald
+    assert not found[2].any() and found[1].any()
+    assert measure(tiny_model(), batch, 3, SPEC, 1, "last", {"bald"}).bald[2] == 0
+    batch.completion_mask[:] = False
+    assert not measure(tiny_model(), batch, 3, SPEC, 1, "all", {"bald"}).bald.any()
+
+
+def test_too_many_top_layers_name_the_setting(tiny_model: Callable, ragged: Callable) -> None:
+    with pytest.raises(ConfigError, match=r"disagreement\.last_k is 4, but the model has 3 layers"):
+        measure(tiny_model(), ragged(), 3, replace(TOP, last_k=4), 1)
+
+
+def test_peft_wrapped_models_are_measured(tiny_model: Callable, ragged: Callable) -> None:
+    peft = pytest.importorskip("peft")
+    plain = measure(tiny_model(), ragged(), 3, SPEC, 1, "all", {"bald"}).bald
+    copy = type(tiny_model())(tiny_model().config)
+    copy.load_state_dict(tiny_model().state_dict())
+    wrapped = peft.get_peft_model(copy.eval(), peft.LoraConfig(target_modules="all-linear", r=2, lora_dropout=0.5))
+    torch.testing.assert_close(
+        measure(wrapped, ragged(), 3, SPEC, 1, "all", {"bald"}).bald, plain, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_out_of_memory_splits_and_tries_again(
+    tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, asked = tiny_model(), ragged(), []
+    truth = measure(model, batch, 3, SPEC, 1).bald
+    real = members.plan
+
+    def scarce(model: nn.Module, completions: Completions, group_size: int, count: int, budget: int) -> object:
+        asked.append(budget)
+        if budget > 2**22:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, completions, group_size, count, budget)
+
+    monkeypatch.setattr(members, "plan", scarce)
+    torch.testing.assert_close(measure(model, batch, 3, SPEC, 1, budget=2**25).bald, truth, rtol=1e-5, atol=1e-7)
+    assert asked == [2**25, 2**24, 2**23, 2**22]
+
+
+def test_out_of_memory_at_the_smallest_size_is_an_error_not_zeros(
+    tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(members, "plan", never)
+    with pytest.raises(MachineError, match="not enough memory"):
+        measure(tiny_model(), ragged(), 3, SPEC, 1)
+
+
+def test_bfloat16_models_keep_float32_statistics(tiny_model: Callable, ragged: Callable) -> None:
+    batch = ragged(groups=4, group_size=6)
+    exact = measure(tiny_model(), batch, 6, SPEC, 1, "all", {"bald"}).bald
+    copy = type(tiny_model())(tiny_model().config).eval()
+    copy.load_state_dict(tiny_model().state_dict())
+    rough = measure(copy.bfloat16(), batch, 6, SPEC, 1, "all", {"bald"}).bald
+    assert rough.dtype == torch.float32
+    kept = batch.completion_mask
+    assert torch.corrcoef(torch.stack([exact[kept], rough[kept]]))[0, 1] > 0.99
+
+
+def test_embedding_masks_are_applied_to_the_embedding(tiny_model: Callable, ragged: Callable) -> None:
+    model, batch = tiny_model(), ragged()
+    found = measure(model, batch, 3, EMBEDDING, 1, "all", {"member_logps"}).member_logps
+    prompt, answer = batch.prompt_ids[0][batch.prompt_mask[0]], batch.completion_ids[0][batch.completion_mask[0]]
+    mask = masks.member_mask(EMBEDDING, 1, 3, 0, "embedding", 16)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(torch.cat([prompt, answer[:-1]])[None]) * mask
+        logits = model(inputs_embeds=embedded).logits[0, len(prompt) - 1 :]
+    expected = torch.log_softmax(logits, -1).gather(-1, answer[:, None]).squeeze(-1)
+    torch.testing.assert_close(found[3, 0, : len(answer)], expected, rtol=1e-4, atol=1e-5)
