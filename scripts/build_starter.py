@@ -2,10 +2,17 @@
 
     python scripts/build_starter.py --output vdr_cli/starter/model
 
-Pretraining reads train problems only. A completion is a right answer with a probability that starts
-high and ends at `--right`, otherwise any expression of the numbers: the model learns to solve, then
-to hesitate, which leaves reinforcement learning something to find. The seed and one thread make the
-result repeat on one machine; another CPU may round differently.
+Pretraining never reads a held-out problem. It has two phases: first every completion is a right
+answer, then the share of right ones falls to `--right` and the others are random expressions of the
+numbers. So the model learns to solve and then to doubt, which leaves reinforcement learning
+something to find. Problems with a target beyond 0-99, which the task never poses, are half of the
+examples: they teach arithmetic, and held-out problems gain (pass@1 0.56 against 0.45 after the
+first phase, exact, at temperature 1).
+
+The shipped model: about 10 minutes on one busy core; pass@1 and pass@8, exact, at temperature 1:
+after the first phase 0.562 / 0.906 held out, 0.742 / 0.996 on train problems; after the second 0.213 / 0.791 held out,
+0.247 / 0.859 on train problems. The seed and one thread make the result repeat on one machine;
+another CPU may round differently.
 """
 
 from __future__ import annotations
@@ -84,6 +91,16 @@ def outside() -> dict[tuple[tuple[int, ...], int], list[str]]:
     return found
 
 
+def guess(rng: random.Random, numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers, or (15 % each) two of them, or one of them twice: so that where to end is a question too."""
+    kind = rng.random()
+    if kind < 0.15:
+        return tuple(sorted(rng.sample(numbers, 2)))
+    if kind < 0.30:
+        return tuple(sorted((*numbers, rng.choice(numbers))))
+    return numbers
+
+
 def draw_batch(rng: random.Random, size: int, right: float, outside_share: float) -> tuple[Tensor, Tensor]:
     """Problems, held-out ones never, with their numbers in a random order; a share `right` of the answers is right."""
     train, beyond = countdown.problems("train"), list(outside())
@@ -98,7 +115,7 @@ def draw_batch(rng: random.Random, size: int, right: float, outside_share: float
         if rng.random() < right:
             completion = rng.choice(answers)
         else:
-            completion = rng.choice(countdown.expressions(numbers))
+            completion = rng.choice(countdown.expressions(guess(rng, numbers)))
         rows.append(encode(countdown.prompt(rng.sample(numbers, 3), target), completion))
     return pad_right(rows)
 
@@ -138,35 +155,25 @@ def report(model: nn.Module) -> dict[str, float]:
     return found
 
 
-def right_share(step: int, steps: int, first: float, last: float) -> float:
-    """`first` for 70 % of the steps, then linear to `last` at 85 %, which holds to the end."""
-    progress = min(max((step / steps - 0.70) / 0.15, 0.0), 1.0)
-    return first + (last - first) * progress
+def pretrain(
+    model: nn.Module, rng: random.Random, steps: int, right: float, peak: float, arguments: argparse.Namespace
+) -> None:
+    """AdamW; the share of right answers falls linearly from 1 to `right` in the first 60 % of the steps.
 
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 100 steps, then linear to 2 % of the peak."""
-    return peak * min((step + 1) / 100, 1.0) * (1 - 0.98 * step / steps)
-
-
-def pretrain(model: nn.Module, arguments: argparse.Namespace) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.1)
-    rng = random.Random(arguments.seed)
+    The learning rate rises over 100 steps and falls linearly to 2 %.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
     start = time.monotonic()
-    for step in range(arguments.steps):
-        ids, targets = draw_batch(
-            rng,
-            arguments.batch,
-            right_share(step, arguments.steps, arguments.first_right, arguments.right),
-            arguments.outside,
-        )
+    for step in range(steps):
+        share = 1 - (1 - right) * min(step / (0.6 * steps), 1.0)
+        ids, targets = draw_batch(rng, arguments.batch, share, arguments.outside)
         logps, valid = token_logps(model, ids, targets)
         loss = -logps.sum() / valid.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, arguments.lr)
+            group["lr"] = peak * min((step + 1) / 100, 1.0) * (1 - 0.98 * step / steps)
         optimizer.step()
         if (step + 1) % arguments.report_every == 0:
             figures = {"step": step + 1, "seconds": round(time.monotonic() - start), "loss": round(loss.item(), 4)}
@@ -180,11 +187,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--first-right", type=float, default=1.0, help="share of right completions at the start")
-    parser.add_argument("--right", type=float, default=0.3, help="share of right completions at the end")
+    parser.add_argument("--learn-steps", type=int, default=1000)
+    parser.add_argument("--learn-lr", type=float, default=2e-3)
+    parser.add_argument("--doubt-steps", type=int, default=200)
+    parser.add_argument("--doubt-lr", type=float, default=3e-4)
+    parser.add_argument("--right", type=float, default=0.5, help="share of right completions in the doubt phase")
     parser.add_argument("--outside", type=float, default=0.5, help="share of problems with a target beyond 0-99")
     parser.add_argument("--report-every", type=int, default=100)
     arguments = parser.parse_args()
@@ -193,7 +201,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = build_model(arguments.hidden, arguments.layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    pretrain(model, arguments)
+    pretrain(model, random.Random(arguments.seed), arguments.learn_steps, 1.0, arguments.learn_lr, arguments)
+    doubt = random.Random(arguments.seed + 1)
+    pretrain(model, doubt, arguments.doubt_steps, arguments.right, arguments.doubt_lr, arguments)
     model.save_pretrained(arguments.output)
     build_tokenizer().save_pretrained(arguments.output)
 
