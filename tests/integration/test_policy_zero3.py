@@ -1,0 +1,137 @@
+"""The policy's gradient under ZeRO-3, plain and with shared prompts, against one process without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vdr_cli.models.policy import Policy
+
+pytestmark = pytest.mark.integration
+
+WORKER = """
+import sys
+import torch
+from vdr_cli.config import Config
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import build_engine, start_distributed
+from deepspeed.utils import safe_get_full_grad
+
+torch.set_num_threads(1)
+folder, share = sys.argv[1], sys.argv[2] == "share"
+device = start_distributed()
+config = Config(model={"name": folder, "dtype": "float32"}, engine={"ds_config": folder + "/ds.json"})
+engine = build_engine(config, device)
+engine.ds_engine.module.share_prompts = share
+batches = torch.load(folder + "/batches.pt")[collectives.rank() :: collectives.world_size()]
+for index, (tokens, coefficients) in enumerate(batches):
+    logps, entropy = engine.forward(**tokens, temperature=0.7)
+    loss = (coefficients[0] * logps + coefficients[1] * entropy).sum()
+    engine.backward(loss, last=index == len(batches) - 1)
+gradients = {name: safe_get_full_grad(p) for name, p in engine.causal_lm.named_parameters()}
+if collectives.rank() == 0:
+    torch.save(gradients, folder + "/gradients.pt")
+"""
+
+DS_CONFIG = {
+    "zero_optimization": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+    }
+}
+
+
+def micro_batches() -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Four of different shapes: two prompts; one-token completions; no valid token; one prompt."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for owners, width, height, lengths in (
+        ([0, 0, 1], 5, 4, [4, 2, 3]),
+        ([2, 2], 3, 1, [1, 1]),
+        ([3, 3], 4, 3, [0, 0]),
+        ([4, 4, 4], 6, 2, [2, 1, 2]),
+    ):
+        prompts = torch.randint(3, 41, (5, width), generator=generator)[owners]
+        tokens = {
+            "prompt_ids": prompts,
+            "prompt_mask": torch.ones_like(prompts, dtype=torch.bool),
+            "completion_ids": torch.randint(3, 41, (len(owners), height), generator=generator),
+            "completion_mask": torch.arange(height)[None] < torch.tensor(lengths)[:, None],
+        }
+        made.append((tokens, torch.randn(2, len(owners), height, generator=generator)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untied model with weights large enough for real gradients, the batches, the expected gradient."""
+    path = tmp_path_factory.mktemp("zero3")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    (path / "ds.json").write_text(json.dumps(DS_CONFIG))
+    batches = micro_batches()
+    torch.save(batches, path / "batches.pt")
+    for tokens, coefficients in batches:
+        logps, entropy = Policy(model)(**tokens, temperature=0.7)
+        (coefficients[0] * logps + coefficients[1] * entropy).sum().backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, path / "expected.pt")
+    return path
+
+
+def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", WORKER, str(folder), how]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.parametrize("how", ["plain", "share"])
+@pytest.mark.parametrize("world_size", [2])
+def test_gradient_is_that_of_one_plain_process(folder: Path, how: str, world_size: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(folder, how, rank, world_size, port) for rank in range(world_size)]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    expected = torch.load(folder / "expected.pt")
+    gradients = torch.load(folder / "gradients.pt")
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        # DeepSpeed keeps the mean over ranks of the ranks' sums, which backward() scales to the sum
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7, name
