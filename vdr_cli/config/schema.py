@@ -65,6 +65,27 @@ class DataConfig(Section):
     """A new order each epoch, from train.seed."""
 
 
+class VllmConfig(Section):
+    """Servers that sample when rollout.backend is vllm. They live in an environment of their own."""
+
+    python: str | None = None
+    """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers of `urls` run already."""
+    urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
+    """Servers; prompts are spread over them. With `python`, the one address that vdr's server listens on."""
+    directory: str | None = None
+    """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
+    arguments: list[str] = []
+    """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
+    start_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds until a server must be ready, and until a push of weights must be done."""
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one prompt's completions may take."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Times a request is repeated when a server does not answer."""
+    tolerance: Annotated[float, Field(gt=0)] = 0.1
+    """Nats; largest mean difference between the server's and the trainer's log-probabilities after a push."""
+
+
 class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
     group_size: Positive = 8
@@ -83,6 +104,7 @@ class RolloutConfig(Section):
     """A completion ends after any of these strings."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
+    vllm: VllmConfig = VllmConfig()
 
 
 class RewardFunction(Section):

@@ -1,0 +1,201 @@
+"""Sampling on vLLM servers: new weights are pushed when they changed, and proved before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from vdr_cli.config import RolloutConfig
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.policy import completion_logps
+from vdr_cli.rollout.base import Completions, Sampling, pad_prompts
+from vdr_cli.rollout.vllm_client import Answer, VllmClient
+from vdr_cli.rollout.vllm_server import VllmServer
+from vdr_cli.rollout.weights import checksum, write_model, write_weights
+
+PROBE = Sampling(max_new_tokens=16, temperature=0.5)
+"""Drawn to compare log-probabilities; not at temperature 1, so that a server that returns them unscaled is seen."""
+
+PROBES = 4
+"""Prompts drawn from for it, on each server."""
+
+NOISE = 4.0
+"""A push must agree to within this many times the difference right after the server started."""
+
+FLOOR = 2e-5
+"""Nats; differences below it are rounding and never counted as stale weights."""
+
+
+class VllmRollout:
+    """The Rollout protocol on one or several servers; sampler_logps are those the servers sampled with.
+
+    Completion g of a prompt is drawn by the server's generator, seeded by the prompt's key and g. Rank 0 hands
+    the weights over; the other ranks wait until the servers hold the same ones as they do.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        pad_id: int,
+        eos_ids: Sequence[int],
+        directory: Path,
+        main: bool = True,
+    ) -> None:
+        """directory: where weights are handed over. main: this rank starts the server and pushes."""
+        self.config, self.settings = config, config.vllm
+        if self.settings.python and len(self.settings.urls) > 1:
+            raise ConfigError("rollout.vllm.urls: with rollout.vllm.python give the one address of vdr's own server")
+        self.tokenizer, self.pad_id, self.eos_ids = tokenizer, pad_id, tuple(eos_ids)
+        self.directory, self.main = directory.resolve(), main
+        self.clients = [
+            VllmClient(
+                url, self.settings.request_timeout, self.settings.start_timeout, self.settings.retries, self._ended
+            )
+            for url in self.settings.urls
+        ]
+        self.server: VllmServer | None = None
+        self.names: list[str] = []
+        self.pushed: int | None = None
+        self.noise: float | None = None
+
+    def generate(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
+    ) -> Completions:
+        self._push(model, prompts, sampling)
+        with ThreadPoolExecutor(max_workers=max(len(prompts), 1)) as pool:
+            asked = [
+                pool.submit(self._complete, index, prompt, n, sampling, key)
+                for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+            ]
+            answers = [answer for group in asked for answer in group.result()]
+        return assemble(prompts, n, answers, self.pad_id)
+
+    def close(self) -> None:
+        """Stop the server that was started here."""
+        if self.server is not None:
+            self.server.stop()
+
+    def _complete(
+        self, index: int, prompt: Sequence[int], n: int, sampling: Sampling, key: int, server: int | None = None
+    ) -> list[Answer]:
+        server = index % len(self.clients) if server is None else server
+        return self.clients[server].complete(self.names[server], prompt, n, sampling, key >> 1, self.eos_ids)
+
+    def _ended(self) -> str:
+        return self.server.ended() if self.server is not None else ""
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def _push(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Bring the servers to the model's weights, unless they hold them."""
+        version = checksum(model)
+        if version == self.pushed:
+            return
+        if self.main:
+            self._hand_over(model)
+        else:
+            self._await(version)
+        if not self.names:
+            longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+            self.names = [client.check(longest) for client in self.clients]
+        if self.main:
+            for server in range(len(self.clients)):
+                self._prove(model, prompts, server)
+            self._announce(version)
+        self.pushed = version
+
+    def _hand_over(self, model: nn.Module) -> None:
+        fresh = self.settings.python is not None and self.server is None
+        try:
+            if self.pushed is None:
+                write_model(model, self.tokenizer, self.directory)
+            else:
+                write_weights(model, self.directory)
+        except OSError as fault:
+            raise MachineError(f"rollout.vllm.directory {self.directory}: cannot be written ({fault})") from None
+        if fresh:
+            on_cpu = next(model.parameters()).device.type == "cpu"
+            arguments, log = self.settings.arguments, self.directory / "server.log"
+            assert self.settings.python is not None
+            self.server = VllmServer(
+                self.settings.python, self.settings.urls[0], self.directory, log, arguments, on_cpu
+            )
+        for client in self.clients:
+            if self.pushed is None:
+                client.wait_until_ready(self.settings.start_timeout if fresh else 10.0)
+            if not fresh:
+                client.reload(self.directory)
+
+    def _announce(self, version: int) -> None:
+        file = self.directory / "pushed.json"
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"version": version, "process": os.getpid()}))
+        partial.replace(file)
+
+    def _await(self, version: int) -> None:
+        """Wait for rank 0's word that the servers hold these weights."""
+        file, deadline = self.directory / "pushed.json", time.monotonic() + self.settings.start_timeout
+        while not (file.is_file() and json.loads(file.read_text())["version"] == version):
+            if time.monotonic() > deadline:
+                raise MachineError(
+                    f"rollout.vllm.directory {self.directory}: rank 0 did not report these weights pushed within "
+                    f"{self.settings.start_timeout:.0f} s; do all hosts see the directory?"
+                )
+            time.sleep(0.05)
+
+    def _prove(self, model: nn.Module, prompts: Sequence[Sequence[int]], server: int) -> None:
+        """Compare the server's log-probabilities of a few completions with the trainer's."""
+        chosen = [list(prompt) for prompt in prompts[:PROBES]] or [[self.eos_ids[0] if self.eos_ids else self.pad_id]]
+        with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
+            jobs = [pool.submit(self._complete, 0, prompt, 1, PROBE, 0, server) for prompt in chosen]
+            answers = [answer for job in jobs for answer in job.result()]
+        sampled = assemble(chosen, 1, answers, self.pad_id)
+        difference = mean_difference(model, sampled, PROBE.temperature)
+        allowed = self.settings.tolerance
+        if self.noise is not None:
+            allowed = min(allowed, max(NOISE * self.noise, FLOOR))
+        if not difference <= allowed:
+            raise ConfigError(
+                f"rollout.vllm: log-probabilities of {self.settings.urls[server]} differ from the trainer's by "
+                f"{difference:.4f} nats a token after a push (at most {allowed:.4f}): it serves other weights "
+                "(stale, or an LM head tied to the embedding that a reload passes over), or was started without "
+                f"--logprobs-mode processed_logprobs. Start it on the untied model in {self.directory}"
+            )
+        if self.noise is None:
+            self.noise = difference
+
+
+def mean_difference(model: nn.Module, sampled: Completions, temperature: float) -> float:
+    """Mean |sampler - trainer| log-probability over the tokens of the completions."""
+    device = next(model.parameters()).device
+    parts = (sampled.prompt_ids, sampled.prompt_mask, sampled.completion_ids, sampled.completion_mask)
+    with torch.no_grad():
+        logps, _ = completion_logps(model, *(part.to(device) for part in parts), temperature)  # type: ignore[call-arg]
+    mask = sampled.completion_mask
+    return float((logps.cpu() - sampled.sampler_logps).abs()[mask].mean())
+
+
+def assemble(prompts: Sequence[Sequence[int]], n: int, answers: Sequence[Answer], pad_id: int) -> Completions:
+    """Answers, n a prompt in order, to a batch."""
+    ids, mask = pad_prompts(prompts, pad_id)
+    width = max((len(answer.token_ids) for answer in answers), default=1)
+    tokens = torch.full((len(answers), width), pad_id, dtype=torch.int64)
+    valid = torch.zeros((len(answers), width), dtype=torch.bool)
+    logps: Tensor = torch.zeros((len(answers), width))
+    for row, answer in enumerate(answers):
+        count = len(answer.token_ids)
+        tokens[row, :count] = torch.tensor(answer.token_ids, dtype=torch.int64)
+        logps[row, :count] = torch.tensor(answer.logps)
+        valid[row, :count] = True
+    truncated = torch.tensor([answer.truncated for answer in answers], dtype=torch.bool)
+    prompt_ids, prompt_mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+    return Completions(prompt_ids, prompt_mask, tokens, valid, logps, truncated)

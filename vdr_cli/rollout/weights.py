@@ -1,0 +1,71 @@
+"""The policy's weights as a directory that a sampling server loads, and a number that tells versions apart."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+WEIGHTS = "model.safetensors"
+
+
+def checksum(model: nn.Module) -> int:
+    """Sum of all parameters' bits as 16-bit numbers, weighted by the parameter's place: one read of the weights."""
+    total = 0
+    for place, parameter in enumerate(model.parameters(), start=1):
+        total += place * int(parameter.detach().contiguous().view(torch.int16).sum(dtype=torch.int64))
+    return total
+
+
+def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Configuration and tokenizer of the served model, beside its weights.
+
+    The embedding and the LM head are two tensors here even where the policy ties them: a reload of tied
+    weights leaves vLLM's LM head at the old ones.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    whole: Any = _merged(model)
+    config = copy.deepcopy(whole.config)
+    config.tie_word_embeddings = False
+    config.dtype = next(whole.parameters()).dtype
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    write_weights(model, directory)
+
+
+def write_weights(model: nn.Module, directory: Path) -> None:
+    """Replace the weights in `directory` in one move: a reader sees the old file or the new one."""
+    whole: Any = _merged(model)
+    state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in whole.state_dict().items()}
+    head = whole.get_output_embeddings()
+    names = {id(module): name for name, module in whole.named_modules()}
+    if head is not None:
+        state[f"{names[id(head)]}.weight"] = head.weight.detach()
+    partial = directory / f".partial_{WEIGHTS}"
+    save_file(_unshared(state), partial, metadata={"format": "pt"})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(directory / WEIGHTS)
+
+
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own, as the file format wants it."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in state.items():
+        whole = tensor.contiguous()
+        out[name] = whole.clone() if whole.data_ptr() in seen else whole
+        seen.add(whole.data_ptr())
+    return out
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The plain model; adapters become part of a copy."""
+    merge = getattr(model, "merge_and_unload", None)
+    return copy.deepcopy(model).merge_and_unload() if callable(merge) else model  # type: ignore[operator]
