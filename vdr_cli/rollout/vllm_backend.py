@@ -131,7 +131,9 @@ class VllmRollout:
             )
         for client in self.clients:
             if self.pushed is None:
-                client.wait_until_ready(self.settings.start_timeout if fresh else 10.0)
+                client.wait_until_ready(
+                    self.settings.start_timeout if fresh else min(10.0, self.settings.start_timeout)
+                )
             if not fresh:
                 client.reload(self.directory)
 

@@ -19,7 +19,7 @@ def checksum(model: nn.Module) -> int:
     """Sum of all parameters' bits as 16-bit numbers, weighted by the parameter's place: one read of the weights."""
     total = 0
     for place, parameter in enumerate(model.parameters(), start=1):
-        total += place * int(parameter.detach().contiguous().view(torch.int16).sum(dtype=torch.int64))
+        total += place * int(parameter.detach().flatten().view(torch.int16).sum(dtype=torch.int64))
     return total
 
 

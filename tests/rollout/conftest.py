@@ -1,0 +1,123 @@
+"""A server that speaks vLLM's part of HTTP that we use, on a tiny model, with faults to plant."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vdr_cli.rollout.base import Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+
+class FakeVllm:
+    """What a vLLM server does with weights and prompts, and what can go wrong with it."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.version = "0.32.0"
+        self.max_model_len = 512
+        self.reloads = self.completions = 0
+        self.stale = False
+        """Says yes to a reload and keeps the old weights."""
+        self.keeps_head = False
+        """Reloads everything but the LM head."""
+        self.raw_logps = False
+        """Returns log-probabilities before the temperature."""
+        self.fails = 0
+        """Answers this many completions with 500."""
+        self.development = True
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(*server.get(self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self.reply(*server.post(self.path, body))
+
+            def reply(self, status: int, answer: dict[str, Any]) -> None:
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}"
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def get(self, path: str) -> tuple[int, dict[str, Any]]:
+        if path == "/version":
+            return 200, {"version": self.version}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+        return (200, {}) if path == "/health" else (404, {})
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if path == "/v1/completions":
+            with self.lock:
+                return self.complete(body)
+        if path == "/collective_rpc" and self.development:
+            self.reload(body["kwargs"]["weights_path"])
+            return 200, {}
+        return (200, {}) if path == "/reset_prefix_cache" else (404, {"detail": "Not Found"})
+
+    def reload(self, directory: str) -> None:
+        self.reloads += 1
+        if self.stale and self.model is not None:
+            return
+        old = self.model
+        self.model = AutoModelForCausalLM.from_pretrained(directory).eval()
+        if self.keeps_head and old is not None:
+            with torch.no_grad():
+                self.model.lm_head.weight.copy_(old.lm_head.weight)
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        self.completions += 1
+        if self.fails > 0:
+            self.fails -= 1
+            return 500, {"error": "planted"}
+        temperature = body["temperature"]
+        sampling = Sampling(body["max_tokens"], temperature, max(body["top_k"], 0), body["top_p"], body["min_p"])
+        rollout = TransformersRollout(0, body["stop_token_ids"])
+        out = rollout.generate(self.model, [body["prompt"]], body["n"], sampling, [body["seed"]])
+        choices = []
+        for index in range(body["n"]):
+            mask = out.completion_mask[index]
+            logps = out.sampler_logps[index][mask] * (temperature if self.raw_logps else 1.0)
+            choices.append(
+                {
+                    "index": index,
+                    "token_ids": out.completion_ids[index][mask].tolist(),
+                    "logprobs": {"token_logprobs": logps.tolist()},
+                    "finish_reason": "length" if out.truncated[index] else "stop",
+                }
+            )
+        return 200, {"choices": choices[::-1]}
+
+
+@pytest.fixture
+def fake_vllm() -> Iterator[FakeVllm]:
+    server = FakeVllm()
+    yield server
+    server.stop()

@@ -1,0 +1,218 @@
+"""The vLLM backend against a server of our own that speaks its HTTP, with every fault planted once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vdr_cli.config import RolloutConfig
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.rollout.base import Rollout, Sampling
+from vdr_cli.rollout.build import open_rollout
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.rollout.vllm_backend import VllmRollout
+from vdr_cli.rollout.weights import checksum, write_model
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+KEYS = [2**62 + 11, 22, 33]
+
+
+class NoTokenizer:
+    pad_token_id = 0
+
+    def save_pretrained(self, directory: Path) -> None:
+        pass
+
+
+def tiny(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def change(model: torch.nn.Module, amount: float = 0.05) -> None:
+    """What an optimizer step does, enlarged."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=amount)
+
+
+def connect(fake: Any, directory: Path, main: bool = True, **settings: Any) -> VllmRollout:
+    config = RolloutConfig(backend="vllm", vllm={"urls": [fake.url], "retries": 1, "start_timeout": 2, **settings})
+    return VllmRollout(config, NoTokenizer(), 0, [1], directory, main)  # type: ignore[arg-type]
+
+
+def test_completions_and_logps_are_the_servers(fake_vllm: Any, tmp_path: Path) -> None:
+    model, sampling = tiny(), Sampling(max_new_tokens=9, temperature=1.2, top_k=20)
+    out = connect(fake_vllm, tmp_path).generate(model, PROMPTS, 4, sampling, KEYS)
+    own = TransformersRollout(0, [1]).generate(model, PROMPTS, 4, sampling, [key >> 1 for key in KEYS])
+    assert torch.equal(out.completion_ids, own.completion_ids)
+    assert torch.equal(out.completion_mask, own.completion_mask)
+    assert torch.equal(out.prompt_ids, own.prompt_ids)
+    assert torch.equal(out.truncated, own.truncated)
+    assert torch.allclose(out.sampler_logps, own.sampler_logps, atol=1e-5)
+
+
+def test_greedy_completions_are_asked_for_once(fake_vllm: Any, tmp_path: Path) -> None:
+    sampling = Sampling(max_new_tokens=5, temperature=0)
+    out = connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 3, sampling, KEYS)
+    own = TransformersRollout(0, [1]).generate(tiny(), PROMPTS, 3, sampling, KEYS)
+    assert torch.equal(out.completion_ids, own.completion_ids)
+
+
+def test_weights_are_pushed_when_they_changed_and_only_then(fake_vllm: Any, tmp_path: Path) -> None:
+    model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
+    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    assert fake_vllm.reloads == 1
+    change(model)
+    out = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    assert fake_vllm.reloads == 2
+    own = TransformersRollout(0, [1]).generate(model, PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+    assert torch.equal(out.completion_ids, own.completion_ids)
+
+
+def test_the_checksum_sees_one_changed_bit_anywhere() -> None:
+    model = tiny().to(torch.bfloat16)
+    before = checksum(model)
+    assert checksum(tiny().to(torch.bfloat16)) == before
+    for parameter in model.parameters():
+        with torch.no_grad():
+            bits = parameter.view(torch.int16).flatten()
+            bits[-1] ^= 1
+            assert checksum(model) != before
+            bits[-1] ^= 1
+    assert checksum(model) == before
+
+
+def plant_stale(fake: Any) -> None:
+    fake.stale = True
+
+
+def plant_old_head(fake: Any) -> None:
+    fake.keeps_head = True
+
+
+@pytest.mark.parametrize("plant", [plant_stale, plant_old_head])
+@pytest.mark.parametrize("amount", [0.05, 1e-3])
+def test_wrong_weights_after_a_push_stop_the_run(
+    plant: Callable[[Any], None], amount: float, fake_vllm: Any, tmp_path: Path
+) -> None:
+    model, rollout = tiny(tied=plant is plant_old_head), connect(fake_vllm, tmp_path)
+    rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+    plant(fake_vllm)
+    change(model, amount)
+    with pytest.raises(ConfigError, match="differ from the trainer's by"):
+        rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+
+
+def test_raw_logps_are_noticed_at_any_training_temperature(fake_vllm: Any, tmp_path: Path) -> None:
+    fake_vllm.raw_logps = True
+    with pytest.raises(ConfigError, match="processed_logprobs"):
+        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(6, temperature=1.0), KEYS)
+
+
+def test_a_tied_model_is_served_untied(tmp_path: Path) -> None:
+    model = tiny(tied=True)
+    write_model(model, NoTokenizer(), tmp_path)  # type: ignore[arg-type]
+    served = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert not served.config.tie_word_embeddings
+    assert model.config.tie_word_embeddings
+    assert served.lm_head.weight.data_ptr() != served.model.embed_tokens.weight.data_ptr()
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(served(ids).logits, model(ids).logits)
+
+
+def test_a_server_error_is_retried_with_a_limit(fake_vllm: Any, tmp_path: Path) -> None:
+    rollout = connect(fake_vllm, tmp_path)
+    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    fake_vllm.fails = 1
+    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    fake_vllm.fails = 100
+    with pytest.raises(MachineError, match=f"{fake_vllm.url} answered /v1/completions with 500.*planted"):
+        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_a_server_lost_in_the_middle_is_named(fake_vllm: Any, tmp_path: Path) -> None:
+    rollout = connect(fake_vllm, tmp_path)
+    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    url = fake_vllm.url
+    fake_vllm.stop()
+    with pytest.raises(MachineError, match=f"vLLM server {url} does not answer"):
+        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_no_server_at_the_start_is_named(tmp_path: Path) -> None:
+    config = RolloutConfig(backend="vllm", vllm={"urls": ["http://127.0.0.1:9"], "start_timeout": 0.1})
+    rollout = VllmRollout(config, NoTokenizer(), 0, [1], tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(MachineError, match=r"127.0.0.1:9 is not ready"):
+        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_old_versions_short_contexts_and_closed_servers_are_refused(fake_vllm: Any, tmp_path: Path) -> None:
+    fake_vllm.version = "0.9.2"
+    with pytest.raises(ConfigError, match=r"runs vLLM 0.9.2; 0.11 or newer"):
+        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    fake_vllm.version, fake_vllm.max_model_len = "0.32.1+cpu", 10
+    with pytest.raises(ConfigError, match=r"rollout.max_new_tokens: .* take 104 tokens"):
+        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(100), KEYS)
+    fake_vllm.development = False
+    with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
+        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_other_ranks_wait_for_rank_0s_push(fake_vllm: Any, tmp_path: Path) -> None:
+    model, sampling = tiny(), Sampling(max_new_tokens=6)
+    other = connect(fake_vllm, tmp_path, main=False, start_timeout=0.2)
+    with pytest.raises(MachineError, match="rank 0 did not report"):
+        other.generate(model, PROMPTS, 2, sampling, KEYS)
+    first = connect(fake_vllm, tmp_path).generate(model, PROMPTS, 2, sampling, KEYS)
+    assert torch.equal(first.completion_ids, other.generate(model, PROMPTS, 2, sampling, KEYS).completion_ids)
+    change(model)
+    with pytest.raises(MachineError, match="rank 0 did not report"):
+        other.generate(model, PROMPTS, 2, sampling, KEYS)
+    assert fake_vllm.reloads == 1
+
+
+def test_a_rank_without_prompts_still_pushes(fake_vllm: Any, tmp_path: Path) -> None:
+    out = connect(fake_vllm, tmp_path).generate(tiny(), [], 2, Sampling(4), [])
+    assert len(out) == 0
+    assert fake_vllm.reloads == 1
+
+
+def test_a_server_that_ends_while_starting_is_explained(tmp_path: Path) -> None:
+    config = RolloutConfig(
+        backend="vllm", vllm={"python": sys.executable, "urls": ["http://127.0.0.1:9"], "start_timeout": 60}
+    )
+    with open_rollout(config, NoTokenizer(), [1], tmp_path, main=True) as rollout:
+        backend: Rollout = rollout
+        with pytest.raises(MachineError, match=r"ended while starting: it ended with code 1; last line of .*vllm"):
+            backend.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_a_wrong_interpreter_is_refused(tmp_path: Path) -> None:
+    config = RolloutConfig(backend="vllm", vllm={"python": str(tmp_path / "python")})
+    rollout = VllmRollout(config, NoTokenizer(), 0, [1], tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"rollout.vllm.python: .* is not an interpreter"):
+        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
