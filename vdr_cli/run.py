@@ -36,7 +36,7 @@ from vdr_cli.observe.metrics import MetricsWriter
 from vdr_cli.observe.timing import PhaseTimer
 from vdr_cli.rewards.loading import LoadedReward, check_columns, load_rewards
 from vdr_cli.rollout.base import Prompt, Rollout, Sampling
-from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.rollout.build import open_rollout
 from vdr_cli.stopping import StopSignal
 
 
@@ -210,7 +210,7 @@ def _build(
         prompts=prompts,
         held_out=held_out,
         rewards=rewards,
-        rollout=TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, config.rollout.batch_tokens),
+        rollout=stack.enter_context(open_rollout(config.rollout, tokenizer, eos_ids, directory, collectives.is_main())),
         sampling=sampling_of(config),
         ensemble=_ensemble(config),
         rms=RunningRms(),
