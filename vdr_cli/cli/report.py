@@ -1,0 +1,49 @@
+"""`vdr report`: one HTML page of a run or of scored completions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vdr_cli.cli.eval import check_writable_file
+from vdr_cli.errors import ConfigError
+
+EXAMPLES = (
+    "vdr report runs/wide                               # runs/wide/report.html",
+    "vdr report runs/seed0 --compare runs/seed1 --compare runs/none -o compared.html",
+    "vdr report scores.parquet --png figures/",
+)
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="RUN|SCORES", help="A run directory, or what vdr score wrote.")],
+    compare: Annotated[
+        list[str] | None, typer.Option("--compare", metavar="RUN", help="Further runs in the same charts. Repeatable.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Default: report.html in the run, SCORES.html beside the file.")
+    ] = None,
+    png: Annotated[
+        str | None, typer.Option("--png", metavar="DIR", help="Also every chart as a picture for a paper.")
+    ] = None,
+) -> None:
+    """One self-contained HTML page: learning curves, disagreement, completions token by token.
+
+    Runs that differ only in their seed become one curve with a band.
+    """
+    for given in (source, *(compare or ())):
+        if not Path(given).exists():
+            raise ConfigError(f"{given}: no such run directory or file")
+    if compare and Path(source).is_file():
+        raise ConfigError("--compare is for runs: a scored file is reported alone")
+    if output is not None:
+        check_writable_file(output, "-o")
+
+    from vdr_cli.observe.report import write_pictures, write_report
+
+    typer.echo(write_report(source, output, compare or ()))
+    if png is not None:
+        for path in write_pictures(source, png, compare or ()):
+            typer.echo(path)

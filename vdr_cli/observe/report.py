@@ -1,0 +1,288 @@
+"""`vdr report`: one self-contained HTML page of a run or of scored completions. No network, light and dark, printable.
+
+Everything that came from a model or a data set passes through `visible` and is put into the page as text, never as
+markup; the page forbids itself every request (Content-Security-Policy).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from vdr_cli.errors import MachineError
+from vdr_cli.observe.charts import Chart, Series, number, svg
+from vdr_cli.observe.report_data import (
+    Decode,
+    RunData,
+    ShownGroup,
+    load_run,
+    over_seeds,
+    pieces,
+    reward_and_disagreement,
+    run_groups,
+    scored_groups,
+    scored_rows,
+)
+from vdr_cli.observe.text import visible
+
+RUN_CHARTS = (
+    ("Reward", ("reward",), "mean task reward"),
+    ("Held-out pass@1", ("eval/pass@1",), "pass@1"),
+    ("Held-out pass@k", ("eval/pass@{k}",), "pass@k"),
+    ("Disagreement", ("disagreement/mean",), "nats"),
+    ("Groups whose rewards are all equal", ("frac_reward_zero_std",), "share"),
+    ("Completion length", ("completions/mean_length",), "tokens"),
+    ("Truncated completions", ("completions/clipped_ratio",), "share"),
+    ("Entropy", ("entropy",), "nats"),
+    ("KL to the reference", ("kl",), "nats"),
+    ("Gradient norm", ("grad_norm",), "norm"),
+    ("Seconds a step", ("step_time",), "s"),
+)
+SCORE_CURVES = ("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "n_tokens")
+QUANTILES = (0.5, 0.75, 0.9, 0.97)
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    subtitle: str
+    charts: list[Chart]
+    groups: list[ShownGroup]
+    groups_saved: int
+    facts_header: list[str]
+    facts: list[list[str]]
+    ranking_header: list[str]
+    ranking: list[list[str]]
+
+
+def write_report(source: str | Path, output: str | Path | None = None, compare: Sequence[str | Path] = ()) -> Path:
+    """The report of a run directory or a scored file; default: report.html in the run, FILE.html beside the file.
+
+    compare: further runs in the same charts. Runs that differ only in their seed become one curve with a band.
+    """
+    source = Path(source)
+    default = source.with_name(source.name + ".html") if source.is_file() else source / "report.html"
+    target = Path(output) if output is not None else default
+    html = render(_page(source, compare))
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise MachineError(f"{target}: cannot be written ({error.strerror})") from error
+    return target
+
+
+def write_pictures(source: str | Path, directory: str | Path, compare: Sequence[str | Path] = ()) -> list[Path]:
+    """Every chart of the report as a PNG of 300 dots an inch."""
+    from vdr_cli.observe.pictures import write_png
+
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [write_png(chart, folder) for chart in _page(Path(source), compare).charts]
+    except OSError as error:
+        raise MachineError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
+def _page(source: Path, compare: Sequence[str | Path]) -> Page:
+    if source.is_file():
+        return score_page(source)
+    return run_page([load_run(path) for path in (source, *compare)])
+
+
+def run_page(runs: Sequence[RunData]) -> Page:
+    """Learning curves of all runs, completions of the first."""
+    first = runs[0]
+    charts = []
+    for title, names, unit in RUN_CHARTS:
+        name = names[0].replace("{k}", str(_largest_k(first.metrics)))
+        if name == "eval/pass@1" and title != "Held-out pass@1":
+            continue
+        series = over_seeds(runs, name)
+        if series:
+            charts.append(Chart(title.replace("@k", "@" + name.rpartition("@")[2]), "step", unit, series))
+    points = [reward_and_disagreement(run) for run in runs]
+    if any(len(one.x) for one in points):
+        charts.append(Chart("Reward against disagreement", "disagreement (nats)", "task reward", points, True))
+    groups, saved = run_groups(first, _decoder(_model_of(first)))
+    facts = [[name, *(_first_to_last(run, name) for run in runs)] for name in _named_facts(runs)]
+    return Page(
+        title=", ".join(run.name for run in runs),
+        subtitle=_settings_line(first),
+        charts=charts,
+        groups=groups,
+        groups_saved=saved,
+        facts_header=[run.name for run in runs],
+        facts=facts,
+        ranking_header=[],
+        ranking=[],
+    )
+
+
+def score_page(path: Path) -> Page:
+    """Risk-coverage curves and the ranking where there are labels, and the completions."""
+    from vdr_cli.scoring.parts import read_metadata
+    from vdr_cli.scoring.ranking import LABEL
+    from vdr_cli.stats.ranking import Ranked, risk_coverage
+
+    columns = scored_rows(path)
+    request = (read_metadata(path) or {}).get("request", {})
+    label = request.get("fields", {}).get("label") or LABEL
+    charts = []
+    if label in columns:
+        losses = 1.0 - _floats(columns[label])
+        curves = []
+        for name in SCORE_CURVES:
+            if name in columns:
+                values = _floats(columns[name])
+                kept = np.isfinite(values) & np.isfinite(losses)
+                coverage, risk = risk_coverage(Ranked.of(values[kept], losses[kept]))
+                curves.append(Series(name, coverage.tolist(), risk.tolist()))
+        charts.append(Chart("Risk against coverage", "share kept, most certain first", "share wrong", curves))
+    if "bald_mean" in columns:
+        xs, ys = _floats(columns["nll_mean"])[:1500].tolist(), _floats(columns["bald_mean"])[:1500].tolist()
+        cloud = [Series("completions", xs, ys)]
+        charts.append(Chart("Disagreement against likelihood", "nll a token (nats)", "bald (nats)", cloud, True))
+    groups, saved = scored_groups(columns, _decoder(request.get("model")))
+    ranking = _saved_ranking(path)
+    header = [name for name in (ranking[0] if ranking else {}) if not name.endswith(("_low", "_high"))]
+    facts = [[name, number(float(np.nanmean(_floats(columns[name]))))] for name in SCORE_CURVES if name in columns]
+    ensemble = request.get("ensemble") or {}
+    return Page(
+        title=path.name,
+        subtitle=f"{len(columns['nll_mean'])} rows scored by {request.get('model', 'an unknown model')}, "
+        f"{ensemble.get('members', 0)} members, seed {request.get('seed')}",
+        charts=charts,
+        groups=groups,
+        groups_saved=saved,
+        facts_header=["mean"],
+        facts=facts,
+        ranking_header=header,
+        ranking=[[_interval(row, name) for name in header] for row in ranking],
+    )
+
+
+def render(page: Page) -> str:
+    """The HTML. Every string is escaped by the template or put in by script as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vdr_cli.observe"),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    shown = len(page.groups)
+    note = f"{shown} of {page.groups_saved} saved groups" if shown < page.groups_saved else f"All {shown} saved groups"
+    coloured = any(one.heat for group in page.groups for one in group.completions)
+    note += "; the darker a token's background, the more the members disagree there." if coloured else "."
+    return environment.get_template("report.html.j2").render(
+        title=visible(page.title),
+        subtitle=visible(page.subtitle),
+        charts=[{"title": visible(chart.title), "svg": Markup(svg(chart))} for chart in page.charts],
+        facts_header=[visible(name) for name in page.facts_header],
+        facts=[[visible(cell) for cell in row] for row in page.facts],
+        ranking_header=page.ranking_header,
+        ranking=page.ranking,
+        has_groups=bool(page.groups),
+        groups_note=note,
+        data=Markup(_embedded(page.groups)),
+    )
+
+
+def _embedded(groups: Sequence[ShownGroup]) -> str:
+    """JSON that no content can leave: <, > and & are escapes, line separators too (json's ASCII)."""
+    heat = sorted(value for group in groups for one in group.completions for value in one.heat or ())
+    levels = [heat[min(int(share * len(heat)), len(heat) - 1)] for share in QUANTILES] if heat else []
+    data = {"levels": levels, "groups": [_shown(asdict(group)) for group in groups]}
+    text = json.dumps(data, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value, multiline=True)
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else 0.0
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    if isinstance(value, dict):
+        return {visible(key): _shown(item) for key, item in value.items() if not _is_nan(item)}
+    return value
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _decoder(model: str | None) -> Decode | None:
+    """How to show single tokens; None when the tokenizer is not there any more: texts are then shown whole."""
+    if model is None:
+        return None
+    from vdr_cli.errors import ConfigError
+    from vdr_cli.models.loading import load_tokenizer
+
+    try:
+        return pieces(load_tokenizer(model))
+    except (ConfigError, OSError):
+        return None
+
+
+def _model_of(run: RunData) -> str | None:
+    if (run.path / "model" / "config.json").is_file():
+        return str(run.path)
+    name = run.config.get("model", {}).get("name")
+    return name if isinstance(name, str) else None
+
+
+def _largest_k(metrics: Mapping[str, Any]) -> int:
+    found = [name.removeprefix("eval/pass@") for name in metrics if name.startswith("eval/pass@")]
+    return max((int(k) for k in found if k.isdigit()), default=1)
+
+
+def _named_facts(runs: Sequence[RunData]) -> list[str]:
+    wanted = ["eval/pass@1", f"eval/pass@{_largest_k(runs[0].metrics)}", "reward", "disagreement/mean"]
+    wanted += ["frac_reward_zero_std", "completions/mean_length", "entropy", "step_time"]
+    return [name for name in dict.fromkeys(wanted) if any(name in run.metrics for run in runs)]
+
+
+def _first_to_last(run: RunData, name: str) -> str:
+    values = [value for value in run.metrics.get(name, ([], []))[1] if math.isfinite(value)]
+    return f"{number(values[0])} → {number(values[-1])}" if values else ""
+
+
+def _settings_line(run: RunData) -> str:
+    def at(section: str, key: str) -> Any:
+        return run.config.get(section, {}).get(key, "?")
+
+    return (
+        f"{at('model', 'name')} on {at('data', 'name')}: mode {at('disagreement', 'mode')}, shape "
+        f"{at('disagreement', 'shape')}, weight {at('disagreement', 'weight')}, loss {at('grpo', 'loss')}, "
+        f"group size {at('rollout', 'group_size')}, seed {at('train', 'seed')}"
+    )
+
+
+def _saved_ranking(path: Path) -> list[dict[str, Any]]:
+    saved = Path(str(path) + ".ranking.json")
+    loaded = json.loads(saved.read_text(encoding="utf-8")) if saved.is_file() else []
+    return loaded if isinstance(loaded, list) else []
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if f"{name}_low" not in row:
+        return f"{value:.3f}"
+    return f"{value:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
+def _floats(values: Sequence[Any]) -> np.ndarray:
+    return np.array([float(value) if value not in (None, "") else np.nan for value in values])

@@ -1,0 +1,251 @@
+"""What a report shows, read from run directories and scored files. No markup here."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.observe.charts import Series
+from vdr_cli.observe.completions import completion_files, read_completions
+from vdr_cli.observe.metrics import METRICS_FILE, read_metrics
+
+Decode = Callable[[list[int]], list[str]]
+"""Token ids to the text of each token."""
+
+GROUPS_SHOWN = 60
+CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
+NOT_SEEDS = ("seed", "output")
+NUMBERS_SHOWN = (
+    *("reward", "bonus", "advantage", "bald", "rmi"),
+    *("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "label"),
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    name: str
+    path: Path
+    config: dict[str, Any]
+    metrics: dict[str, tuple[list[int], list[float]]]
+    """Name to steps and values, where it was measured."""
+
+    @property
+    def same_but_for_seed(self) -> str:
+        """Equal for runs that differ in nothing but their seed and where they were written."""
+        settings = {
+            section: {key: value for key, value in values.items() if not (section == "train" and key in NOT_SEEDS)}
+            for section, values in self.config.items()
+            if isinstance(values, dict) and section not in ("launch", "observe")
+        }
+        return repr(sorted(settings.items()))
+
+
+@dataclass(frozen=True)
+class Completion:
+    text: str
+    tokens: list[str] | None = None
+    heat: list[float] | None = None
+    """One number a token."""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShownGroup:
+    """The completions of one prompt at one step."""
+
+    title: str
+    prompt: str
+    completions: list[Completion]
+
+
+def load_run(path: str | Path) -> RunData:
+    """A run directory's settings and metrics."""
+    directory = Path(path)
+    if not (directory / METRICS_FILE).is_file():
+        raise ConfigError(f"{directory}: no {METRICS_FILE} in it: give a run directory, or a file that vdr score wrote")
+    metrics: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for line in read_metrics(directory / METRICS_FILE):
+        for name, value in line.items():
+            if name != "step":
+                metrics[name][0].append(int(line["step"]))
+                metrics[name][1].append(value)
+    config_file = directory / "config.yaml"
+    loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    return RunData(directory.name, directory, loaded if isinstance(loaded, dict) else {}, dict(metrics))
+
+
+def over_seeds(runs: Sequence[RunData], metric: str) -> list[Series]:
+    """One curve a setting: runs that differ only in their seed become their mean, with a band from lowest to highest.
+
+    A single run gets its own interval as a band where it has one (eval/pass@1_low, _high).
+    """
+    groups: dict[str, list[RunData]] = defaultdict(list)
+    for run in runs:
+        if metric in run.metrics:
+            groups[run.same_but_for_seed if run.config else str(run.path)].append(run)
+    series = []
+    for members in groups.values():
+        if len(members) == 1:
+            series.append(_own_curve(members[0], metric))
+            continue
+        at: dict[int, list[float]] = defaultdict(list)
+        for run in members:
+            for step, value in zip(*run.metrics[metric], strict=True):
+                if math.isfinite(value):
+                    at[step].append(value)
+        steps = sorted(step for step, values in at.items() if len(values) == len(members))
+        means = [sum(at[step]) / len(at[step]) for step in steps]
+        low, high = [min(at[step]) for step in steps], [max(at[step]) for step in steps]
+        series.append(Series(f"{members[0].name} ({len(members)} seeds)", steps, means, low, high))
+    return series
+
+
+def _own_curve(run: RunData, metric: str) -> Series:
+    steps, values = run.metrics[metric]
+    low, high = run.metrics.get(f"{metric}_low"), run.metrics.get(f"{metric}_high")
+    if low is not None and high is not None and len(low[1]) == len(high[1]) == len(values):
+        return Series(run.name, steps, values, low[1], high[1])
+    return Series(run.name, steps, values)
+
+
+def run_groups(run: RunData, decode: Decode | None) -> tuple[list[ShownGroup], int]:
+    """Groups from all over the run, the same number from each saved step; and how many were saved in all."""
+    files = completion_files(run.path)
+    shown: list[ShownGroup] = []
+    saved = characters = 0
+    each = max(GROUPS_SHOWN // max(len(files), 1), 1)
+    picked = set(_spaced(len(files), GROUPS_SHOWN))
+    for index, file in enumerate(files):
+        if index not in picked:
+            saved += _rows_of(file)[1]
+            continue
+        columns = read_completions(file)
+        groups = _by_group(columns)
+        saved += len(groups)
+        for rows in [groups[at] for at in _spaced(len(groups), each)]:
+            group = _group(columns, rows, decode)
+            characters += sum(len(completion.text) for completion in group.completions)
+            if shown and characters > CHARACTERS_SHOWN:
+                return shown, saved
+            shown.append(group)
+    return shown, saved
+
+
+def reward_and_disagreement(run: RunData, limit: int = 600) -> Series:
+    """A point a saved completion, the latest ones: its disagreement and its reward."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for file in reversed(completion_files(run.path)):
+        columns = read_completions(file)
+        measure = next((name for name in ("bald", "rmi") if name in columns), None)
+        if measure is None or "reward" not in columns:
+            continue
+        for x, y in zip(columns[measure], columns["reward"], strict=True):
+            if x is not None and y is not None and len(xs) < limit:
+                xs.append(x)
+                ys.append(y)
+        if len(xs) >= limit:
+            break
+    return Series(run.name, xs, ys)
+
+
+def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
+    """The first rows of a scored file, as columns."""
+    from vdr_cli.scoring.sources import WINDOW_ROWS, Windows, find_sources
+
+    windows = Windows(find_sources([str(path)], Path(str(path) + ".stdin")), lambda index: index * WINDOW_ROWS < limit)
+    rows = [row.values for window in windows for row in window.rows if row.values is not None]
+    if not rows or "nll_mean" not in rows[0]:
+        raise DataError(f"{path}: not a file that vdr score wrote (there is no nll_mean column)")
+    return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+def scored_groups(columns: Mapping[str, Sequence[Any]], decode: Decode | None) -> tuple[list[ShownGroup], int]:
+    """Completions of one prompt side by side, from all over the file."""
+    by_prompt: dict[str, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(columns.get("prompt", [])):
+        by_prompt[str(prompt)].append(row)
+    groups = list(by_prompt.values())
+    return [_group(columns, groups[at], decode) for at in _spaced(len(groups), GROUPS_SHOWN)], len(groups)
+
+
+def pieces(tokenizer: Any) -> Decode:
+    """The text of each token; bytes of one character that several tokens share are shown with the first of them."""
+
+    def decode(ids: list[int]) -> list[str]:
+        texts: list[str] = []
+        start = 0
+        while start < len(ids):
+            end, text = start + 1, str(tokenizer.decode(ids[start : start + 1]))
+            while "\ufffd" in text and end < min(start + 4, len(ids)):
+                end += 1
+                text = str(tokenizer.decode(ids[start:end]))
+            texts += [text] + [""] * (end - start - 1)
+            start = end
+        return texts
+
+    return decode
+
+
+def _group(columns: Mapping[str, Sequence[Any]], rows: Iterable[int], decode: Decode | None) -> ShownGroup:
+    rows = list(rows)
+    first = rows[0]
+    where = [f"{name} {columns[name][first]}" for name in ("step", "row", "id", "group_id") if name in columns]
+    return ShownGroup(
+        ", ".join(where) or f"row {first}",
+        _as_text(columns["prompt"][first] if "prompt" in columns else ""),
+        [_completion(columns, row, decode) for row in rows],
+    )
+
+
+def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode | None) -> Completion:
+    heat_name = next((name for name in ("bald_tokens", "rmi_tokens", "token_bald") if name in columns), None)
+    ids_name = next((name for name in ("token_ids", "completion_ids") if name in columns), None)
+    tokens = heat = None
+    if heat_name and ids_name and decode is not None and columns[heat_name][row] and columns[ids_name][row]:
+        ids, values = list(columns[ids_name][row]), list(columns[heat_name][row])
+        if len(ids) == len(values):
+            tokens, heat = decode(ids), values
+    names = [*NUMBERS_SHOWN, *(name for name in columns if name.startswith("rewards/"))]
+    numbers = {name: columns[name][row] for name in names if name in columns}
+    kept = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+    return Completion(_as_text(columns["completion"][row] if "completion" in columns else ""), tokens, heat, kept)
+
+
+def _as_text(value: Any) -> str:
+    """A prompt or completion as one text; messages with their roles."""
+    if isinstance(value, list) and all(isinstance(message, dict) for message in value):
+        if len(value) == 1 and value[0].get("role") == "assistant":
+            return str(value[0].get("content"))
+        return "\n".join(f"[{message.get('role')}] {message.get('content')}" for message in value)
+    return "" if value is None else str(value)
+
+
+def _by_group(columns: Mapping[str, Sequence[Any]]) -> list[list[int]]:
+    rows: dict[Any, list[int]] = defaultdict(list)
+    for index, key in enumerate(columns.get("group", columns.get("prompt", []))):
+        rows[str(key)].append(index)
+    return list(rows.values())
+
+
+def _rows_of(file: Path) -> tuple[int, int]:
+    """(completions, groups) of a file that is not shown."""
+    table = pq.read_table(file, columns=["group"]) if "group" in pq.read_schema(file).names else None
+    return (0, 0) if table is None else (table.num_rows, len(table["group"].unique()))
+
+
+def _spaced(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of 0 ... count-1, evenly spaced, the first and the last among them."""
+    if count <= wanted:
+        return list(range(count))
+    if wanted == 1:
+        return [count - 1]
+    return sorted({round(index * (count - 1) / (wanted - 1)) for index in range(wanted)})
