@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     batches = micro_batches()
     torch.save(batches, path / "batches.pt")
     for tokens, coefficients in batches:
-        logps, entropy = Policy(model)(**tokens, temperature=0.7)
+        logps, entropy = Policy(model, share_prompts=False)(**tokens, temperature=0.7)
         (coefficients[0] * logps + coefficients[1] * entropy).sum().backward()
     torch.save({name: p.grad for name, p in model.named_parameters()}, path / "expected.pt")
     return path

@@ -103,7 +103,7 @@ def test_equals_the_models_own_logits(kind: str) -> None:
     model = tiny(kind)
     data = batch([5, 3, 7], [4, 6, 1])
     with torch.no_grad():
-        ours = Policy(model)(**data, temperature=0.7)
+        ours = Policy(model, share_prompts=False)(**data, temperature=0.7)
         theirs = row_by_row(model, data, 0.7)
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
@@ -114,7 +114,10 @@ def test_gradient_equals_the_dense_one(kind: str) -> None:
     data = batch([5, 3], [4, 6])
     coefficients = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(2))
     gradients = []
-    for function in (Policy(model, chunk_tokens=3), lambda **kw: row_by_row(model, {**kw}, kw.pop("temperature"))):
+    for function in (
+        Policy(model, chunk_tokens=3, share_prompts=False),
+        lambda **kw: row_by_row(model, {**kw}, kw.pop("temperature")),
+    ):
         model.zero_grad()
         logps, entropy = function(**data, temperature=0.7)
         (coefficients[0] * logps * data["completion_mask"] + coefficients[1] * entropy).sum().backward()
@@ -192,11 +195,12 @@ def test_extra_padding_changes_nothing() -> None:
     assert (padded[:, 6:] == 0).all()
 
 
-def test_all_masked_batch_reaches_every_parameter() -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_all_masked_batch_reaches_every_parameter(share: bool) -> None:
     model = tiny("qwen2")
     data = batch([5, 3], [4, 6])
     data["completion_mask"][:] = False
-    logps, entropy = Policy(model)(**data, temperature=1.0)
+    logps, entropy = Policy(model, share_prompts=share)(**data, temperature=1.0)
     assert (logps == 0).all()
     assert (entropy == 0).all()
     logps.sum().backward()

@@ -42,14 +42,16 @@ class HeadLogps(nn.Module):
 class Policy(nn.Module):
     """What the DeepSpeed engine wraps: its forward is all that the loss needs from the model.
 
-    share_prompts: read a prompt once for all its completions in the batch; needs `can_share_prompts`, and all ranks
-    must choose alike.
+    share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
+    model alone, never on a batch: ranks that choose differently wait for each other forever.
     """
 
-    def __init__(self, causal_lm: nn.Module, chunk_tokens: int | None = None, share_prompts: bool = False) -> None:
+    def __init__(
+        self, causal_lm: nn.Module, chunk_tokens: int | None = None, share_prompts: bool | None = None
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.share_prompts = share_prompts
+        self.share_prompts = can_share_prompts(causal_lm) if share_prompts is None else share_prompts
         self.head_logps = HeadLogps(chunk_tokens)
 
     def forward(
