@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,11 @@ from vdr_cli.rollout.base import Completions
 
 __all__ = ["EnsembleSpec", "ensemble", "measure"]
 
-CPU_BUDGET = 2**28
-"""Bytes of activations on a CPU: larger batches gain nothing there."""
+CPU_BUDGET = 2**27
+"""Bytes of activations on a CPU, where larger batches leave the caches and gain nothing."""
+
+HEAD_ROWS = 256
+"""Rows that the LM head's product needs at once to reach the matrix rate of a CPU."""
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def measure(
     tokens of a row (the others stay 0). budget: bytes of activations and logits at once; None: what the device
     has. Neither budget nor the batch's padding, order or split changes a number.
     """
-    budget = budget or default_budget(completions.prompt_ids.device)
+    budget = budget or default_budget(model, completions, group_size)
     while True:
         try:
             return _measure(model, completions, group_size, spec, step, positions, frozenset(measures), budget, last_n)
@@ -61,11 +65,13 @@ def measure(
             torch.cuda.empty_cache()
 
 
-def default_budget(device: torch.device) -> int:
-    """Bytes: half of what the device has free, a fixed amount on a CPU."""
-    if device.type != "cuda":
-        return CPU_BUDGET
-    return torch.cuda.mem_get_info(device)[0] // 2
+def default_budget(model: nn.Module, completions: Completions, group_size: int) -> int:
+    """Bytes: half of what the device has free; on a CPU a fixed amount, or what one member and one group need."""
+    device = completions.prompt_ids.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    row, prompt = bytes_per_row(model, completions)
+    return min(max(CPU_BUDGET, group_size * row + prompt), psutil.virtual_memory().available // 2)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -87,6 +93,7 @@ def _measure(
     shape = completions.completion_ids.shape
     wanted = last_tokens(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
     head = anatomy.output_head(model)
+    logits_budget = min(budget, max(budget // 2, 4 * head.weight.shape[0] * HEAD_ROWS))
     device = completions.completion_ids.device
     results = {
         name: torch.zeros((spec.members, *shape) if name == "member_logps" else shape, device=device)
@@ -101,7 +108,7 @@ def _measure(
         parts = [reading.states(everyone[at : at + member_count]) for at in range(0, spec.members, member_count)]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
         targets = batch.completions.completion_ids[batch.rows, batch.tokens]
-        statistics = token_statistics(hidden, targets, head, measures, max(budget // 4, 2**20))
+        statistics = token_statistics(hidden, targets, head, measures, logits_budget)
         for name in measures:
             results[name][..., rows.start + batch.rows, batch.tokens] = statistics.get(name)
     if positions == "last":
