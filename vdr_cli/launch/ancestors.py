@@ -7,12 +7,17 @@ directory. Over ssh the chain ends at the session's sshd, which dies when the co
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 import psutil
 
+SUPERVISOR = "VDR_SUPERVISOR"
+"""Environment variable: the process on this machine that started the launch, to be found above every rank."""
+OVER_SSH = "VDR_OVER_SSH"
+"""Environment variable: the launch came over ssh, so an sshd is to be found above every rank."""
 PROGRAMS = {"deepspeed", "ds", "torchrun", "vdr", "mpirun", "mpiexec", "orted", "prted", "srun", "slurmstepd"}
 MODULES = ("deepspeed.launcher.", "torch.distributed.", "vdr_cli")
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh"}
@@ -42,6 +47,16 @@ def launchers(chain: Sequence[Ancestor]) -> list[Ancestor]:
     return watched
 
 
+def missing(chain: Sequence[Ancestor], environ: Mapping[str, str]) -> Ancestor | None:
+    """What the launch says is above this process and is not: it ended before this process looked."""
+    supervisor = int(environ.get(SUPERVISOR, 0))
+    if supervisor and all(ancestor.pid != supervisor for ancestor in chain):
+        return Ancestor(supervisor, "vdr", ())
+    if OVER_SSH in environ and not any(ancestor.name.startswith("sshd") for ancestor in chain):
+        return Ancestor(0, "sshd", ())
+    return None
+
+
 def chain_above() -> list[Ancestor]:
     """This process's parents up to init, nearest first."""
     chain = []
@@ -56,12 +71,16 @@ class Watched:
 
     def __init__(self) -> None:
         self._processes: list[tuple[psutil.Process, Ancestor]] = []
-        for ancestor in launchers(chain_above()):
+        chain = chain_above()
+        self._lost = missing(chain, os.environ)
+        for ancestor in launchers(chain):
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._processes.append((psutil.Process(ancestor.pid), ancestor))
 
     def gone(self) -> Ancestor | None:
-        """The first launcher that has ended since."""
+        """The first launcher that has ended since, or that was to be there and was not."""
+        if self._lost is not None:
+            return self._lost
         for process, ancestor in self._processes:
             try:
                 if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.launch import watchdog
+from vdr_cli.launch import ancestors, watchdog
 
 DEFAULT_PORT = 29500
 TRAVELLING = (
@@ -33,7 +33,7 @@ TRAVELLING = (
 )
 """Prefixes of the variables that every rank gets, besides launch.env and those DeepSpeed sends itself."""
 SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-STAYS_HERE = ("DS_ENV_FILE", "VDR_SUPERVISOR")
+STAYS_HERE = ("DS_ENV_FILE", ancestors.SUPERVISOR, ancestors.OVER_SSH)
 _SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_@+=:,./ -]*")

@@ -13,9 +13,12 @@ import json
 import secrets
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from vdr_cli.errors import MachineError
 
 PROBE_SECONDS = 5
 Message = dict[str, Any]
@@ -53,9 +56,6 @@ class Peers:
     def step(self, patience: float) -> Loss | None:
         """Wait at most `patience` seconds for news."""
         for key, _ in self._selector.select(patience):
-            if key.data == "listen":
-                self._accept()
-                continue
             loss = self._read(key.fileobj)  # type: ignore[arg-type]
             if loss is not None:
                 return loss
@@ -75,10 +75,22 @@ class Peers:
             connection.close()
 
     def _listen(self, share: Callable[[Any], Any]) -> None:
-        listener = socket.create_server(("", 0), backlog=self.world_size)
-        self._token = secrets.token_hex(16)
-        share((listener.getsockname()[1], self._token))
-        self._selector.register(listener, selectors.EVENT_READ, "listen")
+        """Let everybody in; afterwards nobody else."""
+        token = secrets.token_hex(16)
+        deadline = time.monotonic() + self.timeout
+        with socket.create_server(("", 0), backlog=self.world_size) as listener:
+            share((listener.getsockname()[1], token))
+            while len(self._who) < self.world_size - 1:
+                listener.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    connection, _ = listener.accept()
+                except TimeoutError:
+                    missing = sorted({*range(1, self.world_size)} - {rank for rank, _ in self._who.values()})
+                    raise MachineError(
+                        f"rank {missing[0]} did not reach rank 0 within {self.timeout:g} s; does a firewall block "
+                        "ports between the hosts?"
+                    ) from None
+                self._welcome(connection, token)
 
     def _connect(self, address: str, share: Callable[[Any], Any]) -> None:
         port, token = share(None)
@@ -86,13 +98,11 @@ class Peers:
         connection.sendall(_line({"token": token, "rank": self.rank, "host": socket.gethostname()}))
         self._add(connection, 0, address)
 
-    def _accept(self) -> None:
-        listener = next(key.fileobj for key in self._selector.get_map().values() if key.data == "listen")
-        connection, _ = listener.accept()  # type: ignore[union-attr]
+    def _welcome(self, connection: socket.socket, token: str) -> None:
         connection.settimeout(2.0)
         try:
             hello = json.loads(_read_line(connection))
-            known = hmac.compare_digest(str(hello["token"]), self._token)
+            known = hmac.compare_digest(str(hello["token"]), token)
         except (OSError, ValueError, KeyError, TypeError):
             known = False
         if known:
@@ -105,7 +115,7 @@ class Peers:
         connection.setblocking(False)
         self._who[connection] = (rank, host)
         self._buffers[connection] = b""
-        self._selector.register(connection, selectors.EVENT_READ, "peer")
+        self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, connection: socket.socket) -> Loss | None:
         rank, host = self._who[connection]
@@ -156,9 +166,10 @@ def _line(message: Message) -> bytes:
 
 
 def _read_line(connection: socket.socket) -> bytes:
+    """Up to the first newline and no byte further: the next message may be there already."""
     data = b""
     while not data.endswith(b"\n") and len(data) < 4096:
-        more = connection.recv(4096)
+        more = connection.recv(1)
         if not more:
             break
         data += more

@@ -15,8 +15,11 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """A child in a session of its own (Ctrl-C in the terminal reaches only us) that gets SIGTERM when we die."""
+def start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
+    """A child in a session of its own (Ctrl-C in the terminal reaches only us) that gets SIGTERM when we die.
+
+    stderr: subprocess.PIPE to read it here; None: ours.
+    """
     parent = os.getpid()
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,7 +28,9 @@ def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.
         if os.getppid() != parent:
             os._exit(1)
 
-    return subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=follow_parent)
+    return subprocess.Popen(
+        command, env=dict(environment), stderr=stderr, start_new_session=True, preexec_fn=follow_parent
+    )
 
 
 def adopt_orphans() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError
+from vdr_cli.launch.ancestors import OVER_SSH, SUPERVISOR
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
 from vdr_cli.launch.environment import (
     DEFAULT_PORT,
@@ -67,20 +68,21 @@ def launch(launch: LaunchConfig, arguments: Sequence[str], directory: str | None
 
 def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path) -> Plan:
     """How this launch is done: ranks here, through DeepSpeed's runner over ssh, or through srun."""
-    environment = {**os.environ, **checked(launch.env), "VDR_SUPERVISOR": str(os.getpid())}
+    environment = {**os.environ, **checked(launch.env)}
     if directory is not None:
         environment["VDR_RUN_DIRECTORY"] = str(directory)
     node_rank = _node_rank(launch, hosts)
     if node_rank is None:
         return _plan_over_hosts(launch, hosts, directory, scratch, environment)
     address, port = _rendezvous(launch, hosts)
+    environment[SUPERVISOR] = str(os.getpid())
 
     def command(arguments: Sequence[str]) -> list[str]:
         return node_command(Target(tuple(arguments)), hosts, node_rank, address, port or free_port())
 
     # Only the first host's supervisor judges by the run directory: others may not see it.
     own = directory if node_rank == 0 else None
-    return Plan(command, environment, own, over_ssh=len(hosts) > 1, fault_timeout=launch.fault_timeout)
+    return Plan(command, environment, own, over_ssh=False, fault_timeout=launch.fault_timeout)
 
 
 def _plan_over_hosts(
@@ -94,6 +96,8 @@ def _plan_over_hosts(
         variables |= {"MASTER_ADDR": launch.master_addr, "MASTER_PORT": str(launch.master_port or DEFAULT_PORT)}
     variables_file = scratch / "deepspeed_env"
     variables_file.write_text(environment_file_text(variables))
+    if launch.launcher == "pdsh":
+        variables[OVER_SSH] = "1"
     count = max(2, round(launch.fault_timeout / 5))
     ssh_options = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS.format(count=count)}".strip()
     environment = {**environment, "DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh_options}

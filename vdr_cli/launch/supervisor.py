@@ -6,14 +6,18 @@ success is the `finished.json` that the run writes as its last act.
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -22,6 +26,7 @@ from vdr_cli.launch import outcome, processes
 POLL = 0.2
 BUG = 1
 MACHINE = 4
+HOST_ENDED = re.compile(rb"pdsh@[^:]+: ([^:]+): ssh exited with exit code (\d+)")
 USERS_OWN = (2, 3)
 """Exit codes of configuration and data errors: a restart would meet them again."""
 
@@ -36,8 +41,32 @@ class Plan:
     directory: Path | None
     """The run directory, where the run says how it ended; None: the launcher's exit code is all there is."""
     over_ssh: bool
-    """Ranks are on other hosts too: signals reach them through the run directory."""
+    """Ranks are on other hosts too: signals reach them through the run directory, ends are read off pdsh's stderr."""
     fault_timeout: float
+
+
+class HostEnds:
+    """What pdsh says on stderr about the launcher of each host; everything is passed on to our stderr."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.code = 0
+        """The first failed host's exit code."""
+        self._failed_at: float | None = None
+        if child.stderr is not None:
+            threading.Thread(target=self._read, args=(child.stderr,), daemon=True).start()
+
+    def failed_for(self) -> float:
+        """Seconds since the first host failed; 0 while none has."""
+        return 0.0 if self._failed_at is None else time.monotonic() - self._failed_at
+
+    def _read(self, stream: IO[bytes]) -> None:
+        for line in stream:
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+            ended = HOST_ENDED.match(line)
+            if ended and self._failed_at is None:
+                self.code = int(ended[2])
+                self._failed_at = time.monotonic()
 
 
 @dataclass
@@ -85,12 +114,13 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
     """One attempt: start, wait, pass signals on, leave nothing behind. The exit code."""
     if plan.directory is not None:
         outcome.clear(plan.directory)
-    child = processes.start(plan.command(arguments), plan.environment)
+    child = processes.start(plan.command(arguments), plan.environment, subprocess.PIPE if plan.over_ssh else None)
+    hosts = HostEnds(child)
     try:
-        launcher_code = _wait(child, plan, signals)
+        launcher_code = _wait(child, plan, signals, hosts)
     finally:
         left = processes.end_descendants(min(5.0, plan.fault_timeout))
-    return exit_code(plan, launcher_code, signals, left)
+    return exit_code(plan, launcher_code or hosts.code, signals, left)
 
 
 def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> int:
@@ -107,21 +137,23 @@ def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> in
     return launcher_code if 0 < launcher_code < 128 else MACHINE
 
 
-def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals) -> int:
-    """Until the launcher ends; a first signal asks the ranks to save, a second one ends everything now."""
+def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: HostEnds) -> int:
+    """Until the launcher ends, or must be ended.
+
+    A first signal asks the ranks to save and end, a second one ends everything now. When one host's ranks have
+    failed, the others have plan.fault_timeout seconds to notice: pdsh itself would wait for them for ever.
+    """
     passed_on = len(signals.received)
     while child.poll() is None:
         if len(signals.received) > passed_on:
             passed_on += 1
-            if passed_on == 1:
-                _ask_ranks_to_stop(plan, signals.received[0])
-            else:
-                child.send_signal(signal.SIGTERM)
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(min(5.0, plan.fault_timeout))
+            if passed_on > 1:
                 break
+            _ask_ranks_to_stop(plan, signals.received[0])
+        if hosts.failed_for() > plan.fault_timeout:
+            break
         time.sleep(POLL)
-    return child.poll() if child.poll() is not None else MACHINE  # type: ignore[return-value]
+    return child.returncode if child.returncode is not None else MACHINE
 
 
 def _ask_ranks_to_stop(plan: Plan, number: int) -> None:

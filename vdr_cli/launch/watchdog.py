@@ -59,6 +59,8 @@ class Watchdog:
 
     def end(self, error: BaseException | None) -> None:
         """This rank has done its part, or fails with `error`; after a bug the others are told to end."""
+        if isinstance(error, SystemExit) and not error.code:
+            error = None
         if error is not None and not isinstance(error, VdrError):
             # A collective fails on every rank when one dies: let the thread find out whose death is the cause.
             time.sleep(4 * POLL)

@@ -1,0 +1,138 @@
+"""The supervisor over small scripts that stand for the launcher and its ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vdr_cli.launch import outcome
+from vdr_cli.launch.supervisor import Plan, Signals, resuming, run_once, supervise
+
+FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'finished.json').write_text('{}')"
+
+
+def plan(script: str, directory: Path, over_ssh: bool = False, fault_timeout: float = 2.0) -> Plan:
+    def command(arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", script, str(directory), *arguments]
+
+    return Plan(command, os.environ, directory, over_ssh, fault_timeout)
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        (FINISH, 0),
+        ("", 4),  # exit code 0 without the run's own word
+        (FINISH + "; sys.exit(3)", 3),
+        ("raise SystemExit(2)", 2),
+        ("raise SystemExit(247)", 4),
+        ("import os; os.kill(os.getpid(), 9)", 4),
+    ],
+)
+def test_exit_codes(script: str, code: int, tmp_path: Path) -> None:
+    assert run_once(plan(script, tmp_path), [], Signals()) == code
+
+
+def test_an_earlier_runs_word_does_not_count(tmp_path: Path) -> None:
+    outcome.write_finished(tmp_path, step=3)
+    assert run_once(plan("", tmp_path), [], Signals()) == 4
+
+
+def test_the_runs_own_word_on_a_fault_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fault = {"host": "h2", "rank": 1, "message": "row 7 has no prompt", "exit_code": 3}
+    script = f"import pathlib, sys; pathlib.Path(sys.argv[1], 'fault.json').write_text({json.dumps(fault)!r})"
+    said: list[str] = []
+    assert supervise(plan(script + "; sys.exit(1)", tmp_path), [], 2, said.append) == 3
+    assert said == ["host h2, rank 1: row 7 has no prompt"]
+
+
+def test_restarts_resume_and_end(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys; p = pathlib.Path(sys.argv[1], 'calls'); p.open('a').write(' '.join(sys.argv[2:]) + '|');"
+    )
+    said: list[str] = []
+    assert supervise(plan(script + "sys.exit(9)", tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
+    assert (tmp_path / "calls").read_text().split("|")[:3] == ["train --resume x", *["train --resume auto"] * 2]
+    assert len(said) == 2
+
+
+def test_resuming_replaces_what_was_given() -> None:
+    assert resuming(["train", "--resume", "a", "--steps", "3"]) == ["train", "--steps", "3", "--resume", "auto"]
+    assert resuming(["train", "--resume=a"]) == ["train", "--resume", "auto"]
+
+
+def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
+    """The launcher is killed; its rank ignores SIGTERM."""
+    script = (
+        "import os, subprocess, sys, pathlib, time\n"
+        "rank = 'import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)'\n"
+        "child = subprocess.Popen([sys.executable, '-c', rank], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\n"
+        "pathlib.Path(sys.argv[1], 'pid').write_text(str(child.pid))\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    said: list[str] = []
+    started = time.monotonic()
+    assert supervise(plan(script, tmp_path, fault_timeout=1.0), [], 0, said.append) == 4
+    assert time.monotonic() - started < 10
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_a_failed_host_ends_the_others_within_the_bound(tmp_path: Path) -> None:
+    line = "pdsh@h1: h2: ssh exited with exit code 7"
+    script = f"import sys, time; print('{line}', file=sys.stderr, flush=True); time.sleep(60)"
+    started = time.monotonic()
+    assert run_once(plan(script, tmp_path, over_ssh=True, fault_timeout=1.0), [], Signals()) == 4
+    assert time.monotonic() - started < 10
+
+
+SUPERVISED = """
+import sys
+from pathlib import Path
+import os
+from vdr_cli.launch.supervisor import Plan, supervise
+rank = '''
+import os, pathlib, signal, sys, time
+saved = pathlib.Path(sys.argv[1], "saved")
+def stop(number, frame):
+    saved.write_text(str(number))
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)
+saved.with_name("ready").write_text("")
+time.sleep(60)
+'''
+environment = {**os.environ, "RANK": "0"}
+plan = Plan(lambda a: [sys.executable, "-c", rank, sys.argv[1]], environment, Path(sys.argv[1]), False, 5.0)
+sys.exit(supervise(plan, [], 3, print))
+"""
+
+
+def supervised(directory: Path) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen([sys.executable, "-c", SUPERVISED, str(directory)])
+    deadline = time.monotonic() + 30
+    while not (directory / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_ranks_save(number: signal.Signals, tmp_path: Path) -> None:
+    process = supervised(tmp_path)
+    process.send_signal(number)
+    assert process.wait(15) == 128 + number
+    assert (tmp_path / "saved").read_text() == str(int(number))
+
+
+def test_killing_the_supervisor_ends_what_it_started(tmp_path: Path) -> None:
+    process = supervised(tmp_path)
+    (below,) = psutil.Process(process.pid).children()
+    process.kill()
+    assert psutil.wait_procs([below], timeout=10)[1] == []

@@ -1,0 +1,120 @@
+"""Real ranks (processes without torch) with a watchdog each."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vdr_cli.launch.environment import free_port
+
+RANK = """
+import os, signal, socket, sys, time
+from vdr_cli.errors import DataError
+from vdr_cli.launch import watchdog
+rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+signal.signal(signal.SIGTERM, lambda *_: None)
+
+def share(value):  # a broadcast over a socket of its own
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port)) as server:
+            for _ in range(size - 1):
+                connection, _ = server.accept()
+                connection.sendall(repr(value).encode()); connection.close()
+        return value
+    for _ in range(200):
+        try:
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                return eval(connection.makefile().read())
+        except OSError:
+            time.sleep(0.05)
+
+watchdog.begin(os.environ.get("VDR_RUN_DIRECTORY"), timeout=2.0)
+watchdog.phase("reward")
+with watchdog.connected(rank, size, share):
+    print("ready", flush=True)
+    if rank == 1 and what == "bug":
+        raise KeyError("answer")
+    if rank == 1 and what == "error":
+        raise DataError("row 7")
+    if rank == 1 and what == "end":
+        sys.exit(0)
+    time.sleep(3 if what == "end" else 30)
+"""
+
+
+def start(what: str, size: int = 3, directory: Path | None = None) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    environment = dict(os.environ)
+    if directory is not None:
+        environment["VDR_RUN_DIRECTORY"] = str(directory)
+    ranks = []
+    for rank in range(size):
+        command = [sys.executable, "-c", RANK, str(rank), str(size), str(port), what]
+        environment["RANK"] = str(rank)
+        ranks.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment))
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "ready\n"
+    return ranks
+
+
+def ends(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    return [(rank.wait(10), rank.stderr.read() if rank.stderr else "") for rank in ranks]
+
+
+def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+    ranks = start("wait", directory=tmp_path)
+    started = time.monotonic()
+    ranks[2].kill()
+    (code_0, said_0), (code_1, said_1), _ = ends(ranks)
+    assert time.monotonic() - started < 5
+    assert (code_0, code_1) == (4, 4)
+    assert "rank 2: ended without a word" in said_0
+    assert "rank 2: ended without a word" in said_1
+    assert "rank 1, during reward" in said_1
+    assert '"rank": 2' in (tmp_path / "fault.json").read_text()
+
+
+def test_rank_0_killed_ends_the_others() -> None:
+    ranks = start("wait")
+    ranks[0].kill()
+    assert [code for code, _ in ends(ranks)[1:]] == [4, 4]
+
+
+def test_a_bug_on_one_rank_reaches_all() -> None:
+    (code_0, said_0), (code_1, said_1), (code_2, said_2) = ends(start("bug"))
+    assert (code_0, code_1, code_2) == (4, 1, 4)
+    assert "rank 1: KeyError: 'answer'" in said_0
+    assert "rank 1: KeyError: 'answer'" in said_2
+    assert "Traceback" in said_1
+
+
+def test_an_error_on_one_rank_alone_ends_the_others_after_the_timeout() -> None:
+    (code_0, said_0), (code_1, _), (code_2, said_2) = ends(start("error"))
+    assert (code_0, code_1, code_2) == (4, 1, 4)
+    assert "rank 1: row 7" in said_0
+    assert "rank 1: row 7" in said_2
+
+
+def test_a_rank_that_is_done_disturbs_nobody() -> None:
+    assert [code for code, _ in ends(start("end"))] == [0, 0, 0]
+
+
+def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:
+    (rank,) = start("wait", size=1)
+    rank.send_signal(signal.SIGTERM)
+    ((code, said),) = ends([rank])
+    assert code == 128 + signal.SIGTERM
+    assert "not done 2 s after SIGTERM" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_stop_file_is_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+    (rank,) = start("wait", size=1, directory=tmp_path)
+    (tmp_path / "stop").write_text(str(int(number)))
+    ((code, _),) = ends([rank])
+    assert code == 128 + number
