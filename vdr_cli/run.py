@@ -26,7 +26,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine, build_engine, start_distributed
 from vdr_cli.engine.export import export_model
 from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
-from vdr_cli.errors import MachineError, VdrError
+from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
 from vdr_cli.models.loading import eos_token_ids, load_tokenizer
@@ -167,7 +167,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
     After a VdrError in the loop the last finished step is saved before the error goes on.
     """
     prepare_process(config.launch)
-    directory = Path(config.train.output or ".")
+    if config.train.output is None:
+        raise ConfigError("train.output is needed: the run directory, the same for every process")
+    directory = Path(config.train.output)
     watchdog.begin(str(directory), config.launch.fault_timeout)
     device = start_distributed()
     with ExitStack() as stack:
@@ -200,7 +202,7 @@ def _build(
     held_out = load_prompts(config.data, "eval", tokenizer) if config.train.eval_every else None
     found, passed_over = _choose_checkpoint(directory, resume)
     _prepare_directory(directory, config)
-    engine = build_engine(config, device)
+    engine = build_engine(config, device, universal=checkpoints.needs_conversion(found))
     eos_ids = eos_token_ids(engine.causal_lm, tokenizer)
     run = Run(
         config=config,

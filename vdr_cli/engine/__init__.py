@@ -15,5 +15,5 @@ if not torch.cuda.is_available():
 
 if os.environ.get("VDR_DEBUG") != "1":
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed|deepspeed")

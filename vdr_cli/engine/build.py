@@ -13,7 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import transformers
 from torch import Tensor, nn
 
 from vdr_cli.config import Config, TrainConfig
@@ -93,7 +92,6 @@ def start_distributed() -> torch.device:
     if not torch.cuda.is_available():
         # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    transformers.utils.logging.disable_progress_bar()
     deepspeed.init_distributed(verbose=False)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -102,8 +100,11 @@ def start_distributed() -> torch.device:
     return torch.device("cpu")
 
 
-def build_engine(config: Config, device: torch.device) -> Engine:
-    """Load the policy (each rank only its shard under ZeRO-3) and wrap it. Call after start_distributed."""
+def build_engine(config: Config, device: torch.device, universal: bool = False) -> Engine:
+    """Load the policy (each rank only its shard under ZeRO-3) and wrap it. Call after start_distributed.
+
+    universal: a checkpoint of another number of processes will be loaded.
+    """
     dtype = resolve_dtype(config.model.dtype)
     ds_config = resolve_ds_config(
         config,
@@ -112,6 +113,8 @@ def build_engine(config: Config, device: torch.device) -> Engine:
         bf16=dtype is torch.bfloat16,
         on_gpu=device.type == "cuda",
     )
+    if universal:
+        ds_config["checkpoint"] = {"load_universal": True}
     with sharded_loading(ds_config):
         causal_lm = load_for_training(config.model, dtype)
     if zero_stage(ds_config) < 3:

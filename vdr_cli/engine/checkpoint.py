@@ -12,6 +12,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from vdr_cli.errors import ConfigError, MachineError, VdrError
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ENGINE_TAG = "engine"
+UNIVERSAL_TAG = "universal"
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,42 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
+def needs_conversion(checkpoint: Checkpoint | None) -> bool:
+    """Whether it was written by another number of processes, so that every shard is cut differently."""
+    return checkpoint is not None and checkpoint.state["world_size"] != collectives.world_size()
+
+
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Weights, optimizer and this rank's random states, bit for bit. Collective."""
-    engine.ds_engine.load_checkpoint(
-        str(checkpoint.path), tag=ENGINE_TAG, load_optimizer_states=True, load_lr_scheduler_states=False
-    )
+    """Weights, optimizer and this rank's random states, bit for bit. Collective.
+
+    A checkpoint of another number of processes goes through DeepSpeed's universal format, and the engine
+    must have been built for that (`build_engine(universal=True)`). Random states are of ranks, so only
+    those of ranks that existed are restored; ours depend on none of them.
+    """
+    folder, tag = checkpoint.path, ENGINE_TAG
+    if needs_conversion(checkpoint):
+        tag = UNIVERSAL_TAG
+        _on_main(lambda: _convert(folder), folder.parent)
+    engine.ds_engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=True, load_lr_scheduler_states=False)
+    collectives.barrier()
+    if collectives.is_main():
+        shutil.rmtree(folder / UNIVERSAL_TAG, ignore_errors=True)
     own = checkpoint.path / f"rank_{collectives.rank():05d}.pt"
     if own.is_file():
         _set_random_states(torch.load(own, weights_only=False))
+
+
+def _convert(folder: Path) -> None:
+    """DeepSpeed's own converter, as its documentation runs it."""
+    shutil.rmtree(folder / UNIVERSAL_TAG, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    paths = ["--input_folder", str(folder / ENGINE_TAG), "--output_folder", str(folder / UNIVERSAL_TAG)]
+    ended = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        reason = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MachineError(
+            f"checkpoint {folder} could not be converted to {collectives.world_size()} processes: {reason}"
+        )
 
 
 def _write_rank(engine: Engine, partial: Path, step: int, state: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from vdr_cli.config import ModelConfig
@@ -32,7 +33,9 @@ def resolve_model_path(name: str) -> str:
             "Hugging Face format or a finished run"
         )
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"model {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)")
+        raise ConfigError(
+            f"model {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+        )
     return name
 
 
@@ -53,7 +56,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError(f"model {name}: its tokenizer has neither a pad nor an EOS token; set one in the tokenizer")
+            raise ConfigError(
+                f"model {name}: its tokenizer has neither a pad nor an EOS token; set one in the tokenizer"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
@@ -70,9 +75,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
-    model = _load(
-        AutoModelForCausalLM, name, path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code
-    )
+    model = _load(AutoModelForCausalLM, name, path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 
@@ -101,6 +104,7 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
 
 
 def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
+    transformers.utils.logging.disable_progress_bar()
     try:
         return factory.from_pretrained(path, **arguments)
     except (OSError, ValueError, KeyError) as error:

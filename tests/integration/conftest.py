@@ -1,0 +1,101 @@
+"""Real runs of the real command, on one process or two under DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ZERO3_ALL_SHARDED = {
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0,
+    }
+}
+"""At the default threshold every parameter of a tiny model stays whole and nothing is tested."""
+
+SMALL = {
+    "rollout.group_size": 4,
+    "train.prompts_per_step": 5,
+    "train.micro_batch_size": 8,
+    "train.steps": 2,
+    "observe.tensorboard": False,
+    "observe.completions_every": 1,
+    "observe.report": False,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "integration" in Path(item.path).parts:
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A DeepSpeed configuration in which every parameter is really partitioned."""
+    path = tmp_path_factory.mktemp("ds") / "zero3_all.json"
+    path.write_text(json.dumps(ZERO3_ALL_SHARDED))
+    return str(path)
+
+
+def vdr(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does; never raises on a bad exit code."""
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "vdr_cli", *arguments], capture_output=True, text=True, timeout=timeout, env=env
+    )
+
+
+@pytest.fixture
+def train(sharded: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """train(output, *flags, processes=1, settings={...}): a small run of the starter; asserts nothing."""
+
+    def run(
+        output: Path, *flags: str, processes: int = 1, settings: dict[str, Any] | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        values = {**SMALL, "engine.ds_config": sharded, **(settings or {})}
+        overrides = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        several = ["--num-processes", str(processes)] if processes > 1 else []
+        return vdr("train", "--output", str(output), *several, *overrides, *flags, timeout=timeout)
+
+    return run
+
+
+class Reading:
+    """What a run left behind, for comparing."""
+
+    vdr = staticmethod(vdr)
+
+    @staticmethod
+    def metrics(run: Path) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl without what the clock says."""
+        clocked = ("time/", "step_time", "tokens_per_second")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
+
+    @staticmethod
+    def weights(run: Path) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(run / "model" / "model.safetensors")
+
+    @staticmethod
+    def completions(run: Path) -> list[Any]:
+        import pyarrow.parquet as pq
+
+        return [pq.read_table(path) for path in sorted((run / "completions").glob("step_*.parquet"))]
+
+
+@pytest.fixture
+def read() -> Reading:
+    return Reading()
