@@ -1,0 +1,243 @@
+"""Whole training steps of vdr and of TRL's GRPOTrainer, in turn, each repetition in a process of its own.
+
+    python scripts/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps 4] [--threads 2]
+
+Same model, prompts, lengths, group size, optimizer (AdamW), number of threads, loss (dapo) and reward; no
+gradient checkpointing, no KL. --bonus: vdr with its default bonus, TRL without. Printed: medians over
+repetitions of the median step (the first step of a process warms up), their ratios by phase, and peak memory.
+TRL comes with the `test` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    title: str
+    prompts: int
+    group: int
+    prompt_tokens: int
+    new_tokens: int
+    asked: float
+    """Largest ratio of step times that counts as met."""
+    micro_batch: int
+
+
+CASES = {
+    "starter": Case("starter model, 256 completions x up to 7 tokens, G 16", 16, 16, 0, 7, 0.6, 256),
+    "qwen2": Case("66.6M Qwen2, 16 x (128 + 64), G 8", 2, 8, 128, 64, 0.6, 16),
+    "qwen2-long": Case("66.6M Qwen2, 16 x (512 + 64), G 8", 2, 8, 512, 64, 0.45, 16),
+}
+
+VOCABULARY = 32_000
+
+REWARD = """
+def digits(prompts, completions, completion_ids, **columns):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+"""
+
+
+def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
+    """Model path and prompt strings."""
+    if case == "starter":
+        from vdr_cli.config import DataConfig
+        from vdr_cli.data.prompts import load_prompts
+        from vdr_cli.models.loading import load_tokenizer
+        from vdr_cli.starter.paths import model_path
+
+        found = load_prompts(DataConfig(), "train", load_tokenizer("starter"))
+        return str(model_path()), [str(found[index].value) for index in range(512)]
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, pad_token="<pad>", eos_token="<eos>")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    numbers = np.random.default_rng(0).integers(2, VOCABULARY, (64, CASES[case].prompt_tokens))
+    return str(folder / "model"), [" ".join(f"w{number}" for number in row) for row in numbers]
+
+
+def run_vdr(case: Case, folder: Path, model: str, steps: int, bonus: bool, ds_config: str) -> list[dict[str, float]]:
+    from vdr_cli.config import Config
+    from vdr_cli.train import train
+
+    output = Path(tempfile.mkdtemp(dir=folder))
+    config = Config.model_validate(
+        {
+            "model": {"name": model},
+            "data": {"name": str(folder / "prompts.jsonl")},
+            "rollout": {"group_size": case.group, "max_new_tokens": case.new_tokens},
+            "rewards": {"functions": [{"name": f"{folder / 'reward.py'}:digits"}]},
+            "disagreement": {} if bonus else {"mode": "none"},
+            "train": {
+                "steps": steps,
+                "prompts_per_step": case.prompts,
+                "micro_batch_size": case.micro_batch,
+                "output": str(output / "run"),
+                "checkpoint_every": 0,
+                "save_model": False,
+            },
+            "engine": {"ds_config": ds_config},
+            "observe": {"tensorboard": False, "report": False, "completions_every": 0, "live": "off"},
+        }
+    )
+    train(config)
+    lines = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {"step": line["step_time"], "rollout": line["time/rollout"], "update": line["time/update"]} for line in lines
+    ]
+
+
+def run_trl(case: Case, folder: Path, model: str, steps: int) -> list[dict[str, float]]:
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    sys.path.insert(0, str(folder))
+    from reward import digits  # type: ignore[import-not-found]
+
+    times: list[dict[str, float]] = []
+    spent = {"rollout": 0.0}
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            spent["begin"], spent["rollout"] = time.perf_counter(), 0.0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            step = time.perf_counter() - spent["begin"]
+            times.append({"step": step, "rollout": spent["rollout"], "update": step - spent["rollout"]})
+
+    lines = (folder / "prompts.jsonl").read_text().splitlines()
+    arguments = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=case.prompts * case.group,
+        num_generations=case.group,
+        max_completion_length=case.new_tokens,
+        max_steps=steps,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        optim="adamw_torch",
+        gradient_checkpointing=False,
+        disable_dropout=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+        reward_funcs=digits,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([json.loads(line) for line in lines]),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        callbacks=[Clock()],
+    )
+    trainer._generate = timed(trainer._generate, spent)  # type: ignore[method-assign]
+    trainer.train()
+    return times
+
+
+def timed(call: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = call(*args, **kwargs)
+        spent["rollout"] += time.perf_counter() - begin
+        return result
+
+    return wrapper
+
+
+def work(args: argparse.Namespace) -> None:
+    """One side, one repetition: the median step by phase and the process's peak memory, as JSON on the last line."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    case, folder = CASES[args.case], Path(args.folder)
+    if args.side == "vdr":
+        steps = run_vdr(case, folder, args.model, args.steps + 1, args.bonus, args.ds_config)
+    else:
+        steps = run_trl(case, folder, args.model, args.steps + 1)
+    result = {phase: statistics.median(step[phase] for step in steps[1:]) for phase in steps[0]}
+    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps(result))
+
+
+def repetition(side: str, args: argparse.Namespace, folder: Path, model: str) -> dict[str, float]:
+    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--model", model]
+    command += ["--case", args.case, "--steps", str(args.steps), "--threads", str(args.threads)]
+    command += ["--ds-config", args.ds_config, *(["--bonus"] if args.bonus else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=list(CASES), default="qwen2")
+    parser.add_argument("--bonus", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ds-config", default="zero3")
+    parser.add_argument("--side", choices=["vdr", "trl"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        work(args)
+        return
+    case = CASES[args.case]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, prompts = make_inputs(args.case, folder)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        (folder / "reward.py").write_text(REWARD)
+        runs: dict[str, list[dict[str, float]]] = {"vdr": [], "trl": []}
+        for _ in range(args.repeats):
+            for side, found in runs.items():
+                found.append(repetition(side, args, folder, model))
+    print(f"{case.title}; {args.threads} threads, {args.ds_config}, {'default bonus' if args.bonus else 'no bonus'}")
+    print(f"{'':10}{'vdr':>10}{'TRL':>10}{'ratio':>10}")
+    for phase in ("step", "rollout", "update", "peak_gb"):
+        own, other = (statistics.median(run[phase] for run in runs[side]) for side in ("vdr", "trl"))
+        pairs = zip(runs["vdr"], runs["trl"], strict=True)
+        ratio = statistics.median(a[phase] / b[phase] for a, b in pairs)
+        print(f"{phase:10}{own:10.2f}{other:10.2f}{ratio:10.2f}")
+    print(f"asked: step ratio at most {1.0 if args.bonus else case.asked:.2f}")
+
+
+if __name__ == "__main__":
+    main()
