@@ -63,7 +63,7 @@ def svg(chart: Chart) -> str:
     if not series:
         return '<p class="nothing">Nothing was measured.</p>'
     frame = _frame(series, chart.is_scatter)
-    label = escape(f"{chart.title}: {_summary(series)}")
+    label = escape(visible(f"{chart.title}: {_summary(series)}"))
     marks = [_marks(one, index, frame, chart.is_scatter) for index, one in enumerate(series)]
     data = escape(
         json.dumps([{"name": visible(one.name), "x": _rounded(one.x), "y": _rounded(one.y)} for one in series])

@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vdr_cli.errors import MachineError
-from vdr_cli.observe.charts import Chart, Series, number, svg
+from vdr_cli.observe.charts import Chart, Series, finite, number, svg
 from vdr_cli.observe.report_data import (
     Decode,
     RunData,
@@ -108,7 +108,7 @@ def run_page(runs: Sequence[RunData]) -> Page:
         if name == "eval/pass@1" and title != "Held-out pass@1":
             continue
         series = over_seeds(runs, name)
-        if series:
+        if any(finite(one).x for one in series):
             charts.append(Chart(title.replace("@k", "@" + name.rpartition("@")[2]), "step", unit, series))
     points = [reward_and_disagreement(run) for run in runs]
     if any(len(one.x) for one in points):
