@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdr_cli.grpo.logprobs import ChunkedLogps, chunk_rows, chunked_logps
+from vdr_cli.grpo.logprobs import ChunkedLogps, HeadSettings, chunk_rows, chunked_logps
 
 N, D, V = 11, 6, 17
 
@@ -77,7 +77,7 @@ def test_gradcheck() -> None:
     hidden, weight, bias, targets = make(torch.float64)
 
     def function(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return ChunkedLogps.apply(h, w, b, targets, 0.8, 1.5, 3.0, 4)
+        return ChunkedLogps.apply(h, w, b, targets, HeadSettings(0.8, 1.5, 3.0, 4))
 
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
