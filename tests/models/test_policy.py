@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vdr_cli.config import GrpoConfig
+from vdr_cli.grpo.losses import LossInputs, Totals, policy_loss, token_weights
 from vdr_cli.models.policy import (
     Policy,
     can_share_prompts,
@@ -236,3 +238,73 @@ def test_gradient_checkpointing_runs_and_changes_nothing() -> None:
         gradients.append([p.grad.clone() for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def step_gradient(model: nn.Module, data: dict[str, Tensor], parts: list[list[int]], loss: str) -> Tensor:
+    """The whole step's gradient, its rows split into these micro-batches, each with padding of its own."""
+    cfg = GrpoConfig(loss=loss, entropy_weight=0.1)
+    totals = Totals(completions=len(data["prompt_ids"]), tokens=float(data["completion_mask"].sum()))
+    advantages = torch.randn(len(data["prompt_ids"]), generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    for part in parts:
+        tokens = {name: value[part] for name, value in data.items()}
+        logps, entropy = Policy(model)(**tokens, temperature=0.9)
+        mask = tokens["completion_mask"]
+        inputs = LossInputs(
+            logps=logps,
+            advantages=advantages[part],
+            mask=mask,
+            old_logps=logps.detach() - 0.05,
+            entropy=entropy,
+            entropy_weights=token_weights("dapo", mask, totals, 6),
+        )
+        policy_loss(inputs, token_weights(loss, mask, totals, 6), cfg).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo"])
+def test_step_does_not_depend_on_split_order_or_padding(loss: str) -> None:
+    model = tiny("qwen2")
+    lengths = [4, 6, 1, 3, 2, 5, 6, 2]
+    data = batch([5] * 8, lengths)
+    for name in ("prompt_ids", "prompt_mask"):
+        data[name] = data[name][[0, 0, 0, 0, 4, 4, 4, 4]]
+    whole = step_gradient(model, data, [list(range(8))], loss)
+    splits = {
+        "two": [list(range(4)), list(range(4, 8))],
+        "four": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "eight": [[row] for row in range(8)],
+        "unequal": [[0], [1, 2, 3, 4, 5], [6, 7]],
+        "order": [[7, 2, 5], [0, 6, 1, 4, 3]],
+    }
+    for name, parts in splits.items():
+        assert (step_gradient(model, data, parts, loss) - whole).norm() <= 1e-5 * whole.norm(), name
+    padded = {}
+    for name, value in data.items():
+        sides = (3, 0) if name.startswith("prompt") else (0, 4)
+        padded[name] = nn.functional.pad(value, sides, value=False if value.dtype == torch.bool else 7)
+    assert (step_gradient(model, padded, [list(range(8))], loss) - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_lora_trains_adapters_only_and_switched_off_is_the_base() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny("qwen2")
+    data = groups()
+    with torch.no_grad():
+        base = completion_logps(model, **data, temperature=1.0)[0]
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    silence_dropout(adapted)
+    policy = Policy(adapted.train())
+    assert policy.share_prompts
+    assert torch.equal(policy(**data, temperature=1.0)[0], base)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    logps, _ = policy(**data, temperature=1.0)
+    assert not torch.allclose(logps, base)
+    logps.sum().backward()
+    for name, parameter in adapted.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+    with adapted.disable_adapter(), torch.no_grad():
+        assert torch.equal(policy(**data, temperature=1.0)[0], base)
