@@ -265,15 +265,17 @@ def _resume(run: Run, found: checkpoints.Checkpoint) -> None:
 
 
 def _prepare_directory(directory: Path, config: Config) -> None:
-    error: Exception | None = None
-    if collectives.is_main():
+    def prepare() -> None:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "config.yaml").write_text(dump_run_record(config))
             outcome.clear(directory)
         except OSError as fault:
-            error = MachineError(f"train.output {directory}: cannot be written ({fault.strerror}); choose another")
-    collectives.agree(error)
+            raise MachineError(
+                f"train.output {directory}: cannot be written ({fault.strerror}); choose another"
+            ) from fault
+
+    collectives.together(lambda: prepare() if collectives.is_main() else None)
 
 
 def _seed(seed: int) -> None:

@@ -83,22 +83,19 @@ def sample_informative(run: Run, model: Any) -> Batch:
 
 
 def sample(run: Run, model: Any, drawn: list[tuple[int, Prompt]]) -> Batch:
-    """Prompts, each with its position in the stream, to completions and task rewards. Collective: errors are shared."""
+    """Prompts, each with its position in the stream, to completions and task rewards. Collective."""
     cfg = run.config
-    error: Exception | None = None
-    try:
+
+    def here() -> Batch:
         keys = [completion_key(cfg.train.seed, 1, position) for position, _ in drawn]
+        token_ids = [prompt.token_ids for _, prompt in drawn]
         with run.timer.phase("rollout"):
-            completions = run.rollout.generate(
-                model, [prompt.token_ids for _, prompt in drawn], cfg.rollout.group_size, run.sampling, keys
-            )
+            completions = run.rollout.generate(model, token_ids, cfg.rollout.group_size, run.sampling, keys)
         prompts = [prompt for _, prompt in drawn for _ in range(cfg.rollout.group_size)]
         with run.timer.phase("rewards"):
-            batch = rewarded(run, prompts, completions)
-    except Exception as raised:  # agreed on: a rank that stops alone leaves the others waiting
-        error = raised
-    collectives.agree(error)
-    return batch
+            return rewarded(run, prompts, completions)
+
+    return collectives.together(here)
 
 
 def rewarded(run: Run, prompts: list[Prompt], completions: Completions) -> Batch:
@@ -126,19 +123,23 @@ def replace_groups(batch: Batch, stalled: Tensor, fresh: Batch, group_size: int,
 
 
 def disagree(run: Run, model: Any, batch: Batch) -> Tensor | None:
-    """The configured measure of every completion: (B, T) per token, (B,) at the end of the sequence; None without."""
-    cfg = run.config.disagreement
-    if run.ensemble is None:
+    """The measure of every completion: (B, T) per token, (B,) at the end of the sequence; None without. Collective."""
+    cfg, ensemble = run.config.disagreement, run.ensemble
+    if ensemble is None:
         return None
+    completions = to_device(batch.completions, run.engine.device)
     with run.timer.phase("disagreement"):
-        statistics = measure(
-            model,
-            to_device(batch.completions, run.engine.device),
-            run.config.rollout.group_size,
-            run.ensemble,
-            run.step,
-            positions="last" if cfg.mode == "end_of_sequence" else "all",
-            measures=frozenset({cfg.measure}),
+        statistics = collectives.together(
+            lambda: measure(
+                model,
+                completions,
+                run.config.rollout.group_size,
+                ensemble,
+                run.step,
+                positions="last" if cfg.mode == "end_of_sequence" else "all",
+                measures=frozenset({cfg.measure}),
+                last_n=cfg.last_n,
+            )
         )
     return statistics.get(cfg.measure).cpu()
 

@@ -14,7 +14,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
-from vdr_cli.errors import ConfigError, MachineError, VdrError
+from vdr_cli.errors import ConfigError, MachineError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -157,20 +157,20 @@ def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) ->
     _fsync(final.parent)
 
 
-def _on_main(action: Any, folder: Path) -> None:
+def _on_main(action: Callable[[], Any], folder: Path) -> None:
     _on_every_rank(action if collectives.is_main() else lambda: None, folder)
 
 
-def _on_every_rank(action: Any, folder: Path) -> None:
-    error: Exception | None = None
-    try:
-        action()
-    except VdrError as own:
-        error = own
-    except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
-        error = MachineError(f"checkpoint under {folder} could not be written: {fault}; the one before is intact")
-        error.__cause__ = fault
-    collectives.agree(error)
+def _on_every_rank(action: Callable[[], Any], folder: Path) -> None:
+    def guarded() -> None:
+        try:
+            action()
+        except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
+            raise MachineError(
+                f"checkpoint under {folder} could not be written: {fault}; the one before is intact"
+            ) from fault
+
+    collectives.together(guarded)
 
 
 def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:

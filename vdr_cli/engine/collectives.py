@@ -5,13 +5,15 @@ Rule: no collective depends on a condition that only one rank knows. Errors are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from vdr_cli.errors import VdrError
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -74,6 +76,18 @@ def agree(error: Exception | None) -> None:
         raise error
     kind, message, is_users = first
     raise kind(message) if is_users else RuntimeError(f"rank {first_rank} failed: {kind.__name__}: {message}")
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """work() on every rank; when it fails on any, the same error is raised on all. Collective."""
+    result: list[Result] = []
+    error: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as raised:  # a rank that stopped alone would leave the others waiting
+        error = raised
+    agree(error)
+    return result[0]
 
 
 def _all_reduce(values: Sequence[float], op: Any) -> list[float]:

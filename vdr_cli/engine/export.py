@@ -17,22 +17,19 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
     Raises MachineError on every rank when it cannot be written.
     """
-    error: Exception | None = None
     with engine.twin() as model:
-        if collectives.is_main():
-            try:
-                _write(model, tokenizer, folder)
-            except OSError as fault:
-                error = MachineError(f"model could not be written to {folder}: {fault}")
-    collectives.agree(error)
+        collectives.together(lambda: _write(model, tokenizer, folder) if collectives.is_main() else None)
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     partial = folder.with_name(f".partial_{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
     if hasattr(model, "merge_and_unload"):
         model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+    except OSError as fault:
+        raise MachineError(f"model could not be written to {folder}: {fault}") from fault
