@@ -28,6 +28,15 @@ class Item:
     is_cut: bool
 
 
+@dataclass(slots=True)
+class _Part:
+    """One row before its texts are tokenised."""
+
+    at: int
+    prompt: str | list[int]
+    completion: str | list[int]
+
+
 class RowError(Exception):
     """Why a row cannot be used: what `--on-error` decides about."""
 
@@ -47,27 +56,37 @@ class Tokeniser:
 
     def items(self, rows: Sequence[Row]) -> list[Item]:
         """The rows of a window that can be scored; the others get their error."""
-        prompts: dict[str, list[int]] = {}
+        parts = [part for at, row in enumerate(rows) if (part := self._part(at, row)) is not None]
+        prompts = self._prompts([part.prompt for part in parts if not isinstance(part.prompt, list)])
+        texts = iter(self._completions([part.completion for part in parts if isinstance(part.completion, str)]))
         items = []
-        for at, row in enumerate(rows):
-            if row.error is not None or row.values is None:
-                continue
+        for part in parts:
+            prompt_ids = part.prompt if isinstance(part.prompt, list) else prompts[part.prompt]
+            completion_ids = part.completion if isinstance(part.completion, list) else next(texts)
             try:
-                items.append(self._item(at, row.values, prompts))
+                items.append(self._item(part.at, prompt_ids, completion_ids))
             except RowError as error:
-                row.error = str(error)
+                rows[part.at].error = str(error)
         return items
 
-    def _item(self, at: int, values: dict[str, Any], prompts: dict[str, list[int]]) -> Item:
-        prompt_ids = self._ids(values, self.fields.prompt_ids)
-        if prompt_ids is None:
-            prompt_ids = self._prompt(prompt_value(values, self.fields), prompts)
-        completion_ids = self._ids(values, self.fields.completion_ids)
-        if completion_ids is None:
-            text = completion_value(values, self.fields)
-            completion_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if self.append_eos:
-                completion_ids = [*completion_ids, self.tokenizer.eos_token_id]
+    def _part(self, at: int, row: Row) -> _Part | None:
+        """What is to be tokenised of a row."""
+        if row.error is not None or row.values is None:
+            return None
+        try:
+            prompt: list[int] | str | None = self._ids(row.values, self.fields.prompt_ids)
+            if prompt is None:
+                value = prompt_value(row.values, self.fields)
+                prompt = value if isinstance(value, str) else self._messages(value)
+            completion: list[int] | str | None = self._ids(row.values, self.fields.completion_ids)
+            if completion is None:
+                completion = completion_value(row.values, self.fields)
+        except RowError as error:
+            row.error = str(error)
+            return None
+        return _Part(at, prompt, completion)
+
+    def _item(self, at: int, prompt_ids: list[int], completion_ids: list[int]) -> Item:
         if not prompt_ids:
             raise RowError("the prompt has no tokens: a completion needs something to follow")
         is_cut = self.max_tokens is not None and len(completion_ids) > self.max_tokens
@@ -77,14 +96,29 @@ class Tokeniser:
             raise RowError(f"prompt and completion have {length} tokens, the model takes {self.longest}")
         return Item(at, prompt_ids, completion_ids, is_cut)
 
-    def _prompt(self, value: str | list[dict[str, Any]], known: dict[str, list[int]]) -> list[int]:
-        key = value if isinstance(value, str) else json.dumps(value, default=str)
-        if key not in known:
-            try:
-                known[key] = encode(self.tokenizer, value)
-            except (TemplateError, ValueError) as error:
-                raise RowError(f"the chat template refuses the messages: {error}") from error
-        return known[key]
+    def _prompts(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """What data.prompts.encode gives for each text, tokenised together."""
+        unique = list(dict.fromkeys(texts))
+        if not unique:
+            return {}
+        eos, eos_text = self.tokenizer.eos_token_id, str(self.tokenizer.eos_token)
+        encoded = {}
+        for text, ids in zip(unique, self.tokenizer(unique)["input_ids"], strict=True):
+            added = eos is not None and ids[-1:] == [eos] and not text.endswith(eos_text)
+            encoded[text] = ids[:-1] if added else ids
+        return encoded
+
+    def _messages(self, messages: list[dict[str, Any]]) -> list[int]:
+        try:
+            return encode(self.tokenizer, messages)  # type: ignore[arg-type]
+        except (TemplateError, ValueError) as error:
+            raise RowError(f"the chat template refuses the messages: {error}") from error
+
+    def _completions(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        end = [self.tokenizer.eos_token_id] if self.append_eos else []
+        return [ids + end for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _ids(self, values: dict[str, Any], name: str) -> list[int] | None:
         found = value_at(values, name) if self.use_ids else None
