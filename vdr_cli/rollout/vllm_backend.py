@@ -123,11 +123,11 @@ class VllmRollout:
         except OSError as fault:
             raise MachineError(f"rollout.vllm.directory {self.directory}: cannot be written ({fault})") from None
         if fresh:
-            on_cpu = next(model.parameters()).device.type == "cpu"
-            arguments, log = self.settings.arguments, self.directory / "server.log"
+            weight = next(model.parameters())
+            dtype, on_cpu = str(weight.dtype).removeprefix("torch."), weight.device.type == "cpu"
             assert self.settings.python is not None
             self.server = VllmServer(
-                self.settings.python, self.settings.urls[0], self.directory, log, arguments, on_cpu
+                self.settings.python, self.settings.urls[0], self.directory, dtype, self.settings.arguments, on_cpu
             )
         for client in self.clients:
             if self.pushed is None:

@@ -20,15 +20,23 @@ PR_SET_PDEATHSIG = 1
 class VllmServer:
     """The child process, its log, and what to say when it ended."""
 
-    def __init__(self, python: str, url: str, model: Path, log: Path, arguments: Sequence[str], on_cpu: bool) -> None:
+    def __init__(self, python: str, url: str, model: Path, dtype: str, arguments: Sequence[str], on_cpu: bool) -> None:
+        """model: a directory in Hugging Face format; the log goes there too. dtype: float32, bfloat16, ..."""
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ConfigError(f"rollout.vllm.python: {python} is not an interpreter; scripts/vllm_cpu_env.sh makes one")
-        self.log = log
+        self.log = log = model / "server.log"
         address = urlsplit(url)
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", MODEL_NAME, "--host", address.hostname or "127.0.0.1"]
         command += ["--port", str(address.port or 8000), "--logprobs-mode", "processed_logprobs"]
-        command += ["--generation-config", "vllm", *(["--enforce-eager"] if on_cpu else []), *arguments]
+        command += [
+            "--generation-config",
+            "vllm",
+            "--dtype",
+            dtype,
+            *(["--enforce-eager"] if on_cpu else []),
+            *arguments,
+        ]
         with log.open("ab") as output:
             try:
                 self.process = subprocess.Popen(

