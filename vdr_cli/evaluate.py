@@ -1,7 +1,8 @@
 """`vdr eval` and train's held-out evaluation: sample, reward, pass@k with intervals, entropy, length.
 
-Prompts are split over the ranks and gathered; a completion depends on (seed, prompt row, its index) alone, so the
-numbers do not depend on how many processes there are.
+Prompts are cut into chunks of a fixed size, which the ranks share and gather. A completion depends on (seed, prompt
+row, its index) alone, and its chunk is computed as a whole, so the numbers are the same, to the last bit on machines
+of one kind, however many processes there are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vdr_cli.stats.bootstrap import mean_interval
 from vdr_cli.stats.passk import pass_at_k
 
 STREAM = 0  # the "step" of the completion keys: every evaluation draws the same random numbers
-CHUNK_COMPLETIONS = 2048  # completions held before their rewards are computed
+CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 
@@ -153,17 +154,19 @@ def evaluate_model(
     """n completions of every prompt; a collective when there are several processes, with the same result on each."""
     if not prompts:
         raise DataError("there are no prompts to evaluate on: give a split with at least one row")
-    mine = range(collectives.rank(), len(prompts), collectives.world_size())
-    shares: list[dict[str, Any]] = []
     step = max(CHUNK_COMPLETIONS // n, 1)
+    chunks = [range(start, min(start + step, len(prompts))) for start in range(0, len(prompts), step)]
+    mine = chunks[collectives.rank() :: collectives.world_size()]
+    shares: list[dict[str, Any]] = []
 
     def sample() -> None:
-        for start in range(0, len(mine), step):
-            chunk = [prompts[index] for index in mine[start : start + step]]
+        for rows in mine:
+            chunk = [prompts[index] for index in rows]
             shares.append(_sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout))
 
     everywhere(sample)
-    gathered = collectives.gather_objects((list(mine), _joined(shares)))
+    rows = [index for chunk in mine for index in chunk]
+    gathered = collectives.gather_objects((rows, _joined(shares)))
     return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
 
 

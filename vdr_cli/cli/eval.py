@@ -10,7 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
+from vdr_cli.cli.options import (
+    Exclude,
+    Hostfile,
+    Include,
+    Launcher,
+    MasterAddr,
+    MasterPort,
+    NodeRank,
+    NoSsh,
+    NumProcesses,
+    RewardOption,
+    SetOption,
+    SshPort,
+    config_from,
+    launch_from,
+    reward_settings,
+    run_config_of,
+)
+from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -21,12 +39,14 @@ EXAMPLES = (
     "vdr eval starter runs/wide                     # before and after",
     "vdr eval Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right -n 16 --k 4",
     "vdr eval runs/a runs/b --greedy --json results.json",
+    "vdr eval starter runs/wide --num-processes 8   # the same numbers, sooner",
 )
 
-SECTIONS_READ = ("model", "data", "rewards", "rollout")
+SECTIONS_READ = ("model", "data", "rewards", "rollout", "launch")
 
 
 def command(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="starter, directory, run or hub id.")],
     data: Annotated[str | None, typer.Option(help="starter, a file, a directory or a hub id.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the held-out prompts. Default: test.")] = None,
@@ -40,6 +60,16 @@ def command(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
     overrides: SetOption = None,
+    num_processes: NumProcesses = None,
+    hostfile: Hostfile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    ssh_port: SshPort = None,
+    launcher: Launcher = None,
+    no_ssh: NoSsh = None,
+    node_rank: NodeRank = None,
 ) -> None:
     """Sample, reward, and compare models: pass@k, mean reward, length, entropy, with 95 % intervals.
 
@@ -59,19 +89,28 @@ def command(
         check_model(name)
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
     base = next(filter(None, map(run_config_of, models)), None)
-    config = config_from(base, overrides, {**flags, ("", "model.name"): None if base else models[0]})
+    own = [text for text in overrides or () if not text.startswith("launch.")]
+    config = config_from(base, own, {**flags, ("", "model.name"): None if base else models[0]})
     if json_file is not None:
         check_writable_file(json_file, "--json")
-    request = build_request(config, models, data, split, samples, k, prompts, greedy, seed)
+    launch = launch_from(context, [text for text in overrides or () if text.startswith("launch.")])
 
-    from vdr_cli.evaluate import paired_differences, run_eval
+    def evaluate() -> None:
+        from vdr_cli.evaluate import paired_differences, run_eval
 
-    results = run_eval(request)
-    records = [result.record() for result in results]
-    differences = paired_differences(results)
-    show(records, differences)
-    if json_file is not None:
-        Path(json_file).write_text(json.dumps({"models": records, "differences": differences}, indent=2) + "\n")
+        results = run_eval(request())
+        records = [result.record() for result in results]
+        differences = paired_differences(results)
+        if not is_first():
+            return
+        show(records, differences)
+        if json_file is not None:
+            Path(json_file).write_text(json.dumps({"models": records, "differences": differences}, indent=2) + "\n")
+
+    def request() -> EvalRequest:
+        return build_request(config, models, data, split, samples, k, prompts, greedy, seed)
+
+    on_ranks(launch, context.obj, evaluate)
 
 
 def build_request(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vdr_cli.cli.eval import check_writable_file
+from vdr_cli.cli.options import (
+    Exclude,
+    Hostfile,
+    Include,
+    Launcher,
+    MasterAddr,
+    MasterPort,
+    NodeRank,
+    NoSsh,
+    NumProcesses,
+    SshPort,
+    launch_from,
+)
+from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +34,7 @@ EXAMPLES = (
     "vdr score runs/wide --model runs/wide -o scores.parquet",
     "vdr score rows.jsonl --model Qwen/Qwen3-0.6B --completion-column answer",
     "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
+    "vdr score rows.parquet --model runs/wide -o scores.parquet --hostfile hosts --resume",
 )
 
 ENSEMBLE = "Ensemble"
@@ -28,6 +42,7 @@ ROWS = "Rows"
 
 
 def command(
+    context: typer.Context,
     inputs: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="JSONL, CSV, Parquet, globs, a run, or - (JSONL on stdin).")
     ],
@@ -65,6 +80,16 @@ def command(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    num_processes: NumProcesses = None,
+    hostfile: Hostfile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    ssh_port: SshPort = None,
+    launcher: Launcher = None,
+    no_ssh: NoSsh = None,
+    node_rank: NodeRank = None,
 ) -> None:
     """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
     from vdr_cli.config.preflight import check_model
@@ -90,9 +115,12 @@ def command(
     )
     check_writable_file(request.output, "-o")
 
-    result = score_with_progress(request)
-    if os.environ.get("RANK", "0") == "0":
-        show(result)
+    def score() -> None:
+        result = score_with_progress(request)
+        if is_first():
+            show(result)
+
+    on_ranks(launch_from(context), context.obj, score)
 
 
 def score_with_progress(request: ScoreRequest) -> ScoreResult:
@@ -102,7 +130,7 @@ def score_with_progress(request: ScoreRequest) -> ScoreResult:
 
     from vdr_cli.score import run_score
 
-    shown = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    shown = sys.stderr.isatty() and is_first()
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task("scoring", total=1.0)
         return run_score(request, lambda done: bar.update(task, completed=done.fraction))

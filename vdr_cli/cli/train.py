@@ -8,7 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from vdr_cli.cli.options import RewardOption, SetOption, config_from, reward_settings, run_config_of
+from vdr_cli.cli.options import (
+    LAUNCH,
+    Exclude,
+    Hostfile,
+    Include,
+    Launcher,
+    MasterAddr,
+    MasterPort,
+    NodeRank,
+    NoSsh,
+    NumProcesses,
+    RewardOption,
+    SetOption,
+    SshPort,
+    config_from,
+    ds_configs,
+    reward_settings,
+    run_config_of,
+    values_of,
+)
 
 EXAMPLES = (
     "vdr train                             # the embedded task, in minutes",
@@ -22,7 +41,6 @@ EXAMPLES = (
 DISAGREEMENT = "Disagreement"
 ROLLOUT = "Rollout and update"
 RUN = "The run"
-LAUNCH = "Processes and hosts"
 
 
 def command(
@@ -39,9 +57,21 @@ def command(
     ] = None,
     reward: RewardOption = None,
     mode: Annotated[
-        str | None, typer.Option(help="none, per_token or end_of_sequence.", rich_help_panel=DISAGREEMENT)
+        str | None,
+        typer.Option(
+            help="Where members are compared: none, per_token or end_of_sequence.",
+            rich_help_panel=DISAGREEMENT,
+            autocompletion=values_of("disagreement.mode"),
+        ),
     ] = None,
-    measure: Annotated[str | None, typer.Option(help="bald or rmi.", rich_help_panel=DISAGREEMENT)] = None,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            help="bald (any token) or rmi (the sampled one).",
+            rich_help_panel=DISAGREEMENT,
+            autocompletion=values_of("disagreement.measure"),
+        ),
+    ] = None,
     members: Annotated[int | None, typer.Option(help="M, dropout members.", rich_help_panel=DISAGREEMENT)] = None,
     weight: Annotated[float | None, typer.Option(help="Weight of the bonus.", rich_help_panel=DISAGREEMENT)] = None,
     group_size: Annotated[
@@ -49,7 +79,14 @@ def command(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.", rich_help_panel=ROLLOUT)] = None,
     learning_rate: Annotated[float | None, typer.Option(rich_help_panel=ROLLOUT)] = None,
-    loss: Annotated[str | None, typer.Option(help="grpo, dapo, dr_grpo, ...", rich_help_panel=ROLLOUT)] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="grpo, dr_grpo, dapo, bnpo, cispo, gspo or sapo.",
+            rich_help_panel=ROLLOUT,
+            autocompletion=values_of("grpo.loss"),
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=RUN)] = None,
     seed: Annotated[int | None, typer.Option(rich_help_panel=RUN)] = None,
     resume: Annotated[
@@ -64,25 +101,22 @@ def command(
     ] = False,
     ds_config: Annotated[
         str | None,
-        typer.Option(help="zero3, zero2, zero1, zero3_offload, or a DeepSpeed JSON.", rich_help_panel=LAUNCH),
+        typer.Option(
+            help="zero3, zero2, zero1, zero3_offload, or a DeepSpeed JSON.",
+            rich_help_panel=LAUNCH,
+            autocompletion=ds_configs,
+        ),
     ] = None,
-    num_processes: Annotated[
-        int | None, typer.Option(help="Processes on this machine.", rich_help_panel=LAUNCH)
-    ] = None,
-    hostfile: Annotated[str | None, typer.Option(help="Lines such as: node1 slots=8.", rich_help_panel=LAUNCH)] = None,
-    include: Annotated[str | None, typer.Option(help="Only these: host1@host2:0,2.", rich_help_panel=LAUNCH)] = None,
-    exclude: Annotated[str | None, typer.Option(help="All but these.", rich_help_panel=LAUNCH)] = None,
-    master_addr: Annotated[str | None, typer.Option(rich_help_panel=LAUNCH)] = None,
-    master_port: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH)] = None,
-    ssh_port: Annotated[int | None, typer.Option(rich_help_panel=LAUNCH)] = None,
-    launcher: Annotated[str | None, typer.Option(help="pdsh, openmpi or slurm.", rich_help_panel=LAUNCH)] = None,
-    no_ssh: Annotated[
-        bool | None,
-        typer.Option("--no-ssh", help="Started once on every host, with --node-rank.", rich_help_panel=LAUNCH),
-    ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option(help="This host's number (--no-ssh).", rich_help_panel=LAUNCH)
-    ] = None,
+    num_processes: NumProcesses = None,
+    hostfile: Hostfile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = None,
+    ssh_port: SshPort = None,
+    launcher: Launcher = None,
+    no_ssh: NoSsh = None,
+    node_rank: NodeRank = None,
     max_restarts: Annotated[
         int | None, typer.Option(help="Restarts from the newest checkpoint after a fault.", rich_help_panel=LAUNCH)
     ] = None,

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from vdr_cli.config.messages import refusal, unknown_key
-from vdr_cli.config.schema import Config
+from vdr_cli.config.messages import Where, refusal, unknown_key
+from vdr_cli.config.schema import Config, LaunchConfig, Section
 from vdr_cli.config.yaml_text import KeyPath, dump_tree, parse_document, parse_value
 from vdr_cli.errors import ConfigError
 
@@ -41,30 +41,50 @@ def load_config(
     """
     places: dict[KeyPath, str] = {}
     file_tree = _read_file(path, places) if path is not None else {}
-    typed = _parse_overrides(overrides, places)
-    for key, value in (flags or {}).items():
-        if value is not None:
-            _put(typed, key, value)
-            places[tuple(key.split("."))] = (flag_names or {}).get(key, "command line")
-    tree = deep_merge(file_tree, typed)
+    tree = deep_merge(file_tree, _typed(overrides, flags, flag_names, places))
     if _model_name(tree) == STARTER:
         tree = deep_merge(starter_recipe(), tree)
     return validate(tree, places)
 
 
+class _OnlyLaunch(Section):
+    launch: LaunchConfig = LaunchConfig()
+
+
+def load_launch(
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    flag_names: Mapping[str, str] | None = None,
+) -> LaunchConfig:
+    """How the processes of a command that is not a training run are started: what was typed alone.
+
+    A run's own launch section says how it was trained, on machines that may be gone.
+    """
+    places: dict[KeyPath, str] = {}
+    tree = _typed(overrides, flags, flag_names, places)
+    try:
+        return _OnlyLaunch.model_validate({"launch": tree.get("launch", {})}).launch
+    except ValidationError as error:
+        raise ConfigError(refusal(error, _places_of(places))) from None
+
+
 def validate(tree: Tree, places: Mapping[KeyPath, str] | None = None) -> Config:
     """The Config of a complete or partial tree; ConfigError with the places where keys were given."""
-    known = places or {}
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(refusal(error, _places_of(places or {}))) from None
+
+
+def _places_of(known: Mapping[KeyPath, str]) -> Where:
+    """The place of a key, or of the nearest one above or below it that was given."""
 
     def where(key: KeyPath) -> str:
         above = (key[:n] for n in range(len(key), 0, -1))
         below = (given for given in known if given[: len(key)] == key)
         return next((known[given] for given in (*above, *below) if given in known), "") if key else ""
 
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(refusal(error, where)) from None
+    return where
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -127,6 +147,21 @@ def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
     places |= {key: f"{path}:{line}" for key, line in document.lines.items()}
     # A section whose keys are all commented out is read as null and means: nothing given.
     return {key: value for key, value in document.tree.items() if not (value is None and key in Config.model_fields)}
+
+
+def _typed(
+    overrides: Iterable[str],
+    flags: Mapping[str, Any] | None,
+    flag_names: Mapping[str, str] | None,
+    places: dict[KeyPath, str],
+) -> Tree:
+    """What the command line says: flags over --set."""
+    tree = _parse_overrides(overrides, places)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(tree, key, value)
+            places[tuple(key.split("."))] = (flag_names or {}).get(key, "command line")
+    return tree
 
 
 def _parse_overrides(overrides: Iterable[str], places: dict[KeyPath, str]) -> Tree:

@@ -92,6 +92,13 @@ class Parts:
             raise MachineError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
     def notes(self, windows: int) -> list[dict[str, Any]]:
+        """The note of every window. MachineError when another host wrote its parts where this one cannot see them."""
+        missing = next((window for window in range(windows) if not self.has(window)), None)
+        if missing is not None:
+            raise MachineError(
+                f"{self._path(missing)} is not here: every host must see {self.folder.parent} as the same directory; "
+                "put -o on a shared file system"
+            )
         return [json.loads(self._path(window, ".note").read_text(encoding="utf-8")) for window in range(windows)]
 
     def join(self, windows: int, layout: Layout, summary: dict[str, Any]) -> None:
