@@ -192,7 +192,7 @@ def rmi(member_logps: Tensor) -> Tensor:
     """log p̄(y) - mean_m log p_m(y) from (..., M) log-probabilities of the sampled token; >= 0 by Jensen.
 
     The pointwise counterpart of bald that credits the token itself ("reverse mutual information",
-    Malinin & Gales 2021, arXiv 2002.07650, eq. 10, without the expectation over y).
+    Malinin & Gales 2021, arXiv 2002.07650, before the expectation over y).
     """
     centred = member_logps.double() - member_logps.double().mean(-1, keepdim=True)
     return (centred.logsumexp(-1) - math.log(member_logps.shape[-1])).clamp_min(0).float()
