@@ -15,12 +15,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vdr_cli import __version__
+from vdr_cli.cli import doctor, report, score, train
 from vdr_cli.cli import eval as eval_command
-from vdr_cli.cli import report, score, train
 from vdr_cli.errors import VdrError
 from vdr_cli.observe.text import visible
 
-COMMANDS: dict[str, Any] = {"train": train, "eval": eval_command, "score": score, "report": report}
+COMMANDS: dict[str, Any] = {"train": train, "eval": eval_command, "score": score, "report": report, "doctor": doctor}
 """Name to module; each has `command` (the function) and EXAMPLES (lines of its help)."""
 
 INTERRUPTED = 130

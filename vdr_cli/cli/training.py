@@ -11,7 +11,8 @@ from vdr_cli.config.plan import batch_plan
 from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
 from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
-from vdr_cli.launch.reexec import launch, wants_ranks, world_size
+from vdr_cli.launch.preflight import question
+from vdr_cli.launch.reexec import hosts_of, launch, wants_ranks, world_size
 
 
 def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
@@ -71,7 +72,7 @@ def _agreed_output(config: Config, resume: str | None) -> Config:
 
 
 def _launch(config: Config, arguments: list[str]) -> int:
-    return launch(config.launch, arguments, config.train.output)
+    return launch(config.launch, arguments, config.train.output, question(config, hosts_of(config.launch), arguments))
 
 
 def _node_rank(config: Config) -> int:

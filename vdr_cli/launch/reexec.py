@@ -24,6 +24,7 @@ from vdr_cli.launch.environment import (
     travelling,
 )
 from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_hostfile, select
+from vdr_cli.launch.preflight import Question, check_hosts, meeting_of
 from vdr_cli.launch.supervisor import Plan, supervise
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
@@ -54,13 +55,18 @@ def world_size(launch: LaunchConfig) -> int:
     return sum(len(slots) for slots in hosts_of(launch).values())
 
 
-def launch(launch: LaunchConfig, arguments: Sequence[str], directory: str | None = None) -> int:
+def launch(
+    launch: LaunchConfig, arguments: Sequence[str], directory: str | None = None, asked: Question | None = None
+) -> int:
     """Start every rank with the arguments of this command, wait, and return the exit code.
 
     directory: the run directory, where the run says how it ended; None for commands without one.
+    asked: what the run needs of every host (preflight.question); None: the software alone.
     """
     hosts = hosts_of(launch)
     checked(launch.env)
+    if launch.check_hosts and _node_rank(launch, hosts) is None and launch.launcher != "slurm":
+        check_hosts(launch, hosts, asked or Question(meeting=meeting_of(launch, hosts)))
     with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
         plan = make_plan(launch, hosts, Path(directory).absolute() if directory else None, Path(scratch))
         return supervise(plan, list(arguments), launch.max_restarts, _say)

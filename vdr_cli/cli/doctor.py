@@ -1,0 +1,129 @@
+"""`vdr doctor`: what this machine and the hosts of a hostfile can do, and what stands in the way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vdr_cli.cli.options import SetOption, config_from
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vdr_cli.config import Config
+    from vdr_cli.launch.preflight import Answer, Problem
+
+EXAMPLES = (
+    "vdr doctor                                      this machine",
+    "vdr doctor --hostfile hosts                     every host of it, beside this machine",
+    "vdr doctor run.yaml --hostfile hosts            and whether they could run this",
+)
+
+PROBLEMS = 4
+GIB = 1 << 30
+
+
+def command(
+    config_file: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run, to check what it needs.")
+    ] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines such as: node1 slots=8.")] = None,
+    include: Annotated[str | None, typer.Option(help="Only these: host1@host2:0,2.")] = None,
+    exclude: Annotated[str | None, typer.Option(help="All but these.")] = None,
+    master_addr: Annotated[str | None, typer.Option(help="Where rank 0 will listen.")] = None,
+    master_port: Annotated[int | None, typer.Option(help="Its port.")] = None,
+    ssh_port: Annotated[int | None, typer.Option()] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Check this machine, and every host of a hostfile: software, files, network, accelerators."""
+    flags: dict[tuple[str, str], Any] = {
+        ("--hostfile", "launch.hostfile"): hostfile,
+        ("--include", "launch.include"): include,
+        ("--exclude", "launch.exclude"): exclude,
+        ("--master-addr", "launch.master_addr"): master_addr,
+        ("--master-port", "launch.master_port"): master_port,
+        ("--ssh-port", "launch.ssh_port"): ssh_port,
+    }
+    config = config_from(config_file, overrides, flags)
+    raise typer.Exit(examine(config, config_file))
+
+
+def examine(config: Config, config_file: str | None) -> int:
+    """Print the tables; 0 when nothing stands in the way."""
+    from rich.console import Console
+
+    from vdr_cli.launch import preflight
+    from vdr_cli.launch.reexec import hosts_of
+
+    console = Console(file=sys.stdout)
+    hosts = hosts_of(config.launch)
+    if config.launch.hostfile is None:
+        hosts = {"localhost": hosts["localhost"]}
+    asked = preflight.question(config, hosts, [config_file] if config_file else [])
+    answers, problems = preflight.examine(config.launch, hosts, asked)
+    console.print(host_table(answers, problems))
+    if config.launch.hostfile is None:
+        console.print(operator_table())
+    for problem in problems:
+        console.print(problem.line(), markup=False, highlight=False, soft_wrap=True)
+    return PROBLEMS if problems else 0
+
+
+def host_table(answers: Mapping[str, Answer], problems: list[Problem]) -> Table:
+    """A line a host."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="Hosts")
+    for name in ("host", "state", "accelerators", "cores", "memory", "disk free", "python", "torch", "deepspeed"):
+        table.add_column(name)
+    table.add_column("clock")
+    table.add_column("answer")
+    for host, answer in answers.items():
+        wrong = sum(problem.host == host for problem in problems)
+        state = f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "ready"
+        cells = [host, state, *_cells(answer)]
+        table.add_row(*map(escape, cells), style="red" if wrong else None)
+    return table
+
+
+def _cells(answer: Answer) -> list[str]:
+    facts = answer.facts
+    if not facts:
+        return ["-"] * 9
+    disks = [size for size in facts["disk"].values() if size is not None]
+    return [
+        _accelerators(facts["accelerators"]),
+        str(facts["cores"]),
+        f"{facts['memory'] / GIB:.0f} GiB",
+        f"{min(disks) / GIB:.0f} GiB" if disks else "?",
+        facts["python"],
+        facts["packages"]["torch"] or "missing",
+        facts["packages"]["deepspeed"] or "missing",
+        f"{answer.clock:+.1f} s",
+        f"{answer.seconds:.1f} s",
+    ]
+
+
+def _accelerators(listed: list[str]) -> str:
+    if not listed:
+        return "none (CPU)"
+    names = {line.split(",")[0] for line in listed}
+    return f"{len(listed)} x {', '.join(sorted(names))}"
+
+
+def operator_table() -> Table:
+    """DeepSpeed's compiled operators on this machine: what is there, what could be built, what is not needed."""
+    from rich.table import Table
+
+    from vdr_cli.engine.operators import operators
+
+    table = Table(title="DeepSpeed operators here (none is required)")
+    for name in ("operator", "installed", "could be built"):
+        table.add_column(name)
+    for name, installed, compatible in operators():
+        table.add_row(name, "yes" if installed else "no", "yes" if compatible else "no")
+    return table

@@ -1,0 +1,22 @@
+"""Which of DeepSpeed's compiled operators exist or could be built on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+SHOWN = ("cpu_adam", "fused_adam", "async_io", "transformer_inference")
+
+
+def operators() -> list[tuple[str, bool, bool]]:
+    """Name, whether it is installed, whether it could be compiled when first used."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    found = []
+    for name in SHOWN:
+        builder = ALL_OPS.get(name)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            compatible = builder is not None and bool(builder.is_compatible(verbose=False))
+        found.append((name, bool(installed_ops.get(name, False)), compatible))
+    return found
