@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vdr_cli.config import DataConfig, RewardsConfig, RolloutConfig
+from vdr_cli.config import DataConfig, DisagreementConfig, RewardsConfig, RolloutConfig
 from vdr_cli.config.schema import RewardFunction
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
@@ -75,6 +75,7 @@ def test_entropy_is_that_of_the_models_own_distributions() -> None:
 
 
 def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdr_cli.evaluate.CHUNK_COMPLETIONS", 4)
     alone = evaluate(count=5)
     shares: list[Any] = []
 
@@ -165,3 +166,29 @@ def test_usage_errors(more: dict[str, Any], message: str) -> None:
 def test_no_prompts() -> None:
     with pytest.raises(DataError, match="no prompts"):
         evaluate(count=0)
+
+
+def test_diversity_reference_and_disagreement_are_measured_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = EvalRequest(
+        ("starter",),
+        rollout=RolloutConfig(max_new_tokens=8),
+        prompts=3,
+        samples=3,
+        diversity=True,
+        reference="target",
+        disagreement=DisagreementConfig(members=2),
+    )
+    (result,) = run_eval(request)
+    record = result.record()
+    assert {"distinct-1", "distinct-2", "self_bleu", "rouge_l", "rouge_l_low", "disagreement"} <= record.keys()
+    assert 0 < record["disagreement"] < np.log(2)
+    columns = result.samples()
+    assert {len(values) for values in columns.values()} == {9}
+    assert np.mean(columns["disagreement"]) == pytest.approx(record["disagreement"])
+    with pytest.raises(ConfigError, match="--reference nothing"):
+        run_eval(EvalRequest(("starter",), reference="nothing"))
+
+
+def test_distinct_solutions_are_counted_once() -> None:
+    result = evaluate(count=1, n=4, functions=(lambda completions, **_: [1.0] * len(completions),))
+    assert result.metrics()["distinct_solved"] == len(set(result.texts[0]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vdr_cli.batch import to_device
-from vdr_cli.config.schema import DataConfig, ModelConfig, RewardsConfig, RolloutConfig
+from vdr_cli.config.schema import DataConfig, DisagreementConfig, ModelConfig, RewardsConfig, RolloutConfig
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.policy import completion_logps
@@ -27,6 +29,7 @@ from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rollout.base import Completions, Messages, Prompt, Rollout, Sampling, completion_key
 from vdr_cli.stats.bootstrap import mean_interval
+from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
 from vdr_cli.stats.passk import pass_at_k
 
 STREAM = 0  # the "step" of the completion keys: every evaluation draws the same random numbers
@@ -51,6 +54,12 @@ class EvalRequest:
     prompts: int | None = None
     """The first this many prompts; None: all."""
     seed: int = 0
+    diversity: bool = False
+    """Also distinct-1, distinct-2 and self-BLEU of each prompt's completions."""
+    reference: str | None = None
+    """Column that holds a reference text: also ROUGE-L against it."""
+    disagreement: DisagreementConfig | None = None
+    """Also the ensemble's mean bald of the completions; None: not measured."""
     device: str = "auto"
 
 
@@ -69,6 +78,9 @@ class EvalResult:
     length: NDArray[np.int64]  # (N, n) tokens
     truncated: NDArray[np.bool_]  # (N, n)
     entropy_sum: NDArray[np.float64]  # (N, n) nats, summed over tokens
+    disagreement: NDArray[np.float64] | None = None  # (N, n) mean bald of the tokens, nats
+    per_prompt: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """What was asked for beside: name to (N,), NaN where there is none."""
 
     def pass_at(self, k: int) -> NDArray[np.float64]:
         """(N,) unbiased pass@k of each prompt."""
@@ -88,7 +100,39 @@ class EvalResult:
         numbers["mean_length"] = float(self.length.mean())
         numbers["truncated_share"] = float(self.truncated.mean())
         numbers["entropy"] = float(self.entropy_sum.sum() / max(int(self.length.sum()), 1))
+        numbers["distinct_solved"] = float(np.mean([len(found) for found in self.solutions()]))
+        if self.disagreement is not None:
+            numbers["disagreement"] = _mean(self.disagreement)
+        for name, values in self.per_prompt.items():
+            numbers[name] = _mean(values)
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = mean_interval(values, self.seed)
         return numbers
+
+    def solutions(self) -> list[set[str]]:
+        """The different solved completions of each prompt."""
+        return [
+            {text for text, solved in zip(texts, row, strict=True) if solved}
+            for texts, row in zip(self.texts, self.solved, strict=True)
+        ]
+
+    def samples(self) -> dict[str, list[Any]]:
+        """A row a completion, as columns."""
+        n = self.solved.shape[1]
+        columns: dict[str, list[Any]] = {
+            "model": [self.model] * self.solved.size,
+            "row": [prompt.row for prompt in self.prompts for _ in range(n)],
+            "prompt": [prompt.value for prompt in self.prompts for _ in range(n)],
+            "completion": [text for texts in self.texts for text in texts],
+            "reward": self.task_reward.ravel().tolist(),
+            "solved": self.solved.ravel().tolist(),
+            "length": self.length.ravel().tolist(),
+            "truncated": self.truncated.ravel().tolist(),
+            "entropy": (self.entropy_sum / np.maximum(self.length, 1)).ravel().tolist(),
+        }
+        columns |= {f"rewards/{name}": values.ravel().tolist() for name, values in self.rewards.items()}
+        if self.disagreement is not None:
+            columns["disagreement"] = self.disagreement.ravel().tolist()
+        return columns
 
     def record(self) -> dict[str, Any]:
         """What `--json` writes of this model."""
@@ -106,6 +150,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
+    ensemble = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
     rewards = load_rewards(request.rewards, request.data.name)
     results = []
     for name in request.models:
@@ -113,27 +158,31 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
         tokenizer = load_tokenizer(name, setting.revision, setting.trust_remote_code)
         prompt_set = load_prompts(request.data, "eval", tokenizer)
         check_columns(rewards, prompt_set.columns)
+        if request.reference is not None and request.reference not in prompt_set.columns:
+            raise ConfigError(
+                f"--reference {request.reference}: the data have {', '.join(prompt_set.columns) or 'none'}"
+            )
         count = min(len(prompt_set), request.prompts or len(prompt_set))
         model = load_causal_lm(name, resolve_dtype(setting.dtype), setting.revision, setting.trust_remote_code, device)
         rollout = TransformersRollout(
             tokenizer.pad_token_id, eos_token_ids(model, tokenizer), tokenizer, request.rollout.batch_tokens
         )
-        results.append(
-            evaluate_model(
-                model,
-                tokenizer,
-                rollout,
-                [prompt_set[index] for index in range(count)],
-                rewards,
-                samples,
-                ks,
-                request.seed,
-                sampling,
-                solved_at=request.rewards.solved_at,
-                timeout=request.rewards.timeout,
-                name=name,
-            )
+        result = evaluate_model(
+            model,
+            tokenizer,
+            rollout,
+            [prompt_set[index] for index in range(count)],
+            rewards,
+            samples,
+            ks,
+            request.seed,
+            sampling,
+            solved_at=request.rewards.solved_at,
+            timeout=request.rewards.timeout,
+            name=name,
+            ensemble=ensemble,
         )
+        results.append(replace(result, per_prompt=_text_measures(result, request)))
     return results
 
 
@@ -150,6 +199,7 @@ def evaluate_model(
     solved_at: float = 1.0,
     timeout: float = 300.0,
     name: str = "",
+    ensemble: EnsembleSpec | None = None,
 ) -> EvalResult:
     """n completions of every prompt; a collective when there are several processes, with the same result on each."""
     if not prompts:
@@ -162,7 +212,9 @@ def evaluate_model(
     def sample() -> None:
         for rows in mine:
             chunk = [prompts[index] for index in rows]
-            shares.append(_sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout))
+            shares.append(
+                _sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble)
+            )
 
     everywhere(sample)
     rows = [index for chunk in mine for index in chunk]
@@ -185,6 +237,7 @@ def paired_differences(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
     for first, second in itertools.combinations(results, 2):
         row: dict[str, Any] = {"model": second.model, "minus": first.model}
         per_prompt = {f"pass@{k}": second.pass_at(k) - first.pass_at(k) for k in first.ks}
+        per_prompt |= {key: second.per_prompt[key] - first.per_prompt[key] for key in first.per_prompt}
         per_prompt["reward"] = _row_means(second.task_reward) - _row_means(first.task_reward)
         for name, values in per_prompt.items():
             row[name] = _mean(values)
@@ -232,6 +285,7 @@ def _sample_chunk(
     seed: int,
     sampling: Sampling,
     timeout: float,
+    ensemble: EnsembleSpec | None,
 ) -> dict[str, Any]:
     """Completions of some prompts as arrays (prompts, n, ...)."""
     keys = [completion_key(seed, STREAM, prompt.row) for prompt in prompts]
@@ -243,7 +297,8 @@ def _sample_chunk(
     scores = compute_rewards(list(rewards), repeated, texts, ids, timeout)  # (B, F)
     entropy = _entropy_sums(model, completions, sampling.temperature or 1.0)
     shape = (len(prompts), n)
-    return {
+    measured = {} if ensemble is None else {"disagreement": _mean_bald(model, completions, n, ensemble).reshape(shape)}
+    return measured | {
         "texts": [completion_text(text) for text in texts],
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": lengths.cpu().numpy().reshape(shape),
@@ -267,6 +322,29 @@ def _entropy_sums(model: nn.Module, completions: Completions, temperature: float
         )  # (B, T)
         sums[rows.numpy()] = (entropy.double() * part.completion_mask).sum(1).cpu().numpy()
     return sums
+
+
+def _mean_bald(model: nn.Module, completions: Completions, n: int, ensemble: EnsembleSpec) -> NDArray[np.float64]:
+    """(B,) mean bald of each completion's tokens."""
+    on_device = to_device(completions, next(model.parameters()).device)
+    bald = measure(model, on_device, n, ensemble, STREAM, "all", ("bald",)).get("bald").double()  # (B, T)
+    mask = on_device.completion_mask
+    means: NDArray[np.float64] = ((bald * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
+    return means
+
+
+def _text_measures(result: EvalResult, request: EvalRequest) -> dict[str, NDArray[np.float64]]:
+    """(N,) each: diversity of a prompt's completions, closeness to its reference."""
+    measures: dict[str, NDArray[np.float64]] = {}
+    if request.diversity:
+        for n in (1, 2):
+            measures[f"distinct-{n}"] = np.array([distinct(texts, n) for texts in result.texts])
+        measures["self_bleu"] = np.array([self_bleu(texts) for texts in result.texts])
+    if request.reference is not None:
+        references = [str(prompt.columns[request.reference]) for prompt in result.prompts]
+        pairs = zip(result.texts, references, strict=True)
+        measures["rouge_l"] = np.array([float(np.mean(rouge_l(texts, reference))) for texts, reference in pairs])
+    return measures
 
 
 def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -307,6 +385,7 @@ def _result(
         length=whole["length"],
         truncated=whole["truncated"],
         entropy_sum=whole["entropy_sum"],
+        disagreement=whole.get("disagreement"),
     )
 
 
