@@ -118,6 +118,9 @@ class Run:
         self.state.tokens += tokens
         self.state.drawn += self._drawn_this_step
         self._drawn_this_step = 0
+        every = self.config.grpo.sync_reference_every
+        if isinstance(self.reference, FrozenCopy) and every and self.step // every > (self.step - steps) // every:
+            self.reference.synchronise()
 
     def best_is_new(self) -> bool:
         """True right after the best held-out evaluation so far, when the best checkpoint is to be kept."""
@@ -137,11 +140,21 @@ class Run:
         folder = self.directory / "checkpoints"
         self.state.rms = self.rms.state_dict()
         state = {"loop": vars(self.state), "config_hash": config_hash(self.config)}
-        checkpoints.save(self.engine, folder, self.step, state)
+        reference = self.reference.save if isinstance(self.reference, FrozenCopy) else None
+        checkpoints.save(self.engine, folder, self.step, state, also=reference)
         self.saved_step = self.step
         best = self.state.best_step if self.config.train.keep_best else None
         keep = folder / f"step_{best:06d}" if best is not None else None
         checkpoints.prune(folder, self.config.train.keep_last, keep)
+
+    def _write_report(self) -> None:
+        """report.html; a report that cannot be made is said, and costs nothing else."""
+        from vdr_cli.observe.report import write_report
+
+        try:
+            write_report(self.directory)
+        except (VdrError, OSError) as error:
+            self.note(f"report.html was not written: {error}")
 
     def finish(self) -> None:
         """The last checkpoint; when the run reached its end also model/ and the finished marker. Collective."""
@@ -151,6 +164,8 @@ class Run:
         if self.config.train.save_model:
             export_model(self.engine, self.tokenizer, self.directory / "model")
         if collectives.is_main():
+            if self.config.observe.report:
+                self._write_report()
             outcome.write_finished(self.directory, step=self.step)
 
 
@@ -176,9 +191,6 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         stack.callback(_leave_process_group)
         rank, size = collectives.rank(), collectives.world_size()
         stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
-        stack.enter_context(
-            watchdog.connected(collectives.rank(), collectives.world_size(), collectives.broadcast_object)
-        )
         stop = stack.enter_context(StopSignal())
         run = _build(config, directory, device, stop, resume, stack)
         try:
@@ -255,6 +267,8 @@ def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints
 
 def _resume(run: Run, found: checkpoints.Checkpoint) -> None:
     checkpoints.load(run.engine, found)
+    if isinstance(run.reference, FrozenCopy):
+        run.reference.load(found.path)
     run.state = LoopState(**found.state["loop"])
     run.rms.load_state_dict(run.state.rms)
     run.saved_step = run.step if found.path.parent == run.directory / "checkpoints" else None
