@@ -169,14 +169,18 @@ def consult(run: Run, model: Any, batch: Batch) -> Knowledge:
 
 
 def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, T) of the completions under a whole model, micro-batch by micro-batch."""
+    """Log-probabilities and entropies (B, T) of the completions under a whole model.
+
+    Cut into the update's own micro-batches, so that an unchanged policy gives the same numbers to the last bit.
+    """
     logps = torch.zeros(batch.completions.completion_ids.shape)
     entropy = torch.zeros_like(logps)
     size = run.config.train.micro_batch_size
     for start in range(0, len(batch), size):
         rows = slice(start, start + size)
-        part = to_device(batch.completions.rows(rows), run.engine.device)
-        logps[rows], entropy[rows] = completion_logps(
+        part = to_device(batch.completions.rows(rows).trimmed(), run.engine.device)
+        T = part.completion_ids.shape[1]
+        logps[rows, :T], entropy[rows, :T] = completion_logps(
             model,
             part.prompt_ids,
             part.prompt_mask,
@@ -248,7 +252,10 @@ def group_relative(run: Run, rewards: Tensor, task_reward: Tensor) -> Tensor:
     cfg, G = run.config.grpo, run.config.rollout.group_size
     if cfg.multi_reward == "normalise_then_sum":
         weights = torch.tensor([reward.weight for reward in run.rewards])
-        scores = grpo_advantages.normalised_sum(rewards, weights, G)
+        # What was added to the functions' sum (overlong penalty, KL, bonus) is a column of its own.
+        added = task_reward - grpo_advantages.combine_rewards(rewards, weights)
+        columns = torch.cat([rewards, added[:, None]], dim=1)
+        scores = grpo_advantages.normalised_sum(columns, torch.cat([weights, torch.ones(1)]), G)
         return grpo_advantages.standardise(scores, step_moments(scores))
     batch_std = step_moments(task_reward).std if cfg.scale_rewards == "batch" else None
     return grpo_advantages.group_advantages(task_reward, G, cfg.scale_rewards, batch_std)

@@ -207,6 +207,15 @@ class GrpoConfig(Section):
     """Truncated importance sampling: cap of policy over sampler probability; None: off."""
 
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
+            raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
+        if self.beta > 0 and self.kl == "k1" and self.kl_in == "loss":
+            raise ValueError("kl k1 in the loss has an expected gradient of 0: use k2 or k3, or kl_in reward")
+        return self
+
+
 class TrainConfig(Section):
     steps: Positive = 500
     """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
@@ -307,6 +316,15 @@ class Config(Section):
             )
         if self.grpo.sync_reference_every and self.grpo.beta == 0:
             raise ValueError("grpo.sync_reference_every is set but grpo.beta is 0: there is no reference to update")
+        if self.grpo.sync_reference_every and self.model.lora is not None:
+            raise ValueError(
+                "grpo.sync_reference_every needs a reference of its own; with model.lora it is the base model"
+            )
+        if self.train.steps % self.grpo.num_iterations:
+            raise ValueError(
+                f"train.steps {self.train.steps} is not a multiple of grpo.num_iterations {self.grpo.num_iterations}: "
+                "every rollout gives num_iterations optimizer steps"
+            )
         if self.train.keep_best and self.train.eval_every == 0:
             raise ValueError("train.keep_best needs train.eval_every: nothing measures which checkpoint is best")
         if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps > 0:

@@ -20,6 +20,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.adapters import with_adapters
 from vdr_cli.models.anatomy import decoder_layers, output_head
 from vdr_cli.models.loading import load_for_training, resolve_dtype, resolve_model_path
 from vdr_cli.models.policy import Policy, silence_dropout
@@ -44,6 +45,7 @@ class Engine:
         self.ds_config = ds_config
         self.stage = zero_stage(ds_config)
         self.device: torch.device = ds_engine.device
+        self.has_frozen = not all(parameter.requires_grad for parameter in causal_lm.parameters())
         self._twin = twin
 
     @contextmanager
@@ -66,10 +68,12 @@ class Engine:
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the step's loss; `last` closes the step's accumulation.
 
-        DeepSpeed averages gradients over ranks; the loss is a sum over ranks, hence the factor.
+        DeepSpeed averages gradients over ranks; the loss is a sum over ranks, hence the factor. A loss that is not
+        finite can have a finite gradient, so it is made NaN: `step` then refuses on every rank.
         """
         self.ds_engine.set_gradient_accumulation_boundary(last)
-        self.ds_engine.backward(loss * collectives.world_size(), scale_wrt_gas=False)
+        finite = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.device)
+        self.ds_engine.backward(loss * finite * collectives.world_size(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
         """One optimizer update. Refused on all ranks alike when the gradient is not finite."""
@@ -82,9 +86,12 @@ class Engine:
         return StepResult(float("inf") if refused or norm is None else float(norm), refused)
 
 
-def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """All of these parameters whole on every rank, in one coalesced all-gather; released on exit."""
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=None)  # type: ignore[no-any-return]
+def gather(parameters: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
+    """All of these parameters whole on every rank, in one coalesced all-gather; released on exit.
+
+    writer: the rank whose changes inside the block everybody keeps; None: changes are lost.
+    """
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)  # type: ignore[no-any-return]
 
 
 def start_distributed() -> torch.device:
@@ -117,10 +124,16 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         ds_config["checkpoint"] = {"load_universal": True}
     with sharded_loading(ds_config):
         causal_lm = load_for_training(config.model, dtype)
+    if config.model.lora is not None:
+        causal_lm = with_adapters(causal_lm, config.model.lora, config.train.seed)
     if zero_stage(ds_config) < 3:
         causal_lm.to(device)
     twin = Twin(causal_lm, device)
     silence_dropout(causal_lm)
+    if config.model.lora is not None:
+        # The first layer must hand a gradient to its input: without one ZeRO-3 reduces a leaf layer's gradients when
+        # those of its output arrive, before they exist.
+        causal_lm.enable_input_require_grads()
     if config.model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(causal_lm)

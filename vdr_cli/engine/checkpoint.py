@@ -41,8 +41,14 @@ class Checkpoint:
     """What the loop saved: step, prompt position, bonus statistics, world size."""
 
 
-def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write folder/step_<step>. Collective.
+def save(
+    engine: Engine,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    also: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write folder/step_<step>. Collective. also: writes more into the directory that it is given, on every rank.
 
     Raises MachineError on every rank when any rank could not write; what was there before is intact.
     """
@@ -50,6 +56,7 @@ def save(engine: Engine, folder: Path, step: int, state: dict[str, Any]) -> Path
     partial = folder / f".partial_{final.name}"
     _on_main(lambda: _fresh_directory(partial), folder)
     _on_every_rank(lambda: _write_rank(engine, partial, step, state), folder)
+    _on_every_rank(lambda: also(partial) if also else None, folder)
     digests = collectives.gather_objects(_digests(partial))
     _on_main(lambda: _publish(partial, final, {k: v for part in digests for k, v in part.items()}), folder)
     return final
@@ -109,7 +116,13 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     if needs_conversion(checkpoint):
         tag = UNIVERSAL_TAG
         _on_main(lambda: _convert(folder), folder.parent)
-    engine.ds_engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=True, load_lr_scheduler_states=False)
+    engine.ds_engine.load_checkpoint(
+        str(folder),
+        tag=tag,
+        load_module_strict=not engine.has_frozen,
+        load_optimizer_states=True,
+        load_lr_scheduler_states=False,
+    )
     collectives.barrier()
     if collectives.is_main():
         shutil.rmtree(folder / UNIVERSAL_TAG, ignore_errors=True)
@@ -132,7 +145,10 @@ def _convert(folder: Path) -> None:
 
 
 def _write_rank(engine: Engine, partial: Path, step: int, state: dict[str, Any]) -> None:
-    engine.ds_engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
+    # Frozen weights (the base under adapters) are loaded from model.name again.
+    engine.ds_engine.save_checkpoint(
+        str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=engine.has_frozen
+    )
     torch.save(_random_states(), partial / f"rank_{collectives.rank():05d}.pt")
     if collectives.is_main():
         full = {"step": step, "world_size": collectives.world_size(), "zero_stage": engine.stage, **state}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import MachineError
+from vdr_cli.models.adapters import merged
 
 
 def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
@@ -23,11 +23,9 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     partial = folder.with_name(f".partial_{folder.name}")
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        merged(model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)

@@ -1,18 +1,25 @@
-"""The reference model of the KL term, sharded like the policy under ZeRO-3 and never trained."""
+"""The reference model of the KL term: a frozen copy, sharded like the policy, or the policy without its adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from vdr_cli.config import Config
+from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine, gather, sharded_loading
 from vdr_cli.engine.twin import Twin
 from vdr_cli.models.loading import load_for_training, resolve_dtype
+
+WEIGHTS = "reference.safetensors"
+"""In a checkpoint, once the reference is no longer the model that the run started from."""
 
 
 class FrozenCopy:
@@ -26,18 +33,49 @@ class FrozenCopy:
         self._model = model.requires_grad_(False)
         self._engine = engine
         self._twin = Twin(model, engine.device)
+        self._moved = False
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[Any]:
         """The full reference model. Collective on entry under ZeRO-3. policy: not used, see Adapterless."""
-        with self._twin.borrowed(gather if self._engine.stage == 3 else None) as model, torch.no_grad():
+        with self._borrowed() as model, torch.no_grad():
             yield model
 
     def synchronise(self) -> None:
-        """Become the policy as it is now. Collective: every rank copies the shards it holds."""
+        """Become the policy as it is now: every rank copies the shards it holds."""
         for own, theirs in zip(self._model.parameters(), self._engine.causal_lm.parameters(), strict=True):
             source, target = getattr(theirs, "ds_tensor", theirs), getattr(own, "ds_tensor", own)
             target.data.copy_(source.data)
+        self._moved = True
+
+    def save(self, folder: Path) -> None:
+        """Write the weights to `folder` when they are no longer the starting ones. Collective; rank 0 writes.
+
+        The policy of the last synchronisation may be in no checkpoint that still exists, so it is in this one. The
+        file is whole: another number of processes can read it.
+        """
+        if not self._moved:
+            return
+        with self._borrowed() as model:
+            if collectives.is_main():
+                save_file({name: p.contiguous() for name, p in model.named_parameters()}, folder / WEIGHTS)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, if it wrote anything. Collective."""
+        path = folder / WEIGHTS
+        self._moved = collectives.broadcast_object(path.is_file())
+        if not self._moved:
+            return
+        with safe_open(path, framework="pt") as file:
+            for name, own in self._model.named_parameters():
+                with self._written(own):
+                    own.data.copy_(file.get_tensor(name))
+
+    def _borrowed(self) -> AbstractContextManager[Any]:
+        return self._twin.borrowed(gather if self._engine.stage == 3 else None)
+
+    def _written(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        return gather([parameter], writer=0) if self._engine.stage == 3 else nullcontext()
 
 
 class Adapterless:
