@@ -206,7 +206,6 @@ class GrpoConfig(Section):
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Truncated importance sampling: cap of policy over sampler probability; None: off."""
 
-
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
