@@ -20,7 +20,7 @@ CACHE_BYTES = 2**20
 """Logits that are worked on at once on a CPU: they and two tensors made from them stay in the cache."""
 
 SLAB = 16_384
-"""Rows of a low-precision LM head that are converted to float32 at once on a CPU."""
+"""Rows of a low-precision LM head that are converted to float32 at once where no product keeps float32."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def token_statistics(
 ) -> Statistics:
     """The measures at N positions from the members' hidden states.
 
-    hidden: (M, N, D) after the final norm; targets: (N,) sampled tokens; budget: bytes of float32 logits held at once.
+    hidden: (M, N, D) after the final norm; targets: (N,) sampled tokens; budget: bytes of float32 logits at once.
     Chunks change memory and time, never a number: each position is computed on its own.
     """
     unknown = sorted(set(measures) - MEASURES)
@@ -70,7 +70,8 @@ def token_statistics(
         raise ValueError(f"unknown measure {unknown[0]!r}; known: {', '.join(sorted(MEASURES))}")
     members, count, width = hidden.shape
     vocabulary = head.weight.shape[0]
-    step = max(1, min(count, budget // (4 * members * vocabulary)))
+    copies = 4 if hidden.is_cuda else 1  # probabilities, ratios and their logarithms; small blocks of them on a CPU
+    step = max(1, min(count, budget // (4 * members * vocabulary * copies)))
     logits = torch.empty(step * members, vocabulary, dtype=torch.float32, device=hidden.device)
     results: dict[str, list[Tensor]] = {name: [] for name in measures}
     for start in range(0, count, step):
@@ -93,7 +94,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     weight = head.weight
     if weight.dtype == torch.float32:
         torch.mm(hidden.float(), weight.T, out=out)
-    elif weight.is_cuda:
+    elif weight.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)
     else:
         exact = hidden.float()

@@ -25,6 +25,9 @@ __all__ = ["EnsembleSpec", "ensemble", "measure"]
 CPU_BUDGET = 2**27
 """Bytes of activations on a CPU, where larger batches leave the caches and gain nothing."""
 
+MOST_LOGITS = 2**31
+"""Bytes of logits, and of what is made from them, beyond which a larger product is not faster on any device."""
+
 HEAD_ROWS = 256
 """Rows that the LM head's product needs at once to reach the matrix rate of a CPU."""
 
@@ -93,7 +96,7 @@ def _measure(
     shape = completions.completion_ids.shape
     wanted = last_tokens(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
     head = anatomy.output_head(model)
-    logits_budget = min(budget, max(budget // 2, 4 * head.weight.shape[0] * HEAD_ROWS))
+    logits_budget = min(budget, max(min(budget // 2, MOST_LOGITS), 4 * head.weight.shape[0] * HEAD_ROWS))
     device = completions.completion_ids.device
     results = {
         name: torch.zeros((spec.members, *shape) if name == "member_logps" else shape, device=device)
