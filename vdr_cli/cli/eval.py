@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,13 +33,14 @@ from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
-    from vdr_cli.config import Config
-    from vdr_cli.evaluate import EvalRequest
+    from vdr_cli.config import Config, DisagreementConfig
+    from vdr_cli.evaluate import EvalRequest, EvalResult
 
 EXAMPLES = (
     "vdr eval starter runs/wide                     # before and after",
     "vdr eval Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right -n 16 --k 4",
     "vdr eval runs/a runs/b --greedy --json results.json",
+    "vdr eval starter runs/wide --diversity --members 8 --markdown table.md --save samples.parquet",
     "vdr eval starter runs/wide --num-processes 8   # the same numbers, sooner",
 )
 
@@ -58,7 +60,18 @@ def command(
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="One completion a prompt, the likeliest tokens.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    diversity: Annotated[
+        bool, typer.Option("--diversity", help="Also distinct-n and self-BLEU of a prompt's completions.")
+    ] = False,
+    reference: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Also ROUGE-L against this column of the data.")
+    ] = None,
+    members: Annotated[
+        int, typer.Option(min=0, help="Also the mean disagreement of this many dropout members; 0: not.")
+    ] = 0,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")] = None,
+    save: Annotated[str | None, typer.Option(metavar="FILE.parquet", help="Also save every completion.")] = None,
     overrides: SetOption = None,
     num_processes: NumProcesses = None,
     hostfile: Hostfile = None,
@@ -91,8 +104,11 @@ def command(
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if not text.startswith("launch.")]
     config = config_from(base, own, {**flags, ("", "model.name"): None if base else models[0]})
-    if json_file is not None:
-        check_writable_file(json_file, "--json")
+    for file, flag in ((json_file, "--json"), (markdown, "--markdown"), (save, "--save")):
+        if file is not None:
+            check_writable_file(file, flag)
+    if save is not None and not save.endswith(".parquet"):
+        raise ConfigError(f"--save {save}: the completions are written as Parquet; give FILE.parquet")
     launch = launch_from(context, [text for text in overrides or () if text.startswith("launch.")])
 
     def evaluate() -> None:
@@ -106,9 +122,15 @@ def command(
         show(records, differences)
         if json_file is not None:
             Path(json_file).write_text(json.dumps({"models": records, "differences": differences}, indent=2) + "\n")
+        if markdown is not None:
+            Path(markdown).write_text(as_markdown(records, differences), encoding="utf-8")
+        if save is not None:
+            save_samples(Path(save), results)
 
     def request() -> EvalRequest:
-        return build_request(config, models, data, split, samples, k, prompts, greedy, seed)
+        asked = build_request(config, models, data, split, samples, k, prompts, greedy, seed)
+        ensemble = ensemble_settings(members) if members else None
+        return replace(asked, diversity=diversity, reference=reference, disagreement=ensemble)
 
     on_ranks(launch, context.obj, evaluate)
 
@@ -142,6 +164,38 @@ def build_request(
         seed=seed,
         device=default_device(),
     )
+
+
+def ensemble_settings(members: int) -> DisagreementConfig:
+    """The default ensemble with this many members."""
+    from vdr_cli.config.load import validate
+
+    places = {("disagreement", "members"): "--members"}
+    return validate({"disagreement": {"members": members}}, places).disagreement  # type: ignore[arg-type]
+
+
+def as_markdown(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
+    """The two tables of the terminal, a column a model."""
+    named = [{**row, "model": f"{row['model']} - {row['minus']}"} for row in differences]
+    return "\n".join(_markdown_table(rows) for rows in (records, named) if rows)
+
+
+def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = ["", *(str(row["model"]).replace("|", "\\|") for row in rows)]
+    lines = [header, ["---", *("---:" for _ in rows)]]
+    lines += [[name, *(_cell(row, name) for row in rows)] for name in _shown_names(rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def save_samples(path: Path, results: Sequence[EvalResult]) -> None:
+    """Every completion of every model, a row each."""
+    from vdr_cli.observe.completions import write_columns
+
+    columns: dict[str, list[Any]] = {}
+    for result in results:
+        for name, values in result.samples().items():
+            columns.setdefault(name, []).extend(values)
+    write_columns(path, columns)
 
 
 def default_device() -> str:
@@ -189,8 +243,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    hidden = {"model", "minus", "prompts", "samples"}
-    names = [name for name in rows[0] if name not in hidden and not name.endswith(("_low", "_high"))]
+    names = _shown_names(rows)
     has_interval = any(name.endswith("_low") for name in rows[0])
     caption = Text("[low, high]: 95 % interval over prompts") if has_interval else None
     table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
@@ -200,6 +253,11 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
     for name in names:
         table.add_row(Text(name), *(Text(_cell(row, name)) for row in rows))
     return table
+
+
+def _shown_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    hidden = {"model", "minus", "prompts", "samples"}
+    return [name for name in rows[0] if name not in hidden and not name.endswith(("_low", "_high"))]
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:

@@ -31,17 +31,20 @@ def write_completions(directory: str | Path, step: int, rows: Mapping[str, Seque
 
     rows: columns of equal length, at least prompt and completion; `step` is added.
     """
-    lengths = {name: len(values) for name, values in rows.items()}
+    count = len(next(iter(rows.values()), ()))
+    return write_columns(completions_path(directory, step), {"step": [step] * count, **rows})
+
+
+def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """Columns of equal length as a Parquet file, whole or not at all."""
+    lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of unequal length: {lengths}")
-    count = next(iter(lengths.values()), 0)
-    columns = {"step": pa.array([step] * count, pa.int64())}
-    columns |= {name: _column(name, values) for name, values in rows.items() if name != "step"}
-    path = completions_path(directory, step)
+    table = pa.table({name: _column(name, values) for name, values in columns.items()})
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd")
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)

@@ -1,0 +1,54 @@
+"""What `vdr eval` writes beside its table, end to end on the starter; `vdr report` and its errors."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from vdr_cli.cli import app
+from vdr_cli.cli.eval import as_markdown
+
+
+def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["eval", "starter", "starter", "--prompts", "2", "-n", "2", "--max-new-tokens", "8", "--members", "2"]
+    arguments += ["--diversity", "--json", "n.json", "--markdown", "t.md", "--save", "s.parquet"]
+    assert app.run(arguments) == 0
+    written = json.loads(Path("n.json").read_text())
+    assert {"pass@1", "pass@2", "distinct-1", "self_bleu", "disagreement"} <= written["models"][0].keys()
+    assert written["differences"][0]["pass@1"] == 0.0
+    assert "| pass@1 |" in Path("t.md").read_text()
+    assert pq.read_table("s.parquet").num_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "starter", "--save", "s.csv"], "give FILE.parquet"),
+        (["eval", "starter", "--members", "1"], "--members"),
+        (["eval", "starter", "--markdown", "no/t.md"], "no directory"),
+        (["eval", "starter", "--reference", "nothing", "--prompts", "1"], "--reference nothing"),
+        (["report", "nowhere"], "no such run directory or file"),
+        (["report", "."], "no metrics.jsonl"),
+    ],
+)
+def test_one_line_and_exit_code_two(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app.run(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vdr: error:")]
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_markdown_has_a_column_a_model_and_survives_bars_in_names() -> None:
+    rows = [{"model": "a|b", "pass@1": 0.5, "pass@1_low": 0.4, "pass@1_high": 0.6}, {"model": "c", "pass@1": 0.25}]
+    assert as_markdown(rows, []) == (
+        "|  | a\\|b | c |\n| --- | ---: | ---: |\n| pass@1 | 0.500 [0.400, 0.600] | 0.250 |\n"
+    )
