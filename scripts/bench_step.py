@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,31 @@ def digits(prompts, completions, completion_ids, **columns):
 """
 
 
+PARTS = ("rollout", "collect", "update")
+
+
+def now() -> tuple[float, float]:
+    """Wall time and the processor time of this process; on a shared machine the second is the steadier."""
+    return time.perf_counter(), time.process_time()
+
+
+class Clock:
+    """How long each call of some functions took."""
+
+    def __init__(self) -> None:
+        self.spent: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            before = now()
+            result = call(*args, **kwargs)
+            for kind, begin, end in zip(("wall", "cpu"), before, now(), strict=True):
+                self.spent[name, kind].append(end - begin)
+            return result
+
+        return wrapper
+
+
 def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
     """Model path and prompt strings."""
     if case == "starter":
@@ -60,15 +86,20 @@ def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
 
         found = load_prompts(DataConfig(), "train", load_tokenizer("starter"))
         return str(model_path()), [str(found[index].value) for index in range(512)]
+    import string
+
     import numpy as np
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
-    words_only = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, pad_token="<pad>", eos_token="<eos>")
+    # a token a letter; the rest of the vocabulary only the model reaches
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<pad>", "<eos>", *letters, *(f"w{i}" for i in range(VOCABULARY - 2 - len(letters)))]
+    letter_by_letter = Tokenizer(models.BPE({word: place for place, word in enumerate(words)}, []))
+    letter_by_letter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letter_by_letter.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letter_by_letter, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -83,14 +114,19 @@ def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    numbers = np.random.default_rng(0).integers(2, VOCABULARY, (64, CASES[case].prompt_tokens))
-    return str(folder / "model"), [" ".join(f"w{number}" for number in row) for row in numbers]
+    chosen = np.random.default_rng(0).choice(list(string.ascii_letters), (64, CASES[case].prompt_tokens))
+    return str(folder / "model"), ["".join(row) for row in chosen]
 
 
 def run_vdr(case: Case, folder: Path, model: str, steps: int, bonus: bool, ds_config: str) -> list[dict[str, float]]:
+    from vdr_cli import train as loop
     from vdr_cli.config import Config
-    from vdr_cli.train import train
+    from vdr_cli.rollout.transformers_backend import TransformersRollout
 
+    clock = Clock()
+    loop.collect = clock.timed("collect", loop.collect)
+    loop.update = clock.timed("update", loop.update)
+    TransformersRollout.generate = clock.timed("rollout", TransformersRollout.generate)  # type: ignore[method-assign]
     output = Path(tempfile.mkdtemp(dir=folder))
     config = Config.model_validate(
         {
@@ -111,10 +147,13 @@ def run_vdr(case: Case, folder: Path, model: str, steps: int, bonus: bool, ds_co
             "observe": {"tensorboard": False, "report": False, "completions_every": 0, "live": "off"},
         }
     )
-    train(config)
-    lines = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    loop.train(config)
+    kinds = ("wall", "cpu")
+    rollout, collect, update = ({kind: clock.spent[name, kind] for kind in kinds} for name in PARTS)
     return [
-        {"step": line["step_time"], "rollout": line["time/rollout"], "update": line["time/update"]} for line in lines
+        {"rollout": rollout["wall"][step], "update": update["wall"][step]}
+        | {"step" if kind == "wall" else "step_cpu": collect[kind][step] + update[kind][step] for kind in kinds}
+        for step in range(steps)
     ]
 
 
@@ -126,16 +165,16 @@ def run_trl(case: Case, folder: Path, model: str, steps: int) -> list[dict[str, 
     sys.path.insert(0, str(folder))
     from reward import digits  # type: ignore[import-not-found]
 
-    times: list[dict[str, float]] = []
-    spent = {"rollout": 0.0}
+    clock, times = Clock(), []
 
-    class Clock(TrainerCallback):
+    class Steps(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            spent["begin"], spent["rollout"] = time.perf_counter(), 0.0
+            self.begin = now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            step = time.perf_counter() - spent["begin"]
-            times.append({"step": step, "rollout": spent["rollout"], "update": step - spent["rollout"]})
+            wall, cpu = (after - before for before, after in zip(self.begin, now(), strict=True))
+            rollout = clock.spent["rollout", "wall"][-1]
+            times.append({"rollout": rollout, "update": wall - rollout, "step": wall, "step_cpu": cpu})
 
     lines = (folder / "prompts.jsonl").read_text().splitlines()
     arguments = GRPOConfig(
@@ -162,21 +201,11 @@ def run_trl(case: Case, folder: Path, model: str, steps: int) -> list[dict[str, 
         args=arguments,
         train_dataset=datasets.Dataset.from_list([json.loads(line) for line in lines]),
         processing_class=AutoTokenizer.from_pretrained(model),
-        callbacks=[Clock()],
+        callbacks=[Steps()],
     )
-    trainer._generate = timed(trainer._generate, spent)  # type: ignore[method-assign]
+    trainer._generate = clock.timed("rollout", trainer._generate)  # type: ignore[method-assign]
     trainer.train()
     return times
-
-
-def timed(call: Callable[..., Any], spent: dict[str, float]) -> Callable[..., Any]:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        begin = time.perf_counter()
-        result = call(*args, **kwargs)
-        spent["rollout"] += time.perf_counter() - begin
-        return result
-
-    return wrapper
 
 
 def work(args: argparse.Namespace) -> None:
@@ -229,9 +258,10 @@ def main() -> None:
         for _ in range(args.repeats):
             for side, found in runs.items():
                 found.append(repetition(side, args, folder, model))
+                print(side, {name: round(value, 2) for name, value in found[-1].items()}, flush=True)
     print(f"{case.title}; {args.threads} threads, {args.ds_config}, {'default bonus' if args.bonus else 'no bonus'}")
     print(f"{'':10}{'vdr':>10}{'TRL':>10}{'ratio':>10}")
-    for phase in ("step", "rollout", "update", "peak_gb"):
+    for phase in ("step", "step_cpu", "rollout", "update", "peak_gb"):
         own, other = (statistics.median(run[phase] for run in runs[side]) for side in ("vdr", "trl"))
         pairs = zip(runs["vdr"], runs["trl"], strict=True)
         ratio = statistics.median(a[phase] / b[phase] for a, b in pairs)

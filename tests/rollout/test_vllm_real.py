@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+from vdr_cli.rollout import vllm_backend
 from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import PROBE, VllmRollout, mean_difference
-from vdr_cli.starter.paths import model_path
+from vdr_cli.rollout.vllm_client import VllmClient
+from vdr_cli.rollout.weights import WEIGHTS, write_weights
 
 INTERPRETER = os.environ.get("VDR_VLLM_PYTHON", "")
 START = 900.0
@@ -75,29 +78,29 @@ def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
     assert torch.equal(alone, together.completion_ids[4:8, : alone.shape[1]])
 
 
-def test_the_tied_head_of_a_users_server_is_caught(tmp_path: Path) -> None:
-    """A server started on the tied model keeps its LM head through a reload; the run must not go on."""
-    url = free_url()
-    command = [INTERPRETER, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_path())]
-    command += ["--port", url.rsplit(":", 1)[1], "--enforce-eager", "--dtype", "float32"]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-model-len", "64"]
-    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-    try:
-        backend = own_server(tmp_path / "handed", urls=[url])
-        backend.clients[0].wait_until_ready(START)
-        model = load_causal_lm("starter", torch.float32)
-        assert model.config.tie_word_embeddings
-        with pytest.raises(ConfigError, match="LM head tied"):
-            for _ in range(2):
-                backend.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+def without_head(model: torch.nn.Module, directory: Path) -> None:
+    """What save_pretrained writes of a tied model."""
+    write_weights(model, directory)
+    state = load_file(directory / WEIGHTS)
+    del state["lm_head.weight"]
+    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("fault", ["stale", "head"])
+def test_stale_weights_and_a_head_that_stayed_are_caught(
+    fault: str, rollout: VllmRollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm("starter", torch.float32)
+    rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
+    if fault == "stale":
+        monkeypatch.setattr(VllmClient, "reload", lambda self, directory: None)
+    else:
+        monkeypatch.setattr(vllm_backend, "write_weights", without_head)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    with pytest.raises(ConfigError, match="differ from the trainer's by"):
+        rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
 
 
 def test_ten_steps_with_a_killed_server_and_resume(tmp_path: Path) -> None:
