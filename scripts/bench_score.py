@@ -87,7 +87,7 @@ def watched(command: list[str]) -> tuple[float, list[tuple[float, float]]]:
     samples: list[float] = []
     while process.poll() is None:
         try:
-            samples.append(inside.memory_info().rss / 2**20)
+            samples.append(inside.memory_info().rss / 2**20 or samples[-1])  # 0 once it has ended
         except psutil.NoSuchProcess:
             break
         time.sleep(0.5)
