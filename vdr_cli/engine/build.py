@@ -5,6 +5,7 @@ The rest of the program sees: a policy forward, `backward`, `step`, and the full
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,11 +80,23 @@ class Engine:
         """One optimizer update. Refused on all ranks alike when the gradient is not finite."""
         for group in self.ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if not hasattr(self.ds_engine.optimizer, "overflow"):
+            return self._plain_step()
         skipped = self.ds_engine.skipped_steps
         self.ds_engine.step()
         refused = self.ds_engine.skipped_steps > skipped
         norm = self.ds_engine.get_global_grad_norm()
-        return StepResult(float("inf") if refused or norm is None else float(norm), refused)
+        return StepResult(math.inf if refused or norm is None else float(norm), refused)
+
+    def _plain_step(self) -> StepResult:
+        """ZeRO stage 0 in float32, where DeepSpeed refuses nothing. Every rank holds the same reduced gradient."""
+        gradients = [parameter.grad for parameter in self.causal_lm.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self.ds_engine.step()
+            return StepResult(norm, refused=False)
+        self.ds_engine.zero_grad()
+        return StepResult(math.inf, refused=True)
 
 
 def gather(parameters: list[nn.Parameter], writer: int | None = None) -> AbstractContextManager[Any]:
@@ -156,8 +169,6 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
 
 def learning_rate_at(step: int, cfg: TrainConfig) -> float:
     """Learning rate of step (from 0): linear warm-up over warmup_steps, then constant, linear or cosine to 0."""
-    import math
-
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(cfg.steps - cfg.warmup_steps, 1)

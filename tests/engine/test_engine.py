@@ -1,0 +1,219 @@
+"""The engine and its twin, for real, in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vdr_cli.config import DisagreementConfig
+from vdr_cli.disagreement.members import EnsembleSpec, measure
+from vdr_cli.engine.build import Engine
+from vdr_cli.engine.export import export_model
+from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
+from vdr_cli.errors import ConfigError
+from vdr_cli.models.loading import load_causal_lm
+from vdr_cli.models.policy import completion_logps
+from vdr_cli.rollout.base import Completions
+
+LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
+Build = Callable[..., Engine]
+
+
+def policy_logps(engine: Engine, batch: Completions) -> Tensor:
+    """Through the engine, in train mode, as the loss sees them."""
+    tokens = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
+    return engine.forward(*tokens, 0.7)[0].detach()
+
+
+def twin_logps(engine: Engine, batch: Completions) -> Tensor:
+    with engine.twin() as model:
+        return logps_of(model, batch)
+
+
+@torch.no_grad()
+def logps_of(model: Any, batch: Completions) -> Tensor:
+    tokens = batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
+    return completion_logps(model, *tokens, 0.7)[0]
+
+
+def parameters_of(engine: Engine) -> dict[str, Tensor]:
+    with engine.twin() as model:
+        return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("sections", [{}, LORA], ids=["full", "lora"])
+def test_twin_is_the_policy_after_a_step(build: Build, completions, one_step, stage: int, sections) -> None:
+    engine = build(stage, **sections)
+    before, result = one_step(engine, completions)
+    assert not result.refused and result.grad_norm > 0
+    after = policy_logps(engine, completions)
+    assert not torch.allclose(before, after)
+    assert torch.equal(twin_logps(engine, completions), after)
+
+
+def test_twin_gives_its_weights_back_also_after_an_exception(build: Build) -> None:
+    engine = build(3)
+    with pytest.raises(RuntimeError, match="inside"), engine.twin() as model:
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        raise RuntimeError("inside")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.numel() == 0 for parameter in engine.causal_lm.parameters())  # partitioned again
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_dropout_never_leaks(build: Build, completions, one_step, stage: int) -> None:
+    """The configuration has dropout 0.3: the same log-probabilities in training, around an ensemble, in the twin."""
+    engine = build(stage)
+    before = policy_logps(engine, completions)
+    spec = EnsembleSpec.from_config(DisagreementConfig(members=4), seed=0)
+    with engine.twin() as model:
+        sampled = logps_of(model, completions)
+        disagreement = measure(model, completions, 2, spec, step=0)
+        again = logps_of(model, completions)
+    assert disagreement.get("bald").max() > 1e-3
+    in_the_loss, _ = one_step(engine, completions, learning_rate=0.0)
+    for logps in (sampled, again, in_the_loss, policy_logps(engine, completions)):
+        assert torch.equal(logps, before)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_is_refused_and_forgotten(
+    build: Build, completions, one_step, stage: int, poison: float, clip: float
+) -> None:
+    """The next step is the one that would have come without it."""
+    engine, sane = build(stage, clip), build(stage, clip)
+    start = parameters_of(engine)
+    _, result = one_step(engine, completions, poison)
+    assert result.refused and result.grad_norm == math.inf
+    assert all(torch.equal(tensor, start[name]) for name, tensor in parameters_of(engine).items())
+    for each in (engine, sane):
+        _, result = one_step(each, completions)
+        assert not result.refused and math.isfinite(result.grad_norm)
+    expected = parameters_of(sane)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in parameters_of(engine).items())
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_refused(build: Build, completions) -> None:
+    engine = build(2)
+    logps, _ = engine.forward(
+        completions.prompt_ids, completions.prompt_mask, completions.completion_ids, completions.completion_mask, 0.7
+    )
+    engine.backward(logps.sum() + math.inf, last=False)
+    logps, _ = engine.forward(
+        completions.prompt_ids, completions.prompt_mask, completions.completion_ids, completions.completion_mask, 0.7
+    )
+    engine.backward(logps.sum(), last=True)
+    assert engine.step(1e-2).refused
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------
+
+
+def test_only_adapters_are_trained(build: Build, completions, one_step) -> None:
+    engine = build(3, **LORA)
+    start = parameters_of(engine)
+    trained = sum(p.ds_numel for p in engine.causal_lm.parameters() if p.requires_grad)
+    assert trained == sum(tensor.numel() for name, tensor in start.items() if "lora_" in name)
+    for _ in range(2):  # B is 0 at first, so A has no gradient until B moved
+        one_step(engine, completions)
+    for name, tensor in parameters_of(engine).items():
+        assert torch.equal(tensor, start[name]) == ("lora_" not in name), name
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_adapter_gradients_are_those_of_a_plain_model(build: Build, device, config, completions, leaves: bool) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    from vdr_cli.engine.build import build_engine
+    from vdr_cli.models.adapters import with_adapters
+
+    made = config(3, **LORA)
+    made = made.model_copy(update={"engine": made.engine.model_copy(update={"leaf_layers": leaves})})
+    engine = build_engine(made, device)
+    plain = with_adapters(load_causal_lm(made.model.name), made.model.lora, made.train.seed)
+    tokens = completions.prompt_ids, completions.prompt_mask, completions.completion_ids, completions.completion_mask
+    completion_logps(plain, *tokens, 0.7)[0].sum().backward()
+    engine.backward(engine.forward(*tokens, 0.7)[0].sum(), last=True)
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    assert expected and any(float(gradient.norm()) > 0 for gradient in expected.values())
+    for name, parameter in engine.causal_lm.named_parameters():
+        if parameter.requires_grad:
+            gradient = safe_get_full_grad(parameter)
+            assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("sections", [{}, LORA], ids=["full", "lora"])
+def test_export_has_the_logits_of_the_policy(build: Build, completions, one_step, tmp_path: Path, sections) -> None:
+    class NoTokenizer:
+        def save_pretrained(self, folder: Path) -> None: ...
+
+    engine = build(3, **sections)
+    one_step(engine, completions)
+    export_model(engine, NoTokenizer(), tmp_path / "model")
+    exported = logps_of(load_causal_lm(str(tmp_path / "model")), completions)
+    torch.testing.assert_close(exported, twin_logps(engine, completions), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_adapter_targets_are_named(build: Build) -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets no_such_module"):
+        build(3, model={"lora": {"targets": ["no_such_module"]}})
+
+
+def test_missing_peft_names_the_extra(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"vdr-cli\[lora\]"):
+        build(3, **LORA)
+
+
+# ---- reference -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("sections", "kind"), [({}, FrozenCopy), (LORA, Adapterless)], ids=["copy", "adapterless"])
+def test_reference_is_the_starting_model_exactly(
+    build: Build, config, tiny_path: Path, completions, one_step, stage: int, sections, kind: type
+) -> None:
+    engine = build(stage, **sections)
+    reference = build_reference(config(stage, grpo={"beta": 0.1}, **sections), engine)
+    assert isinstance(reference, kind)
+    for _ in range(2):
+        one_step(engine, completions)
+    base = logps_of(load_causal_lm(str(tiny_path)), completions)
+    with engine.twin() as model:
+        with reference.whole(model) as whole:
+            assert torch.equal(logps_of(whole, completions), base)
+        assert not torch.allclose(logps_of(model, completions), base)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_synchronised_reference_is_written_and_read(
+    build: Build, config, completions, one_step, tmp_path: Path, stage: int
+) -> None:
+    engine = build(stage)
+    settings = config(stage, grpo={"beta": 0.1})
+    reference, other = FrozenCopy(settings, engine), FrozenCopy(settings, engine)
+    reference.save(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    one_step(engine, completions)
+    reference.synchronise()
+    synchronised = twin_logps(engine, completions)
+    one_step(engine, completions)
+    reference.save(tmp_path)
+    other.load(tmp_path)
+    for each in (reference, other):
+        with each.whole(engine.causal_lm) as whole:
+            assert torch.equal(logps_of(whole, completions), synchronised)
+    assert not torch.allclose(twin_logps(engine, completions), synchronised)
+
+
+def test_no_reference_is_loaded_with_beta_zero(build: Build, config) -> None:
+    assert build_reference(config(3), build(3)) is None
