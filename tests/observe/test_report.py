@@ -157,3 +157,17 @@ def test_errors_in_one_line(make_run: MakeRun, tmp_path: Path) -> None:
         write_report(other)
     with pytest.raises(MachineError, match="cannot be written"):
         write_report(make_run(), tmp_path / "no" / "report.html")
+
+
+def test_tokens_are_measured_when_asked(make_run: MakeRun) -> None:
+    import pyarrow.parquet as pq
+
+    run = make_run()
+    for file in (run / "completions").iterdir():
+        pq.write_table(pq.read_table(file).drop_columns(["bald_tokens"]), file)
+    bare = json.loads(tags_of(write_report(run)).data)
+    assert bare["groups"][0]["completions"][0]["heat"] is None
+    measured = json.loads(tags_of(write_report(run, members=2)).data)
+    heat = measured["groups"][0]["completions"][0]["heat"]
+    assert len(heat) == 6
+    assert all(0 < value < 0.7 for value in heat)

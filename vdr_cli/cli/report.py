@@ -13,6 +13,7 @@ from vdr_cli.errors import ConfigError
 EXAMPLES = (
     "vdr report runs/wide                               # runs/wide/report.html",
     "vdr report runs/seed0 --compare runs/seed1 --compare runs/none -o compared.html",
+    "vdr report runs/wide --members 8                   # measure the tokens that it shows",
     "vdr report scores.parquet --png figures/",
 )
 
@@ -25,6 +26,10 @@ def command(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Default: report.html in the run, SCORES.html beside the file.")
     ] = None,
+    members: Annotated[
+        int,
+        typer.Option(help="Colour tokens by this many members of the final model where the run saved none; 0: not."),
+    ] = 0,
     png: Annotated[
         str | None, typer.Option("--png", metavar="DIR", help="Also every chart as a picture for a paper.")
     ] = None,
@@ -38,12 +43,14 @@ def command(
             raise ConfigError(f"{given}: no such run directory or file")
     if compare and Path(source).is_file():
         raise ConfigError("--compare is for runs: a scored file is reported alone")
+    if members < 0 or members == 1:
+        raise ConfigError(f"--members {members}: disagreement needs at least 2; 0: not measured")
     if output is not None:
         check_writable_file(output, "-o")
 
     from vdr_cli.observe.report import write_pictures, write_report
 
-    typer.echo(write_report(source, output, compare or ()))
+    typer.echo(write_report(source, output, compare or (), members))
     if png is not None:
         for path in write_pictures(source, png, compare or ()):
             typer.echo(path)

@@ -21,6 +21,7 @@ from vdr_cli.errors import MachineError
 from vdr_cli.observe.charts import Chart, Series, finite, number, svg
 from vdr_cli.observe.report_data import (
     Decode,
+    Heat,
     RunData,
     ShownGroup,
     load_run,
@@ -59,19 +60,23 @@ class Page:
     groups_saved: int
     facts_header: list[str]
     facts: list[list[str]]
+    facts_note: str
     ranking_header: list[str]
     ranking: list[list[str]]
 
 
-def write_report(source: str | Path, output: str | Path | None = None, compare: Sequence[str | Path] = ()) -> Path:
+def write_report(
+    source: str | Path, output: str | Path | None = None, compare: Sequence[str | Path] = (), members: int = 0
+) -> Path:
     """The report of a run directory or a scored file; default: report.html in the run, FILE.html beside the file.
 
     compare: further runs in the same charts. Runs that differ only in their seed become one curve with a band.
+    members: where the run saved no disagreement a token, measure it with this many members of its final model; 0: not.
     """
     source = Path(source)
     default = source.with_name(source.name + ".html") if source.is_file() else source / "report.html"
     target = Path(output) if output is not None else default
-    html = render(_page(source, compare))
+    html = render(_page(source, compare, members))
     temporary = target.with_name(target.name + ".tmp")
     try:
         temporary.write_text(html, encoding="utf-8")
@@ -93,13 +98,13 @@ def write_pictures(source: str | Path, directory: str | Path, compare: Sequence[
         raise MachineError(f"{folder}: cannot be written ({error.strerror})") from error
 
 
-def _page(source: Path, compare: Sequence[str | Path]) -> Page:
+def _page(source: Path, compare: Sequence[str | Path], members: int = 0) -> Page:
     if source.is_file():
         return score_page(source)
-    return run_page([load_run(path) for path in (source, *compare)])
+    return run_page([load_run(path) for path in (source, *compare)], members)
 
 
-def run_page(runs: Sequence[RunData]) -> Page:
+def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
     """Learning curves of all runs, completions of the first."""
     first = runs[0]
     charts = []
@@ -113,7 +118,9 @@ def run_page(runs: Sequence[RunData]) -> Page:
     points = [reward_and_disagreement(run) for run in runs]
     if any(len(one.x) for one in points):
         charts.append(Chart("Reward against disagreement", "disagreement (nats)", "task reward", points, True))
-    groups, saved = run_groups(first, _decoder(_model_of(first)))
+    model = _model_of(first)
+    heat = _measuring(first, model, members) if members and model else None
+    groups, saved = run_groups(first, _decoder(model), heat)
     facts = [[name, *(_first_to_last(run, name) for run in runs)] for name in _named_facts(runs)]
     return Page(
         title=", ".join(run.name for run in runs),
@@ -123,6 +130,7 @@ def run_page(runs: Sequence[RunData]) -> Page:
         groups_saved=saved,
         facts_header=[run.name for run in runs],
         facts=facts,
+        facts_note="First and last measured value.",
         ranking_header=[],
         ranking=[],
     )
@@ -166,6 +174,7 @@ def score_page(path: Path) -> Page:
         groups_saved=saved,
         facts_header=["mean"],
         facts=facts,
+        facts_note="",
         ranking_header=header,
         ranking=[[_interval(row, name) for name in header] for row in ranking],
     )
@@ -189,6 +198,7 @@ def render(page: Page) -> str:
         charts=[{"title": visible(chart.title), "svg": Markup(svg(chart))} for chart in page.charts],
         facts_header=[visible(name) for name in page.facts_header],
         facts=[[visible(cell) for cell in row] for row in page.facts],
+        facts_note=page.facts_note,
         ranking_header=page.ranking_header,
         ranking=page.ranking,
         has_groups=bool(page.groups),
@@ -233,6 +243,28 @@ def _decoder(model: str | None) -> Decode | None:
         return pieces(load_tokenizer(model))
     except (ConfigError, OSError):
         return None
+
+
+def _measuring(run: RunData, model: str, members: int) -> Heat:
+    """bald a token under the run's ensemble settings, of `model`."""
+    from vdr_cli.config import DisagreementConfig
+    from vdr_cli.disagreement.masks import EnsembleSpec
+    from vdr_cli.disagreement.members import measure
+    from vdr_cli.models.loading import load_causal_lm
+    from vdr_cli.scoring.batches import collate
+    from vdr_cli.scoring.tokens import Item
+
+    own = run.config.get("disagreement", {})
+    kept = {key: own[key] for key in ("dropout", "scope", "last_k", "mask_sharing", "site", "blocks") if key in own}
+    spec = EnsembleSpec.from_config(DisagreementConfig(members=members, **kept), run.config["train"]["seed"])
+    causal_lm = load_causal_lm(model)
+
+    def heat(prompt_ids: list[int], completions: list[list[int]]) -> list[list[float]]:
+        items = [Item(at, prompt_ids, ids or [0], False) for at, ids in enumerate(completions)]
+        bald = measure(causal_lm, collate(items, 0), len(items), spec, 0, "all", ("bald",)).get("bald")  # (G, T)
+        return [row[: len(ids)] for row, ids in zip(bald.tolist(), completions, strict=True)]
+
+    return heat
 
 
 def _model_of(run: RunData) -> str | None:

@@ -20,6 +20,10 @@ from vdr_cli.observe.metrics import METRICS_FILE, read_metrics
 Decode = Callable[[list[int]], list[str]]
 """Token ids to the text of each token."""
 
+Heat = Callable[[list[int], list[list[int]]], list[list[float]]]
+"""Prompt ids and the completions' ids of a group to one number a token."""
+
+RUN_HEAT = ("bald_tokens", "rmi_tokens")
 GROUPS_SHOWN = 60
 CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
 NOT_SEEDS = ("seed", "output")
@@ -116,8 +120,11 @@ def _own_curve(run: RunData, metric: str) -> Series:
     return Series(run.name, steps, values)
 
 
-def run_groups(run: RunData, decode: Decode | None) -> tuple[list[ShownGroup], int]:
-    """Groups from all over the run, the same number from each saved step; and how many were saved in all."""
+def run_groups(run: RunData, decode: Decode | None, heat: Heat | None = None) -> tuple[list[ShownGroup], int]:
+    """Groups from all over the run, the same number from each saved step; and how many were saved in all.
+
+    heat: measures the tokens of a group where the run did not save that.
+    """
     files = completion_files(run.path)
     shown: list[ShownGroup] = []
     saved = characters = 0
@@ -131,6 +138,11 @@ def run_groups(run: RunData, decode: Decode | None) -> tuple[list[ShownGroup], i
         groups = _by_group(columns)
         saved += len(groups)
         for rows in [groups[at] for at in _spaced(len(groups), each)]:
+            if heat is not None and not any(name in columns for name in RUN_HEAT):
+                columns.setdefault("measured_tokens", [None] * len(columns["prompt"]))
+                ids = [columns["completion_ids"][row] for row in rows]
+                for row, values in zip(rows, heat(columns["prompt_ids"][rows[0]], ids), strict=True):
+                    columns["measured_tokens"][row] = values
             group = _group(columns, rows, decode)
             characters += sum(len(completion.text) for completion in group.completions)
             if shown and characters > CHARACTERS_SHOWN:
@@ -207,7 +219,7 @@ def _group(columns: Mapping[str, Sequence[Any]], rows: Iterable[int], decode: De
 
 
 def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode | None) -> Completion:
-    heat_name = next((name for name in ("bald_tokens", "rmi_tokens", "token_bald") if name in columns), None)
+    heat_name = next((name for name in (*RUN_HEAT, "measured_tokens", "token_bald") if name in columns), None)
     ids_name = next((name for name in ("token_ids", "completion_ids") if name in columns), None)
     tokens = heat = None
     if heat_name and ids_name and decode is not None and columns[heat_name][row] and columns[ids_name][row]:
