@@ -82,7 +82,10 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """
     R, V = scores.shape
     top = scores.amax(dim=-1, keepdim=True)
-    weights = torch.nn.functional.pad((scores - top).exp_(), (0, -V % BLOCK)).view(R, -1, BLOCK)
+    weights = (scores - top).exp_()
+    if V % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -V % BLOCK))
+    weights = weights.view(R, -1, BLOCK)
     block_cdf = weights.sum(-1).double().cumsum(-1)  # (R, V / BLOCK)
     total = block_cdf[:, -1:]
     target = uniform.clamp_max(BELOW_ONE)[:, None] * total

@@ -27,6 +27,9 @@ PROBE = Sampling(max_new_tokens=16, temperature=0.5)
 PROBES = 4
 """Prompts drawn from for it, on each server."""
 
+MOST_REQUESTS = 256
+"""Prompts asked for at once; the server queues what it cannot decode together."""
+
 NOISE = 4.0
 """A push must agree to within this many times the difference right after the server started."""
 
@@ -71,7 +74,7 @@ class VllmRollout:
         self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
     ) -> Completions:
         self._push(model, prompts, sampling)
-        with ThreadPoolExecutor(max_workers=max(len(prompts), 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(max(len(prompts), 1), MOST_REQUESTS)) as pool:
             asked = [
                 pool.submit(self._complete, index, prompt, n, sampling, key)
                 for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
