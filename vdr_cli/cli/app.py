@@ -15,13 +15,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vdr_cli import __version__
-from vdr_cli.cli import doctor, report, score, train
+from vdr_cli.cli import doctor, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.errors import VdrError
 from vdr_cli.observe.text import visible
 
-COMMANDS: dict[str, Any] = {"train": train, "eval": eval_command, "score": score, "report": report, "doctor": doctor}
-"""Name to module; each has `command` (the function) and EXAMPLES (lines of its help)."""
+COMMANDS: dict[str, Any] = {
+    "train": train,
+    "eval": eval_command,
+    "score": score,
+    "report": report,
+    "doctor": doctor,
+    "recipes": recipes,
+}
+"""Name to module; each has `command` (the function), EXAMPLES (lines of its help) and perhaps SUBCOMMANDS."""
 
 INTERRUPTED = 130
 USAGE = 2
@@ -40,8 +47,20 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name, module in COMMANDS.items():
-        app.command(name, epilog=examples(module.EXAMPLES))(module.command)
+        if hasattr(module, "SUBCOMMANDS"):
+            app.add_typer(_group(module), name=name, epilog=examples(module.EXAMPLES))
+        else:
+            app.command(name, epilog=examples(module.EXAMPLES))(module.command)
     return app
+
+
+def _group(module: Any) -> typer.Typer:
+    """A command with subcommands; on its own it does what `command` does."""
+    group = typer.Typer(rich_markup_mode="rich")
+    group.callback(invoke_without_command=True)(module.command)
+    for name, function in module.SUBCOMMANDS.items():
+        group.command(name)(function)
+    return group
 
 
 def examples(lines: Sequence[str]) -> str:

@@ -26,7 +26,9 @@ class LoraConfig(Section):
     """Low-rank adapters through PEFT (extra: lora)."""
 
     rank: Positive = 16
+    """Of the two factors that an adapter adds to a weight."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The product of the factors is added alpha / rank times."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Module names that get an adapter, as PEFT's target_modules."""
 
@@ -39,6 +41,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. auto: bfloat16 on an accelerator that has it, float32 on CPU (bf16 is slower there)."""
     trust_remote_code: bool = False
+    """Run Python code that comes with the model. It can do anything that you can."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     lora: LoraConfig | None = None
@@ -49,6 +52,7 @@ class DataConfig(Section):
     name: str = "starter"
     """`starter` (embedded Countdown), a hub id, a JSONL/CSV/Parquet file, or a directory `datasets` can load."""
     split: str = "train"
+    """Split of the training prompts."""
     subset: str | None = None
     """The hub data set's configuration (`main` of openai/gsm8k); None: its default."""
     eval_name: str | None = None
@@ -57,6 +61,8 @@ class DataConfig(Section):
     """Split of the held-out prompts."""
     prompt_column: str = "prompt"
     """A string or chat messages. Every other column goes to the reward functions."""
+    as_chat: bool = False
+    """Prompts that are strings become one user message, in the format of the model's chat template."""
     system_prompt: str | None = None
     """Put before the messages of every prompt (chat prompts only)."""
     max_prompt_tokens: Positive | None = None
@@ -88,11 +94,13 @@ class VllmConfig(Section):
 
 class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the model in this process, or vLLM servers."""
     group_size: Positive = 8
     """G, completions of one prompt."""
     max_new_tokens: Positive = 256
     """T_max, longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of sampling, and of all log-probabilities in the loss."""
     top_k: Annotated[int, Field(ge=0)] = 0
     """Keep the k likeliest tokens; 0: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -100,17 +108,20 @@ class RolloutConfig(Section):
     min_p: Fraction = 0.0
     """Keep tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the scores of tokens that occurred already; 1: off."""
     stop: list[str] = []
     """A completion ends after any of these strings."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
     vllm: VllmConfig = VllmConfig()
+    """Read with backend vllm."""
 
 
 class RewardFunction(Section):
     name: str
     """A built-in, `module:function`, or `file.py:function`."""
     weight: float = 1.0
+    """Of this function in the sum."""
 
 
 class RewardsConfig(Section):
@@ -123,15 +134,18 @@ class RewardsConfig(Section):
 
 
 class DisagreementConfig(Section):
-    """The bonus: design section 4. `mode: none` is the one switch that turns it off."""
+    """The bonus (docs/disagreement.md). `mode: none` is the one switch that turns it off."""
 
     mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
+    """Where members are compared: nowhere, at every token, or where the last token is predicted."""
     measure: Literal["bald", "rmi"] = "bald"
+    """bald: mutual information of the next token and the weights; rmi: its share for the sampled token."""
     members: Annotated[int, Field(ge=2)] = 8
     """M, dropout members."""
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """p of the Bernoulli masks on the residual branches."""
     scope: Literal["full", "last_k"] = "full"
+    """Layers that members differ in: all, or the top last_k (the others are read once for all members)."""
     last_k: Positive | None = None
     """Layers that members differ in, with scope last_k."""
     mask_sharing: Literal["member", "token"] = "member"
@@ -150,6 +164,7 @@ class DisagreementConfig(Section):
     gate: Literal["all", "incorrect", "zero_variance"] = "all"
     """Which completions get a bonus: all, those not solved, those of groups whose task rewards are all equal."""
     shape: Literal["additive", "reward", "multiplicative", "quality"] = "additive"
+    """How the bonus enters the advantage; formulas in docs/disagreement.md."""
     weight: Annotated[float, Field(ge=0)] = 0.1
     """λ (additive, reward) or β (multiplicative, quality) at the first step."""
     clip: Annotated[float, Field(gt=0)] = 3.0
@@ -174,6 +189,7 @@ class DisagreementConfig(Section):
 
 class GrpoConfig(Section):
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "sapo"] = "dapo"
+    """Token loss and what it is averaged over; formulas in docs/losses.md."""
     epsilon_low: Annotated[float, Field(ge=0)] = 0.2
     """The ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: Annotated[float, Field(ge=0)] = 0.28
@@ -181,14 +197,19 @@ class GrpoConfig(Section):
     delta: Annotated[float, Field(gt=1)] | None = None
     """Two-sided clip: the ratio never counts above delta; None: off."""
     sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
+    """Loss sapo: of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
+    """Loss sapo: of the gate where the advantage is negative."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the group's standard deviation, the step's, or nothing."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    """Several reward functions: advantages of the weighted sum, or the weighted sum of advantages (GDPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL to the reference model; 0: no reference is loaded."""
     kl: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimator of the KL: log-ratio, half its square, or the unbiased non-negative one."""
     kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL acts: added to the loss, or taken off the reward."""
     sync_reference_every: Positive | None = None
     """Steps after which the reference becomes the policy; None: never."""
     entropy_weight: float = 0.0
@@ -219,6 +240,7 @@ class TrainConfig(Section):
     steps: Positive = 500
     """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of prompts, the samples and the members."""
     output: str | None = None
     """Run directory; None: runs/<date>-<time>."""
     prompts_per_step: Positive = 8
@@ -226,10 +248,15 @@ class TrainConfig(Section):
     micro_batch_size: Positive = 8
     """Completions in one forward and backward of one rank; memory, never the result."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """Of AdamW, after the warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From learning_rate to 0 at train.steps, unless constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises to its value."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the mean of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global norm the gradient is clipped to; 0: not clipped."""
     max_refused_steps: Positive = 5
@@ -263,19 +290,27 @@ class LaunchConfig(Section):
     num_processes: Positive | None = None
     """Processes on this machine; None: one, or every slot of the hostfile."""
     hostfile: str | None = None
+    """File with a line a host: `node1 slots=8`; None: this machine."""
     include: str | None = None
     """Hosts and slots to use, DeepSpeed's syntax: host1@host2:0,2."""
     exclude: str | None = None
+    """Hosts and slots to leave out, in the same syntax."""
     master_addr: str | None = None
+    """Where rank 0 listens; None: the first host."""
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """None: a free port (local), 29500 (hostfile)."""
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Of the hosts' sshd; None: ssh's own settings."""
     launcher: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
+    """What starts processes on the hosts."""
     no_ssh: bool = False
+    """vdr is started once on every host, with node_rank; nothing goes over ssh."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
+    """This host's place in the hostfile, from 0 (no_ssh)."""
     env: dict[str, str] = {}
     """Environment variables that every rank gets."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
+    """Times a run that a fault ended is started again from its newest checkpoint."""
     fault_timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds within which every process ends after a fault was noticed."""
     check_hosts: bool = True
@@ -288,6 +323,7 @@ class ObserveConfig(Section):
     completions_every: Annotated[int, Field(ge=0)] = 10
     """Steps between completions/step_*.parquet; 0: none."""
     tensorboard: bool = True
+    """Write events for TensorBoard."""
     wandb: bool = False
     """Weights & Biases (extra: wandb)."""
     report: bool = True

@@ -27,12 +27,14 @@ class PromptSet(Sequence[Prompt]):
         prompt_column: str = "prompt",
         system_prompt: str | None = None,
         max_prompt_tokens: int | None = None,
+        as_chat: bool = False,
     ) -> None:
         self._table = table
         self._tokenizer = tokenizer
         self._prompt_column = prompt_column
         self._system_prompt = system_prompt
         self._max_prompt_tokens = max_prompt_tokens
+        self._as_chat = as_chat
         self.truncated_rows: set[int] = set()
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
         self.columns = tuple(column for column in table.columns if column != prompt_column)
@@ -50,6 +52,7 @@ class PromptSet(Sequence[Prompt]):
         row = dict(self._table.rows[index])
         value = row.pop(self._prompt_column)
         if self.has_messages:
+            value = [{"role": "user", "content": value}] if isinstance(value, str) else value
             value = with_system_prompt([dict(message) for message in value], self._system_prompt)
         return Prompt(row=index, value=value, token_ids=self._tokens(index, value), columns=self._columns_of(row))
 
@@ -77,7 +80,7 @@ class PromptSet(Sequence[Prompt]):
         return ids[-limit:]
 
     def _check_rows(self) -> bool:
-        """Every row's prompt is usable; returns whether they are chat messages. DataError names the first bad row."""
+        """Every row's prompt is usable; returns whether they are chats. DataError names the first bad row."""
         column, table = self._prompt_column, self._table
         if column not in table.columns:
             raise DataError(
@@ -90,20 +93,24 @@ class PromptSet(Sequence[Prompt]):
             raise DataError(
                 f"{table.where(odd)}: prompts must be all strings or all messages; {table.where(0)} differs"
             )
-        if self._system_prompt is not None and not kinds[0]:
-            raise ConfigError(f"data.system_prompt needs chat messages; the prompts of {table.name} are plain strings")
-        if kinds[0] and getattr(self._tokenizer, "chat_template", None) is None:
+        has_messages = kinds[0] or self._as_chat
+        if self._system_prompt is not None and not has_messages:
+            raise ConfigError(
+                f"data.system_prompt needs chat messages; the prompts of {table.name} are plain strings: "
+                "set data.as_chat, or leave data.system_prompt out"
+            )
+        if has_messages and getattr(self._tokenizer, "chat_template", None) is None:
             raise ConfigError(
                 f"{table.name}: the prompts are chat messages, but the model's tokenizer has no chat template; "
                 "give plain strings or a model with one"
             )
-        return kinds[0]
+        return has_messages
 
 
 def load_prompts(cfg: DataConfig, role: Role, tokenizer: Any) -> PromptSet:
     """The training (`train`) or held-out (`eval`) prompts of a configuration."""
     table = open_table(cfg, role)
-    return PromptSet(table, tokenizer, cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens)
+    return PromptSet(table, tokenizer, cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens, cfg.as_chat)
 
 
 def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -66,4 +67,5 @@ def built_in(name: str) -> Callable[..., Any]:
             raise ConfigError(
                 "rewards.functions: math_verify needs the package math-verify; pip install 'vdr-cli[math]'"
             ) from error
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
     return BUILT_IN[name]

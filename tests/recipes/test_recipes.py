@@ -1,0 +1,131 @@
+"""Each recipe: its keys, its plan without a network, its prompts and rewards on rows like its data set's."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vdr_cli import recipes
+from vdr_cli.cli import app
+from vdr_cli.config import Config
+from vdr_cli.config.load import load_config, starter_recipe
+from vdr_cli.config.messages import dotted_keys
+from vdr_cli.data.prompts import load_prompts
+from vdr_cli.rewards.base import check_columns
+from vdr_cli.rewards.calling import compute_rewards
+from vdr_cli.rewards.loading import load_rewards
+
+FROM_HUB = [name for name in recipes.NAMES if name != "starter"]
+COMPLETION = {"tldr": "A cat came in.", "gsm8k": "So \\boxed{42}.", "7b": "\\boxed{42}", "32b": "\\boxed{42}"}
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def set_keys(tree: dict, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        keys += set_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return keys
+
+
+def read(name: str) -> Config:
+    return load_config(recipes.recipe_path(name))
+
+
+def test_names_are_the_files():
+    assert {path.stem for path in recipes.recipe_path("starter").parent.glob("*.yaml")} == set(recipes.NAMES)
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_every_key_is_a_setting_and_every_line_fits(name):
+    config = read(name)
+    known = set(dotted_keys())
+    free = ("launch.env.",)
+    given = [key for key in set_keys(yaml.safe_load(recipes.recipe_text(name))) if not key.startswith(free)]
+    assert set(given) <= known and len(given) > 10
+    assert config.disagreement.mode != "none", "what this product is for is on"
+    assert all(len(line) <= 120 for line in recipes.recipe_text(name).splitlines())
+    assert recipes.summary(name) and recipes.recipe_text(name).startswith("# ")
+
+
+def test_the_starters_recipe_says_what_the_starter_gets_anyway():
+    written = yaml.safe_load(recipes.recipe_text("starter"))
+    for section, settings in starter_recipe().items():
+        assert settings.items() <= written[section].items()
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_copied_recipe_shows_its_plan_without_a_network(name, monkeypatch, capsys):
+    def no_network(*_args):
+        raise AssertionError("a dry run must not need a network")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    Path("hosts").write_text("".join(f"node{number} slots=8\n" for number in range(1, 5)))
+    assert app.run(["recipes", "copy", name]) == 0
+    assert app.run(["train", f"{name}.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    processes = {"7b": 8, "32b": 32}.get(name, 1)
+    assert f"# processes             {processes}\n" in shown
+    (Path("again.yaml")).write_text(shown[shown.index("model:") :])
+    assert load_config("again.yaml") == read(name), "the plan is a configuration file"
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_rows_like_the_data_sets_become_prompts_and_rewards(name, rows, tokenizer):
+    if name != "tldr":
+        pytest.importorskip("math_verify")
+    config = read(name)
+    data = config.data.model_copy(update={"name": str(rows(name)), "subset": None})
+    prompts = load_prompts(data, "train", tokenizer)
+    prompt = prompts[0]
+    text = "".join(tokenizer.convert_ids_to_tokens(prompt.token_ids))
+    if config.data.as_chat:
+        assert text.startswith("<|im_start|>system\nPlease reason") and text.endswith("<|im_start|>assistant\n")
+    else:
+        assert text.endswith("TL;DR:")
+    rewards = load_rewards(config.rewards, config.data.name)
+    check_columns(rewards, prompts.columns)
+    right, wrong = COMPLETION[name], "no idea"
+    completions = [right, wrong]
+    if config.data.as_chat:
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    scores = compute_rewards(rewards, [prompt, prompt], completions, [[5], [6]], config.rewards.timeout)
+    expected = [len(right), len(wrong)] if name == "tldr" else [1.0, 0.0]
+    assert scores[:, 0].tolist() == expected
+
+
+def test_the_commands(capsys):
+    assert app.run(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == list(recipes.NAMES)
+    assert app.run(["recipes", "list"]) == 0 and capsys.readouterr().out == listed
+    assert app.run(["recipes", "show", "gsm8k"]) == 0
+    assert capsys.readouterr().out == recipes.recipe_text("gsm8k")
+    assert app.run(["recipes", "copy", "gsm8k", "mine.yaml"]) == 0
+    assert Path("mine.yaml").read_text() == recipes.recipe_text("gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["show", "gsm8"], "no recipe gsm8; did you mean gsm8k?"),
+        (["show", "zzz"], "no recipe zzz; there are starter, tldr"),
+        (["copy", "tldr", "there.yaml"], "there.yaml is there already"),
+        (["copy", "tldr", "none/x.yaml"], "no directory none"),
+        (["burn"], "No such command 'burn'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, expected, capsys):
+    Path("there.yaml").write_text("mine")
+    assert app.run(["recipes", *arguments]) == 2
+    streams = capsys.readouterr()
+    assert expected in streams.err and streams.err.count("\n") == 1 and streams.out == ""
+    assert Path("there.yaml").read_text() == "mine"

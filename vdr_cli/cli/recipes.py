@@ -1,0 +1,67 @@
+"""`vdr recipes`: complete configurations to read, copy and change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vdr_cli import recipes
+from vdr_cli.errors import ConfigError, MachineError
+
+EXAMPLES = (
+    "vdr recipes list",
+    "vdr recipes show gsm8k",
+    "vdr recipes copy gsm8k mine.yaml",
+)
+
+
+def _complete(incomplete: str) -> list[str]:
+    return [name for name in recipes.NAMES if name.startswith(incomplete)]
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="See vdr recipes list.", autocompletion=_complete)]
+
+
+def command(context: typer.Context) -> None:
+    """Complete, commented configurations: list them, show one, copy one and change it."""
+    if context.invoked_subcommand is None:
+        show_list()
+
+
+def show_list() -> None:
+    """Each recipe in one line."""
+    width = max(map(len, recipes.NAMES))
+    for name in recipes.NAMES:
+        typer.echo(f"{name:<{width}}  {recipes.summary(name)}")
+
+
+def show(name: Name) -> None:
+    """Print a recipe."""
+    typer.echo(recipes.recipe_text(name), nl=False)
+
+
+def copy(
+    name: Name, path: Annotated[str | None, typer.Argument(metavar="PATH", help="Default: NAME.yaml here.")] = None
+) -> None:
+    """Write a recipe to a file of yours. A file that is there already stays as it is."""
+    text = recipes.recipe_text(name)
+    target = Path(path or f"{name}.yaml").expanduser()
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{target} is there already; give another PATH") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{target}: no directory {target.parent}; make it first") from None
+    except OSError as error:
+        raise MachineError(f"{target}: cannot be written ({error.strerror})") from None
+    typer.echo(
+        f"{target}: change it, look at the plan with vdr train {target} --dry-run, start with vdr train {target}"
+    )
+
+
+SUBCOMMANDS = {"list": show_list, "show": show, "copy": copy}

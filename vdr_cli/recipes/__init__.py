@@ -1,0 +1,30 @@
+"""Complete, commented configurations to start from: what `vdr recipes` lists, shows and copies."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from vdr_cli.errors import ConfigError
+
+NAMES = ("starter", "tldr", "gsm8k", "7b", "32b")
+"""From the smallest machine to the largest."""
+
+
+def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe; ConfigError with the nearest name for an unknown one."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+        raise ConfigError(f"no recipe {name}; {hint}")
+    return Path(__file__).parent / f"{name}.yaml"
+
+
+def recipe_text(name: str) -> str:
+    """The file as it is."""
+    return recipe_path(name).read_text(encoding="utf-8")
+
+
+def summary(name: str) -> str:
+    """The first comment of the file: one line that says what it is and where it runs."""
+    return recipe_text(name).splitlines()[0].removeprefix("#").strip()
