@@ -86,6 +86,8 @@ def _read(
 def _number(value: Any, where: str) -> float:
     if value is None or value == "":
         return float("nan")
+    if value in ("True", "true", "False", "false"):  # a CSV's booleans
+        return float(value in ("True", "true"))
     try:
         return float(value)
     except (TypeError, ValueError):
