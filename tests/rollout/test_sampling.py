@@ -55,7 +55,7 @@ def test_a_wrong_distribution_fails_the_chi_square() -> None:
 def test_a_large_vocabulary_is_sampled_over_its_blocks() -> None:
     torch.manual_seed(1)
     logits = torch.randn(1, 3001) * 3
-    draws = uniform_rows([(5, g) for g in range(200)], 1000).view(-1)
+    draws = uniform_rows([(5, g) for g in range(50)], 1000).view(-1)
     tokens = torch.cat([inverse_cdf(logits.expand(len(part), -1), part)[0] for part in draws.split(5000)])
     exact = logits.softmax(-1)[0]
     often = exact * len(draws) >= 10
