@@ -322,17 +322,17 @@ def curves(base: Case, path: Path) -> None:
     """CPU seconds against M, T, G and P, both modes, ours; the original's per_token beside them."""
     from matplotlib import pyplot
 
-    small = replace(base, layers=4, width=256, inner=1024, vocabulary=8000, prompt=64, completion=64, repeats=3)
+    small = replace(base, layers=4, width=256, inner=1024, vocabulary=4000, prompt=64, completion=32, repeats=2)
     axes_values = {
         "members": [2, 4, 8, 16, 32],
-        "completion": [16, 32, 64, 128, 256],
+        "completion": [8, 16, 32, 64, 128],
         "group_size": [2, 4, 8, 16],
-        "prompt": [16, 64, 128, 256, 512],
+        "prompt": [16, 64, 128, 256],
     }
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
     for axis, (name, values) in zip(axes, axes_values.items(), strict=True):
         for way, mode in (("ours", "per_token"), ("ours", "end_of_sequence"), ("original", "per_token")):
-            times = [in_own_process(replace(small, way=way, mode=mode, **{name: v}))["cpu"] for v in values]
+            times = [run_case(replace(small, way=way, mode=mode, **{name: v}))["cpu"] for v in values]
             axis.plot(values, times, marker="o", label=f"{way}, {mode}")
         axis.set_xlabel(name)
         axis.set_ylim(bottom=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vdr_cli.models.anatomy import Head
 
 CACHE_BYTES = 2**20
-"""Logits that are worked on at once on a CPU: they and two tensors made from them stay in the cache."""
+"""Logits that a CPU thread works on at once: they and two tensors made from them stay in its core's cache."""
 
 SLAB = 16_384
 """Rows of a low-precision LM head that are converted to float32 at once where no product keeps float32."""
@@ -112,7 +112,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
 def _chunk_statistics(logits: Tensor, targets: Tensor, measures: Collection[str]) -> dict[str, Tensor]:
     """Measures of a (n, M, V) chunk, in blocks that stay in a CPU's cache between the passes over them."""
     per_position = 4 * logits[0].numel()
-    size = len(logits) if logits.is_cuda else max(1, CACHE_BYTES // per_position)
+    size = len(logits) if logits.is_cuda else max(1, CACHE_BYTES * torch.get_num_threads() // per_position)
     blocks = [
         from_logits(logits[start : start + size], targets[start : start + size], measures)
         for start in range(0, len(logits), size)
