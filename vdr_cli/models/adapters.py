@@ -24,7 +24,11 @@ def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
     except ImportError as error:
         raise ConfigError("model.lora needs PEFT, which is an extra: pip install 'vdr-cli[lora]'") from error
     settings = peft.LoraConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha, target_modules=cfg.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=cfg.rank,
+        lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # annotated int, only ever divided by the rank
+        target_modules=cfg.targets,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

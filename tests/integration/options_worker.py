@@ -1,0 +1,106 @@
+"""One rank that works through several training runs in one process, with faults planted and numbers taken down.
+
+    python options_worker.py JSON    a list of {name, settings, resume, plant}
+
+Beside what each run writes, rank r leaves `probe_rank<r>.pt`: what every loss was given and returned, gathers
+a step, and logits of the last policy and of its reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from vdr_cli import run, train
+from vdr_cli.config.load import load_config
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import Engine
+from vdr_cli.errors import VdrError
+
+PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
+gathers = 0
+plant: str | None = None
+calls: list[dict[str, Any]] = []
+gathers_at_advance: list[int] = []
+gradient: dict[str, torch.Tensor] = {}
+
+
+def counted(function: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global gathers
+        gathers += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def watched_loss(inputs: Any, weights: Any, cfg: Any) -> Any:
+    output = policy_loss(inputs, weights, cfg)
+    tensors = {name: value.detach() for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
+    calls.append({**tensors, "weights": weights, "loss": output.loss.detach()})
+    if plant in ("nan", "inf") and collectives.rank() == collectives.world_size() - 1:
+        output = dataclasses.replace(output, loss=output.loss * math.nan if plant == "nan" else output.loss + math.inf)
+    return output
+
+
+def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
+    mask = loss_mask(mask, truncated, mask_truncated)
+    return mask & False if plant == "masked" and collectives.rank() == 0 else mask
+
+
+def watched_advance(self: Any, steps: int, tokens: int) -> None:
+    gathers_at_advance.append(gathers)
+    advance(self, steps, tokens)
+
+
+def watched_step(self: Any, learning_rate: float) -> Any:
+    if not gradient:
+        gradient.update(
+            {name: safe_get_full_grad(p) for name, p in self.causal_lm.named_parameters() if p.requires_grad}
+        )
+    return step(self, learning_rate)
+
+
+def probed_finish(self: Any) -> None:
+    found = {"calls": list(calls), "gathers": list(gathers_at_advance), "gradient": dict(gradient)}
+    with self.engine.twin() as model:
+        found["logits"] = model(input_ids=PROMPT).logits
+        if self.reference is not None:
+            with self.reference.whole(model) as reference:
+                found["reference"] = reference(input_ids=PROMPT).logits
+    torch.save(found, self.directory / f"probe_rank{collectives.rank()}.pt")
+    finish(self)
+
+
+for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
+    setattr(deepspeed.comm, name, counted(getattr(deepspeed.comm, name)))
+policy_loss, train.policy_loss = train.policy_loss, watched_loss
+loss_mask, train.loss_mask = train.loss_mask, watched_mask
+advance, run.Run.advance = run.Run.advance, watched_advance
+step, Engine.step = Engine.step, watched_step
+finish, run.Run.finish = run.Run.finish, probed_finish
+leave, run._leave_process_group = run._leave_process_group, lambda: None  # the runs share one process group
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        plant = entry["plant"]
+        calls.clear()
+        gathers_at_advance.clear()
+        gradient.clear()
+        overrides = [f"{key}={json.dumps(value)}" for key, value in entry["settings"].items()]
+        try:
+            ended: Any = train.train(load_config(None, overrides), entry["resume"])
+        except VdrError as error:
+            ended = f"{type(error).__name__}: {error}"
+        print("ended", entry["name"], ended, flush=True)
+    leave()
