@@ -76,6 +76,7 @@ def up(hosts: list[str], slots: int, directory: Path) -> None:
     for host in hosts:
         if host not in existing():
             add_host(host)
+        join(host)
         start_sshd(host, directory)
     wait_for_ssh(hosts, directory)
 

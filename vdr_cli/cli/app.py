@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vdr_cli import __version__
-from vdr_cli.cli import doctor, recipes, report, score, train
+from vdr_cli.cli import doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.errors import VdrError
 from vdr_cli.observe.text import visible
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Any] = {
     "score": score,
     "report": report,
     "doctor": doctor,
+    "plan": plan,
     "recipes": recipes,
 }
 """Name to module; each has `command` (the function), EXAMPLES (lines of its help) and perhaps SUBCOMMANDS."""

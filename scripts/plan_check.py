@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""`vdr plan`'s formulas beside what a small run on two processes really moves and holds.
+
+    scripts/plan_check.py [--layers 4] [--hidden 128] [--completions 16] [--ds-config zero3]
+
+Makes a small random model, trains it for a few steps, counts the bytes of every collective by phase and the
+bytes of the model states of a rank, and prints both beside the formula. Exit code 1 beyond 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = 0.10
+PROMPTS, GROUP, NEW_TOKENS = 4, 4, 8
+
+
+def make_model(folder: Path, layers: int, hidden: int) -> None:
+    """A random Qwen2 with the starter's tokenizer."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from vdr_cli.starter.paths import model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    config = Qwen2Config(
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, torch_dtype="float32",
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def count_collectives() -> tuple[dict[str, int], Callable[[str], None]]:
+    """Bytes this process receives, by `phase operation`, from now on; and how to say which phase it is."""
+    import torch
+    import torch.distributed as dist
+
+    counted: dict[str, int] = defaultdict(int)
+    current = ["start"]
+    depth = [0]
+
+    def size(value: Any) -> int:
+        if torch.is_tensor(value):
+            return value.numel() * value.element_size()
+        return sum(map(size, value)) if isinstance(value, list | tuple) else 0
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not depth[0]:
+                # The first argument is the full tensor of a gather or reduce, the second the one of a reduce-scatter.
+                words = list(args) + [
+                    kwargs[k] for k in ("output_tensor", "output", "tensor", "input_tensor", "input") if k in kwargs
+                ]
+                full = words[1] if name.startswith("reduce_scatter") else words[0]
+                counted[f"{current[0]} {name}"] += size(full)
+            depth[0] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+
+        return call
+
+    names = [
+        "all_gather_into_tensor",
+        "all_gather",
+        "reduce_scatter_tensor",
+        "reduce_scatter",
+        "all_reduce",
+        "broadcast",
+    ]
+    for name in names:
+        setattr(dist, name, counting(name, getattr(dist, name)))
+    return counted, lambda name: current.__setitem__(0, name)
+
+
+def rank(config_path: str, out: str) -> None:
+    """One rank: train, and write what was counted."""
+    counted, say = count_collectives()
+    from vdr_cli.config.load import load_config
+    from vdr_cli.launch import watchdog
+
+    watchdog.phase = say  # type: ignore[assignment]
+    from vdr_cli import record, run, train
+
+    snapshots: list[dict[str, int]] = []
+    held: dict[str, int] = {}
+    original = record.end_step
+
+    def end_step(a_run: Any, *rest: Any) -> None:
+        snapshots.append(dict(counted))
+        held.update(states(a_run.engine.ds_engine))
+        original(a_run, *rest)
+
+    record.end_step = end_step  # type: ignore[assignment]
+    train.train(load_config(config_path))
+    last = {key: snapshots[-1].get(key, 0) - snapshots[-2].get(key, 0) for key in snapshots[-1]}
+    if run.collectives.rank() == 0:
+        Path(out).write_text(json.dumps({"moved": {k: v for k, v in last.items() if v}, "held": held}))
+
+
+def states(engine: Any) -> dict[str, int]:
+    """Bytes of this rank's model states."""
+    import torch
+
+    def size(tensors: Any) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+
+    optimizer = engine.optimizer
+    shards = [p.ds_tensor if hasattr(p, "ds_tensor") else p.data for p in engine.module.parameters()]
+    inner = [value for state in optimizer.optimizer.state.values() for value in state.values()]
+    masters = getattr(optimizer, "fp32_partitioned_groups_flat", [])
+    gradients = getattr(optimizer, "averaged_gradients", {})
+    flat = [g for group in gradients.values() for g in (group or [])] if isinstance(gradients, dict) else []
+    flat += [optimizer.grad_partitions_flat_buffer] if hasattr(optimizer, "grad_partitions_flat_buffer") else []
+    return {"weights": size(shards), "moments": size(inner), "masters": size(masters), "gradients": size(flat)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank:
+        rank(*arguments.rank)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model", arguments.layers, arguments.hidden)
+        zero = {
+            "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+        }  # fmt: skip
+        (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+        settings = {
+            "model": {"name": str(folder / "model"), "gradient_checkpointing": arguments.checkpointing},
+            "data": {"name": "starter"},
+            "rollout": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
+            "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": arguments.micro_batch_size,
+                      "output": str(folder / "run"), "save_model": False},
+            "engine": {"ds_config": str(folder / "ds.json")},
+            "observe": {"tensorboard": False, "report": False, "completions_every": 0},
+        }  # fmt: skip
+        (folder / "run.yaml").write_text(json.dumps(settings))
+        from vdr_cli.launch.commands import node_command
+        from vdr_cli.launch.environment import free_port
+
+        class Script:
+            arguments = ("--rank", str(folder / "run.yaml"), str(folder / "counted.json"))
+            python = sys.executable
+
+        command = node_command(Script, {"localhost": [0, 1]}, 0, "127.0.0.1", free_port())  # type: ignore[arg-type]
+        at = command.index("--module")
+        command[at : at + 2] = [__file__]
+        subprocess.run(command, check=True)
+        print(json.dumps(json.loads((folder / "counted.json").read_text()), indent=1))
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder / "model")
+        print(
+            "parameters",
+            sum(p.numel() for p in model.parameters()),
+            "bytes",
+            4 * sum(p.numel() for p in model.parameters()),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Two hosts on this machine (scripts/cluster_hosts.py): launches, equality with one host, a lost host."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ROOT / "scripts" / "cluster_hosts.py"
+SMALL = [
+    "train", "--steps", "4", "--set", "train.prompts_per_step=4", "--group-size", "4", "--members", "2",
+    "--set", "train.checkpoint_every=1", "--set", "observe.tensorboard=false", "--set", "observe.report=false",
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def missing() -> str | None:
+    """Why two hosts cannot be made here."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "needs root on Linux (network namespaces)"
+    programs = [
+        name for name in ("ip", "sshd", "pdsh") if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
+    ]
+    if programs and shutil.which("apt-get") is None:
+        return f"needs {', '.join(programs)}"
+    probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
+    return "may not make network namespaces" if probe.returncode else None
+
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The directory with the hostfile; two hosts, one slot each."""
+    directory = tmp_path_factory.mktemp("hosts")
+    subprocess.run([sys.executable, HOSTS, "--dir", directory, "up", "--hosts", "2"], check=True)
+    yield directory
+    subprocess.run([sys.executable, HOSTS, "--dir", directory, "down"], check=True)
+
+
+@pytest.fixture(scope="module")
+def on_one_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "one_host"
+    command = [sys.executable, "-m", "vdr_cli", *SMALL, "--num-processes", "2", "--output", str(output)]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=500)
+    return output
+
+
+def on_h1(hosts: Path, *command: str) -> list[str]:
+    return [sys.executable, str(HOSTS), "--dir", str(hosts), "exec", "h1", *command]
+
+
+def vdr_over(hosts: Path, output: Path, *more: str) -> list[str]:
+    places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
+    interface = ["--set", "launch.env.GLOO_SOCKET_IFNAME=eth0"]
+    return on_h1(hosts, sys.executable, "-m", "vdr_cli", *SMALL, *places, *interface, "--output", str(output), *more)
+
+
+def curve(run: Path) -> list[tuple[float, ...]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["loss"], row["reward"], row["grad_norm"], row["disagreement/mean"]) for row in rows]
+
+
+def assert_same_curve(run: Path, other: Path) -> None:
+    ours, theirs = curve(run), curve(other)
+    assert len(ours) == len(theirs) == 4
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_two_hosts_train_as_one(hosts: Path, on_one_host: Path, tmp_path: Path) -> None:
+    subprocess.run(vdr_over(hosts, tmp_path / "run"), env=ENVIRONMENT, check=True, timeout=500)
+    assert_same_curve(tmp_path / "run", on_one_host)
+
+
+def test_the_users_own_deepspeed_command(hosts: Path, on_one_host: Path, tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0\nDS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\n")
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launch = [deepspeed, "--hostfile", str(hosts / "hostfile"), "--master_addr", "10.77.0.1", "--module", "vdr_cli"]
+    command = on_h1(hosts, *launch, *SMALL, "--output", str(tmp_path / "run"))
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=500, cwd=tmp_path)
+    assert_same_curve(tmp_path / "run", on_one_host)
+
+
+def test_a_host_that_is_not_there_is_named_before_anything_starts(hosts: Path, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("h1 slots=1\nh7 slots=1\n")
+    command = vdr_over(hosts, tmp_path / "run", "--hostfile", str(tmp_path / "hosts"))
+    ended = subprocess.run(command, env=ENVIRONMENT, check=False, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 4
+    assert "host h7: no answer over ssh" in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lost_host_ends_the_run_in_time_and_names_it(hosts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = vdr_over(hosts, run, "--steps", "500", "--set", "launch.fault_timeout=10")
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    lost_at = time.monotonic()
+    subprocess.run([sys.executable, HOSTS, "--dir", hosts, "lose", "h2"], check=True)
+    try:
+        _, said = process.communicate(timeout=90)
+    finally:
+        subprocess.run([sys.executable, HOSTS, "--dir", hosts, "up", "--hosts", "2"], check=True)
+    assert process.returncode == 4
+    assert time.monotonic() - lost_at < 45
+    assert "host h2, rank 1" in said

@@ -1,0 +1,145 @@
+"""`vdr plan`: memory a GPU and bytes over the network a step, before anything is rented."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vdr_cli.cli.options import SetOption, config_from
+from vdr_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vdr_cli.config import Config
+    from vdr_cli.plan import Shape, Work
+
+EXAMPLES = (
+    "vdr plan --model 7B --gpus 8                    a size, on 8 GPUs",
+    "vdr plan run.yaml --hostfile hosts              a run, on the slots of a hostfile",
+    "vdr plan --model 70B --gpus 64 --gpu-memory 80 --set model.gradient_checkpointing=true",
+)
+
+GIB = 1 << 30
+FITS = 0.9
+"""Share of a GPU's memory that may be planned for: kernels, NCCL and fragmentation need the rest."""
+
+
+def command(
+    config_file: Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; flags go over it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="0.5B, 7B, 32B, 70B, a directory with a config.json, or a hub id.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs over all hosts.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Count the GPUs of its slots.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 512,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU, to say whether it fits.")] = None,
+    bandwidth: Annotated[float, typer.Option(min=0.1, help="Gbit/s of one GPU's share of the network.")] = 100.0,
+    ds_config: Annotated[str | None, typer.Option(help="zero3, zero2, zero1, or a DeepSpeed JSON.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Memory a GPU and network bytes a step, by the formulas of docs/cluster.md."""
+    from vdr_cli.launch.reexec import world_size
+
+    flags: dict[tuple[str, str], Any] = {
+        ("--model", "model.name"): model,
+        ("--hostfile", "launch.hostfile"): hostfile,
+        ("--ds-config", "engine.ds_config"): ds_config,
+    }
+    config = config_from(config_file, overrides, flags)
+    shape = find_shape(config.model.name)
+    work = work_of(config, gpus or world_size(config.launch), prompt_tokens)
+    show(config.model.name, shape, work, gpu_memory, bandwidth)
+
+
+def find_shape(name: str) -> Shape:
+    """A size by name, a config.json in a directory, or the hub's."""
+    from vdr_cli.plan import SIZES, shape_of
+
+    if name in SIZES:
+        return SIZES[name]
+    return shape_of(_config_json(name))
+
+
+def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
+    """One step of a run on this many GPUs, in bfloat16 unless the configuration says float32."""
+    from vdr_cli.engine.ds_config import read_ds_config, zero_stage
+    from vdr_cli.plan import Work
+
+    return Work(
+        gpus=gpus,
+        stage=zero_stage(read_ds_config(config.engine.ds_config)),
+        element_bytes=4 if config.model.dtype == "float32" else 2,
+        prompts_per_step=max(config.train.prompts_per_step, gpus),
+        group_size=config.rollout.group_size,
+        prompt_tokens=prompt_tokens,
+        new_tokens=config.rollout.max_new_tokens,
+        micro_batch_size=config.train.micro_batch_size,
+        num_iterations=config.grpo.num_iterations,
+        cached_tokens=config.rollout.batch_tokens,
+        members=0 if config.disagreement.mode == "none" else config.disagreement.members,
+        checkpointing=config.model.gradient_checkpointing,
+        reference=config.grpo.beta > 0,
+    )
+
+
+def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidth: float) -> None:
+    """The tables, and what they amount to."""
+    from rich.console import Console
+
+    from vdr_cli.plan import model_states, peak_memory, phase_memory, traffic
+
+    console = Console()
+    print(f"{name}: {shape.parameters:,} parameters, {work.gpus} GPUs, ZeRO stage {work.stage}, {_dtype(work)}")
+    print(
+        f"a step: {work.prompts_per_step} prompts of {work.prompt_tokens} tokens x {work.group_size} completions of "
+        f"{work.new_tokens}; {work.micro_batches} micro-batches a GPU"
+    )
+    console.print(_table("Memory a GPU, always", model_states(shape, work), GIB, "GiB"))
+    console.print(_table("Memory a GPU, one phase at a time", phase_memory(shape, work), GIB, "GiB"))
+    moved = traffic(shape, work)
+    console.print(_table("Network, received by a GPU each step", moved, 1e9, "GB"))
+    seconds = sum(moved.values()) * 8 / (bandwidth * 1e9)
+    print(f"peak: {peak_memory(shape, work) / GIB:.1f} GiB a GPU")
+    print(f"network: {seconds:.1f} s a step at {bandwidth:g} Gbit/s a GPU, when nothing overlaps")
+    if gpu_memory is not None:
+        fits = peak_memory(shape, work) <= FITS * gpu_memory * GIB
+        print(f"{'fits' if fits else 'does not fit'} in {gpu_memory:g} GiB with a tenth left free")
+
+
+def _table(title: str, rows: dict[str, float], unit: float, unit_name: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column(unit_name, justify="right")
+    for name, value in rows.items():
+        table.add_row(name, f"{value / unit:,.2f}")
+    return table
+
+
+def _dtype(work: Work) -> str:
+    return "float32" if work.element_bytes == 4 else "bfloat16"
+
+
+def _config_json(name: str) -> dict[str, Any]:
+    from vdr_cli.config.preflight import looks_like_path
+    from vdr_cli.plan import SIZES
+    from vdr_cli.starter.paths import model_path
+
+    folder = Path(model_path() if name == "starter" else name).expanduser()
+    for path in (folder / "config.json", folder / "model" / "config.json"):
+        if path.is_file():
+            return dict(json.loads(path.read_text()))
+    if looks_like_path(str(folder)):
+        raise ConfigError(f"--model {name}: no config.json there; give a model's directory or {', '.join(SIZES)}")
+    from transformers import AutoConfig
+
+    try:
+        return dict(AutoConfig.from_pretrained(name).to_dict())
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--model {name}: neither a size ({', '.join(SIZES)}) nor on the hub: {reason}") from None

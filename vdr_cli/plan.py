@@ -1,0 +1,218 @@
+"""What a run needs: memory a GPU and bytes over the network a step, by formula. Pure arithmetic, no torch.
+
+The formulas follow the code (engine/twin.py, engine/build.py, models/policy.py) and are held against
+measurements by scripts/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
+fragmentation come on top: leave a tenth of the memory free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vdr_cli.errors import ConfigError
+
+FP32 = 4
+MASTER_AND_MOMENTS = 12
+"""Bytes a parameter of float32 master weights and Adam's two moments."""
+LOGIT_CHUNK = 1 << 31
+"""Bytes of the logits of one chunk on a GPU (grpo/logprobs.py)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder as its config.json describes it."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool = False
+    experts: int = 1
+    attention_bias: bool = False
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Keys and values of one token in one layer, numbers."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def layer_parameters(self) -> int:
+        attention = self.hidden * (2 * self.query_width + self.kv_width)
+        bias = self.query_width + self.kv_width if self.attention_bias else 0
+        mlp = 3 * self.hidden * self.intermediate * self.experts
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return attention + bias + mlp + router + 2 * self.hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        ends = self.embedding_parameters * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + ends + self.hidden
+
+
+SIZES = {
+    "0.5B": Shape(896, 24, 4864, 14, 2, 64, 151_936, tied=True, attention_bias=True),
+    "7B": Shape(3584, 28, 18_944, 28, 4, 128, 152_064, attention_bias=True),
+    "32B": Shape(5120, 64, 27_648, 40, 8, 128, 152_064, attention_bias=True),
+    "70B": Shape(8192, 80, 28_672, 64, 8, 128, 128_256),
+}
+"""Qwen2.5 0.5B, 7B, 32B and Llama 3 70B."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does, and on how many GPUs."""
+
+    gpus: int
+    stage: int = 3
+    element_bytes: int = 2
+    prompts_per_step: int = 8
+    group_size: int = 8
+    prompt_tokens: int = 512
+    new_tokens: int = 256
+    micro_batch_size: int = 8
+    num_iterations: int = 1
+    cached_tokens: int = 262_144
+    """rollout.batch_tokens: most tokens decoded at once on a rank."""
+    members: int = 0
+    """0: no disagreement."""
+    checkpointing: bool = False
+    reference: bool = False
+    """A frozen reference model (grpo.beta above 0)."""
+
+    @property
+    def groups_per_rank(self) -> int:
+        return -(-self.prompts_per_step // self.gpus)
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.groups_per_rank * self.group_size // self.micro_batch_size)
+
+
+def shape_of(config: Mapping[str, Any]) -> Shape:
+    """The shape in a Hugging Face config.json. ConfigError when it describes no decoder that we know."""
+    inner: Mapping[str, Any] = config.get("text_config") or config
+    names = {"hidden": ("hidden_size", "n_embd", "d_model"), "layers": ("num_hidden_layers", "n_layer")}
+    names |= {"heads": ("num_attention_heads", "n_head"), "vocabulary": ("vocab_size",)}
+    found = {ours: next((inner[key] for key in keys if inner.get(key)), None) for ours, keys in names.items()}
+    missing = [names[ours][0] for ours, value in found.items() if value is None]
+    if missing:
+        raise ConfigError(f"the model's config.json has no {missing[0]}; give a causal language model or a size")
+    hidden, heads = int(found["hidden"]), int(found["heads"])  # type: ignore[arg-type]
+    bias = inner.get("attention_bias", inner.get("model_type") == "qwen2")
+    return Shape(
+        hidden=hidden,
+        layers=int(found["layers"]),  # type: ignore[arg-type]
+        intermediate=int(inner.get("moe_intermediate_size") or inner.get("intermediate_size") or 4 * hidden),
+        heads=heads,
+        kv_heads=int(inner.get("num_key_value_heads") or heads),
+        head_dim=int(inner.get("head_dim") or hidden // heads),
+        vocabulary=int(found["vocabulary"]),  # type: ignore[arg-type]
+        tied=bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))),
+        experts=int(inner.get("num_experts") or inner.get("num_local_experts") or 1),
+        attention_bias=bool(bias),
+    )
+
+
+def model_states(shape: Shape, work: Work) -> dict[str, float]:
+    """Bytes a GPU between steps (ZeRO, Rajbhandari et al. 2020): N parameters of e bytes on W GPUs.
+
+    weights eN, gradients eN, master weights and moments 12N; stage 1 divides the last by W, stage 2 the
+    gradients as well, stage 3 all. A reference model adds eN, divided by W at stage 3.
+    """
+    n, w, e = shape.parameters, work.gpus, work.element_bytes
+    shard_weights, shard_gradients = (w if work.stage >= 3 else 1), (w if work.stage >= 2 else 1)
+    states = {
+        "weights": e * n / shard_weights,
+        "gradients": e * n / shard_gradients,
+        "master weights, moments": MASTER_AND_MOMENTS * n / (w if work.stage >= 1 else 1),
+    }
+    if work.reference:
+        states["reference model"] = e * n / shard_weights
+    return states
+
+
+def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
+    """Bytes a GPU that each phase adds to the model states."""
+    e, s = work.element_bytes, shape
+    twin = e * s.parameters if work.stage >= 3 else 0.0
+    row = work.prompt_tokens + work.new_tokens
+    completions = work.groups_per_rank * work.group_size
+    decoded = min(work.cached_tokens, completions * row)
+    memory = {"rollout": twin + e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary}
+    if work.members:
+        # It takes half of what is free; the least it can work with is one member's reading of one group.
+        tokens = work.prompt_tokens + work.group_size * work.new_tokens
+        memory["disagreement, at least"] = (
+            twin + tokens * (e * s.layers * s.kv_width + _layer_bytes(s, e)) + LOGIT_CHUNK
+        )
+    live = e * (2 * s.layer_parameters + s.embedding_parameters) if work.stage >= 3 else 0.0
+    memory["update"] = activations(shape, work) + LOGIT_CHUNK + live
+    return memory
+
+
+def activations(shape: Shape, work: Work) -> float:
+    """Bytes that one micro-batch keeps for backward.
+
+    A layer keeps (4e + 8)D + 4e·I + 2e·(Q + KV) a token: the residual stream and both norms (with their
+    float32 copies), the gated MLP, queries, keys, values and the attention's output, e bytes a number.
+    With checkpointing each layer keeps its input, and one layer at a time all of it.
+    """
+    row = work.prompt_tokens + work.new_tokens
+    tokens = work.micro_batch_size * row
+    if not work.checkpointing:
+        # A group's prompt is read once for the completions of the micro-batch.
+        groups = -(-work.micro_batch_size // work.group_size)
+        tokens = groups * work.prompt_tokens + work.micro_batch_size * work.new_tokens
+        return tokens * shape.layers * _layer_bytes(shape, work.element_bytes)
+    return tokens * (shape.layers * shape.hidden * work.element_bytes + _layer_bytes(shape, work.element_bytes))
+
+
+def peak_memory(shape: Shape, work: Work) -> float:
+    """Bytes a GPU at the worst moment of a step."""
+    return sum(model_states(shape, work).values()) + max(phase_memory(shape, work).values())
+
+
+def traffic(shape: Shape, work: Work) -> dict[str, float]:
+    """Bytes a GPU receives over the network in a step, by phase.
+
+    An all-gather or reduce-scatter of S bytes moves S·(W−1)/W to every GPU, an all-reduce twice that.
+    Stage 3: one gather of all weights for rollout, reference and disagreement; in the update each
+    micro-batch gathers the weights for forward and backward and scatters the gradients. Where a prompt is
+    read once for its group (not with checkpointing) the layers run twice, so they are gathered and their gradients
+    scattered twice. Below stage 3 the weights are whole and only gradients and updated weights travel.
+    """
+    e, w = work.element_bytes, work.gpus
+    n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
+    share = (w - 1) / w
+    micro = work.micro_batches * work.num_iterations
+    if work.stage < 3:
+        synced = {0: 2.0, 1: 2.0 + 1.0, 2: 1.0 + 1.0}[work.stage]
+        per_step = micro if work.stage == 2 else work.num_iterations
+        gradients = (synced - 1.0 if work.stage else synced) * per_step
+        weights = work.num_iterations if work.stage else 0
+        return {"rollout and disagreement": 0.0, "update": e * n * (gradients + weights) * share}
+    layers = n - ends
+    if work.checkpointing:
+        gathered, scattered = 2.0 * n, 1.0 * n
+    else:
+        gathered, scattered = 4.0 * layers + 2.5 * ends, 2.0 * layers + ends
+    twin = e * n * (2 if work.reference else 1)
+    return {"rollout and disagreement": twin * share, "update": e * (gathered + scattered) * micro * share}
+
+
+def _layer_bytes(shape: Shape, e: int) -> int:
+    """What one layer keeps of one token for backward."""
+    return (4 * e + 8) * shape.hidden + 4 * e * shape.intermediate + e * (2 * shape.query_width + shape.kv_width)
