@@ -221,3 +221,15 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "tool", "content": "a"}]})
     with pytest.raises(VdrError, match="line 1: the chat template refuses the messages: no tools here"):
         load(path, tokenizer)[0]
+
+
+def test_plain_prompts_as_chats(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "d.jsonl", *ROWS)
+    prompts = load(path, tokenizer, as_chat=True, system_prompt="be brief")
+    assert prompts.has_messages
+    assert prompts[0].value == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1="}]
+    assert text(tokenizer, prompts[0].token_ids) == "<s>be brief|<u>1+1=|<a>"
+    with pytest.raises(ConfigError, match=r"set data\.as_chat"):
+        load(path, tokenizer, system_prompt="be brief")
+    with pytest.raises(ConfigError, match="no chat template"):
+        load(path, character_tokenizer(template=None), as_chat=True)

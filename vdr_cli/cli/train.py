@@ -36,6 +36,7 @@ EXAMPLES = (
     "vdr train run.yaml --set grpo.beta=0.01 --dry-run",
     "vdr train --output runs/wide --resume auto --steps 1000",
     "vdr train run.yaml --hostfile hosts --ds-config zero3_offload",
+    "vdr recipes list                      # complete files to start from",
 )
 
 DISAGREEMENT = "Disagreement"
@@ -78,7 +79,7 @@ def command(
         int | None, typer.Option(help="G, completions of one prompt.", rich_help_panel=ROLLOUT)
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.", rich_help_panel=ROLLOUT)] = None,
-    learning_rate: Annotated[float | None, typer.Option(rich_help_panel=ROLLOUT)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.", rich_help_panel=ROLLOUT)] = None,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -88,7 +89,7 @@ def command(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=RUN)] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=RUN)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of prompts, samples and members.", rich_help_panel=RUN)] = None,
     resume: Annotated[
         str | None,
         typer.Option(

@@ -42,7 +42,7 @@ def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence
 def chosen_output(config: Config) -> str:
     """runs/<date>-<time>, where one process decides it for all."""
     if config.launch.no_ssh or int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
-        raise ConfigError("train.output is needed when vdr is started on every host: all must know the same directory")
+        raise ConfigError("--output is needed when vdr is started on every host: all must know the same directory")
     return default_output()
 
 

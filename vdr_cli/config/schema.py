@@ -370,6 +370,6 @@ class Config(Section):
         if self.train.prompts_per_step < processes:
             raise ValueError(
                 f"train.prompts_per_step {self.train.prompts_per_step} is below {processes} processes: "
-                "a group lives on one rank, so some ranks would have none"
+                f"a group lives on one rank, so some would have none; give at least {processes}"
             )
         return self

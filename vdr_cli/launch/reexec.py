@@ -43,7 +43,7 @@ def hosts_of(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> H
     if launch.hostfile is not None:
         return select(read_hostfile(launch.hostfile), launch.include, launch.exclude, launch.num_processes)
     if launch.include or launch.exclude:
-        raise ConfigError("launch.include and launch.exclude choose from a hostfile; give launch.hostfile")
+        raise ConfigError("launch.include and launch.exclude choose from a hostfile; give --hostfile")
     slots = list(range(launch.num_processes or 1))
     if _one_task_a_node(environ):
         return dict.fromkeys(slurm_hosts(environ), slots)
@@ -122,7 +122,7 @@ def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
     if launch.no_ssh:
         rank = launch.node_rank if launch.node_rank is not None else os.environ.get("SLURM_NODEID")
         if rank is None:
-            raise ConfigError("launch.no_ssh needs launch.node_rank: this host's place in the hostfile, from 0")
+            raise ConfigError("launch.no_ssh needs --node-rank: this host's place in the hostfile, from 0")
         if int(rank) >= len(hosts):
             raise ConfigError(f"launch.node_rank {rank}: there are {len(hosts)} hosts, numbered from 0")
         return int(rank)
@@ -139,7 +139,7 @@ def _rendezvous(launch: LaunchConfig, hosts: Hosts) -> tuple[str, int | None]:
     if len(hosts) == 1:
         return launch.master_addr or "127.0.0.1", launch.master_port
     if launch.master_addr is None and not _one_task_a_node(os.environ):
-        raise ConfigError("launch.no_ssh with several hosts needs launch.master_addr: the address of the first host")
+        raise ConfigError("launch.no_ssh with several hosts needs --master-addr: the address of the first host")
     address = launch.master_addr or next(iter(hosts))
     job = os.environ.get("SLURM_JOB_ID")
     return address, launch.master_port or (20000 + int(job) % 20000 if job else DEFAULT_PORT)

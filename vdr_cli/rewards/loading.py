@@ -53,7 +53,7 @@ def find_function(given: str) -> Callable[..., Any]:
         if given in BUILT_IN:
             return built_in(given)
         near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)};"
+        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}."
         raise ConfigError(f"rewards.functions: no built-in {given}; {hint} Or give module:function or file.py:function")
     if not place or not attribute:
         raise ConfigError(f"rewards.functions: {given} must be module:function or file.py:function")
