@@ -87,8 +87,13 @@ def test_the_ranking_lies_beside_the_output(tmp_path: Path) -> None:
 
 
 def test_groups_widen_the_interval(tmp_path: Path) -> None:
-    copies = [row for row in rows(20) for _ in range(10)]
-    path = save(tmp_path / "o.jsonl", [row | {"row": index} for index, row in enumerate(copies)])
+    noise = random.Random(1)
+    copies = [row | {"bald_mean": noise.random()} for row in rows(40) for _ in range(10)]
+    offsets = [noise.gauss(0, 0.3) for _ in range(10)]
+    for index, row in enumerate(copies):
+        row |= {"row": index, "bald_mean": row["bald_mean"] + offsets[index // 40]}
+        row["label"] = int(noise.random() < 0.5 - offsets[index // 40])
+    path = save(tmp_path / "o.jsonl", copies)
     wide = rank_columns(path, Fields())[2]
     narrow = rank_columns(path, Fields(group="row"))[2]
     assert wide["auroc_high"] - wide["auroc_low"] > 1.5 * (narrow["auroc_high"] - narrow["auroc_low"])
