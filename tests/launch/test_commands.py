@@ -83,9 +83,9 @@ def test_plan_without_ssh_starts_this_host_only(tmp_path: Path) -> None:
     plan = make_plan(LaunchConfig(**given), hosts_of(LaunchConfig(**given)), tmp_path, tmp_path)
     assert "--node_rank=1" in plan.command(["train"])
     assert plan.directory is None
-    for lacking in ("node_rank", "master_addr"):
+    for lacking, message in (("node_rank", "node.rank"), ("master_addr", "master.addr")):
         partial = LaunchConfig(**{**given, lacking: None})
-        with pytest.raises(ConfigError, match=lacking):
+        with pytest.raises(ConfigError, match=message):
             make_plan(partial, hosts_of(partial), tmp_path, tmp_path)
 
 

@@ -136,3 +136,35 @@ def test_killing_the_supervisor_ends_what_it_started(tmp_path: Path) -> None:
     (below,) = psutil.Process(process.pid).children()
     process.kill()
     assert psutil.wait_procs([below], timeout=10)[1] == []
+
+
+TETHERED = """
+import subprocess, sys, pathlib, time
+tether = [sys.executable, "-m", "vdr_cli.launch.tether"]
+command = [*tether, sys.executable, "-c", sys.argv[1], "deepspeed.launcher.runner"]
+from vdr_cli.launch import processes
+import os
+processes.start([*command, sys.argv[2]], os.environ)
+time.sleep(60)
+"""
+RUNNER = """
+import pathlib, signal, subprocess, sys, time
+folder = pathlib.Path(sys.argv[2])
+signal.signal(signal.SIGTERM, lambda *_: (folder / "handler ran").touch())
+child = subprocess.Popen(["sleep", "60"])
+(folder / "pid").write_text(str(child.pid)); (folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+def test_deepspeeds_runner_never_gets_to_its_signal_handler(tmp_path: Path) -> None:
+    """Its handler kills every launcher on every host; the tether kills it and ends what it had started."""
+    above = subprocess.Popen([sys.executable, "-c", TETHERED, RUNNER, str(tmp_path)])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    below = psutil.Process(int((tmp_path / "pid").read_text()))
+    above.kill()
+    assert psutil.wait_procs([below], timeout=15)[1] == []
+    assert not (tmp_path / "handler ran").exists()

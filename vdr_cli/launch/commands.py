@@ -12,10 +12,10 @@ from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.launch.environment import DEFAULT_PORT, is_plain
 from vdr_cli.launch.hostfile import Hosts, include_text, is_host_name
+from vdr_cli.launch.processes import RUNNER
 from vdr_cli.launch.rank import encode
 
 NODE_LAUNCHER = "deepspeed.launcher.launch"
-RUNNER = "deepspeed.launcher.runner"
 LOG_LEVEL = "--log_level=warning"
 
 
@@ -39,7 +39,8 @@ def node_command(target: Target, hosts: Hosts, node_rank: int, master_addr: str,
 
 def runner_command(target: Target, hosts: Hosts, hostfile: Path, launch: LaunchConfig) -> list[str]:
     """DeepSpeed's runner, which starts the node launchers over ssh. `hostfile` holds hostfile_text(hosts)."""
-    command = [target.python, "-m", RUNNER, "--hostfile", str(hostfile), "--force_multi", LOG_LEVEL]
+    tether = [target.python, "-m", "vdr_cli.launch.tether"]
+    command = [*tether, target.python, "-m", RUNNER, "--hostfile", str(hostfile), "--force_multi", LOG_LEVEL]
     if launch.launcher == "openmpi":
         _refuse_picked_slots(hosts)
         command += ["--launcher", "openmpi"]

@@ -13,6 +13,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+RUNNER = "deepspeed.launcher.runner"
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
@@ -39,8 +40,15 @@ def adopt_orphans() -> None:
 
 
 def end_descendants(patience: float) -> int:
-    """SIGTERM to everything below this process, SIGKILL after `patience` seconds; how many needed that."""
+    """SIGTERM to everything below this process, SIGKILL after `patience` seconds; how many needed that.
+
+    DeepSpeed's runner gets SIGKILL at once (tether.py says why).
+    """
     below = psutil.Process().children(recursive=True)
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if RUNNER in process.cmdline():
+                process.kill()
     for process in below:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
