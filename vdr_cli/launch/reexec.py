@@ -43,7 +43,7 @@ def hosts_of(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> H
     if launch.hostfile is not None:
         return select(read_hostfile(launch.hostfile), launch.include, launch.exclude, launch.num_processes)
     if launch.include or launch.exclude:
-        raise ConfigError("launch.include and launch.exclude choose from a hostfile; give --hostfile")
+        raise ConfigError("launch.include and launch.exclude choose from a hostfile; give launch.hostfile (--hostfile)")
     slots = list(range(launch.num_processes or 1))
     if _one_task_a_node(environ):
         return dict.fromkeys(slurm_hosts(environ), slots)
