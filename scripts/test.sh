@@ -8,15 +8,21 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
 
+# The tests skip, with the reason, what is not here: hosts need root and ssh tools, the report needs Chromium and axe-core.
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    missing=$(for tool in ip:iproute2 sshd:openssh-server pdsh:pdsh; do
+    missing=$(for tool in ip:iproute2 sshd:openssh-server pdsh:pdsh chromium:chromium; do
         [ -n "$(PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}")" ] || echo "${tool##*:}"; done)
     if [ -n "$missing" ]; then
-        echo "installing $missing for the cluster tests"
+        echo "installing" $missing
         (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing) >/dev/null 2>&1 ||
-            echo "could not be installed; the cluster tests will be skipped"
+            echo "could not be installed: the tests that need them will be skipped"
     fi
 fi
+axe=.venv/axe/node_modules/axe-core/axe.min.js
+if [ ! -e "$axe" ] && command -v npm >/dev/null; then
+    npm install --silent --no-audit --no-fund --prefix .venv/axe axe-core >/dev/null 2>&1 || echo "no axe-core"
+fi
+[ -e "$axe" ] && export AXE_CORE="$root/$axe"
 
 ruff check .
 ruff format --check .

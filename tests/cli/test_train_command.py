@@ -214,7 +214,7 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--hostfile", "none"], 2, "launch.hostfile none: no such file"),
         (["--hostfile", "hosts", "--num-processes", "3"], 2, "host node1 has 2 slots"),
         (["--hostfile", "hosts", "--set", "train.prompts_per_step=2", "--dry-run"], 2, "below 4 processes"),
-        (["--no-ssh", "--node-rank", "0", "--hostfile", "hosts"], 2, "train.output is needed"),
+        (["--no-ssh", "--node-rank", "0", "--hostfile", "hosts"], 2, "--output is needed"),
         (["--output", "notes.txt/run"], 4, "is a file"),
         (["--output", "/proc/run"], 4, "train.output /proc/run: cannot write in /proc"),
         (["--reward", "length=much"], 2, "--reward length=much: the weight 'much' is not a number"),

@@ -231,8 +231,6 @@ class GrpoConfig(Section):
     def _possible(self) -> Self:
         if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
             raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
-        if self.beta > 0 and self.kl == "k1" and self.kl_in == "loss":
-            raise ValueError("kl k1 in the loss has an expected gradient of 0: use k2 or k3, or kl_in reward")
         return self
 
 
