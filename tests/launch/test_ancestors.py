@@ -20,6 +20,8 @@ def test_the_chain_of_a_local_launch_ends_before_the_users_own_shell() -> None:
 
 def test_over_ssh_the_connection_is_watched() -> None:
     assert launchers([LAUNCH, REMOTE, SSHD, LISTENER, INIT]) == [LAUNCH, REMOTE, SSHD]
+    assert launchers([LAUNCH, SSHD, LISTENER, INIT]) == [LAUNCH, SSHD]
+    assert launchers([LAUNCH, SUPERVISED_BY, SSHD, INIT]) == [LAUNCH, SUPERVISED_BY]
 
 
 def test_without_a_launcher_nobody_is_watched() -> None:

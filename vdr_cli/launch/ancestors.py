@@ -34,11 +34,11 @@ def launchers(chain: Sequence[Ancestor]) -> list[Ancestor]:
     """The part of the chain (nearest first) that belongs to the launch: to be watched.
 
     It ends before a user's own shell or script, which may well end before the run does; the shell that ssh
-    started for the launcher, and the sshd above it, belong to the launch.
+    started for the launcher (some replace themselves by it), and the sshd above it, belong to the launch.
     """
     watched: list[Ancestor] = []
     for ancestor in chain:
-        over_ssh = bool(watched) and ancestor.name.startswith("sshd") and _is_remote_shell(watched[-1])
+        over_ssh = bool(watched) and ancestor.name.startswith("sshd") and _came_over_ssh(watched[-1])
         if not (over_ssh or _is_launcher(ancestor) or _is_remote_shell(ancestor)):
             break
         watched.append(ancestor)
@@ -96,6 +96,11 @@ def _is_launcher(ancestor: Ancestor) -> bool:
         return True
     modules = [after for option, after in zip(ancestor.command, ancestor.command[1:], strict=False) if option == "-m"]
     return any(module.startswith(MODULES) for module in modules)
+
+
+def _came_over_ssh(below: Ancestor) -> bool:
+    """Whether an sshd right above this process is the launch's connection: a node's launcher, or its shell."""
+    return _is_remote_shell(below) or "deepspeed.launcher.launch" in below.command
 
 
 def _is_remote_shell(ancestor: Ancestor) -> bool:

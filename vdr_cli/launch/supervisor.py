@@ -26,7 +26,8 @@ from vdr_cli.launch import outcome, processes
 POLL = 0.2
 BUG = 1
 MACHINE = 4
-HOST_ENDED = re.compile(rb"pdsh@[^:]+: ([^:]+): ssh exited with exit code (\d+)")
+HOST_ENDED = re.compile(rb"pdsh@[^:]+: ([^:]+): ssh (?:exited with exit code|killed by signal) (\d+)")
+FOLLOW = 20.0
 USERS_OWN = (2, 3)
 """Exit codes of configuration and data errors: a restart would meet them again."""
 
@@ -141,7 +142,8 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
     """Until the launcher ends, or must be ended.
 
     A first signal asks the ranks to save and end, a second one ends everything now. When one host's ranks have
-    failed, the others have plan.fault_timeout seconds to notice: pdsh itself would wait for them for ever.
+    failed, the others have FOLLOW seconds (plan.fault_timeout, if that is less) to end as well: those that had met
+    it notice at once, and pdsh itself would wait for the rest for ever.
     """
     passed_on = len(signals.received)
     while child.poll() is None:
@@ -150,7 +152,7 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
             if passed_on > 1:
                 break
             _ask_ranks_to_stop(plan, signals.received[0])
-        if hosts.failed_for() > plan.fault_timeout:
+        if hosts.failed_for() > min(FOLLOW, plan.fault_timeout):
             break
         time.sleep(POLL)
     return child.returncode if child.returncode is not None else MACHINE
