@@ -29,6 +29,7 @@ from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
+from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.loading import eos_token_ids, load_tokenizer
 from vdr_cli.observe.completions import remove_after
 from vdr_cli.observe.live import LiveView
@@ -215,6 +216,8 @@ def _build(
     found, passed_over = _choose_checkpoint(directory, resume)
     _prepare_directory(directory, config)
     engine = build_engine(config, device, universal=checkpoints.needs_conversion(found))
+    with engine.twin() as model:
+        collectives.together(lambda: check_head(model))
     eos_ids = eos_token_ids(engine.causal_lm, tokenizer)
     run = Run(
         config=config,
