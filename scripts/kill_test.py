@@ -126,7 +126,7 @@ def wait_for_moment(directory: Path, process: subprocess.Popen[bytes], while_sav
 def kill_once(cluster: Cluster, number: int, directory: Path, reference: Path, seconds: float) -> Result:
     choose = random.Random(f"{SEED}-{number}")
     process = cluster.start(directory)
-    moment = wait_for_moment(directory, process, number % 2 == 1, choose.uniform(0.1, 0.95) * seconds)
+    moment = wait_for_moment(directory, process, number % 2 == 1, choose.uniform(0.1, 0.7) * seconds)
     running = members(directory, process.pid)
     by_role = {what: pid for pid, what in sorted(running.items(), reverse=True) if what != "helper"}
     if not by_role or process.poll() is not None:
