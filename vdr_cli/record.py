@@ -32,14 +32,23 @@ def end_step(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
         metrics |= evaluate(run)
     if cfg.observe.completions_every and (last or _is_due(cfg.observe.completions_every, before, run.step)):
         save_completions(run, batch, signal)
-    if run.writer is not None and run.view is not None:
-        run.writer.log(run.step, metrics)
+    write_metrics(run, metrics)
+    if run.view is not None:
         run.view.update(run.step, metrics, shown_group(run, batch, signal))
     if warning := bonus_warning(run, metrics):
         run.note(warning)
     refuse_endless_refusals(run, batch, signal, updates)
     if not last and (run.best_is_new() or _is_due(cfg.train.checkpoint_every, before, run.step)):
-        run.checkpoint_or_go_on()
+        run.save_if_possible()
+
+
+def write_metrics(run: Run, metrics: dict[str, float]) -> None:
+    """A line of metrics.jsonl; a disk that is full is said, and takes the line later."""
+    if run.writer is not None:
+        try:
+            run.writer.log(run.step, metrics)
+        except MachineError as error:
+            run.note(f"{error}; going on")
 
 
 def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> dict[str, float]:
@@ -91,9 +100,8 @@ def evaluate_at_start(run: Run) -> None:
     """The held-out numbers before the first step, so that every run shows what it improved. Collective."""
     if run.step == 0 and run.config.train.eval_every:
         metrics = evaluate(run)
-        if run.writer is not None and run.view is not None:
-            run.writer.log(0, metrics)
-            run.view.note(f"step 0: {_eval_line(metrics)}")
+        write_metrics(run, metrics)
+        run.note(f"step 0: {_eval_line(metrics)}")
 
 
 def evaluate(run: Run) -> dict[str, float]:

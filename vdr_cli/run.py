@@ -79,7 +79,7 @@ class Run:
     view: LiveView | None
     stop: StopSignal
     state: LoopState = field(default_factory=LoopState)
-    timer: PhaseTimer = field(default_factory=lambda: PhaseTimer(watchdog.phase))
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
     exit_code: int = 0
     saved_step: int | None = None
     _drawn_this_step: int = 0
@@ -127,17 +127,18 @@ class Run:
         """True right after the best held-out evaluation so far, when the best checkpoint is to be kept."""
         return self.config.train.keep_best and self.state.best_step == self.step
 
-    def checkpoint_or_go_on(self) -> None:
+    def save_if_possible(self) -> None:
         """A checkpoint that cannot be written (disk full) is said and passed over: the one before is intact."""
         try:
             self.save_checkpoint()
         except MachineError as error:
-            self.note(f"{error}; training goes on")
+            self.note(f"{error}; going on")
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step_<n>, once a step. Collective."""
         if self.saved_step == self.step:
             return
+        watchdog.phase("checkpoint")
         folder = self.directory / "checkpoints"
         self.state.rms = self.rms.state_dict()
         state = {"loop": vars(self.state), "config_hash": config_hash(self.config)}
@@ -164,10 +165,16 @@ class Run:
             return
         if self.config.train.save_model:
             export_model(self.engine, self.tokenizer, self.directory / "model")
-        if collectives.is_main():
-            if self.config.observe.report:
-                self._write_report()
-            outcome.write_finished(self.directory, step=self.step)
+        if collectives.is_main() and self.config.observe.report:
+            self._write_report()
+        collectives.together(self._say_finished)
+
+    def _say_finished(self) -> None:
+        try:
+            if collectives.is_main():
+                outcome.write_finished(self.directory, step=self.step)
+        except OSError as fault:
+            raise MachineError(f"{self.directory}: the run is done but this cannot be written: {fault}") from fault
 
 
 def even_shares(count: int) -> list[int]:
@@ -198,9 +205,9 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
             yield run
         except VdrError as error:
             outcome.write_fault(directory, collectives.rank(), str(error), error.exit_code)
-            run.note("saving the last finished step")
             if not isinstance(error, MachineError):
-                run.save_checkpoint()
+                run.note("saving the last finished step")
+                run.save_if_possible()
             raise
 
 
@@ -241,8 +248,8 @@ def _build(
         run.view = stack.enter_context(LiveView(config.observe.live))
     for line in passed_over:
         run.note(line)
-    if found is not None:
-        _resume(run, found)
+    if resume is not None:
+        _go_on(run, found)
     if run.view is not None:
         run.view.start(config.train.steps, run.step)
     return run
@@ -268,17 +275,21 @@ def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints
     return checkpoints.open_checkpoint(Path(resume)), []
 
 
-def _resume(run: Run, found: checkpoints.Checkpoint) -> None:
-    checkpoints.load(run.engine, found)
-    if isinstance(run.reference, FrozenCopy):
-        run.reference.load(found.path)
-    run.state = LoopState(**found.state["loop"])
-    run.rms.load_state_dict(run.state.rms)
-    run.saved_step = run.step if found.path.parent == run.directory / "checkpoints" else None
+def _go_on(run: Run, found: checkpoints.Checkpoint | None) -> None:
+    """From a checkpoint, or from the start when there is none; what the run wrote after it will be written again."""
+    folder = run.directory / "checkpoints"
+    if found is not None:
+        checkpoints.load(run.engine, found)
+        if isinstance(run.reference, FrozenCopy):
+            run.reference.load(found.path)
+        run.state = LoopState(**found.state["loop"])
+        run.rms.load_state_dict(run.state.rms)
+        run.saved_step = run.step if found.path.parent == folder else None
+        run.note(f"resumed from {found.path}")
+    checkpoints.set_aside(folder, after=run.step if found is not None else -1)
     if run.writer is not None:
-        run.writer.truncate(run.step)
+        run.writer.truncate(run.step or -1)  # what was measured before the first step is measured again
         remove_after(run.directory, run.step)
-    run.note(f"resumed from {found.path}")
 
 
 def _prepare_directory(directory: Path, config: Config) -> None:

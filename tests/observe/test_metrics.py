@@ -1,12 +1,13 @@
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 
 from vdr_cli.config import ObserveConfig
-from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.observe.metrics import MetricsWriter, read_metrics
 
 PLAIN = ObserveConfig(tensorboard=False)
@@ -66,3 +67,22 @@ def test_wandb_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"vdr-cli\[wandb\]"):
         MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False))
+
+
+def test_a_full_disk_costs_no_line(tmp_path: Path) -> None:
+    """The limit of a file's size cuts a write in the middle, as a full disk does."""
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        writer.log(1, {"reward": 0.5})
+        whole = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, hard))
+        try:
+            for step in (2, 3):
+                with pytest.raises(MachineError, match=r"metrics cannot be written"):
+                    writer.log(step, {"reward": 0.5})
+                assert path.read_bytes() == whole
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.log(4, {"reward": 0.5})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]

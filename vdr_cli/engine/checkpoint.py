@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 ENGINE_TAG = "engine"
 UNIVERSAL_TAG = "universal"
+Result = TypeVar("Result")
+_STEP = re.compile(r"step_(\d+)")
+_PARTIAL, _ASIDE = ".partial_", ".aside_"
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,39 @@ def save(
     Raises MachineError on every rank when any rank could not write; what was there before is intact.
     """
     final = folder / f"step_{step:06d}"
-    partial = folder / f".partial_{final.name}"
+    partial = folder / f"{_PARTIAL}{final.name}"
     _on_main(lambda: _fresh_directory(partial), folder)
-    _on_every_rank(lambda: _write_rank(engine, partial, step, state), folder)
-    _on_every_rank(lambda: also(partial) if also else None, folder)
-    digests = collectives.gather_objects(_digests(partial))
-    _on_main(lambda: _publish(partial, final, {k: v for part in digests for k, v in part.items()}), folder)
+    try:
+        _on_every_rank(lambda: _write_rank(engine, partial, step, state), folder)
+        _on_every_rank(lambda: also(partial) if also else None, folder)
+        digests = _on_every_rank(lambda: _digests(partial), folder)
+        files = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}
+        _on_main(lambda: _publish(partial, final, files), folder)
+    except MachineError:
+        if collectives.is_main():  # what was written so far may be what fills the disk
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
 def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
-    """Remove all but the newest keep_last checkpoints (and `keep`). Rank 0 only; never fails a run."""
+    """Remove all but the newest keep_last checkpoints (and `keep`), and what was set aside. Rank 0; never fails."""
     if collectives.is_main():
-        for path in _newest_first(folder)[keep_last:]:
+        for path in [*_newest_first(folder)[keep_last:], *folder.glob(f"{_ASIDE}*")]:
             if path != keep:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, after: int) -> None:
+    """Hide checkpoints of later steps: the run goes on from `after`, and must not be resumed from what it was before.
+
+    They go when the next one is complete. Rank 0; never fails.
+    """
+    if collectives.is_main():
+        for path in _newest_first(folder):
+            if _step_of(path) > after:
+                with suppress(OSError):
+                    _hide(path)
 
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -86,8 +109,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def find_fault(path: Path) -> str | None:
     """Why this is not a complete checkpoint, naming the file; None when it is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, (size, digest) in manifest["files"].items():
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+        extra = sorted(_files_in(path).keys() - listed.keys())
+        if extra:
+            return f"{extra[0]} is not in {MANIFEST}"
+        for name, (size, digest) in listed.items():
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
@@ -95,7 +121,7 @@ def find_fault(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
             if _sha256(file) != digest:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 
@@ -145,30 +171,59 @@ def _convert(folder: Path) -> None:
 
 
 def _write_rank(engine: Engine, partial: Path, step: int, state: dict[str, Any]) -> None:
-    # Frozen weights (the base under adapters) are loaded from model.name again.
-    engine.ds_engine.save_checkpoint(
-        str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=engine.has_frozen
-    )
+    with _failures_kept(engine.ds_engine) as failures:
+        # Frozen weights (the base under adapters) are loaded from model.name again.
+        engine.ds_engine.save_checkpoint(
+            str(partial), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=engine.has_frozen
+        )
+    if failures:
+        raise failures[0]
     torch.save(_random_states(), partial / f"rank_{collectives.rank():05d}.pt")
     if collectives.is_main():
         full = {"step": step, "world_size": collectives.world_size(), "zero_stage": engine.stage, **state}
         (partial / STATE).write_text(json.dumps(full))
 
 
+@contextmanager
+def _failures_kept(ds_engine: Any) -> Iterator[list[Exception]]:
+    """A rank that cannot write its file still takes part in the collectives that DeepSpeed makes around it."""
+    failures: list[Exception] = []
+
+    def kept(write: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return write(*args, **kwargs)
+            except (OSError, RuntimeError) as fault:
+                failures.append(fault)
+
+        return guarded
+
+    writer, script = ds_engine.checkpoint_engine.save, ds_engine._copy_recovery_script
+    ds_engine.checkpoint_engine.save, ds_engine._copy_recovery_script = kept(writer), kept(script)
+    try:
+        yield failures
+    finally:
+        ds_engine.checkpoint_engine.save, ds_engine._copy_recovery_script = writer, script
+
+
+def _files_in(path: Path) -> dict[str, Path]:
+    """Every file of a checkpoint by its name in it, without the manifest and what a conversion left."""
+    files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    return {name: file for name, file in files.items() if name != MANIFEST and not name.startswith(f"{UNIVERSAL_TAG}/")}
+
+
 def _digests(partial: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of this rank's share of the files; sharing them out keeps large models quick."""
-    collectives.barrier()
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    mine = files[collectives.rank() :: collectives.world_size()]
-    return {str(file.relative_to(partial)): (file.stat().st_size, _sha256(file)) for file in mine}
+    names = list(_files_in(partial).items())[collectives.rank() :: collectives.world_size()]
+    return {name: (file.stat().st_size, _sha256(file)) for name, file in names}
 
 
 def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) -> None:
     (partial / MANIFEST).write_text(json.dumps({"files": digests}))
     for path in [*partial.rglob("*"), partial]:
         _fsync(path)
-    if final.exists():  # the same step again, after a resume from an older one
-        shutil.rmtree(final)
+    if final.exists():  # the same step again
+        _hide(final)
     partial.replace(final)
     _fsync(final.parent)
 
@@ -177,16 +232,16 @@ def _on_main(action: Callable[[], Any], folder: Path) -> None:
     _on_every_rank(action if collectives.is_main() else lambda: None, folder)
 
 
-def _on_every_rank(action: Callable[[], Any], folder: Path) -> None:
-    def guarded() -> None:
+def _on_every_rank(action: Callable[[], Result], folder: Path) -> Result:
+    def guarded() -> Result:
         try:
-            action()
+            return action()
         except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
             raise MachineError(
                 f"checkpoint under {folder} could not be written: {fault}; the one before is intact"
             ) from fault
 
-    collectives.together(guarded)
+    return collectives.together(guarded)
 
 
 def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -200,18 +255,25 @@ def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"), reverse=True) if folder.is_dir() else []
+    found = [path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _hide(path: Path) -> None:
+    hidden = path.with_name(f"{_ASIDE}{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.replace(hidden)
 
 
 def _fresh_directory(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in _stale(path.parent):
+    for stale in path.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(stale)
     path.mkdir()
-
-
-def _stale(folder: Path) -> Iterator[Path]:
-    yield from folder.glob(".partial_*")
 
 
 def _fsync(path: Path) -> None:

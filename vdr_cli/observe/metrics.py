@@ -31,9 +31,11 @@ class MetricsWriter:
         self._settings = settings
         self._purge_step: int | None = None
         self._synced_at = 0.0
+        self._pending = b""
+        self._board_lost = False
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise MachineError(
                 f"{self.run_dir}: cannot be written ({error.strerror}): choose another output"
@@ -45,33 +47,63 @@ class MetricsWriter:
         """Drop everything after this step: a resumed run writes it again. Atomic."""
         self._file.close()
         _keep_through(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
         self._purge_step = step + 1
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and send the same numbers to TensorBoard and Weights & Biases."""
+        """Append one line and send the same numbers to TensorBoard and Weights & Biases.
+
+        Raises MachineError on a full disk; the line is kept and written before the next one.
+        """
         finite = {name: _finite(value) for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._pending += json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n"
+        if self._wandb is not None:
+            self._wandb.log(dict(finite), step=step)
+        try:
+            self._write_pending()
+        except OSError as error:
+            raise MachineError(f"{self.run_dir}: metrics cannot be written: {error.strerror or error}") from error
+        if self._settings.tensorboard and not self._board_lost:
+            self._draw(step, metrics)
+
+    def close(self) -> None:
+        """Write what is left; MachineError when that cannot be done."""
+        try:
+            if not self._file.closed:
+                self._synced_at = 0.0
+                self._write_pending()
+                self._file.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError as error:
+            raise MachineError(f"{self.path}: the last lines cannot be written: {error.strerror or error}") from error
+        finally:
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    def _draw(self, step: int, metrics: Mapping[str, float]) -> None:
+        board = self._board()
+        try:
+            for name, value in metrics.items():
+                board.add_scalar(name, float(value), step)
+        except OSError as error:  # its writing thread has ended
+            self._board_lost, self._tensorboard = True, None
+            raise MachineError(f"{self.run_dir}: no more TensorBoard events: {error.strerror or error}") from error
+
+    def _write_pending(self) -> None:
+        """Whole lines or nothing: a full disk takes part of a line, which is taken back."""
+        length = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(self._pending):
+                written += self._file.write(self._pending[written:]) or 0
+        except OSError:
+            os.ftruncate(self._file.fileno(), length)
+            raise
+        self._pending = b""
         if time.monotonic() - self._synced_at > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced_at = time.monotonic()
-        if self._settings.tensorboard:
-            board = self._board()
-            for name, value in metrics.items():
-                board.add_scalar(name, float(value), step)
-        if self._wandb is not None:
-            self._wandb.log(dict(finite), step=step)
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
 
     def __enter__(self) -> MetricsWriter:
         return self

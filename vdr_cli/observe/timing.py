@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
@@ -10,12 +10,13 @@ from vdr_cli.launch import watchdog
 
 
 class PhaseTimer:
-    """Adds up the seconds of named phases until `take`. Phases may nest; each counts its own whole time."""
+    """Adds up the seconds of named phases until `take`, and tells the watchdog where the process is.
 
-    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
-        """on_phase: told the name of each phase that begins."""
+    Phases may nest; each counts its own whole time.
+    """
+
+    def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._on_phase = on_phase
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

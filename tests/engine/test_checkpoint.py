@@ -1,0 +1,164 @@
+"""Checkpoints of a real engine in one process: complete or absent, and never loaded when anything in them is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vdr_cli.engine import checkpoint as checkpoints
+from vdr_cli.engine.build import Engine
+from vdr_cli.errors import ConfigError, MachineError
+
+Build = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once by `written`, copied for every test: a folder with step_000001 and step_000002."""
+    return tmp_path_factory.mktemp("complete") / "checkpoints"
+
+
+@pytest.fixture
+def written(build: Build, complete: Path, tmp_path: Path) -> Path:
+    if not complete.exists():
+        engine = build(3)
+        for step in (1, 2):
+            checkpoints.save(engine, complete, step, {"loop": {"step": step}})
+    return Path(shutil.copytree(complete, tmp_path / "checkpoints"))
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "step_000002").rglob("*") if path.is_file())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flip(path: Path, at: int = -2) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def flip_the_middle(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, flip_the_middle, Path.unlink])
+def test_damage_to_any_file_is_reported_and_the_one_before_is_used(written: Path, damage) -> None:
+    for number, name in enumerate(path.relative_to(written) for path in files_of(written)):
+        folder = Path(shutil.copytree(written, written.with_name(f"damaged_{number}")))
+        damage(folder / name)
+        found, passed_over = checkpoints.newest_complete(folder)
+        assert found is not None and found.path == folder / "step_000001", name
+        (line,) = passed_over
+        assert "step_000002 passed over: " in line
+        assert name.name in line or name.name == "manifest.json", (name, line)
+        with pytest.raises(ConfigError, match=f"--resume {folder / 'step_000002'}: "):
+            checkpoints.open_checkpoint(folder / "step_000002")
+
+
+def test_a_byte_of_the_manifest_is_noticed_wherever_it_is(written: Path) -> None:
+    """Also one that turns the name of a file into the name of another, so that one of them is never looked at."""
+    manifest = written / "step_000002" / "manifest.json"
+    content = manifest.read_bytes()
+    for at in range(len(content)):
+        manifest.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert checkpoints.find_fault(manifest.parent) is not None, content[max(0, at - 20) : at + 20]
+    names = json.loads(content)["files"]
+    (manifest.parent / "rank_00001.pt").write_bytes(b"of another run")
+    assert "rank_00001.pt" not in names
+    manifest.write_bytes(content)
+    assert checkpoints.find_fault(manifest.parent) == "rank_00001.pt is not in manifest.json"
+
+
+def test_nothing_complete_is_found_where_nothing_is(tmp_path: Path) -> None:
+    assert checkpoints.newest_complete(tmp_path / "none") == (None, [])
+    (tmp_path / "step_000001").mkdir()
+    (tmp_path / ".partial_step_000002").mkdir()
+    found, (line,) = checkpoints.newest_complete(tmp_path)
+    assert found is None and "step_000001 passed over: manifest.json cannot be read" in line
+
+
+def test_steps_are_ordered_as_numbers(written: Path) -> None:
+    shutil.copytree(written / "step_000001", written / "step_1000000")
+    shutil.copytree(written / "step_000001", written / "step_000003.bak")
+    found, _ = checkpoints.newest_complete(written)
+    assert found is not None and found.path.name == "step_1000000"
+
+
+def test_the_newest_and_the_best_are_kept(written: Path) -> None:
+    for step in (3, 4, 5):
+        shutil.copytree(written / "step_000001", written / f"step_{step:06d}")
+    checkpoints.prune(written, keep_last=2, keep=written / "step_000001")
+    assert sorted(path.name for path in written.iterdir()) == ["step_000001", "step_000004", "step_000005"]
+
+
+def test_later_steps_do_not_come_back_after_going_on_from_an_earlier_one(build: Build, written: Path) -> None:
+    checkpoints.set_aside(written, after=1)
+    found, passed_over = checkpoints.newest_complete(written)
+    assert found is not None and found.path.name == "step_000001" and not passed_over
+    checkpoints.save(build(3), written, 2, {})
+    checkpoints.prune(written, keep_last=1)
+    assert [path.name for path in written.iterdir()] == ["step_000002"]
+
+
+@pytest.mark.parametrize("what", ["shard", "random states", "manifest"])
+def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
+    build: Build, completions, one_step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    engine, folder = build(3), tmp_path / "checkpoints"
+    checkpoints.save(engine, folder, 1, {})
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        if what == "shard":
+            disk.setattr(engine.ds_engine.checkpoint_engine, "save", full)
+        elif what == "random states":
+            disk.setattr(checkpoints, "_random_states", full)
+        else:
+            disk.setattr(checkpoints, "_publish", full)
+        with pytest.raises(MachineError, match=r"checkpoint under .* No space left on device; the one before is"):
+            checkpoints.save(engine, folder, 2, {})
+    assert [path.name for path in folder.iterdir()] == ["step_000001"]
+    assert checkpoints.find_fault(folder / "step_000001") is None
+    assert not one_step(engine, completions)[1].refused
+    checkpoints.save(engine, folder, 2, {})
+    assert checkpoints.find_fault(folder / "step_000002") is None
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_weights_and_moments_come_back_bit_for_bit(build: Build, completions, one_step, tmp_path: Path, stage) -> None:
+    """Two engines that go on alike have the same masters and moments; a third one without them does not."""
+    engine, other, fresh = build(stage), build(stage), build(stage)
+    for _ in range(2):
+        one_step(engine, completions)
+    checkpoints.save(engine, tmp_path / "checkpoints", 2, {"loop": {}})
+    found, _ = checkpoints.newest_complete(tmp_path / "checkpoints")
+    assert found is not None
+    torch.manual_seed(5)
+    checkpoints.load(other, found)
+    expected = one_step(engine, completions)
+    assert all(map(torch.equal, weights_of(engine), weights_of(other))) is False
+    logps, result = one_step(other, completions)
+    assert torch.equal(logps, expected[0]) and result == expected[1]
+    assert all(map(torch.equal, weights_of(engine), weights_of(other)))
+    one_step(fresh, completions)
+    assert not all(map(torch.equal, weights_of(engine), weights_of(fresh)))
+
+
+def weights_of(engine: Engine) -> list[torch.Tensor]:
+    with engine.twin() as model:
+        return [parameter.clone() for parameter in model.parameters()]
