@@ -2,13 +2,12 @@
 """SIGKILL to a random process of a run at a random moment, again and again; then resume and compare.
 
     scripts/kill_test.py --kills 30 [--processes 2] [--output /tmp/vdr-kills] [--seed 0] [-- vdr train flags]
-    scripts/cluster_hosts.py exec h1 scripts/kill_test.py --kills 10 --hostfile /tmp/vdr-hosts/hostfile \
-        -- --master-addr 10.77.0.1 --set launch.env.GLOO_SOCKET_IFNAME=eth0
+    sudo scripts/kill_test.py --kills 30 --two-hosts      # half of them over hosts of scripts/cluster_hosts.py
 
-Every second kill waits for a checkpoint that is being written. For each one: what was killed and when,
-the exit code, how long until no process of the run was left, and whether the resumed run ended with the
-weights and losses of a run that nobody disturbed, bit for bit. Prints a Markdown table; exit code 1 when
-any promise was broken.
+Every second kill waits for a checkpoint that is being written; every step is one of two on its rollout, each over
+several micro-batches. For each one: what was killed, where and when, the exit code, how long until no process of
+the run was left, and whether the resumed run ended with the weights and losses of a run that nobody disturbed, bit
+for bit. Prints a Markdown table; exit code 1 when any promise was broken.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ import psutil
 
 SMALL = [
     "train", "--steps", "10", "--set", "train.checkpoint_every=2", "--set", "train.prompts_per_step=4",
-    "--group-size", "4", "--members", "2", "--set", "observe.tensorboard=false", "--set", "observe.report=false",
+    "--group-size", "4", "--members", "2", "--set", "train.micro_batch_size=3", "--set", "grpo.num_iterations=2",
+    "--set", "observe.tensorboard=false", "--set", "observe.report=false",
 ]  # fmt: skip
 BOUND = 60.0
 """Seconds after a kill within which nothing of the run may be left: the default of launch.fault_timeout."""
@@ -39,6 +39,7 @@ BOUND = 60.0
 @dataclass(frozen=True)
 class Result:
     number: int
+    place: str
     target: str
     moment: str
     exit_code: int | None
@@ -55,25 +56,31 @@ class Result:
 
     def row(self) -> str:
         code = "killed" if self.exit_code is None else str(self.exit_code)
-        cells = [self.number, self.target, self.moment, code, f"{self.seconds:.1f} s", self.orphans, self.resumed_from]
+        where = [self.number, self.place, self.target, self.moment]
+        ended = [code, f"{self.seconds:.1f} s", self.orphans, self.resumed_from]
         flags = ["yes" if flag else "NO" for flag in (self.same_weights, self.same_losses)]
-        return "| " + " | ".join(map(str, [*cells, *flags])) + " |"
+        return "| " + " | ".join(map(str, [*where, *ended, *flags])) + " |"
 
 
 HEADER = (
-    "| # | killed | when | exit code | all gone after | orphans | resumed from | same weights | same losses |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| # | on | killed | when | exit code | all gone after | orphans | resumed from | same weights | same losses |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-class Cluster:
-    """How a run is started, and which processes belong to it."""
+HOSTS = Path(__file__).with_name("cluster_hosts.py")
+OVER_HOSTS = ["--hostfile", "/tmp/vdr-hosts/hostfile", "--master-addr", "10.77.0.1"]
+OVER_HOSTS += ["--set", "launch.env.GLOO_SOCKET_IFNAME=eth0"]
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        places = ["--hostfile", arguments.hostfile] if arguments.hostfile else []
-        several = [] if arguments.hostfile else ["--num-processes", str(arguments.processes)]
-        extra = [word for word in arguments.flags if word != "--"]
-        self.command = [sys.executable, "-m", "vdr_cli", *SMALL, *places, *several, *extra]
+
+class Cluster:
+    """How a run is started: on processes of this machine, or over two hosts from the first of them."""
+
+    def __init__(self, processes: int, flags: list[str], two_hosts: bool = False) -> None:
+        entry = [sys.executable, str(HOSTS), "exec", "h1"] if two_hosts else []
+        places = OVER_HOSTS if two_hosts else ["--num-processes", str(processes)]
+        self.command = [*entry, sys.executable, "-m", "vdr_cli", *SMALL, *places, *flags]
+        self.name = "two hosts" if two_hosts else "one host"
 
     def start(self, directory: Path, *more: str) -> subprocess.Popen[bytes]:
         log = directory.with_suffix(".log").open("ab")
@@ -97,13 +104,16 @@ def members(directory: Path, supervisor: int) -> dict[int, str]:
 
 
 def role(command: str, environment: dict[str, str]) -> str:
+    if "vdr_cli.launch.tether" in command:
+        return "tether"
     if "deepspeed.launcher.runner" in command:
         return "runner"
     if "pdsh" in command.split(" ")[0] or command.startswith("ssh") or "/ssh" in command.split(" ")[0]:
         return "pdsh" if "pdsh" in command.split(" ")[0] else "ssh"
     if "RANK" in environment and "vdr_cli" in command:
         return f"rank {environment['RANK']}"
-    return "launcher" if "deepspeed.launcher.launch" in command else "helper"
+    launchers = ("deepspeed.launcher.launch", "vdr_cli.launch.node")
+    return "launcher" if any(name in command for name in launchers) else "helper"
 
 
 def wait_for_moment(directory: Path, process: subprocess.Popen[bytes], while_saving: bool, delay: float) -> str:
@@ -157,7 +167,7 @@ def finish(
     code = cluster.start(directory, "--resume", "auto").wait()
     same_weights = code == 0 and weights(directory) == weights(reference)
     same_losses = code == 0 and losses(directory) == losses(reference)
-    return Result(number, *ended, complete[-1] if complete else "the start", same_weights, same_losses)
+    return Result(number, cluster.name, *ended, complete[-1] if complete else "the start", same_weights, same_losses)
 
 
 def weights(directory: Path) -> str:
@@ -175,16 +185,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--first", type=int, default=1, help="number of the first kill, to go on from")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--hostfile")
+    parser.add_argument("--two-hosts", action="store_true", help="half of the kills over two hosts; needs root")
     parser.add_argument("--output", type=Path, default=Path("/tmp/vdr-kills"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     SEED = arguments.seed
     arguments.output.mkdir(parents=True, exist_ok=True)
-    cluster, reference = Cluster(arguments), arguments.output.absolute() / "reference"
+    flags = [word for word in arguments.flags if word != "--"]
+    clusters = [Cluster(arguments.processes, flags)]
+    if arguments.two_hosts:
+        subprocess.run([sys.executable, str(HOSTS), "up"], check=True)
+        clusters.append(Cluster(arguments.processes, flags, two_hosts=True))
+    reference = arguments.output.absolute() / "reference"
     started = time.monotonic()
-    if not (reference / "finished.json").exists() and cluster.start(reference).wait():
+    if not (reference / "finished.json").exists() and clusters[0].start(reference).wait():
         sys.exit(f"kill_test: the undisturbed run failed; see {reference}.log")
     seconds = json.loads(timing.read_text()) if (timing := arguments.output / "seconds.json").exists() else 0.0
     seconds = seconds or time.monotonic() - started
@@ -194,6 +209,7 @@ def main() -> None:
     for number in range(arguments.first, arguments.first + arguments.kills):
         directory = reference.with_name(f"kill_{number:02d}")
         shutil.rmtree(directory, ignore_errors=True)
+        cluster = clusters[number // 2 % len(clusters)]
         results.append(kill_once(cluster, number, directory, reference, seconds))
         print(results[-1].row(), flush=True)
     kept = sum(result.kept for result in results)

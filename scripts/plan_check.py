@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """`vdr plan`'s formulas beside what a small run on two processes really moves and holds.
 
-    scripts/plan_check.py [--layers 4] [--hidden 128] [--completions 16] [--ds-config zero3]
+    scripts/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing]
 
-Makes a small random model, trains it for a few steps, counts the bytes of every collective by phase and the
-bytes of the model states of a rank, and prints both beside the formula. Exit code 1 beyond 10 %.
+Makes a small random model, trains it for a few steps, counts the bytes of every collective of a step by phase and
+the bytes of the model states of a rank, and prints both beside the formula. Exit code 1 beyond 10 %.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 0.10
-PROMPTS, GROUP, NEW_TOKENS = 4, 4, 8
+RANKS, PROMPTS, GROUP, NEW_TOKENS = 2, 4, 4, 8
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -127,6 +127,62 @@ def states(engine: Any) -> dict[str, int]:
     return {"weights": size(shards), "moments": size(inner), "masters": size(masters), "gradients": size(flat)}
 
 
+def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool) -> Path:
+    """The configuration of a run in which every parameter is sharded and nothing is kept between uses."""
+    zero = {
+        "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+    }  # fmt: skip
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    settings = {
+        "model": {"name": str(folder / "model"), "gradient_checkpointing": checkpointing},
+        "data": {"name": "starter"},
+        "rollout": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
+        "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": micro_batch_size,
+                  "output": str(folder / "run"), "save_model": False},
+        "engine": {"ds_config": str(folder / "ds.json")},
+        "observe": {"tensorboard": False, "report": False, "completions_every": 0},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
+    """What rank 0 of two counted."""
+    from vdr_cli.launch.commands import Target, node_command
+    from vdr_cli.launch.environment import free_port
+
+    target = Target(("--rank", str(settings), str(folder / "counted.json")))
+    command = node_command(target, {"localhost": list(range(RANKS))}, 0, "127.0.0.1", free_port())
+    at = command.index("--module")
+    command[at : at + 2] = [__file__]
+    subprocess.run(command, check=True)
+    return dict(json.loads((folder / "counted.json").read_text()))
+
+
+def rows(folder: Path, micro_batch_size: int, checkpointing: bool, counted: Any) -> list[tuple[str, float, float]]:
+    """What, bytes measured, bytes by formula."""
+    from vdr_cli import plan
+
+    shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
+    work = plan.Work(
+        gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=NEW_TOKENS,
+        micro_batch_size=micro_batch_size, checkpointing=checkpointing,
+    )  # fmt: skip
+    moved, states, held = plan.traffic(shape, work), plan.model_states(shape, work), counted["held"]
+    payload = RANKS / (RANKS - 1)  # the formula has what a rank receives of it
+    in_update = sum(size for name, size in counted["moved"].items() if name.startswith("update "))
+    elsewhere = sum(counted["moved"].values()) - in_update
+    return [
+        ("a step, rollout and disagreement", elsewhere, moved["rollout and disagreement"] * payload),
+        ("a step, update", in_update, moved["update"] * payload),
+        ("a rank, weights", held["weights"], states["weights"]),
+        ("a rank, gradients", held["gradients"], states["gradients"]),
+        ("a rank, master weights and moments", held["masters"] + held["moments"], states["master weights, moments"]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
@@ -139,44 +195,16 @@ def main() -> None:
         rank(*arguments.rank)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, how = Path(name), (arguments.micro_batch_size, arguments.checkpointing)
         make_model(folder / "model", arguments.layers, arguments.hidden)
-        zero = {
-            "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
-            "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
-        }  # fmt: skip
-        (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-        settings = {
-            "model": {"name": str(folder / "model"), "gradient_checkpointing": arguments.checkpointing},
-            "data": {"name": "starter"},
-            "rollout": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
-            "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": arguments.micro_batch_size,
-                      "output": str(folder / "run"), "save_model": False},
-            "engine": {"ds_config": str(folder / "ds.json")},
-            "observe": {"tensorboard": False, "report": False, "completions_every": 0},
-        }  # fmt: skip
-        (folder / "run.yaml").write_text(json.dumps(settings))
-        from vdr_cli.launch.commands import node_command
-        from vdr_cli.launch.environment import free_port
-
-        class Script:
-            arguments = ("--rank", str(folder / "run.yaml"), str(folder / "counted.json"))
-            python = sys.executable
-
-        command = node_command(Script, {"localhost": [0, 1]}, 0, "127.0.0.1", free_port())  # type: ignore[arg-type]
-        at = command.index("--module")
-        command[at : at + 2] = [__file__]
-        subprocess.run(command, check=True)
-        print(json.dumps(json.loads((folder / "counted.json").read_text()), indent=1))
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder / "model")
-        print(
-            "parameters",
-            sum(p.numel() for p in model.parameters()),
-            "bytes",
-            4 * sum(p.numel() for p in model.parameters()),
-        )
+        counted = measured(folder, run_yaml(folder, *how))
+        table = rows(folder, *how, counted)
+    print("| bytes of | measured | formula | formula / measured |\n|---|---|---|---|")
+    for what, found, expected in table:
+        print(f"| {what} | {found:,} | {expected:,.0f} | {expected / found:.3f} |")
+    for what, found in counted["moved"].items():
+        print(f"  {what}: {found:,}")
+    sys.exit(any(abs(expected / found - 1) > TOLERANCE for _, found, expected in table))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 from vdr_cli.engine import collectives
+
+ONE_SIGNAL = 1.0
+"""Seconds within which several are one: the terminal, Slurm, a launcher and vdr itself may all pass the same one on."""
 
 
 class StopSignal:
@@ -14,6 +18,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -30,6 +35,8 @@ class StopSignal:
         return int(collectives.all_reduce_max([float(self._received)])[0])
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if self._received:
+        now = time.monotonic()
+        if not self._received:
+            self._received, self._received_at = number, now
+        elif now - self._received_at > ONE_SIGNAL:
             os._exit(128 + number)
-        self._received = number

@@ -98,19 +98,38 @@ def test_a_host_that_is_not_there_is_named_before_anything_starts(hosts: Path, t
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lost_host_ends_the_run_in_time_and_names_it(hosts: Path, tmp_path: Path) -> None:
+def test_score_over_two_hosts_is_score(hosts: Path, tmp_path: Path) -> None:
+    rows, one, two = tmp_path / "rows.jsonl", tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    with rows.open("w") as file:
+        for n in range(1500):  # two windows: one for each process
+            a, b, c = n % 9 + 1, n % 7 + 1, n % 5 + 1
+            row = {"prompt": f"{a},{b},{c}={n % 60}:", "completion": f"{a}+{b}*{c}"[: n % 5 + 1]}
+            file.write(json.dumps(row) + "\n")
+    score = [sys.executable, "-m", "vdr_cli", "score", str(rows), "--model", "starter", "--members", "2", "-o"]
+    places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
+    interface = ["--set", "launch.env.GLOO_SOCKET_IFNAME=eth0"]
+    subprocess.run([*score, str(one)], env=ENVIRONMENT, check=True, timeout=300)
+    over = on_h1(hosts, *score, str(two), *places, *interface)
+    subprocess.run(over, env=ENVIRONMENT, check=True, timeout=300)
+    assert two.read_bytes() == one.read_bytes()
+
+
+def test_a_lost_host_is_named_and_the_run_goes_on_without_it(hosts: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = vdr_over(hosts, run, "--steps", "500", "--set", "launch.fault_timeout=10")
+    faults = ["--set", "launch.fault_timeout=10", "--max-restarts", "1", "--set", "launch.drop_lost_hosts=true"]
+    command = vdr_over(hosts, run, "--steps", "60", *faults)
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    lost_at = time.monotonic()
+    while not (run / "checkpoints" / "step_000002").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     subprocess.run([sys.executable, HOSTS, "--dir", hosts, "lose", "h2"], check=True)
     try:
-        _, said = process.communicate(timeout=90)
+        _, said = process.communicate(timeout=300)
     finally:
         subprocess.run([sys.executable, HOSTS, "--dir", hosts, "up", "--hosts", "2"], check=True)
-    assert process.returncode == 4
-    assert time.monotonic() - lost_at < 45
+    assert process.returncode == 0, said
     assert "host h2, rank 1" in said
+    assert "ended with exit code 4; restart 1 of 1 from the newest checkpoint" in said
+    assert "without h2, which no longer answers: 1 process left" in said
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 61))

@@ -216,3 +216,22 @@ def test_synchronised_reference_is_written_and_read(
 
 def test_no_reference_is_loaded_with_beta_zero(build: Build, config) -> None:
     assert build_reference(config(3), build(3)) is None
+
+
+PORT_TAKEN = """
+import os, socket
+from vdr_cli.engine.build import start_distributed
+with socket.create_server(("", 0)) as taken:
+    os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+    start_distributed()
+"""
+
+
+def test_a_port_in_use_is_named() -> None:
+    import subprocess
+    import sys
+
+    ended = subprocess.run([sys.executable, "-c", PORT_TAKEN], capture_output=True, text=True, check=False)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "MachineError: rank 0 cannot listen on 127.0.0.1:" in last and "--master-port" in last

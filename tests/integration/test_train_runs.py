@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,13 +37,16 @@ def test_one_and_two_processes_give_the_same_update(train, read, tmp_path: Path)
         assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resume_is_bit_for_bit(train, read, tmp_path: Path, processes: int) -> None:
+@pytest.mark.parametrize(
+    ("processes", "settings"), [(1, {}), (2, {"grpo.num_iterations": 2, "train.micro_batch_size": 3})]
+)  # fmt: skip
+def test_resume_is_bit_for_bit(train, read, tmp_path: Path, processes: int, settings) -> None:
+    """Also with several optimizer steps on one rollout, each accumulated over several micro-batches."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    every = {"train.checkpoint_every": 3}
-    assert train(whole, processes=processes, settings={**every, "train.steps": 6}).returncode == 0
-    assert train(parts, processes=processes, settings={**every, "train.steps": 3}).returncode == 0
-    ended = train(parts, "--resume", "auto", processes=processes, settings={**every, "train.steps": 6})
+    every = {"train.checkpoint_every": 2, **settings}
+    assert train(whole, processes=processes, settings={**every, "train.steps": 4}).returncode == 0
+    assert train(parts, processes=processes, settings={**every, "train.steps": 2}).returncode == 0
+    ended = train(parts, "--resume", "auto", processes=processes, settings={**every, "train.steps": 4})
     assert ended.returncode == 0, ended.stderr
     assert read.metrics(whole) == read.metrics(parts)
     assert all(a.equals(b) for a, b in zip(read.completions(whole), read.completions(parts), strict=True))
@@ -94,12 +100,13 @@ def test_equal_rewards_move_the_policy_only_with_the_bonus(train, read, tmp_path
     assert any(not torch.equal(after[name], start[name]) for name in start) == moves
 
 
-def test_user_typed_deepspeed_command(read, sharded: str, tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import sys
-
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--module", "vdr_cli", "train"]
+@pytest.mark.parametrize(
+    "launcher",
+    [["deepspeed", "--num_gpus", "2", "--module"], ["torchrun", "--nproc-per-node", "2", "-m"]],
+    ids=["deepspeed", "torchrun"],
+)
+def test_launchers_that_a_user_types(sharded: str, tmp_path: Path, launcher: list[str]) -> None:
+    command = [str(Path(sys.executable).with_name(launcher[0])), *launcher[1:], "vdr_cli", "train"]
     flags = ["--output", str(tmp_path / "run"), "--steps", "1", "--ds-config", sharded]
     small = ["--set", "train.prompts_per_step=2", "--set", "rollout.group_size=4"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -108,13 +115,30 @@ def test_user_typed_deepspeed_command(read, sharded: str, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "finished.json").is_file()
 
 
-def test_another_number_of_processes_carries_the_weights_exactly(train, read, tmp_path: Path) -> None:
-    run, first = tmp_path / "run", {"train.steps": 1}
-    assert train(run, processes=2, settings=first).returncode == 0
-    before = read.weights(run)
-    ended = train(run, "--resume", "auto", settings=first)  # nothing left to do but load and export
+def test_another_number_of_processes_carries_weights_and_moments_exactly(train, read, tmp_path: Path) -> None:
+    """2 to 1 to 3: each goes on from the one before in a directory of its own, and saves what it loaded."""
+    last, settings = tmp_path / "2", {"train.steps": 2}
+    assert train(last, processes=2, settings=settings).returncode == 0
+    expected = optimizer_state(last)
+    assert {name.name for name in expected} >= {"fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"}
+    for processes in (1, 3):
+        before, last = last, tmp_path / str(processes)
+        checkpoint = str(before / "checkpoints" / "step_000002")
+        ended = train(last, "--resume", checkpoint, processes=processes, settings=settings)
+        assert ended.returncode == 0, ended.stderr
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in optimizer_state(last).items())
+    assert all(torch.equal(t, read.weights(last)[name]) for name, t in read.weights(tmp_path / "2").items())
+    ended = train(last, "--resume", "auto", processes=3, settings={"train.steps": 3})
     assert ended.returncode == 0, ended.stderr
-    assert all(torch.equal(tensor, before[name]) for name, tensor in read.weights(run).items())
-    ended = train(run, "--resume", "auto", processes=3, settings={"train.steps": 2})
-    assert ended.returncode == 0, ended.stderr
-    assert [line["step"] for line in read.metrics(run)] == [1, 2]
+    assert [line["step"] for line in read.metrics(last)] == [3]
+
+
+def optimizer_state(run: Path) -> dict[Path, torch.Tensor]:
+    """Master weights and moments of the newest checkpoint by name, whole, whatever the number of its processes."""
+    from vdr_cli.engine.checkpoint import UNIVERSAL_TAG, _convert
+
+    checkpoint = max((run / "checkpoints").iterdir())
+    _convert(checkpoint)
+    folder = checkpoint / UNIVERSAL_TAG / "zero"
+    state = {path.relative_to(folder): torch.load(path) for path in folder.glob("*/*.pt")}
+    return {name: value["param"] for name, value in state.items() if isinstance(value.get("param"), torch.Tensor)}

@@ -1,6 +1,7 @@
 from vdr_cli.launch.ancestors import OVER_SSH, SUPERVISOR, Ancestor, launchers, missing
 
 LAUNCH = Ancestor(10, "python3", ("/py", "-u", "-m", "deepspeed.launcher.launch", "--world_info=x"))
+NODE = Ancestor(10, "python3", ("/py", "-u", "-m", "vdr_cli.launch.node", "--world_info=x"))
 SUPERVISED_BY = Ancestor(9, "vdr", ("/py", "/env/bin/vdr", "train"))
 RUNNER = Ancestor(8, "deepspeed", ("/py", "/env/bin/deepspeed", "--num_gpus", "2", "--module", "vdr_cli"))
 TORCHRUN = Ancestor(8, "torchrun", ("/py", "/env/bin/torchrun", "-m", "vdr_cli"))
@@ -14,6 +15,7 @@ INIT = Ancestor(1, "init", ("/sbin/init",))
 
 def test_the_chain_of_a_local_launch_ends_before_the_users_own_shell() -> None:
     assert launchers([LAUNCH, SUPERVISED_BY, SCRIPT, SHELL, SSHD, INIT]) == [LAUNCH, SUPERVISED_BY]
+    assert launchers([NODE, SUPERVISED_BY, SHELL, INIT]) == [NODE, SUPERVISED_BY]
     assert launchers([LAUNCH, RUNNER, SHELL, INIT]) == [LAUNCH, RUNNER]
     assert launchers([TORCHRUN, SHELL, INIT]) == [TORCHRUN]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from vdr_cli.config.schema import LaunchConfig
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.launch import preflight
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
+from vdr_cli.launch.preflight import Answer
 from vdr_cli.launch.rank import decode, encode
-from vdr_cli.launch.reexec import hosts_of, make_plan
+from vdr_cli.launch.reexec import hosts_of, make_plan, remaining
 
 ARGUMENTS = ("train", "--set", "rewards.functions=[{name: 'a;b $(x)'}]")
 
@@ -19,7 +21,7 @@ def test_node_command() -> None:
     command = node_command(Target(ARGUMENTS, "/py"), hosts, 1, "10.0.0.1", 29501)
     world = next(word for word in command if word.startswith("--world_info=")).removeprefix("--world_info=")
     assert json.loads(base64.urlsafe_b64decode(world)) == hosts
-    assert command[:4] == ["/py", "-u", "-m", "deepspeed.launcher.launch"]
+    assert command[:4] == ["/py", "-u", "-m", "vdr_cli.launch.node"]
     assert {"--node_rank=1", "--master_addr=10.0.0.1", "--master_port=29501", "--no_local_rank"} <= set(command)
     assert command[-len(ARGUMENTS) - 2 :] == ["--module", "vdr_cli", *ARGUMENTS]
 
@@ -87,6 +89,23 @@ def test_plan_without_ssh_starts_this_host_only(tmp_path: Path) -> None:
         partial = LaunchConfig(**{**given, lacking: None})
         with pytest.raises(ConfigError, match=message):
             make_plan(partial, hosts_of(partial), tmp_path, tmp_path)
+
+
+def test_a_restart_leaves_out_hosts_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {"h1": [0], "h2": [0, 1], "h3": [0]}
+
+    def ask(_: LaunchConfig, host: str, __: object) -> Answer:
+        return Answer(silence="timed out" if host in lost else "")
+
+    monkeypatch.setattr(preflight, "ask", ask)
+    launch = LaunchConfig(hostfile="hosts", master_addr="10.0.0.1")
+    lost = {"h2"}
+    assert remaining(launch, hosts) == (launch, {"h1": [0], "h3": [0]})
+    lost = {"h1"}
+    assert remaining(launch, hosts) == (LaunchConfig(hostfile="hosts"), {"h2": [0, 1], "h3": [0]})
+    lost = set(hosts)
+    with pytest.raises(MachineError, match="no host answers"):
+        remaining(launch, hosts)
 
 
 def test_filters_without_hostfile_are_refused() -> None:

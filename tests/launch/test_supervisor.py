@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vdr_cli.launch import outcome
+from vdr_cli.launch import outcome, supervisor
 from vdr_cli.launch.supervisor import Plan, Signals, resuming, run_once, supervise
 
 FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'finished.json').write_text('{}')"
@@ -61,6 +61,32 @@ def test_restarts_resume_and_end(tmp_path: Path) -> None:
     assert supervise(plan(script + "sys.exit(9)", tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
     assert (tmp_path / "calls").read_text().split("|")[:3] == ["train --resume x", *["train --resume auto"] * 2]
     assert len(said) == 2
+
+
+def test_a_restart_uses_the_plan_that_is_renewed(tmp_path: Path) -> None:
+    def renew(_: Plan) -> Plan:
+        return plan(FINISH, tmp_path)
+
+    said: list[str] = []
+    assert supervise(plan("raise SystemExit(4)", tmp_path), [], 1, said.append, renew) == 0
+    assert said == ["ended with exit code 4; restart 1 of 1 from the newest checkpoint"]
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launch(tmp_path: Path) -> None:
+    """Nobody is there to save anything, and nobody would hear it later."""
+    signals = Signals([signal.SIGINT], [time.monotonic()])
+    assert run_once(plan("import time; time.sleep(60)", tmp_path), [], signals) == 130
+
+
+STUCK = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+
+
+def test_ranks_that_hear_nothing_are_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is stuck in C code runs no handler and no watchdog."""
+    monkeypatch.setattr(supervisor, "SLACK", 0.0)
+    monkeypatch.setenv("RANK", "0")
+    signals = Signals([signal.SIGTERM], [time.monotonic()])
+    assert run_once(plan(STUCK, tmp_path, fault_timeout=0.5), [], signals) == 143
 
 
 def test_resuming_replaces_what_was_given() -> None:

@@ -309,6 +309,8 @@ class LaunchConfig(Section):
     """Environment variables that every rank gets."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """Times a run that a fault ended is started again from its newest checkpoint."""
+    drop_lost_hosts: bool = False
+    """A restart leaves out hosts that do not answer any more and goes on with fewer processes."""
     fault_timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds within which every process ends after a fault was noticed."""
     check_hosts: bool = True

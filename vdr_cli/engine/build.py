@@ -112,12 +112,24 @@ def start_distributed() -> torch.device:
     if not torch.cuda.is_available():
         # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    _meet()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
+
+
+def _meet() -> None:
+    """Join the process group. MachineError when rank 0 cannot listen, or cannot be reached."""
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        if os.environ.get("RANK") == "0":
+            raise MachineError(f"rank 0 cannot listen on {place}: {reason}; give another --master-port") from error
+        raise MachineError(f"rank 0 cannot be reached at {place}: {reason}; give --master-addr") from error
 
 
 def build_engine(config: Config, device: torch.device, universal: bool = False) -> Engine:

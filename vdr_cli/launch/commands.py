@@ -15,7 +15,7 @@ from vdr_cli.launch.hostfile import Hosts, include_text, is_host_name
 from vdr_cli.launch.processes import RUNNER
 from vdr_cli.launch.rank import encode
 
-NODE_LAUNCHER = "deepspeed.launcher.launch"
+NODE_LAUNCHER = "vdr_cli.launch.node"
 LOG_LEVEL = "--log_level=warning"
 
 

@@ -80,6 +80,14 @@ def check_hosts(launch: LaunchConfig, hosts: Hosts, asked: Question) -> None:
         raise MachineError(f"{shown}{more} (all of it: vdr doctor --hostfile {launch.hostfile})")
 
 
+def answering(launch: LaunchConfig, hosts: Hosts) -> Hosts:
+    """The hosts that answer over ssh, with their slots. In parallel."""
+    request = _request(Question(), (), first=False)
+    with ThreadPoolExecutor(min(PARALLEL, len(hosts))) as pool:
+        silences = pool.map(lambda host: ask(launch, host, request).silence, hosts)
+    return {host: hosts[host] for host, silence in zip(hosts, silences, strict=True) if not silence}
+
+
 def examine(launch: LaunchConfig, hosts: Hosts, asked: Question) -> tuple[dict[str, Answer], list[Problem]]:
     """Ask every host in parallel; the answers and everything that is wrong."""
     check_plain(launch, str(Path.cwd()))

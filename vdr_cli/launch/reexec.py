@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vdr_cli.config.schema import LaunchConfig
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch.ancestors import OVER_SSH, SUPERVISOR
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
 from vdr_cli.launch.environment import (
@@ -24,7 +24,7 @@ from vdr_cli.launch.environment import (
     travelling,
 )
 from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_hostfile, select
-from vdr_cli.launch.preflight import Question, check_hosts, meeting_of
+from vdr_cli.launch.preflight import Question, answering, check_hosts, meeting_of
 from vdr_cli.launch.supervisor import Plan, supervise
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
@@ -68,8 +68,29 @@ def launch(
     if launch.check_hosts and _node_rank(launch, hosts) is None and launch.launcher != "slurm":
         check_hosts(launch, hosts, asked or Question(meeting=meeting_of(launch, hosts)))
     with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
-        plan = make_plan(launch, hosts, Path(directory).absolute() if directory else None, Path(scratch))
-        return supervise(plan, list(arguments), launch.max_restarts, _say)
+        place = Path(directory).absolute() if directory else None
+        plan = make_plan(launch, hosts, place, Path(scratch))
+
+        def renew(plan: Plan) -> Plan:
+            if not (launch.drop_lost_hosts and plan.over_ssh):
+                return plan
+            return make_plan(*remaining(launch, hosts), place, Path(scratch))
+
+        return supervise(plan, list(arguments), launch.max_restarts, _say, renew)
+
+
+def remaining(launch: LaunchConfig, hosts: Hosts) -> tuple[LaunchConfig, Hosts]:
+    """The launch without the hosts that do not answer any more."""
+    left = answering(launch, hosts)
+    if not left:
+        raise MachineError("no host answers over ssh any more; the newest checkpoint is intact: --resume auto")
+    lost = [host for host in hosts if host not in left]
+    if lost:
+        count = sum(map(len, left.values()))
+        _say(f"without {', '.join(lost)}, which no longer answers: {count} process{'es' * (count > 1)} left")
+    if next(iter(hosts)) in lost:  # rank 0 moves, and launch.master_addr was where it listened
+        launch = launch.model_copy(update={"master_addr": None})
+    return launch, left
 
 
 def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path) -> Plan:

@@ -28,6 +28,7 @@ BUG = 1
 MACHINE = 4
 HOST_ENDED = re.compile(rb"pdsh@[^:]+: ([^:]+): ssh (?:exited with exit code|killed by signal) (\d+)")
 FOLLOW = 20.0
+SLACK = 5.0
 USERS_OWN = (2, 3)
 """Exit codes of configuration and data errors: a restart would meet them again."""
 
@@ -84,8 +85,17 @@ class Signals:
             self.times.append(time.monotonic())
 
 
-def supervise(plan: Plan, arguments: Sequence[str], max_restarts: int, say: Callable[[str], None]) -> int:
-    """Run to the end, restarting from the last checkpoint after a fault; the exit code."""
+def supervise(
+    plan: Plan,
+    arguments: Sequence[str],
+    max_restarts: int,
+    say: Callable[[str], None],
+    renew: Callable[[Plan], Plan] = lambda plan: plan,
+) -> int:
+    """Run to the end, restarting from the last checkpoint after a fault; the exit code.
+
+    renew: the plan of the next attempt, which may leave out hosts that are gone.
+    """
     processes.adopt_orphans()
     with listening() as signals:
         for attempt in range(max_restarts + 1):
@@ -96,7 +106,7 @@ def supervise(plan: Plan, arguments: Sequence[str], max_restarts: int, say: Call
             if code == 0 or code in USERS_OWN or signals.received or attempt == max_restarts:
                 return code
             say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts} from the newest checkpoint")
-            arguments = resuming(arguments)
+            arguments, plan = resuming(arguments), renew(plan)
     raise AssertionError("unreachable")
 
 
@@ -141,29 +151,36 @@ def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> in
 def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: HostEnds) -> int:
     """Until the launcher ends, or must be ended.
 
-    A first signal asks the ranks to save and end, a second one ends everything now. When one host's ranks have
+    A first signal asks the ranks to save and end, a second one ends everything now, and so does time: ranks end
+    themselves plan.fault_timeout after a signal, unless nothing of theirs can run any more. When one host's ranks have
     failed, the others have FOLLOW seconds (plan.fault_timeout, if that is less) to end as well: those that had met
     it notice at once, and pdsh itself would wait for the rest for ever.
     """
-    passed_on = len(signals.received)
+    passed_on = 0
     while child.poll() is None:
         if len(signals.received) > passed_on:
             passed_on += 1
-            if passed_on > 1:
+            if passed_on > 1 or not _ask_ranks_to_stop(plan, signals.received[0]):
                 break
-            _ask_ranks_to_stop(plan, signals.received[0])
         if hosts.failed_for() > min(FOLLOW, plan.fault_timeout):
+            break
+        if passed_on and time.monotonic() - signals.times[0] > plan.fault_timeout + SLACK:
             break
         time.sleep(POLL)
     return child.returncode if child.returncode is not None else MACHINE
 
 
-def _ask_ranks_to_stop(plan: Plan, number: int) -> None:
-    if plan.over_ssh and plan.directory is not None:
-        outcome.ask_to_stop(plan.directory, number)
-    for process in processes.ranks_below():
+def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:
+    """Whether there is anybody who heard: not while the ranks are still being started, nor in a command without a
+    run directory on other hosts."""
+    ranks = processes.ranks_below()
+    for process in ranks:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
+    if plan.over_ssh and plan.directory is not None and plan.directory.is_dir():
+        outcome.ask_to_stop(plan.directory, number)
+        return True
+    return bool(ranks)
 
 
 @contextmanager

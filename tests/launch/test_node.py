@@ -1,0 +1,79 @@
+"""DeepSpeed's node launcher lets its ranks hear a signal, and still ends them once nobody is above it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.launch.node import orphans_only
+
+
+def test_handlers_act_only_without_the_parent() -> None:
+    installed: dict[int, Any] = {}
+    heard: list[int] = []
+
+    def handler(number: int, _: Any) -> None:
+        heard.append(number)
+
+    for parent in (os.getppid(), os.getppid() + 1):
+        install = orphans_only(lambda number, act: installed.update({number: act}), parent)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            install(number, handler)
+        for number in installed:
+            installed[number](number, None)
+        if parent == os.getppid():
+            assert heard == [signal.SIGUSR1]
+    assert heard == [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+RANK = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+def stop(number, frame):
+    time.sleep(2)  # the step and its checkpoint
+    (folder / "saved").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+(folder / "ready").touch()
+time.sleep(60)
+"""
+
+
+def test_a_signal_to_every_process_lets_the_rank_save(tmp_path: Path) -> None:
+    from vdr_cli.launch.commands import Target, node_command
+
+    (tmp_path / "rank.py").write_text(RANK)
+    command = node_command(Target((str(tmp_path),)), {"localhost": [0]}, 0, "127.0.0.1", 29555)
+    at = command.index("--module")
+    command[at : at + 2] = [str(tmp_path / "rank.py")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    assert launcher.wait(30) == 0
+    assert (tmp_path / "saved").exists()
+
+
+STOPPING = """
+import os, signal, sys, time
+from vdr_cli import stopping
+with stopping.StopSignal() as stop:
+    for pause in map(float, sys.argv[1:]):
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGTERM)
+    sys.exit(stop.agreed())
+"""
+
+
+def test_one_signal_may_come_several_ways_and_a_second_one_stops_at_once() -> None:
+    def ends(*pauses: str) -> int:
+        return subprocess.run([sys.executable, "-c", STOPPING, *pauses], check=False).returncode
+
+    assert ends("0", "0.1") == signal.SIGTERM  # it went on to its end
+    assert ends("0", "1.2") == 128 + signal.SIGTERM

@@ -1,0 +1,40 @@
+"""`python -m vdr_cli.launch.node`: DeepSpeed's launcher of one host's ranks, deaf to signals while its parent lives.
+
+Its own handler kills the ranks. A terminal, or Slurm before pre-emption, signals every process of a job, so ranks
+that want to finish their step and save would be killed on the way. They hear the signal themselves; the launcher
+ends when they have.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+Install = Callable[..., Any]
+
+
+def orphans_only(install: Install, parent: int) -> Install:
+    """signal.signal whose handlers of SIGINT and SIGTERM act only once the process `parent` is no longer our parent."""
+
+    def chosen(number: int, handler: Any) -> Any:
+        def act(received: int, frame: Any) -> None:
+            if os.getppid() != parent:
+                handler(received, frame)
+
+        return install(number, act if number in (signal.SIGINT, signal.SIGTERM) else handler)
+
+    return chosen
+
+
+def main() -> None:
+    """Run the launcher with this process's arguments."""
+    from deepspeed.launcher import launch
+
+    launch.signal.signal = orphans_only(signal.signal, os.getppid())
+    launch.main()
+
+
+if __name__ == "__main__":
+    main()
