@@ -1,7 +1,7 @@
 """The embedded task's reward for scripts/fault_test.py: a reward function, so that it is loaded in every rank.
 
-When a phase is entered for the FAULT_CALL-th time every rank stops in it, says so in FAULT_FOLDER, and goes on once the
-fault is there: the work of the phase then meets it. With FAULT_PHASE unset it is the reward alone.
+FAULT_PHASE is `rollout-3`: when that phase is entered for the third time every rank stops in it, says so in
+FAULT_FOLDER, and goes on once the fault is there: the work of the phase then meets it. Unset: the reward alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vdr_cli.starter.countdown import countdown as task_reward
 LONGEST = 60.0
 """Seconds after which a rank goes on even without a fault."""
 
-PHASE, CALL = os.environ.get("FAULT_PHASE"), int(os.environ.get("FAULT_CALL", "3"))
+PHASE, _, CALL = os.environ.get("FAULT_PHASE", "").partition("-")
 FOLDER = Path(os.environ.get("FAULT_FOLDER", "."))
 entered = 0
 
@@ -27,7 +27,7 @@ def reached(name: str) -> None:
     """Stop here until FAULT_FOLDER/broken is there, if this is the phase and the call."""
     global entered
     entered += name == PHASE
-    if name != PHASE or entered != CALL:
+    if name != PHASE or entered != int(CALL):
         return
     (FOLDER / f"rank{os.environ['RANK']}").touch()
     deadline = time.monotonic() + LONGEST

@@ -86,7 +86,7 @@ def one(
     directory.with_suffix(".log").unlink(missing_ok=True)
     meeting.mkdir()
     hosts("up")
-    env = {"FAULT_PHASE": phase, "FAULT_CALL": PHASES[phase], "FAULT_FOLDER": str(meeting)}
+    env = {"FAULT_PHASE": f"{phase}-{PHASES[phase]}", "FAULT_FOLDER": str(meeting)}
     held = [word for name, value in env.items() for word in ("--set", f"launch.env.{name}={value}")]
     process = cluster.start(directory, *held, "--set", f"launch.fault_timeout={timeout}")
     while process.poll() is None and len(list(meeting.iterdir())) < 2:

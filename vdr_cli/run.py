@@ -6,6 +6,7 @@ The algorithm is in train.py; here is everything around it.
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -199,6 +200,7 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
         stack.callback(_leave_process_group)
         rank, size = collectives.rank(), collectives.world_size()
         stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
+        refuse_other_settings(config)
         stop = stack.enter_context(StopSignal())
         run = _build(config, directory, device, stop, resume, stack)
         try:
@@ -209,6 +211,18 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
                 run.note("saving the last finished step")
                 run.save_if_possible()
             raise
+
+
+def refuse_other_settings(config: Config) -> None:
+    """Every rank has read its own file and flags; with other ones it would leave the rest waiting. Collective."""
+    own = config_hash(config), config.observe.completions_every
+    (first, expected), *others = collectives.gather_objects((socket.gethostname(), own))
+    for host, theirs in others:
+        if theirs != expected:
+            raise ConfigError(
+                f"the settings on host {host} are not those on {first}, where rank 0 is; start every rank with the "
+                "same file and flags"
+            )
 
 
 def _build(

@@ -139,6 +139,14 @@ def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
     assert checkpoints.find_fault(folder / "step_000002") is None
 
 
+def test_a_rank_that_does_not_see_the_files_does_not_go_on_without_them(build: Build, written: Path) -> None:
+    found, _ = checkpoints.newest_complete(written)
+    assert found is not None
+    next((found.path / "engine").glob("*optim_states.pt")).unlink()
+    with pytest.raises(MachineError, match=r"optim_states.pt is missing; all hosts must share the directory"):
+        checkpoints.load(build(3), found)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_and_moments_come_back_bit_for_bit(build: Build, completions, one_step, tmp_path: Path, stage) -> None:
     """Two engines that go on alike have the same masters and moments; a third one without them does not."""

@@ -114,6 +114,44 @@ def test_an_infinite_loss_with_a_finite_gradient_is_refused(build: Build, comple
     assert engine.step(1e-2).refused
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_refuses_too_and_its_twin_is_the_policy(build: Build, completions, one_step, stage: int) -> None:
+    engine = build(stage, model={"dtype": "bfloat16"})
+    assert torch.equal(twin_logps(engine, completions), policy_logps(engine, completions))
+    start = parameters_of(engine)
+    _, result = one_step(engine, completions, math.nan)
+    assert result.refused
+    assert all(torch.equal(tensor, start[name]) for name, tensor in parameters_of(engine).items())
+    assert not one_step(engine, completions)[1].refused
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_norm_that_is_reported_is_the_gradients_before_clipping(build: Build, completions, stage: int) -> None:
+    norms = []
+    for clip in (0.0, 1e-3):
+        engine = build(stage, clip)
+        plain = load_causal_lm(engine.causal_lm.config._name_or_path)
+        tokens = vars(completions)
+        four = [tokens[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
+        completion_logps(plain, *four, 0.7)[0].sum().backward()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+        engine.backward(engine.forward(*four, 0.7)[0].sum(), last=True)
+        norms.append(engine.step(1e-3).grad_norm / float(expected))
+    assert norms == pytest.approx([1.0, 1.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_matrices_decay_and_norms_and_biases_do_not(build: Build, completions, one_step, stage: int) -> None:
+    engine = build(stage, train={"weight_decay": 0.5})
+    start = parameters_of(engine)
+    one_step(engine, completions, poison=0.0, learning_rate=0.1)
+    after = parameters_of(engine)
+    assert {len(tensor.shape) for tensor in start.values()} == {1, 2}
+    for name, tensor in start.items():
+        expected = tensor * (1 - 0.1 * 0.5) if tensor.dim() > 1 else tensor
+        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-7, msg=name)
+
+
 # ---- LoRA ----------------------------------------------------------------------------------------------------
 
 
@@ -235,3 +273,16 @@ def test_a_port_in_use_is_named() -> None:
     ended = subprocess.run([sys.executable, "-c", PORT_TAKEN], capture_output=True, text=True, check=False)
     last = ended.stderr.strip().splitlines()[-1]
     assert "MachineError: rank 0 cannot listen on 127.0.0.1:" in last and "--master-port" in last
+
+
+def test_a_rank_with_other_settings_is_refused(config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vdr_cli import run
+
+    same = config()
+    other = same.model_copy(update={"grpo": same.grpo.model_copy(update={"beta": 0.1})})
+    said: list[Any] = []
+    monkeypatch.setattr(run.collectives, "gather_objects", lambda own: said.append(own) or said)
+    for each in (same, same):
+        run.refuse_other_settings(each)
+    with pytest.raises(ConfigError, match=r"are not those on .*, where rank 0 is"):
+        run.refuse_other_settings(other)

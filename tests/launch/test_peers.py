@@ -110,6 +110,13 @@ def test_a_rank_that_never_comes_is_named() -> None:
         Peers(0, 2, 0.2, "127.0.0.1", lambda value: value)
 
 
+def test_a_rank_that_cannot_come_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(MachineError, match=rf"rank 1 on .* did not reach rank 0 at 127\.0\.0\.1:{port} .*refused"):
+        Peers(1, 2, 2.0, "127.0.0.1", lambda _: (port, "token"))
+
+
 @pytest.mark.parametrize("timeout", [2.0, 10.0, 60.0, 600.0])
 def test_silence_is_noticed_within_the_timeout(timeout: float) -> None:
     with star(2, timeout) as (_, second):

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -106,8 +107,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, json.loads((path / STATE).read_text()))
 
 
-def find_fault(path: Path) -> str | None:
-    """Why this is not a complete checkpoint, naming the file; None when it is."""
+def find_fault(path: Path, contents: bool = True) -> str | None:
+    """Why this is not a complete checkpoint, naming the file; None when it is. contents: read every byte."""
     try:
         listed = json.loads((path / MANIFEST).read_text())["files"]
         extra = sorted(_files_in(path).keys() - listed.keys())
@@ -119,7 +120,7 @@ def find_fault(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"
-            if _sha256(file) != digest:
+            if contents and _sha256(file) != digest:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
@@ -139,6 +140,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     those of ranks that existed are restored; ours depend on none of them.
     """
     folder, tag = checkpoint.path, ENGINE_TAG
+    # Where its shard is missing DeepSpeed only warns, and goes on with other weights or without the moments.
+    collectives.together(lambda: _see(folder))
     if needs_conversion(checkpoint):
         tag = UNIVERSAL_TAG
         _on_main(lambda: _convert(folder), folder.parent)
@@ -155,6 +158,15 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     own = checkpoint.path / f"rank_{collectives.rank():05d}.pt"
     if own.is_file():
         _set_random_states(torch.load(own, weights_only=False))
+
+
+def _see(folder: Path) -> None:
+    """Rank 0 has read every byte; the other ranks, perhaps on other hosts, must have the same files."""
+    fault = find_fault(folder, contents=False)
+    if fault:
+        raise MachineError(
+            f"checkpoint {folder} on host {socket.gethostname()}: {fault}; all hosts must share the directory"
+        )
 
 
 def _convert(folder: Path) -> None:

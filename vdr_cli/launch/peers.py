@@ -94,8 +94,14 @@ class Peers:
 
     def _connect(self, address: str, share: Callable[[Any], Any]) -> None:
         port, token = share(None)
-        connection = socket.create_connection((address, port), timeout=self.timeout)
-        connection.sendall(_line({"token": token, "rank": self.rank, "host": socket.gethostname()}))
+        try:
+            connection = socket.create_connection((address, port), timeout=self.timeout)
+            connection.sendall(_line({"token": token, "rank": self.rank, "host": socket.gethostname()}))
+        except OSError as error:
+            raise MachineError(
+                f"rank {self.rank} on {socket.gethostname()} did not reach rank 0 at {address}:{port} ({error}); "
+                "does a firewall block ports between the hosts?"
+            ) from error
         self._add(connection, 0, address)
 
     def _welcome(self, connection: socket.socket, token: str) -> None:
