@@ -108,8 +108,12 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except MachineError:
+            if error is None:  # else the first error is the one to be told
+                raise
 
     def _board(self) -> Any:
         if self._tensorboard is None:
