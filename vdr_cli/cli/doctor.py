@@ -65,8 +65,7 @@ def examine(config: Config, config_file: str | None) -> int:
     asked = preflight.question(config, hosts, [config_file] if config_file else [])
     answers, problems = preflight.examine(config.launch, hosts, asked)
     console.print(host_table(answers, problems))
-    if config.launch.hostfile is None:
-        console.print(operator_table())
+    console.print(operator_table())
     for problem in problems:
         console.print(problem.line(), markup=False, highlight=False, soft_wrap=True)
     return PROBLEMS if problems else 0
@@ -80,20 +79,22 @@ def host_table(answers: Mapping[str, Answer], problems: list[Problem]) -> Table:
     table = Table(title="Hosts")
     for name in ("host", "state", "accelerators", "cores", "memory", "disk free", "python", "torch", "deepspeed"):
         table.add_column(name)
-    table.add_column("clock")
-    table.add_column("answer")
+    for name in ("ssh", "output shared", "clock"):
+        table.add_column(name)
     for host, answer in answers.items():
         wrong = sum(problem.host == host for problem in problems)
         state = f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "ready"
-        cells = [host, state, *_cells(answer)]
+        cells = [host, state, *_cells(host, answer)]
         table.add_row(*map(escape, cells), style="red" if wrong else None)
     return table
 
 
-def _cells(answer: Answer) -> list[str]:
+def _cells(host: str, answer: Answer) -> list[str]:
+    from vdr_cli.launch.hostfile import LOCAL_NAMES
+
     facts = answer.facts
     if not facts:
-        return ["-"] * 9
+        return [*["-"] * 7, "no", "-", "-"]
     disks = [size for size in facts["disk"].values() if size is not None]
     return [
         _accelerators(facts["accelerators"]),
@@ -103,8 +104,9 @@ def _cells(answer: Answer) -> list[str]:
         facts["python"],
         facts["packages"]["torch"] or "missing",
         facts["packages"]["deepspeed"] or "missing",
+        "not needed" if host in LOCAL_NAMES else f"{answer.seconds:.1f} s",
+        "yes" if all(facts["shared"].values()) else "no",
         f"{answer.clock:+.1f} s",
-        f"{answer.seconds:.1f} s",
     ]
 
 
