@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from vdr_cli.config.messages import section_of
+from vdr_cli.config.messages import bound, section_of
 from vdr_cli.config.schema import Config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -106,8 +106,8 @@ def _words(annotation: Any) -> str:
 def _bounds(metadata: list[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     flat = [item for entry in metadata for item in getattr(entry, "metadata", [entry])]
-    found = [f"{sign} {getattr(item, name):g}" for item in flat for name, sign in signs.items() if hasattr(item, name)]
-    return ", ".join(found)
+    given = [(sign, getattr(item, name)) for item in flat for name, sign in signs.items() if hasattr(item, name)]
+    return ", ".join(f"{sign} {bound(value)}" for sign, value in given)
 
 
 def _default(field: FieldInfo) -> str:

@@ -68,6 +68,7 @@ def test_every_flag_reaches_its_setting(started, monkeypatch):
     monkeypatch.setattr(training, "wants_ranks", lambda launch: False)
     monkeypatch.setattr(training, "world_size", lambda launch: 1)
     Path("d.jsonl").write_text('{"prompt": "a"}\n')
+    Path("f.py").write_text("")
     arguments = [text for flag, (value, _) in FLAGS.items() for text in (flag, str(value))]
     assert app.run(["train", *arguments, "--reward", "f.py:g=0.5", "--reward", "length"]) == 0
     dumped = started["config"].model_dump()
@@ -105,6 +106,20 @@ def test_output_is_decided_once_and_handed_to_the_ranks(started):
     assert given[5] == "--output" and given[6].startswith("runs/2")
     assert app.run(["--local_rank=0", "train", "--num-processes", "2", "--output", "o"]) == 0
     assert started["arguments"] == ["train", "--num-processes", "2", "--output", "o"]
+
+
+def test_runs_of_the_same_second_do_not_meet():
+    from vdr_cli.config.preflight import default_output
+
+    assert len({default_output() for _ in range(3)}) == 3
+
+
+def test_extras_are_looked_for_before_anything_starts(started, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert app.run(["train", "--set", "observe.wandb=true"]) == 2
+    assert "observe.wandb needs the package wandb: pip install 'vdr-cli[wandb]'" in capsys.readouterr().err
+    assert app.run(["train", "--set", "model.lora.rank=2"]) == 2
+    assert "model.lora needs the package peft: pip install 'vdr-cli[lora]'" in capsys.readouterr().err
 
 
 def test_a_rank_trains(started, monkeypatch, capsys):
@@ -191,6 +206,25 @@ def test_resume_takes_the_runs_own_settings(started, capsys):
     assert "--resume needs --output" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_run(started, capsys):
+    checkpoint = finished_run("a", "--seed", "9", seen=started) / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    assert app.run(["train", "--resume", str(checkpoint), "--output", "b", "--learning-rate", "0.5"]) == 0
+    assert (started["config"].train.seed, started["config"].train.output) == (9, "b")
+    Path("other").mkdir()
+    Path("other/config.json").write_text("{}")
+    for other in (["--model", "other"], ["--ds-config", "zero2"]):
+        assert app.run(["train", "--resume", str(checkpoint), "--output", "b", *other]) == 2
+        assert "differs in its run" in capsys.readouterr().err
+
+
+def test_results_without_settings_are_not_written_over(started, capsys):
+    Path("o").mkdir()
+    Path("o/metrics.jsonl").write_text("")
+    assert app.run(["train", "--output", "o"]) == 2
+    assert "train.output o holds metrics.jsonl of a run whose config.yaml is gone" in capsys.readouterr().err
+
+
 def test_a_runs_configuration_repeats_it_elsewhere(started):
     directory = finished_run("o", "--seed", "9", seen=started)
     first = started["config"]
@@ -221,6 +255,18 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--members", "1"], 2, "--members: disagreement.members must be at least 2, not 1"),
         (["--mode", "eos"], 2, "--mode: disagreement.mode must be 'none', 'per_token' or 'end_of_sequence', not 'eos'"),
         (["--set", "disagreement.credit=token"], 2, "need mode per_token"),
+        (["--reward", "lenght"], 2, "no built-in lenght; did you mean length?"),
+        (["--reward", ""], 2, "no built-in without a name"),
+        (["--reward", "none.py:f"], 2, "rewards.functions: none.py:f: no such file"),
+        (["--reward", ":f"], 2, "must be module:function or file.py:function"),
+        (["--reward", "~nosuchuser/a.py:f"], 2, "there is no such user"),
+        (["--model", "x" * 300], 2, "is longer than a file name can be"),
+        (["--output", ""], 2, "--output: train.output is empty"),
+        (["--output", "x" * 300], 2, "is longer than a file name can be"),
+        (["--resume", "x" * 300, "--output", "o"], 2, "is longer than a file name can be"),
+        (["--data", "/dev/null", "--reward", "length"], 2, "neither a file nor a directory"),
+        (["--ds-config", "binary.json"], 2, "engine.ds_config binary.json: cannot be read as JSON"),
+        (["--ds-config", "list.json"], 2, "zero_optimization must be an object"),
     ],
 )
 def test_refused_before_anything_starts(arguments, code, expected, started, capsys):
@@ -228,6 +274,8 @@ def test_refused_before_anything_starts(arguments, code, expected, started, caps
     Path("notes.txt").write_text("x")
     Path("hosts").write_text("node1 slots=2\nnode2 slots=2\n")
     Path("empty.jsonl").write_text("")
+    Path("binary.json").write_bytes(b"\xff\xfe\x00")
+    Path("list.json").write_text('{"zero_optimization": []}')
     Path("d.jsonl").write_text(json.dumps({"prompt": "a"}))
     before = sorted(Path.cwd().iterdir())
     assert app.run(["train", *arguments]) == code

@@ -90,11 +90,28 @@ def test_yaml_means_what_it_says(write):
         ("rewards:\n  functions:\n  - name: a\n  - nme: b\n", "run.yaml:4: rewards.functions[1].nme is not a setting"),
         ("train:\n  adam_betas: [0.9]\n", "run.yaml:2: train.adam_betas[1] is missing"),
         ("rollout: {group_size: 1}\n", "rollout.group_size is 1: a group is compared with itself"),
-        ("disagreement:\n  scope: last_k\n", "run.yaml:1: disagreement: scope last_k needs last_k"),
+        ("disagreement:\n  scope: full\n  last_k: 2\n", "run.yaml:1: disagreement: last_k is set but scope is full"),
+        ("disagreement: {mode: per_token, last_k: 2}\n", "run.yaml:1: disagreement: last_k is set but scope is full"),
         ("train:\n  steps: 1\n  steps: 2\n", "run.yaml:3: train.steps is given twice (first on line 2)"),
         ("train: [1\n", "run.yaml:2: not valid YAML"),
         ("train:\n\tsteps: 1\n", "run.yaml:2: not valid YAML"),
         ("- a\n", "not a configuration"),
+        ("1: 2\n", "run.yaml:1: the key 1 must be text"),
+        ("train: {1: 2}\n", "run.yaml:1: the key 1 must be text"),
+        ("? \n: c\n", "run.yaml:1: the key before the colon must be text"),
+        ("train: {steps: 3\0}\n", "run.yaml: not valid YAML"),
+        ("train: {steps: !!int abc}\n", "run.yaml: not valid YAML"),
+        ("a: &a [*a]\n", "run.yaml: not valid YAML"),
+        ("train: {steps: true}\n", "run.yaml:1: train.steps must be a whole number, not true"),
+        ("train: {learning_rate: false}\n", "train.learning_rate must be a number, not false"),
+        ("train: {seed: 99999999999}\n", "train.seed must be at most 4294967295, not 99999999999"),
+        ("train: {adam_betas: [0.9, 1]}\n", "train.adam_betas[1] must be below 1, not 1"),
+        ("rollout: {stop: ['']}\n", "rollout.stop[0] must be some text, not an empty one, not ''"),
+        ("train: {output: ''}\n", "run.yaml:1: train.output is empty"),
+        ("model: {name: ' '}\n", "run.yaml:1: model.name is empty"),
+        ("train: {output: ~nosuchuser/x}\n", "run.yaml:1: train.output: ~nosuchuser/x: there is no such user"),
+        ('data: {name: "a\\0b"}\n', "data.name: 'a\\x00b' has a character that cannot be printed"),
+        ("engine: {ds_config: " + "x" * 300 + "}\n", "is longer than a file name can be"),
         ("a: !!python/object:os.system {}\n", "run.yaml:1: not valid YAML"),
     ],
 )
@@ -118,6 +135,8 @@ def test_first_few_problems_on_one_line(write):
         ("trian.steps=3", "--set: trian.steps is not a setting; did you mean train.steps?"),
         ("train.stepz=3", "--set: train.stepz is not a setting; did you mean train.steps?"),
         ("train.steps=x", "--set: train.steps must be a whole number, not 'x'"),
+        ("train.steps=!!int abc", "not valid YAML"),
+        ("train.steps=" + "9" * 5000, "not valid YAML"),
         ("train.steps.x=3", "--set: train.steps must be a whole number"),
     ],
 )
@@ -130,6 +149,16 @@ def test_refused_paths(tmp_path: Path):
     assert "a directory" in refused(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in refused(tmp_path / "binary")
+
+    assert "is longer than a file name can be" in refused("x" * 300)
+    assert "no such user" in refused("~nosuchuser/x.yaml")
+
+
+def test_home_directories_and_numbers_in_the_environment(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(write("\ufefftrain: {output: ~/runs/a}\n"), ["launch.env.OMP_NUM_THREADS=4"])
+    assert config.train.output == "/home/me/runs/a"
+    assert config.launch.env == {"OMP_NUM_THREADS": "4"}
 
 
 def test_dump_loads_back(tmp_path: Path):

@@ -5,6 +5,7 @@ A command is a file with a function; COMMANDS names it. Nothing here or there im
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ import typer
 from vdr_cli import __version__
 from vdr_cli.cli import doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
-from vdr_cli.errors import VdrError
+from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.observe.text import visible
 
 COMMANDS: dict[str, Any] = {
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Any] = {
 
 INTERRUPTED = 130
 USAGE = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 LOCAL_RANK = re.compile(r"^--local[-_]rank(=.*)?$")
 
@@ -99,6 +101,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            _say(error, f"{error.filename or 'output'}: {error.strerror}; make room and start again")
+            return MachineError.exit_code
         # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
         if not hasattr(error, "format_message"):
             raise

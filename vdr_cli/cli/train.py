@@ -50,7 +50,7 @@ def command(
         str | None, typer.Argument(metavar="CONFIG.yaml", help="Settings; flags go over it.")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="Run directory. Default: runs/<date>-<time>.", rich_help_panel=RUN)
+        str | None, typer.Option(help="Run directory. Default: a new one in runs/.", rich_help_panel=RUN)
     ] = None,
     model: Annotated[str | None, typer.Option(help="starter, a local directory, a run, or a hub id.")] = None,
     data: Annotated[
@@ -124,7 +124,7 @@ def command(
 ) -> None:
     """Fine-tune a model with GRPO and the disagreement bonus."""
     flags = {
-        ("--output", "train.output"): output or _run_of(resume),
+        ("--output", "train.output"): _run_of(resume) if output is None else output,
         ("--model", "model.name"): model,
         ("--data", "data.name"): data,
         ("--reward", "rewards.functions"): reward_settings(reward),
@@ -161,7 +161,7 @@ def _run_of(resume: str | None) -> str | None:
     """The run directory of a checkpoint given by path: RUN/checkpoints/step_000100."""
     if resume in (None, "auto"):
         return None
-    folder = Path(str(resume)).expanduser().absolute().parent
+    folder = Path(str(resume)).absolute().parent
     return os.path.relpath(folder.parent) if folder.name == "checkpoints" else None
 
 
@@ -170,4 +170,5 @@ def _settings_file(config_file: str | None, resume: str | None, flags: dict[tupl
     output = flags[("--output", "train.output")]
     if config_file is not None or resume is None or output is None:
         return config_file
-    return run_config_of(output)
+    whose = _run_of(resume)
+    return run_config_of(output) or (run_config_of(whose) if whose else None)

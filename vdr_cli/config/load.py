@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from vdr_cli.config.messages import Where, refusal, unknown_key
+from vdr_cli.config.paths import path_text
 from vdr_cli.config.schema import Config, LaunchConfig, Section
 from vdr_cli.config.yaml_text import KeyPath, dump_tree, parse_document, parse_value
 from vdr_cli.errors import ConfigError
@@ -134,7 +135,7 @@ def computed_settings(config: Config) -> Tree:
 
 def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path_text(str(path))).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except IsADirectoryError:
@@ -143,6 +144,8 @@ def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
         raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML configuration") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"the configuration file {error}") from None
     document = parse_document(text, str(path))
     places |= {key: f"{path}:{line}" for key, line in document.lines.items()}
     # A section whose keys are all commented out is read as null and means: nothing given.

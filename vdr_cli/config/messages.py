@@ -96,7 +96,8 @@ def _problem(path: KeyPath, entry: dict[str, Any]) -> str:
         return unknown_key(path)
     if entry["type"] == "value_error":
         message = str(entry["ctx"]["error"])
-        return f"{_dotted(path)}: {message}" if path else message
+        colon = "" if message.startswith("is ") else ":"
+        return f"{_dotted(path)}{colon} {message}" if path else message
     if entry["type"] == "missing":
         return f"{_dotted(path)} is missing; give it"
     return f"{_dotted(path)} must be {_allowed(entry)}, not {_shown(entry['input'])}"
@@ -105,15 +106,16 @@ def _problem(path: KeyPath, entry: dict[str, Any]) -> str:
 def _allowed(entry: dict[str, Any]) -> str:
     kind, context = entry["type"], entry.get("ctx", {})
     bounds = {
-        "greater_than_equal": "at least {ge:g}",
-        "greater_than": "above {gt:g}",
-        "less_than_equal": "at most {le:g}",
-        "less_than": "below {lt:g}",
+        "greater_than_equal": "at least {ge}",
+        "greater_than": "above {gt}",
+        "less_than_equal": "at most {le}",
+        "less_than": "below {lt}",
         "literal_error": "{expected}",
         "finite_number": "a finite number",
+        "string_too_short": "some text, not an empty one",
     }
     if kind in bounds:
-        return bounds[kind].format(**context)
+        return bounds[kind].format(**{name: bound(value) for name, value in context.items()})
     families = {
         "int": "a whole number",
         "float": "a number",
@@ -128,8 +130,14 @@ def _allowed(entry: dict[str, Any]) -> str:
     return families.get(kind.split("_")[0], entry["msg"])
 
 
+def bound(value: Any) -> str:
+    """4294967295 and 0.5 as they are, 1.0 as 1."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _shown(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
+    words = {None: "nothing", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,11 +14,13 @@ from typing import Any
 import yaml
 
 from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
+from vdr_cli.config.paths import path_text
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.files import SUFFIXES
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, DataError, MachineError, VdrError
+from vdr_cli.rewards.loading import check_name
 
 CHANGEABLE_ON_RESUME = {
     "train.steps",
@@ -38,8 +42,11 @@ CHANGEABLE_ON_RESUME = {
 
 
 def default_output() -> str:
-    """runs/<date>-<time>, to be decided once for all processes of a run."""
-    return time.strftime("runs/%Y%m%d-%H%M%S")
+    """runs/<date>-<time>-<4 hex digits>, to be decided once for all processes of a run.
+
+    The digits keep runs apart that a script starts in the same second.
+    """
+    return time.strftime("runs/%Y%m%d-%H%M%S-") + secrets.token_hex(2)
 
 
 def check_before_start(config: Config, resume: str | None) -> None:
@@ -51,7 +58,8 @@ def check_before_start(config: Config, resume: str | None) -> None:
         check_held_out(config)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
-    check_resume(resume)
+    check_extras(config)
+    check_resume(config, resume)
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -65,14 +73,14 @@ def check_processes(config: Config, processes: int) -> None:
 
 def looks_like_path(name: str) -> bool:
     """True for what can only be meant as a file or directory, not as a hub id (owner/name)."""
-    return name.startswith(("/", ".", "~")) or Path(name).expanduser().exists() or name.count("/") > 1
+    return name.startswith(("/", ".", "~")) or Path(name).exists() or name.count("/") > 1
 
 
 def check_model(name: str) -> None:
     """A model that looks like a path must be a directory with a config.json, its own or its model/'s."""
+    path = _path(name, "model.name")
     if name == STARTER or not looks_like_path(name):
         return
-    path = Path(name).expanduser()
     if not path.is_dir():
         raise ConfigError(
             f"model.name {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
@@ -86,11 +94,13 @@ def check_model(name: str) -> None:
 
 def check_data(name: str, key: str) -> None:
     """Data that look like a local file or directory must be there and be of a kind that can be read."""
-    path = Path(name).expanduser()
+    path = _path(name, key)
     if name == STARTER or not (looks_like_path(name) or path.suffix in SUFFIXES):
         return
     if not path.exists():
         raise ConfigError(f"{key} {name}: no such file or directory; give `starter`, a local file or a hub id")
+    if not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{key} {name}: neither a file nor a directory; save the data in a file and name it")
     if path.is_file() and path.suffix not in SUFFIXES:
         raise ConfigError(f"{key} {name}: a file must end in one of {', '.join(SUFFIXES)}")
     if path.is_file() and path.stat().st_size == 0:
@@ -101,26 +111,47 @@ def check_data(name: str, key: str) -> None:
 
 def check_held_out(config: Config) -> None:
     """One file has no splits, so held-out prompts need a place of their own."""
-    if config.data.eval_name is None and Path(config.data.name).expanduser().is_file():
+    if config.data.eval_name is None and Path(config.data.name).is_file():
         raise ConfigError(
             f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} is one file without "
             "splits; give data.eval_name, the file with the held-out prompts"
         )
 
 
-def check_resume(resume: str | None) -> None:
-    """A checkpoint given by path must be there; `auto` may find none."""
-    if resume not in (None, "auto") and not Path(str(resume)).expanduser().is_dir():
+def check_resume(config: Config, resume: str | None) -> None:
+    """A checkpoint given by path must be there, and of this model and engine; `auto` may find none."""
+    if resume in (None, "auto"):
+        return
+    path = _path(str(resume), "--resume").absolute()
+    if not path.is_dir():
         raise ConfigError(f"--resume {resume}: no such checkpoint directory; give its path, or auto for the newest one")
+    theirs = path.parent.parent / "config.yaml"
+    if theirs.is_file():
+        changed = differing_keys(_computed_by(theirs), computed_settings(config))
+        other = [key for key in changed if key.startswith(("model.", "engine."))]
+        if other:
+            raise ConfigError(f"--resume {resume}: {_few(other)} in its run ({theirs}); a checkpoint fits no other")
 
 
 def check_rewards(config: Config) -> None:
-    """Only the starter's data bring a reward of their own."""
+    """Every name can be one of a function, files are there; only the starter's data bring a reward of their own."""
+    for function in config.rewards.functions:
+        check_name(function.name)
     if not config.rewards.functions and config.data.name != STARTER:
         raise ConfigError(
             f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
             "give --reward a built-in, module:function or file.py:function"
         )
+
+
+def check_extras(config: Config) -> None:
+    """What is asked for and comes with an extra of the package must be installed."""
+    needed = {"wandb": config.observe.wandb, "peft": config.model.lora is not None}
+    keys = {"wandb": ("observe.wandb", "wandb"), "peft": ("model.lora", "lora")}
+    for package, wanted in needed.items():
+        key, extra = keys[package]
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package}: pip install 'vdr-cli[{extra}]'")
 
 
 def check_output(config: Config, resume: str | None) -> None:
@@ -134,6 +165,7 @@ def check_output(config: Config, resume: str | None) -> None:
     _check_writable(directory)
     earlier = directory / "config.yaml"
     if not earlier.is_file():
+        _refuse_leftovers(directory, resume)
         return
     changed = differing_keys(_computed_by(earlier), computed_settings(config))
     hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME]
@@ -160,6 +192,16 @@ def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: s
     return keys
 
 
+def _refuse_leftovers(directory: Path, resume: str | None) -> None:
+    """A run's results without its settings: nothing says whose they are."""
+    left = [name for name in ("metrics.jsonl", "checkpoints", "completions") if (directory / name).exists()]
+    if left and resume is None:
+        raise ConfigError(
+            f"train.output {directory} holds {' and '.join(left)} of a run whose config.yaml is gone; "
+            "give another --output"
+        )
+
+
 def _computed_by(path: Path) -> Mapping[str, Any]:
     """The settings in a run's config.yaml; a file that is not one counts as another run's."""
     try:
@@ -169,6 +211,13 @@ def _computed_by(path: Path) -> Mapping[str, Any]:
         return {}
 
 
+def _path(text: str, key: str) -> Path:
+    try:
+        return Path(path_text(text))
+    except ValueError as error:
+        raise ConfigError(f"{key} {error}") from None
+
+
 def _few(keys: list[str]) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return ", ".join(keys[:3]) + more + (" differ" if len(keys) > 1 else " differs")
@@ -176,7 +225,7 @@ def _few(keys: list[str]) -> str:
 
 def _check_writable(directory: Path) -> None:
     """Without creating it: the directory, or the nearest parent that exists, must let us write."""
-    existing = directory.expanduser().absolute()
+    existing = directory.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():

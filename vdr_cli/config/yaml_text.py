@@ -22,6 +22,7 @@ FLOAT = re.compile(
     r"^[-+]?(?:(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
 )
 NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+KEY_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,13 +65,17 @@ class Document:
 
 def parse_value(text: str) -> Any:
     """One YAML value, as typed after `--set key=`. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
 
 
 def parse_document(text: str, name: str) -> Document:
     """The tree of a configuration file. ConfigError (FILE:LINE) on bad syntax, duplicate keys, or a non-mapping."""
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Document({})
@@ -90,7 +95,8 @@ def parse_document(text: str, name: str) -> Document:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def dump_tree(tree: dict[str, Any]) -> str:
@@ -113,6 +119,8 @@ def _walk(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], name: str) 
         dotted = ".".join(map(str, (*path, key)))
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{name}:{line}: a key must be one word")
+        if key_node.tag not in KEY_TAGS:
+            raise ConfigError(f"{name}:{line}: the key {key or 'before the colon'} must be text")
         if key in seen and key != "<<":
             raise ConfigError(f"{name}:{line}: {dotted} is given twice (first on line {seen[key]}); keep one")
         seen[key] = line

@@ -37,6 +37,7 @@ PASSED_THROUGH = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
+SECTIONS = {"zero_optimization", "bf16", "fp16", "optimizer", "scheduler"}
 KNOWN_KEYS = PASSED_THROUGH | {*OWNED_BATCH_KEYS, "bf16", "fp16", "gradient_clipping", "optimizer", "scheduler"}
 
 
@@ -62,9 +63,11 @@ def read_ds_config(name: str) -> DsConfig:
     """The JSON as it stands. Raises ConfigError with file and line when it is not a JSON object."""
     path = ds_config_path(name)
     try:
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"engine.ds_config {path}:{error.lineno}: {error.msg}; mend the JSON") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"engine.ds_config {path}: cannot be read as JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"engine.ds_config {path}: a JSON object is needed, not {type(loaded).__name__}")
     for key in loaded:
@@ -72,6 +75,9 @@ def read_ds_config(name: str) -> DsConfig:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(KNOWN_KEYS))}"
             raise ConfigError(f"engine.ds_config {path}: unknown key {key}{hint}")
+    for key in SECTIONS & loaded.keys():
+        if not isinstance(loaded[key], dict):
+            raise ConfigError(f'engine.ds_config {path}: {key} must be an object, such as {{"...": ...}}')
     return loaded
 
 

@@ -101,7 +101,7 @@ def supervise(
         for attempt in range(max_restarts + 1):
             code = run_once(plan, arguments, signals)
             fault = outcome.read_fault(plan.directory) if plan.directory and code else None
-            if fault is not None:
+            if fault is not None and code not in USERS_OWN:  # of those rank 0 has spoken
                 say(fault.line())
             if code == 0 or code in USERS_OWN or signals.received or attempt == max_restarts:
                 return code

@@ -4,7 +4,8 @@
 
 Every argument is a list with one entry a completion. Completions are strings, or one assistant
 message in a list when the prompts are chats. Columns are the dataset's, repeated for each
-completion. None leaves a completion out of this function's share of the reward.
+completion. None leaves a completion out of this function's share of the reward. A function that
+follows the course of the run also takes `trainer_state`, as in TRL.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import Any
 
 from vdr_cli.errors import DataError
 
-PROVIDED = ("prompts", "completions", "completion_ids")
+PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where the run is, under the names of transformers' TrainerState; both 0 outside a run."""
+
+    global_step: int = 0
+    """Optimizer steps done."""
+    max_steps: int = 0
+    """train.steps"""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from vdr_cli.config import RewardsConfig
+from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
@@ -48,30 +49,47 @@ def _named(given: str, weight: float, taken: list[str]) -> LoadedReward:
 
 def find_function(given: str) -> Callable[..., Any]:
     """The reward function that a name stands for. ConfigError, one line, when there is none."""
-    place, colon, attribute = given.rpartition(":")
-    if not colon:
-        if given in BUILT_IN:
-            return built_in(given)
-        near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}."
-        raise ConfigError(f"rewards.functions: no built-in {given}; {hint} Or give module:function or file.py:function")
-    if not place or not attribute:
-        raise ConfigError(f"rewards.functions: {given} must be module:function or file.py:function")
-    module = _import_file(place, given) if place.endswith(".py") else _import_module(place, given)
+    place, attribute = check_name(given)
+    if not place:
+        return built_in(given)
+    module = _import_file(place) if place.endswith(".py") else _import_module(place, given)
     return _attribute(module, attribute, given)
 
 
-def _import_file(place: str, given: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
+def check_name(given: str) -> tuple[str, str]:
+    """("", built-in), (module, function) or (file.py, function), without importing anything. ConfigError on others."""
+    place, colon, attribute = given.rpartition(":")
+    if not colon:
+        if given in BUILT_IN:
+            return "", given
+        near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}."
+        raise ConfigError(
+            f"rewards.functions: no built-in {given or 'without a name'}; {hint} "
+            "Or give module:function or file.py:function"
+        )
+    if not place or not attribute:
+        raise ConfigError(f"rewards.functions: {given} must be module:function or file.py:function")
+    if not place.endswith(".py"):
+        return place, attribute
+    try:
+        path = Path(path_text(place)).resolve()
+    except ValueError as error:
+        raise ConfigError(f"rewards.functions: {error}") from None
     if not path.is_file():
         raise ConfigError(f"rewards.functions: {given}: no such file {path}")
+    return str(path), attribute
+
+
+def _import_file(place: str) -> ModuleType:
+    path = Path(place)
     unique = f"vdr_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
     if unique in sys.modules:
         return sys.modules[unique]
     _make_importable(path.parent)
     spec = importlib.util.spec_from_file_location(unique, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"rewards.functions: {given}: {path} is not a Python file")
+        raise ConfigError(f"rewards.functions: {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[unique] = module  # dataclasses and pickle look a class's module up there
     try:

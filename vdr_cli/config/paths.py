@@ -1,0 +1,29 @@
+"""Names of files, directories, models and data as a user types them: what no file system can hold is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+LONGEST_NAME = 255  # bytes between two slashes, on every file system in use
+
+
+def path_text(text: str) -> str:
+    """The text, a leading ~ replaced by the home directory. ValueError says what makes it no path."""
+    if not text.strip():
+        raise ValueError("is empty; give a name or a path")
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a character that cannot be printed; give a plain name or path")
+    if any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"{text[:40]}... is longer than a file name can be ({LONGEST_NAME} bytes)")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{text}: there is no such user, so no such home directory") from None
+
+
+PathText = Annotated[str, AfterValidator(path_text)]
