@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdr_cli.config import DataConfig
 from vdr_cli.data import sources
-from vdr_cli.data.prompts import PromptSet, encode, load_prompts
+from vdr_cli.data.prompts import Limits, PromptSet, encode, load_prompts
 from vdr_cli.errors import ConfigError, DataError, VdrError
 
 TEMPLATE = (
@@ -161,6 +161,10 @@ OK = {"prompt": "a"}
         ([{"prompt": [{"role": "user", "content": None}]}], "a.jsonl line 1: message 0 of prompt has no content"),
         ([OK, {"prompt": [{"role": "user", "content": "a"}]}], "a.jsonl line 2: prompts must be all strings or all"),
         ([""], "a.jsonl: no rows"),
+        ([OK, '{"prompt": "a", "x": ' + "9" * 5000 + "}"], "a.jsonl line 2: not valid JSON (a number with too many"),
+        ([OK, '{"prompt": "a\\ud800"}'], "a.jsonl line 2: prompt has a lone surrogate at character 1"),
+        ([{"prompt": [{"role": "user", "content": "\ud800"}]}], "message 0 of prompt has a lone surrogate"),
+        ([OK, "[" * 100_000], "a.jsonl line 2: not valid JSON (too deeply nested)"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, tokenizer, lines, expected):
@@ -187,6 +191,48 @@ def test_bad_files_of_other_kinds(tmp_path, tokenizer):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
     with pytest.raises(DataError, match="not text in UTF-8"):
         load(tmp_path / "latin.jsonl", tokenizer)
+
+
+def test_csv_rows_of_any_size_and_prompts_that_are_numbers(tmp_path, tokenizer):
+    long = "x" * 3_000_000
+    (tmp_path / "a.csv").write_text(f'prompt,answer\n12,1\n"{long}",2.5\n007,3\n')
+    prompts = load(tmp_path / "a.csv", tokenizer, max_prompt_tokens=3)
+    assert [text(tokenizer, p.token_ids) for p in prompts] == ["12", "xxx", "007"]
+    assert [p.columns["answer"] for p in prompts] == [1.0, 2.5, 3.0]
+
+
+class Longest64:
+    """As much of a transformers configuration as matters here."""
+
+    vocab_size = 98
+    max_position_embeddings = 64
+    rope_parameters: dict | None = None
+
+    def get_text_config(self):
+        return self
+
+
+def test_what_the_model_cannot_read(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "x" * 14}, {"prompt": "x" * 15})
+    config = DataConfig(name=str(path))
+    prompts = load_prompts(config, "train", tokenizer, Limits.of(Longest64(), 50))
+    assert len(prompts[0].token_ids) == 14
+    with pytest.raises(DataError, match=r"line 2: the prompt has 15 tokens; the model's length leaves 14"):
+        prompts[1]
+    cut = load_prompts(DataConfig(name=str(path), max_prompt_tokens=14), "train", tokenizer, Limits.of(Longest64(), 50))
+    assert len(cut[1].token_ids) == 14
+    with pytest.raises(ConfigError, match=r"max_new_tokens 64: the model reads 64 tokens"):
+        Limits.of(Longest64(), 64)
+    with pytest.raises(DataError, match=r"outside the model's vocabulary of 20"):
+        load_prompts(config, "train", tokenizer, Limits(vocabulary=20))[0]
+
+
+def test_stretched_and_unknown_lengths():
+    stretched, unknown = Longest64(), Longest64()
+    stretched.rope_parameters = {"rope_type": "yarn", "factor": 4.0}
+    unknown.max_position_embeddings = None
+    assert Limits.of(stretched, 56).prompt_tokens == 200
+    assert Limits.of(unknown, 1000).prompt_tokens is None
 
 
 def test_splits(tmp_path, tokenizer):
@@ -221,6 +267,10 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "tool", "content": "a"}]})
     with pytest.raises(VdrError, match="line 1: the chat template refuses the messages: no tools here"):
         load(path, tokenizer)[0]
+    path = write_jsonl(tmp_path / "n.jsonl", {"prompt": [{"role": "user", "content": 3}]})
+    joining = character_tokenizer(template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    with pytest.raises(DataError, match="line 1: the chat template refuses the messages: can only concatenate"):
+        load(path, joining)[0]
 
 
 def test_plain_prompts_as_chats(tmp_path, tokenizer):

@@ -31,6 +31,9 @@ device = start_distributed()
 config = Config(model={"name": folder, "dtype": "float32"}, engine={"ds_config": folder + "/ds.json"})
 engine = build_engine(config, device)
 engine.ds_engine.module.share_prompts = share
+parameters = list(engine.causal_lm.parameters())
+held = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters), sum(map(len, parameters))
+torch.save(held, f"{folder}/held{collectives.rank()}.pt")
 batches = torch.load(folder + "/batches.pt")[collectives.rank() :: collectives.world_size()]
 for index, (tokens, coefficients) in enumerate(batches):
     logps, entropy = engine.forward(**tokens, temperature=0.7)
@@ -116,8 +119,8 @@ def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subp
 
 
 @pytest.mark.parametrize("how", ["plain", "share"])
-@pytest.mark.parametrize("world_size", [2])
-def test_gradient_is_that_of_one_plain_process(folder: Path, how: str, world_size: int) -> None:
+def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_half(folder: Path, how: str) -> None:
+    world_size = 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,6 +132,9 @@ def test_gradient_is_that_of_one_plain_process(folder: Path, how: str, world_siz
     finally:
         for process in ranks:
             process.kill()
+    for rank in range(world_size):
+        held, whole, resident = torch.load(folder / f"held{rank}.pt")
+        assert whole / 2 <= held <= whole / 2 + 16 and resident == 0  # an odd number of elements is padded
     expected = torch.load(folder / "expected.pt")
     gradients = torch.load(folder / "gradients.pt")
     assert gradients.keys() == expected.keys()

@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -24,6 +27,38 @@ def console(terminal: bool, width: int = 100, **more: object) -> Console:
 def written(view: Console) -> str:
     assert isinstance(view.file, io.StringIO)
     return view.file.getvalue()
+
+
+PRINTS_ON = """
+import sys, pathlib
+from vdr_cli.observe.live import LiveView
+view = LiveView("off")
+view.start(500)
+for step in range(1, 500):
+    view.update(step, {"reward": 1.0})
+pathlib.Path(sys.argv[1]).write_text("ran to its end")
+"""
+
+
+def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-c", PRINTS_ON, str(tmp_path / "end")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        _, errors = running.communicate()
+    assert (running.returncode, errors) == (0, "")
+    assert (tmp_path / "end").read_text() == "ran to its end"
+
+
+def test_a_full_disk_under_the_log_ends_nothing() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    view = LiveView("off", console=Console(file=Full()))
+    view.start(2)
+    view.update(1, METRICS)
+    view.note("still here")
 
 
 def test_a_line_a_step_without_a_terminal() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import math
 import time
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from vdr_cli.errors import DataError
-from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rollout.base import Prompt
 
@@ -139,16 +140,54 @@ def test_wrong_length():
     assert "returned 1 rewards for 4 completions of dataset rows 7, 12; it must return one a completion" in message
 
 
-@pytest.mark.parametrize("value", [math.nan, np.float32("nan"), math.inf, -math.inf, "1.0", [1.0], "\x1b[31m"])
+@pytest.mark.parametrize(
+    "value", [math.nan, np.float32("nan"), math.inf, -math.inf, 1e39, 10**400, 1j, "1.0", [1.0], "\x1b[31m"]
+)
 def test_what_is_no_number_names_the_row(value):
     message = failure(lambda **_: [1.0, 1.0, value, 1.0])
     assert "for a completion of dataset row 12" in message
     assert "\x1b" not in message
 
 
-@pytest.mark.parametrize("value", [None, 1.0])
+@pytest.mark.parametrize(
+    "value", [None, 1.0, "1111", {0: 1, 1: 1, 2: 1, 3: 1}, {1.0}, np.float64(2), torch.tensor(1.0)]
+)
 def test_no_list_at_all(value):
     assert f"returned {value!r} on dataset rows 7, 12, not a list of 4 numbers" in failure(lambda **_: value)
+
+
+def test_answers_of_every_kind():
+    async def later(completions, **_):
+        return [float(len(text)) for text in completions]
+
+    def around(**arguments):  # inspect does not see that it is async
+        return later(**arguments)
+
+    needs_grad = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
+    columns = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    for given in (needs_grad, columns, (n for n in range(1, 5)), np.array([1, 2, 3, 4], dtype=object)):
+        assert compute(lambda given=given, **_: given).squeeze(1).tolist() == [1, 2, 3, 4]
+    assert compute(around).squeeze(1).tolist() == [1, 2, 3, 4]
+    assert compute(lambda **_: [True, np.bool_(False), 0, None]).squeeze(1).tolist()[:3] == [1, 0, 0]
+
+
+def test_generators_that_fail_or_never_end():
+    def fails(completions, answer, **_):
+        yield from (1.0 / (value - 120) for value in answer)
+
+    assert failure(fails).startswith("reward fails raised on dataset row 12: ZeroDivisionError")
+    assert "returned more than 4 rewards for 4 completions" in failure(lambda **_: itertools.count())
+
+
+def test_trainer_state_as_in_trl():
+    def curriculum(completions, trainer_state, **_):
+        return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+    loaded = [LoadedReward("curriculum", 1.0, curriculum)]
+    assert loaded[0].required_columns() == []
+    result = compute_rewards(loaded, prompts(), TEXTS, IDS, 5.0, TrainerState(3, 12))
+    assert result.squeeze(1).tolist() == [0.25] * 4
+    assert failure(curriculum).startswith("reward curriculum raised on dataset row 7: ZeroDivisionError")
 
 
 def test_hanging_function_is_named():

@@ -52,6 +52,16 @@ def test_a_wrong_distribution_fails_the_chi_square() -> None:
     assert chi_square(tokens, (logits * 1.02).softmax(-1)[0]) < 1e-3
 
 
+@pytest.mark.parametrize("vocabulary", [12, 256, 700])
+def test_logits_that_are_no_numbers_are_told_by_the_log_probability(vocabulary: int) -> None:
+    scores = torch.zeros(3, vocabulary)
+    scores[1] = torch.nan
+    scores[2, 5] = torch.inf
+    tokens, logps = inverse_cdf(scores, uniform_rows([(0, g) for g in range(3)], 1)[:, 0])
+    assert bool(((tokens >= 0) & (tokens < vocabulary)).all())
+    assert logps.isfinite().tolist() == [True, False, False]
+
+
 def test_a_large_vocabulary_is_sampled_over_its_blocks() -> None:
     torch.manual_seed(1)
     logits = torch.randn(1, 3001) * 3

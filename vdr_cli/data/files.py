@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,9 +63,17 @@ class ArrowRows:
         return ArrowRows(self._table.select(columns))
 
 
-def read_file(path: Path) -> Table:
-    """A .jsonl, .json, .csv or .parquet file. Raises DataError naming the line or row that cannot be read."""
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+def read_file(path: Path, text_column: str | None = None) -> Table:
+    """A .jsonl, .json, .csv or .parquet file. Raises DataError naming the line or row that cannot be read.
+
+    text_column: of a CSV file, which tells no types: kept as text even where every value looks like a number.
+    """
+    readers: dict[str, Callable[[Path], Table]] = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": partial(_read_csv, text_column=text_column),
+        ".parquet": _read_parquet,
+    }
     if path.suffix not in readers:
         raise ConfigError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}")
     try:
@@ -89,7 +98,7 @@ def _read_jsonl(path: Path) -> Table:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); mend or remove it") from None
             if not isinstance(row, dict):
                 raise DataError(f'{path} line {number}: an object is needed, such as {{"prompt": ...}}')
@@ -101,7 +110,9 @@ def _read_jsonl(path: Path) -> Table:
 def _read_json(path: Path) -> Table:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({_reason(error)}); a .json file holds one list of objects, "
             "a file with an object a line ends in .jsonl"
@@ -114,11 +125,18 @@ def _read_json(path: Path) -> Table:
     return Table(str(path), rows, _columns(rows))
 
 
-def _read_csv(path: Path) -> Table:
-    from pyarrow import ArrowInvalid, csv
+def _read_csv(path: Path, text_column: str | None) -> Table:
+    from pyarrow import ArrowInvalid, csv, string
 
+    # A row must fit in a block, and a column's type is inferred from the first: one block, as far as Arrow allows.
+    size = min(max(path.stat().st_size, 1 << 20), 1 << 30)
     try:
-        table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True))
+        table = csv.read_csv(
+            path,
+            read_options=csv.ReadOptions(block_size=size),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types={text_column: string()} if text_column else None),
+        )
     except ArrowInvalid as error:
         raise DataError(f"{path}: not valid CSV: {_first_line(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
@@ -146,7 +164,7 @@ def _keys(rows: Sequence[Row]) -> Iterator[str]:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno}"
-    return "too deeply nested"
+    return "too deeply nested" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 def _first_line(error: Exception) -> str:

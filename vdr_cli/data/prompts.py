@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from jinja2 import TemplateError
 
 from vdr_cli.config import DataConfig
 from vdr_cli.data.files import Row, Table
@@ -15,6 +14,30 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.rollout.base import Messages, Prompt
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can read; None: not known."""
+
+    prompt_tokens: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model_config: Any, max_new_tokens: int) -> Limits:
+        """Of a transformers configuration. ConfigError when it leaves no room for a prompt."""
+        text = model_config.get_text_config()
+        vocabulary, length = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+        if not isinstance(length, int) or length <= 0:
+            return cls(None, vocabulary)
+        rope = getattr(text, "rope_parameters", None) or {}
+        factor = rope.get("factor") if isinstance(rope, dict) else None  # YaRN and the like stretch the positions
+        length = int(length * max(float(factor or 1.0), 1.0))
+        if max_new_tokens >= length:
+            raise ConfigError(
+                f"rollout.max_new_tokens {max_new_tokens}: the model reads {length} tokens, prompt included; give less"
+            )
+        return cls(length - max_new_tokens, vocabulary)
 
 
 class PromptSet(Sequence[Prompt]):
@@ -28,6 +51,7 @@ class PromptSet(Sequence[Prompt]):
         system_prompt: str | None = None,
         max_prompt_tokens: int | None = None,
         as_chat: bool = False,
+        limits: Limits = Limits(),
     ) -> None:
         self._table = table
         self._tokenizer = tokenizer
@@ -35,6 +59,7 @@ class PromptSet(Sequence[Prompt]):
         self._system_prompt = system_prompt
         self._max_prompt_tokens = max_prompt_tokens
         self._as_chat = as_chat
+        self._limits = limits
         self.truncated_rows: set[int] = set()
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
         self.columns = tuple(column for column in table.columns if column != prompt_column)
@@ -66,10 +91,30 @@ class PromptSet(Sequence[Prompt]):
     def _tokens(self, index: int, value: str | Messages) -> list[int]:
         try:
             ids = encode(self._tokenizer, value)
-        except TemplateError as error:
-            raise DataError(f"{self.where(index)}: the chat template refuses the messages: {error}") from None
+        except Exception as error:  # a template is a program that comes with the model: it may raise anything
+            if isinstance(value, str):
+                raise
+            raise DataError(f"{self.where(index)}: the chat template refuses the messages: {_reason(error)}") from None
         if not ids:
             raise DataError(f"{self.where(index)}: the prompt has no tokens; remove the row")
+        return self._fitting(index, self._cut(index, ids))
+
+    def _fitting(self, index: int, ids: list[int]) -> list[int]:
+        """The tokens, if the model can read them and write its completion. DataError otherwise."""
+        limits = self._limits
+        if limits.vocabulary is not None and max(ids) >= limits.vocabulary:
+            raise DataError(
+                f"{self.where(index)}: token {max(ids)} of the prompt is outside the model's vocabulary of "
+                f"{limits.vocabulary}: the tokenizer is not the model's"
+            )
+        if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
+            raise DataError(
+                f"{self.where(index)}: the prompt has {len(ids)} tokens; the model's length leaves "
+                f"{limits.prompt_tokens} beside rollout.max_new_tokens: set data.max_prompt_tokens, or remove the row"
+            )
+        return ids
+
+    def _cut(self, index: int, ids: list[int]) -> list[int]:
         limit = self._max_prompt_tokens
         if limit is None or len(ids) <= limit:
             return ids
@@ -107,10 +152,10 @@ class PromptSet(Sequence[Prompt]):
         return has_messages
 
 
-def load_prompts(cfg: DataConfig, role: Role, tokenizer: Any) -> PromptSet:
-    """The training (`train`) or held-out (`eval`) prompts of a configuration."""
+def load_prompts(cfg: DataConfig, role: Role, tokenizer: Any, limits: Limits = Limits()) -> PromptSet:
+    """The training (`train`) or held-out (`eval`) prompts of a configuration; limits: of the model that reads them."""
     table = open_table(cfg, role)
-    return PromptSet(table, tokenizer, cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens, cfg.as_chat)
+    return PromptSet(table, tokenizer, cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens, cfg.as_chat, limits)
 
 
 def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
@@ -156,6 +201,7 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
     if isinstance(value, str):
         if not value:
             raise DataError(f"{where}: {column} is an empty string; remove the row")
+        _check_text(value, f"{where}: {column}")
         return False
     if value is None:
         missing = "is null" if column in row else f"is missing; the row has {', '.join(row) or 'nothing'}"
@@ -168,7 +214,21 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
             raise DataError(f"{where}: message {number} of {column} needs role and content, not {_shown(message)}")
         if message["content"] is None:
             raise DataError(f"{where}: message {number} of {column} has no content")
+        if isinstance(message["content"], str):
+            _check_text(message["content"], f"{where}: message {number} of {column}")
     return True
+
+
+def _check_text(text: str, what: str) -> None:
+    """JSON can spell half of a UTF-16 pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} has a lone surrogate at character {error.start}; mend or remove the row") from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _shown(value: Any) -> str:

@@ -27,14 +27,14 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     split = cfg.split if role == "train" else cfg.eval_split
     split_key = "data.split" if role == "train" else "data.eval_split"
     check_data(name, "data.eval_name" if own_place else "data.name")
-    path = Path(name).expanduser()
+    path = Path(name)
     if name == STARTER:
         table = _starter(split, split_key)
     elif path.is_file():
         _check_whole_file(name, split, split_key, role, own_place)
-        table = read_file(path)
+        table = read_file(path, cfg.prompt_column)
     elif path.is_dir():
-        table = _directory(name, path, split, split_key)
+        table = _directory(cfg, name, split, split_key)
     else:
         table = _hub(name, cfg.subset if name == cfg.name else None, split, split_key)
     if len(table) == 0:
@@ -58,8 +58,9 @@ def _check_whole_file(name: str, split: str, split_key: str, role: Role, own_pla
         raise ConfigError(f"{split_key} {split}: {name} is one file without splits; leave {split_key} out")
 
 
-def _directory(name: str, path: Path, split: str, split_key: str) -> Table:
+def _directory(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
     """A directory that `datasets` saved, or one with a file a split (train.jsonl, test.parquet, ...)."""
+    path = Path(name)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         from datasets import DatasetDict, load_from_disk
 
@@ -71,7 +72,7 @@ def _directory(name: str, path: Path, split: str, split_key: str) -> Table:
         return Table(f"{name}[{split}]", loaded, tuple(loaded.column_names))
     for suffix in SUFFIXES:
         if (path / f"{split}{suffix}").is_file():
-            return read_file(path / f"{split}{suffix}")
+            return read_file(path / f"{split}{suffix}", cfg.prompt_column)
     return _hub(name, None, split, split_key)
 
 

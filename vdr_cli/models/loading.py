@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import transformers
 from torch import nn
 
 from vdr_cli.config import ModelConfig
+from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.starter import paths as starter_paths
 
@@ -23,7 +27,10 @@ def resolve_model_path(name: str) -> str:
     """
     if name == "starter":
         return str(starter_paths.model_path())
-    path = Path(name).expanduser()
+    try:
+        path = Path(path_text(name))
+    except ValueError as error:
+        raise ConfigError(f"model {error}") from None
     if path.is_dir():
         for candidate in (path, path / "model"):
             if (candidate / "config.json").is_file():
@@ -54,6 +61,8 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
     path = resolve_model_path(name)
     tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.vocab_size < 2:  # transformers makes one without words where files are missing
+        raise ConfigError(f"model {name}: no tokenizer is in its files; save one beside the weights")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -64,6 +73,14 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     return tokenizer
 
 
+def load_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's transformers configuration; no weights."""
+    from transformers import AutoConfig
+
+    path = resolve_model_path(name)
+    return _load(AutoConfig, name, path, revision=revision, trust_remote_code=trust_remote_code)
+
+
 def load_causal_lm(
     name: str,
     dtype: torch.dtype = torch.float32,
@@ -72,26 +89,35 @@ def load_causal_lm(
     device: torch.device | str = "cpu",
 ) -> Any:
     """A plain causal LM in eval mode, no ZeRO; for eval, score and tests."""
-    from transformers import AutoModelForCausalLM
-
-    path = resolve_model_path(name)
-    model = _load(AutoModelForCausalLM, name, path, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    return model.to(device).eval()
+    return _load_weights(name, dtype, revision, trust_remote_code).to(device).eval()
 
 
 def load_for_training(config: ModelConfig, dtype: torch.dtype) -> Any:
     """The policy's causal LM. Under a live HfDeepSpeedConfig each rank receives only its shard."""
+    return _load_weights(config.name, dtype, config.revision, config.trust_remote_code)
+
+
+def _load_weights(name: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool) -> Any:
+    """The causal LM. ConfigError when the files lack weights: transformers would draw them at random."""
     from transformers import AutoModelForCausalLM
 
-    path = resolve_model_path(config.name)
-    return _load(
+    path = resolve_model_path(name)
+    model, info = _load(
         AutoModelForCausalLM,
-        config.name,
+        name,
         path,
         dtype=dtype,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model {name}: {len(missing)} weights are not in its files ({missing[0]}{', ...' * (len(missing) > 1)}); "
+            "give a complete causal language model"
+        )
+    return model
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -103,16 +129,30 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(set(found))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tables and warnings of transformers: what is wrong with the files becomes one line here."""
+    level = transformers.utils.logging.get_verbosity()
+    if os.environ.get("VDR_DEBUG") != "1":
+        transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+
+
 def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
-        return factory.from_pretrained(path, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with _quiet():
+            return factory.from_pretrained(path, **arguments)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise MachineError(f"model {name}: not enough memory to load it") from error
+    except Exception as error:  # torn or foreign files make transformers, safetensors and pickle raise anything
+        lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2])[:300] or type(error).__name__
         if path == name and not Path(path).exists():
             raise ConfigError(
-                f"model {name}: neither a local directory nor loadable from the hub ({first_line})"
+                f"model {name}: neither a local directory nor loadable from the hub ({reason})"
             ) from error
-        raise ConfigError(f"model {name}: cannot be loaded from {path} ({first_line})") from error
-    except MemoryError as error:
-        raise MachineError(f"model {name}: not enough memory to load it") from error
+        raise ConfigError(f"model {name}: cannot be loaded from {path} ({reason})") from error

@@ -6,9 +6,11 @@ The view keeps a bounded history (a run of any length costs the same memory) and
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -75,13 +77,21 @@ class History:
             self._stride *= 2
 
 
+class RunConsole(Console):
+    """A console whose reader may go (`vdr train | head`): the run goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class LiveView:
     """Context manager. Call start once, update after every step, note for a line of text."""
 
     def __init__(
         self, live: Literal["auto", "on", "off"] = "auto", title: str = "vdr train", console: Console | None = None
     ) -> None:
-        self.console = console or Console(stderr=False, highlight=False)
+        self.console = console or RunConsole(highlight=False)
         self.title = title
         self._is_live = live == "on" or (live == "auto" and self.console.is_terminal)
         self._live: Live | None = None
@@ -123,7 +133,7 @@ class LiveView:
         self._step, self._metrics, self._updated = step, shown, time.monotonic()
         self._samples = samples or self._samples
         if self._live is None:
-            self.console.print(step_line(step, self._total, shown, self._left(), memory_bytes()), soft_wrap=True)
+            self._print(step_line(step, self._total, shown, self._left(), memory_bytes()))
             return
         for label, names, _ in SHOWN:
             value = _first_of(shown, names)
@@ -132,7 +142,12 @@ class LiveView:
 
     def note(self, text: str) -> None:
         """A line of text, above the live view."""
-        self.console.print(Text(visible(text)), soft_wrap=True)
+        self._print(Text(visible(text)))
+
+    def _print(self, line: Text) -> None:
+        """The log may lie on a full disk: the run is worth more than its line."""
+        with suppress(OSError):
+            self.console.print(line, soft_wrap=True)
 
     def _left(self) -> float | None:
         done = self._step - self._first

@@ -4,8 +4,8 @@
 
 Every argument is a list with one entry a completion. Completions are strings, or one assistant
 message in a list when the prompts are chats. Columns are the dataset's, repeated for each
-completion. None leaves a completion out of this function's share of the reward. A function that
-follows the course of the run also takes `trainer_state`, as in TRL.
+completion. None leaves a completion out of this function's share of the reward. A function with
+a parameter `trainer_state` gets the state of the run, as in TRL.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class LoadedReward:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the function has a parameter for: all of them with **kwargs."""
+        """The arguments that the function has a parameter for; with **columns also those without, if they are lists."""
         parameters = _parameters(self.function)
-        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-            return arguments
         names = {parameter.name for parameter in parameters}
-        return {name: value for name, value in arguments.items() if name in names}
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        return {
+            name: value for name, value in arguments.items() if name in names or (takes_all and name != "trainer_state")
+        }
 
     def required_columns(self) -> list[str]:
         """Dataset columns without which the function cannot be called."""

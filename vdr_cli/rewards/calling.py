@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import inspect
+import itertools
 import math
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor
 
 from vdr_cli.errors import DataError
-from vdr_cli.rewards.base import PROVIDED, LoadedReward
+from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rollout.base import Messages, Prompt
 
+LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
 
 
@@ -30,7 +33,7 @@ class _Call:
     """One call of one function, which ends with a value or an error, if it ends."""
 
     reward: LoadedReward
-    arguments: dict[str, list[Any]]
+    arguments: dict[str, Any]
     value: Any = None
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
@@ -44,17 +47,35 @@ class _Call:
 
     def _run(self) -> None:
         try:
-            self.value = self.reward.function(**self.reward.accepted(self.arguments))
+            value = self.reward.function(**self.reward.accepted(self.arguments))
+            if inspect.iscoroutine(value):  # a plain function around an async one
+                value = asyncio.run(_awaited(value))
+            self.value = self._entries(value)
         except BaseException as error:  # SystemExit too: it would end the thread without a word
             self.error = error
         self.done.set()
 
     async def _await(self) -> None:
         try:
-            self.value = await self.reward.function(**self.reward.accepted(self.arguments))
+            self.value = self._entries(await self.reward.function(**self.reward.accepted(self.arguments)))
         except BaseException as error:
             self.error = error
         self.done.set()
+
+    def _entries(self, value: Any) -> Any:
+        """The answer as a list, of one entry too many at most (a generator may be endless); itself if it is none."""
+        if isinstance(value, (str, bytes, Mapping, Set)) or not hasattr(value, "__iter__"):
+            return value
+        try:
+            return list(itertools.islice(value, len(self.arguments["completions"]) + 1))
+        except TypeError:
+            if hasattr(value, "shape"):  # an array or tensor without dimensions: one number
+                return value
+            raise
+
+
+async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    return await coroutine
 
 
 @cache
@@ -71,6 +92,7 @@ def compute_rewards(
     completions: Sequence[str] | Sequence[Messages],
     completion_ids: Sequence[Sequence[int]],
     timeout: float,
+    trainer_state: TrainerState = TrainerState(),  # noqa: B008 - frozen
 ) -> Tensor:
     """Rewards of B completions by F functions, (B, F) float32; NaN where a function returned None.
 
@@ -78,7 +100,7 @@ def compute_rewards(
     together, the others run one after another. Raises DataError, naming function and row, when one
     raises, hangs or returns what is not B numbers.
     """
-    arguments = _arguments(prompts, completions, completion_ids)
+    arguments = _arguments(prompts, completions, completion_ids) | {"trainer_state": trainer_state}
     calls = [_Call(reward, arguments) for reward in loaded]
     for call in calls:
         if not call.reward.is_async:
@@ -129,7 +151,10 @@ def _failing_row(failed: _Call, prompts: Sequence[Prompt], timeout: float) -> in
     """The row of the first completion on which the function raises alone; None when none is found."""
     deadline = time.monotonic() + min(timeout, SEARCH_SECONDS)
     for index, prompt in enumerate(prompts):
-        single = {name: values[index : index + 1] for name, values in failed.arguments.items()}
+        single = {
+            name: values[index : index + 1] if isinstance(values, list) else values
+            for name, values in failed.arguments.items()
+        }
         call = _Call(failed.reward, single)
         call.start()
         if not call.done.wait(deadline - time.monotonic()):
@@ -157,17 +182,16 @@ def _arguments(
 
 def _checked(call: _Call, prompts: Sequence[Prompt]) -> list[float]:
     """The function's answer as B floats, NaN for None. DataError for anything else."""
-    reward = call.reward
-    try:
-        entries = list(call.value)
-    except TypeError:
+    reward, entries = call.reward, call.value
+    if not isinstance(entries, list):
         raise DataError(
-            f"reward {reward.name} returned {_shown(call.value)} on dataset {_rows(prompts)}, not a list of "
+            f"reward {reward.name} returned {_shown(entries)} on dataset {_rows(prompts)}, not a list of "
             f"{len(prompts)} numbers, one a completion"
-        ) from None
+        )
     if len(entries) != len(prompts):
+        count = len(entries) if len(entries) < len(prompts) else f"more than {len(prompts)}"
         raise DataError(
-            f"reward {reward.name} returned {len(entries)} rewards for {len(prompts)} completions of dataset "
+            f"reward {reward.name} returned {count} rewards for {len(prompts)} completions of dataset "
             f"{_rows(prompts)}; it must return one a completion"
         )
     return [_number(reward, entry, prompt) for entry, prompt in zip(entries, prompts, strict=True)]
@@ -180,13 +204,13 @@ def _number(reward: LoadedReward, entry: Any, prompt: Prompt) -> float:
         if isinstance(entry, str):
             raise TypeError
         value = float(entry)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         value = math.nan
-    if math.isfinite(value):
+    if abs(value) <= LARGEST:
         return value
     raise DataError(
         f"reward {reward.name} returned {_shown(entry)} for a completion of dataset row {prompt.row}; "
-        "it must return a finite number, or None to skip the completion"
+        "it must return a finite number (float32), or None to skip the completion"
     )
 
 

@@ -78,7 +78,8 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     One uniform a token. F is walked in two levels, blocks and then the tokens of one block, both summed
     in float64. scores: (R, V) float32 after the processors (-inf where filtered). uniform: (R,) float64.
-    Returns (R,) int64 and (R,) float32.
+    Returns (R,) int64 and (R,) float32. Scores that are NaN give some token and a log-probability of NaN, which
+    makes the step be refused.
     """
     R, V = scores.shape
     top = scores.amax(dim=-1, keepdim=True)
@@ -89,12 +90,12 @@ def inverse_cdf(scores: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     block_cdf = weights.sum(-1).double().cumsum(-1)  # (R, V / BLOCK)
     total = block_cdf[:, -1:]
     target = uniform.clamp_max(BELOW_ONE)[:, None] * total
-    block = torch.searchsorted(block_cdf, target, right=True)  # (R, 1)
+    block = torch.searchsorted(block_cdf, target, right=True).clamp_max(block_cdf.shape[1] - 1)  # (R, 1)
     before = torch.where(block > 0, block_cdf.gather(1, (block - 1).clamp_min(0)), 0.0)
     inside = weights.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]  # (R, BLOCK)
     cdf = inside.double().cumsum(-1)
     share = (target - before) / (block_cdf.gather(1, block) - before)
     offset = torch.searchsorted(cdf, share.clamp_max(BELOW_ONE) * cdf[:, -1:], right=True)
-    tokens = (block * BLOCK + offset)[:, 0]
+    tokens = (block * BLOCK + offset)[:, 0].clamp_max(V - 1)
     logps = scores.gather(1, tokens[:, None]) - top - total.log().float()
     return tokens, logps[:, 0]

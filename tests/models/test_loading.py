@@ -1,0 +1,70 @@
+"""Models that cannot be used are refused in one line, whatever is wrong with their files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+from vdr_cli.errors import ConfigError
+from vdr_cli.models.loading import load_causal_lm, load_model_config, load_tokenizer
+from vdr_cli.starter.paths import model_path
+
+WEIGHTS = "model.safetensors"
+
+
+def without_a_weight(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_setting(name: str, value: object) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "load", "expected"),
+    [
+        (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:9000]), load_causal_lm, "incomplete metadata"),
+        (WEIGHTS, lambda path: path.write_bytes(b""), load_causal_lm, "header too small"),
+        (WEIGHTS, lambda path: path.unlink(), load_causal_lm, "no file named model.safetensors"),
+        (WEIGHTS, without_a_weight, load_causal_lm, "1 weights are not in its files (model.layers.1.mlp.up_proj"),
+        ("config.json", with_setting("vocab_size", 99), load_causal_lm, "cannot be loaded"),
+        ("config.json", with_setting("model_type", "t5"), load_causal_lm, "cannot be loaded"),
+        ("config.json", with_setting("model_type", "alien"), load_model_config, "model type `alien`"),
+        ("config.json", with_setting("hidden_size", "big"), load_model_config, "hidden_size"),
+        ("config.json", lambda path: path.write_text("{"), load_model_config, "not a valid JSON file"),
+        ("config.json", lambda path: path.write_text("[]"), load_model_config, "cannot be loaded"),
+        ("tokenizer.json", lambda path: path.write_text("{}"), load_tokenizer, "cannot be loaded"),
+        ("tokenizer.json", lambda path: path.unlink(), load_tokenizer, "no tokenizer is in its files"),
+    ],
+)
+def test_spoilt_files(tmp_path: Path, file, spoil, load, expected) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_path(), folder)
+    spoil(folder / file)
+    with pytest.raises(ConfigError) as caught:
+        load(str(folder))
+    message = str(caught.value)
+    assert message.startswith(f"model {folder}: ") and expected in message and "\n" not in message
+
+
+def test_names_that_no_path_can_have() -> None:
+    for name, expected in [("~nosuchuser/x", "no such user"), ("x" * 300, "longer than a file name"), ("", "is empty")]:
+        with pytest.raises(ConfigError, match=expected):
+            load_tokenizer(name)
+
+
+def test_loading_leaves_the_loudness_of_transformers_alone() -> None:
+    before = transformers.utils.logging.get_verbosity()
+    load_causal_lm("starter")
+    assert transformers.utils.logging.get_verbosity() == before
