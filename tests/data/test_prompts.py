@@ -178,7 +178,9 @@ def test_bad_files_of_other_kinds(tmp_path, tokenizer):
         ("a.json", "{}", "a list of objects is needed"),
         ("b.json", '{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON (Extra data, line 2)"),
         ("c.json", '[{"prompt": "a"}, 3]', "row 1: an object is needed"),
-        ("a.csv", "prompt,x\na,1\nb\n", "not valid CSV"),
+        ("a.csv", 'prompt,x\n"a\nb",1\nb\n', "a.csv row 1: 1 values, but the header has 2 columns"),
+        ("b.csv", "prompt,prompt\na,1\n", "the column prompt is there more than once"),
+        ("c.csv", "\n\n", "not valid CSV"),
         ("a.parquet", "hello", "not valid Parquet"),
     ]:
         (tmp_path / name).write_text(content)
@@ -188,9 +190,10 @@ def test_bad_files_of_other_kinds(tmp_path, tokenizer):
     pq.write_table(pa.Table.from_pylist([{"prompt": "a"}, {"prompt": None}]), tmp_path / "n.parquet")
     with pytest.raises(DataError, match="row 1: prompt is null"):
         load(tmp_path / "n.parquet", tokenizer)
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
-    with pytest.raises(DataError, match="not text in UTF-8"):
-        load(tmp_path / "latin.jsonl", tokenizer)
+    for name, start in (("latin.jsonl", b'{"prompt": "a"}\n' * 2000), ("latin.csv", b"prompt\n" + b"a\n" * 1999)):
+        (tmp_path / name).write_bytes(start + b'{"prompt": "\xe9"}\n')
+        with pytest.raises(DataError, match="line 2001: not text in UTF-8"):
+            load(tmp_path / name, tokenizer)
 
 
 def test_csv_rows_of_any_size_and_prompts_that_are_numbers(tmp_path, tokenizer):

@@ -82,10 +82,13 @@ def read_file(path: Path, text_column: str | None = None) -> Table:
         raise MachineError(f"{path}: no permission to read it") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such data file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not text in UTF-8 (byte {error.start}); convert it") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} line {_line_of_bad_byte(path)}: not text in UTF-8; convert the file") from None
     if len(table) == 0:
         raise DataError(f"{path}: no rows")
+    twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: the column {twice} is there more than once; rename one")
     return table
 
 
@@ -97,7 +100,7 @@ def _read_jsonl(path: Path) -> Table:
             if text.isspace():
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text.rstrip())
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); mend or remove it") from None
             if not isinstance(row, dict):
@@ -128,16 +131,30 @@ def _read_json(path: Path) -> Table:
 def _read_csv(path: Path, text_column: str | None) -> Table:
     from pyarrow import ArrowInvalid, csv, string
 
+    wrong: list[Any] = []
+
+    def keep(row: Any) -> str:
+        wrong.append(row)
+        return "error"
+
     # A row must fit in a block, and a column's type is inferred from the first: one block, as far as Arrow allows.
     size = min(max(path.stat().st_size, 1 << 20), 1 << 30)
     try:
         table = csv.read_csv(
             path,
-            read_options=csv.ReadOptions(block_size=size),
-            parse_options=csv.ParseOptions(newlines_in_values=True),
+            read_options=csv.ReadOptions(block_size=size, use_threads=False),  # rows have numbers on one thread only
+            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep),
             convert_options=csv.ConvertOptions(column_types={text_column: string()} if text_column else None),
         )
     except ArrowInvalid as error:
+        if "UTF8" in str(error):
+            raise DataError(f"{path} line {_line_of_bad_byte(path)}: not text in UTF-8; convert the file") from None
+        if wrong and wrong[0].number is not None:
+            # Arrow counts from 1, the header too.
+            raise DataError(
+                f"{path} row {wrong[0].number - 2}: {wrong[0].actual_columns} values, but the header has "
+                f"{wrong[0].expected_columns} columns; mend or remove it"
+            ) from None
         raise DataError(f"{path}: not valid CSV: {_first_line(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
 
@@ -150,6 +167,15 @@ def _read_parquet(path: Path) -> Table:
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
+
+
+def _line_of_bad_byte(path: Path) -> int:
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1
 
 
 def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
