@@ -141,32 +141,32 @@ class EvalResult:
 
 def run_eval(request: EvalRequest) -> list[EvalResult]:
     """Evaluate every model of the request on the same prompts with the same random numbers."""
-    from vdr_cli.data.prompts import load_prompts
-    from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
+    from vdr_cli.data.prompts import Limits, load_prompts
+    from vdr_cli.models import loading
     from vdr_cli.rewards.loading import load_rewards
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     samples, ks, sampling = _sampling(request)
     device = join_processes(request.device)
     for name in request.models:
-        resolve_model_path(name)
+        loading.resolve_model_path(name)
     ensemble = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
     rewards = load_rewards(request.rewards, request.data.name)
     results = []
     for name in request.models:
-        setting = request.model
-        tokenizer = load_tokenizer(name, setting.revision, setting.trust_remote_code)
-        prompt_set = load_prompts(request.data, "eval", tokenizer)
+        named = name, request.model.revision, request.model.trust_remote_code
+        tokenizer = loading.load_tokenizer(*named)
+        limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens)
+        prompt_set = load_prompts(request.data, "eval", tokenizer, limits)
         check_columns(rewards, prompt_set.columns)
         if request.reference is not None and request.reference not in prompt_set.columns:
             raise ConfigError(
                 f"--reference {request.reference}: the data have {', '.join(prompt_set.columns) or 'none'}"
             )
         count = min(len(prompt_set), request.prompts or len(prompt_set))
-        model = load_causal_lm(name, resolve_dtype(setting.dtype), setting.revision, setting.trust_remote_code, device)
-        rollout = TransformersRollout(
-            tokenizer.pad_token_id, eos_token_ids(model, tokenizer), tokenizer, request.rollout.batch_tokens
-        )
+        model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
+        eos_ids = loading.eos_token_ids(model, tokenizer)
+        rollout = TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens)
         result = evaluate_model(
             model,
             tokenizer,
