@@ -28,7 +28,8 @@ def test_a_line_a_host_says_what_it_has_and_what_is_wrong() -> None:
     problems = [Problem("h1", "/runs is not shared", "mount it"), Problem("h2", "no answer over ssh", "start sshd")]
     console = Console(width=250, record=True, file=io.StringIO())
     console.print(host_table(answers, problems))
-    (h1,), (h2,) = ([line for line in console.export_text().splitlines() if name in line] for name in ("h1", "h2"))
+    lines = console.export_text().splitlines()
+    (h1,), (h2,) = ([line for line in lines if name in line] for name in ("h1", "h2"))
     shown = [cell.strip() for cell in h1.split("│")[1:-1]]
     assert shown == ["h1", "1 problem", "8 x H100", "64", "512 GiB", "100 GiB", "3.11.7", "2.13.0", "0.19.8",
                      "0.4 s", "no", "+0.1 s"]  # fmt: skip
