@@ -177,7 +177,8 @@ class Updates:
     maxima: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
-    refused: int = 0
+    refused: list[bool] = field(default_factory=list)
+    """Whether each of the optimizer steps was refused, in order."""
 
     def add(self, output: LossOutput) -> None:
         """Count one micro-batch."""

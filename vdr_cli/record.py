@@ -78,7 +78,7 @@ def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> di
         "loss": loss / run.config.grpo.num_iterations,
         "grad_norm": updates.grad_norm,
         "learning_rate": updates.learning_rate,
-        "refused_steps": float(updates.refused),
+        "refused_steps": float(sum(updates.refused)),
         "step_tokens": step_tokens,
         "tokens_per_second": step_tokens / metrics["step_time"],
     }
@@ -199,16 +199,24 @@ def bonus_warning(run: Run, metrics: dict[str, float]) -> str | None:
 
 def refuse_endless_refusals(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
     """After max_refused_steps in a row: save this rank's batch and stop. The numbers are the same on every rank."""
-    run.state.refused = run.state.refused + updates.refused if updates.refused else 0
-    if updates.refused:
+    run.state.refused, longest = refused_in_a_row(run.state.refused, updates.refused)
+    if any(updates.refused):
         run.note(f"step {run.step}: the gradient was not finite; the update was refused on all ranks")
-    if run.state.refused >= run.config.train.max_refused_steps:
+    if longest >= run.config.train.max_refused_steps:
         path = run.directory / f"refused_batch_rank{collectives.rank()}.pt"
         torch.save({"batch": batch, "signal": signal}, path)
         raise DataError(
-            f"{run.state.refused} steps in a row had a loss or gradient that is not finite; the last batch is in "
+            f"{longest} steps in a row had a loss or gradient that is not finite; the last batch is in "
             f"{path}: look at its rewards and log-probabilities, lower train.learning_rate"
         )
+
+
+def refused_in_a_row(before: int, refused: list[bool]) -> tuple[int, int]:
+    """Refusals in a row at the end of these steps, and the most in a row on the way; before: those at their start."""
+    counts = [before]
+    for each in refused:
+        counts.append(counts[-1] + 1 if each else 0)
+    return counts[-1], max(counts[1:])
 
 
 def _is_due(every: int, before: int, now: int) -> bool:

@@ -162,16 +162,22 @@ def consult(run: Run, model: Any, batch: Batch) -> Knowledge:
             ref_logps, _ = logps_of(run, reference, batch)
     if cfg.top_entropy_quantile < 1.0 or (ref_logps is not None and cfg.kl_in == "reward"):
         logps, entropy = logps_of(run, model, batch)
-        mask = batch.completions.completion_mask
-        everybody = torch.cat(collectives.gather_objects(entropy[mask]))
-        selected = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
+        if cfg.top_entropy_quantile < 1.0:
+            everybody = torch.cat(collectives.gather_objects(entropy[trained_tokens(run, batch)]))
+            selected = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
     return Knowledge(ref_logps, logps, selected)
+
+
+def trained_tokens(run: Run, batch: Batch) -> Tensor:
+    """(B, T) bool, the tokens that may give gradient."""
+    completions = batch.completions
+    return loss_mask(completions.completion_mask, completions.truncated, run.config.grpo.mask_truncated)
 
 
 def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, T) of the completions under a whole model.
 
-    Cut into the update's own micro-batches, so that an unchanged policy gives the same numbers to the last bit.
+    In the update's own micro-batches, read in its own way: an unchanged policy gives the same numbers to the last bit.
     """
     logps = torch.zeros(batch.completions.completion_ids.shape)
     entropy = torch.zeros_like(logps)
@@ -187,6 +193,7 @@ def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             part.completion_ids,
             part.completion_mask,
             run.config.rollout.temperature,
+            share_prompts=run.engine.share_prompts,
         )
     return logps, entropy
 
@@ -196,8 +203,7 @@ def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def reward_head(run: Run, batch: Batch, measured: Tensor | None, knowledge: Knowledge) -> Signal:
     """Where task rewards and bonus become advantages. measured: (B, T) or (B,), None without disagreement."""
-    completions, cfg = batch.completions, run.config
-    mask = loss_mask(completions.completion_mask, completions.truncated, cfg.grpo.mask_truncated)
+    mask = trained_tokens(run, batch)
     rewards = penalised(run, batch, knowledge)
     task_advantages = group_relative(run, batch.rewards, rewards)
     shaped, reduced, bonus = task_advantages, None, None
@@ -293,7 +299,7 @@ def update(run: Run, batch: Batch, signal: Signal) -> Updates:
             updates.learning_rate = learning_rate_at(run.step + iteration, cfg.train)
             result = run.engine.step(updates.learning_rate)
             updates.grad_norm = result.grad_norm
-            updates.refused += result.refused
+            updates.refused.append(result.refused)
     return updates
 
 

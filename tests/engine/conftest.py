@@ -75,7 +75,7 @@ def config_of(tiny_path: Path, tmp_path: Path, stage: int, max_grad_norm: float,
     ds_config = tmp_path / f"ds_{stage}.json"
     ds_config.write_text(json.dumps({"zero_optimization": zero}))
     model = {"name": str(tiny_path), "dtype": "float32", **sections.pop("model", {})}
-    train = {"max_grad_norm": max_grad_norm}
+    train = {"max_grad_norm": max_grad_norm, **sections.pop("train", {})}
     return Config(model=model, train=train, engine={"ds_config": str(ds_config)}, **sections)
 
 

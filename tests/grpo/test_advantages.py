@@ -62,6 +62,15 @@ def test_lone_and_missing_rewards_give_zero() -> None:
     assert std[0] == 0.0
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_an_infinite_reward_is_not_passed_over(scale: str) -> None:
+    """As the KL in the reward can make one: were its group given 0, the step would not be refused."""
+    rewards = torch.tensor([1.0, -torch.inf, 0.0, 1.0, NAN, 0.0])
+    advantages = group_advantages(rewards, 3, scale, batch_std=1.0)
+    assert not advantages[:3].isfinite().any()
+    assert advantages[3:].isfinite().all() and advantages[4] == 0.0
+
+
 def test_batch_scale_needs_the_steps_std() -> None:
     with pytest.raises(ValueError, match="batch_std"):
         group_advantages(torch.zeros(4), 2, "batch")

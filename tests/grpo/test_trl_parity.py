@@ -142,12 +142,18 @@ SETTINGS: list[dict[str, Any]] = [
     {"beta": 0.3},
     {"importance_cap": 1.2},
     {"entropy_weight": 0.1},
+    {"epsilon_high": 0.2, "beta": 0.2, "importance_cap": 2.0},
     {"epsilon_high": 0.2, "delta": 1.6, "beta": 0.2, "importance_cap": 2.0},
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("loss", list(NAMES))
+def shared(loss: str, settings: dict[str, Any]) -> bool:
+    return not (loss in ("cispo", "sapo") and "delta" in settings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"), [(loss, each) for loss in NAMES for each in SETTINGS if shared(loss, each)]
+)
 def test_loss_and_gradient_equal_trls(loss: str, settings: dict[str, Any]) -> None:
     cfg = GrpoConfig(loss=loss, **settings)
     for seed in range(3):
@@ -160,14 +166,15 @@ def test_loss_and_gradient_equal_trls(loss: str, settings: dict[str, Any]) -> No
         assert (gradient - expected_gradient).norm() <= 1e-5 * expected_gradient.norm()
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "cispo", "sapo"])
+@pytest.mark.parametrize("loss", list(NAMES))
 def test_top_entropy_selection_equals_trls(loss: str) -> None:
     cfg = GrpoConfig(loss=loss, beta=0.1, top_entropy_quantile=0.2)
     d = data(0, full=True)
     expected, expected_gradient, _ = theirs(d, cfg, NAMES[loss])
     value, gradient, _ = ours(d, cfg)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    if loss != "gspo":  # on purpose: ours is the gradient of the selected tokens, theirs of the whole sequence
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo"])

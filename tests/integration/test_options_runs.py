@@ -79,13 +79,13 @@ def training_runs(folder: Path) -> list[Run]:
         ("quantile", {"grpo.top_entropy_quantile": 0.2}),
         ("entropy", {**twice, "grpo.entropy_weight": 1.0, "rewards.functions": flat}),
         ("no_entropy", {"rewards.functions": flat}),
-        ("truncated", {"grpo.mask_truncated": True, "rollout.max_new_tokens": 6}),
+        ("truncated", {"grpo.mask_truncated": True, "rollout.max_new_tokens": 6, "grpo.top_entropy_quantile": 0.3}),
         ("overlong", {"grpo.overlong_cache": 3}),
         ("capped", {"grpo.importance_cap": 0.5, "train.max_grad_norm": 0.0}),
         ("normalised", {"grpo.multi_reward": "normalise_then_sum", "rewards.functions": two}),
         ("masked", {}, "masked"),
         *[(f"by_name_{name}", {"engine.ds_config": name}) for name in BY_NAME],
-        ("checkpointing", {"model.gradient_checkpointing": True}),
+        ("checkpointing", {"model.gradient_checkpointing": True, "grpo.beta": 0.1}),
         ("bfloat16", {"model.dtype": "bfloat16"}),
         *[(f"micro{size}", {"train.micro_batch_size": size}) for size in (1, 2, 4)],
         *[
@@ -240,8 +240,9 @@ def test_export_has_the_logits_of_the_trained_model(left: Left, run: str) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(left.folder / run / "model")
     with torch.no_grad():
         logits = loaded(input_ids=PROMPT).logits
+    tolerance = 1e-5 if run == "lora" else 0.0  # merging adapters rounds
     for probe in left.probes(run):
-        torch.testing.assert_close(logits, probe["logits"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, probe["logits"], rtol=tolerance, atol=tolerance)
 
 
 # ---- reference -----------------------------------------------------------------------------------------------
@@ -253,6 +254,10 @@ def test_kl_of_the_unchanged_policy_is_exactly_zero(left: Left, kind: str, place
     assert first["kl"] == 0.0
     assert second["kl"] != 0.0
     assert first["loss"] == pytest.approx(left.metrics("plain2")[0]["loss"], abs=1e-9)
+
+
+def test_kl_of_the_unchanged_policy_is_zero_with_gradient_checkpointing_too(left: Left) -> None:
+    assert left.metrics("checkpointing")[0]["kl"] == 0.0
 
 
 def test_every_kl_acts_and_differs(left: Left) -> None:
@@ -331,6 +336,16 @@ def test_truncated_completions_give_no_gradient(left: Left) -> None:
     masks = [call["mask"] for probe in left.probes("truncated") for call in probe["calls"]]
     counted = torch.cat([mask.any(dim=1) for mask in masks])
     assert int(counted.sum()) == 20 - truncated
+
+
+def test_the_share_of_high_entropy_is_of_the_tokens_that_are_trained_on(left: Left) -> None:
+    calls = [call for probe in left.probes("truncated") for call in probe["calls"]]
+    mask, selected, entropy = (
+        torch.cat([call[name].flatten() for call in calls]) for name in ("mask", "selected", "entropy")
+    )
+    highest = entropy[mask].sort(descending=True).values
+    smallest = highest[round(0.3 * len(highest)) - 1]
+    assert torch.equal(selected[mask], entropy[mask] >= smallest)
 
 
 def test_overlong_completions_are_penalised(left: Left) -> None:
@@ -419,6 +434,10 @@ def test_refusals_without_end_stop_the_run_and_save_the_batch(left: Left) -> Non
     ("settings", "says"),
     [
         ({"train": {"steps": 3}, "grpo": {"num_iterations": 2}}, "train.steps 3 is not a multiple"),
+        (
+            {"rollout": {"group_size": 1}, "grpo": {"scale_rewards": "none"}, "disagreement": {"mode": "none"}},
+            "rollout.group_size is 1",
+        ),
         ({"grpo": {"beta": 0.1, "sync_reference_every": 5}, "model": {"lora": {}}}, "sync_reference_every needs"),
     ],
 )

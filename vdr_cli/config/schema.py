@@ -231,6 +231,13 @@ class GrpoConfig(Section):
     def _possible(self) -> Self:
         if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
             raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
+        if self.delta is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(f"delta bounds a clipped ratio, which loss {self.loss} does not have; remove delta")
+        if self.multi_reward == "normalise_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                f"scale_rewards {self.scale_rewards} has no meaning with multi_reward normalise_then_sum, which scales "
+                "by the group, then by the step; remove scale_rewards"
+            )
         return self
 
 
@@ -254,7 +261,7 @@ class TrainConfig(Section):
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the mean of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's."""
+    """AdamW's, of matrices; norms and biases do not decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global norm the gradient is clipped to; 0: not clipped."""
     max_refused_steps: Positive = 5
@@ -344,8 +351,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        group_needed = self.grpo.scale_rewards == "group" or self.disagreement.mode != "none"
-        if self.rollout.group_size < 2 and group_needed:
+        if self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"
             )

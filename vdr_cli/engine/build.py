@@ -55,6 +55,11 @@ class Engine:
         with self._twin.borrowed(gather if self.stage == 3 else None) as model, torch.no_grad():
             yield model
 
+    @property
+    def share_prompts(self) -> bool:
+        """How the policy reads prompts; whoever reads them in the same way gets its numbers to the last bit."""
+        return bool(self.ds_engine.module.share_prompts)
+
     def forward(
         self,
         prompt_ids: Tensor,
@@ -189,14 +194,23 @@ def learning_rate_at(step: int, cfg: TrainConfig) -> float:
 
 
 def _optimizer(policy: nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
-        trainable,
+        _decay_groups(policy, cfg.weight_decay),
         lr=cfg.learning_rate,
         betas=cfg.adam_betas,
-        weight_decay=cfg.weight_decay,
         fused=device.type == "cuda",
     )
+
+
+def _decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases (one dimension) do not: a norm's weight has no reason to be near 0."""
+    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    if weight_decay == 0.0:
+        return [{"params": trainable, "weight_decay": 0.0}]
+    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def sharded_loading(ds_config: DsConfig) -> AbstractContextManager[Any]:

@@ -57,7 +57,7 @@ def normalised_sum(rewards: Tensor, weights: Tensor, group_size: int) -> Tensor:
 
 def standardise(values: Tensor, step: Moments) -> Tensor:
     """(B,) → (values − mean)/(std + 1e-4) with the mean and standard deviation of the whole step; NaN → 0."""
-    return ((values - step.mean) / (step.std + STD_FLOOR)).nan_to_num(nan=0.0)
+    return ((values - step.mean) / (step.std + STD_FLOOR)).masked_fill(values.isnan(), 0.0)
 
 
 def group_moments(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,8 @@ def group_moments(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", batch_std: float | None = None) -> Tensor:
-    """rewards (B,) → advantages (B,): (r − mean_G)/(s + 1e-4); a reward of NaN gives 0.
+    """rewards (B,) → advantages (B,): (r − mean_G)/(s + 1e-4); a reward of NaN gives 0. One that is infinite
+    leaves its group's advantages not finite, so that the step is refused.
 
     scale `group`: s = std_G, ddof 1 (GRPO, Shao et al. 2024). `batch`: s = batch_std, the standard deviation
     of all rewards of the step over all ranks. `none`: r − mean_G (Dr. GRPO, Liu et al. 2025).
@@ -88,7 +89,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", bat
             if batch_std is None:
                 raise ValueError("scale batch needs batch_std, the standard deviation of the whole step's rewards")
             advantages = advantages / (batch_std + STD_FLOOR)
-    return advantages.nan_to_num(nan=0.0)
+    return advantages.masked_fill(rewards.isnan(), 0.0)
 
 
 def zero_variance(rewards: Tensor, group_size: int) -> Tensor:

@@ -78,9 +78,10 @@ def completion_logps(
     completion_mask: Tensor,
     temperature: float,
     chunk_tokens: int | None = None,
+    share_prompts: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Policy.forward for a model outside the engine: the twin, the reference."""
-    policy = Policy(causal_lm, chunk_tokens)
+    policy = Policy(causal_lm, chunk_tokens, share_prompts)
     return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
 
 
