@@ -160,7 +160,7 @@ def test_the_whole_job_sampled_and_greedy() -> None:
 )
 def test_usage_errors(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        run_eval(EvalRequest(**({"models": ("starter",)} | more)))
+        run_eval(EvalRequest(**({"models": ("starter",), "rollout": RolloutConfig(max_new_tokens=8)} | more)))
 
 
 def test_no_prompts() -> None:
@@ -186,7 +186,7 @@ def test_diversity_reference_and_disagreement_are_measured_when_asked(monkeypatc
     assert {len(values) for values in columns.values()} == {9}
     assert np.mean(columns["disagreement"]) == pytest.approx(record["disagreement"])
     with pytest.raises(ConfigError, match="--reference nothing"):
-        run_eval(EvalRequest(("starter",), reference="nothing"))
+        run_eval(EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), reference="nothing"))
 
 
 def test_distinct_solutions_are_counted_once() -> None:
