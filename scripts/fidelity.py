@@ -43,6 +43,10 @@ def sampled(name: str, groups: int, group_size: int, length: int) -> tuple[nn.Mo
     return model, rollout.generate(model, chosen, group_size, Sampling(max_new_tokens=length), keys)
 
 
+SHARES = {"half": 0.5, "a quarter": 0.25}
+"""Of the positions; their cost is that of all of them but for the LM head's part."""
+
+
 def variants(layers: int, members: int) -> dict[str, tuple[EnsembleSpec, float]]:
     """Name to (ensemble, cost)."""
     full = EnsembleSpec(members, seed=1)
@@ -59,13 +63,22 @@ def variants(layers: int, members: int) -> dict[str, tuple[EnsembleSpec, float]]
     return found
 
 
-def scores(model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, name: str) -> dict[str, Tensor]:
-    """(B,) of both modes."""
+def scores(
+    model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, name: str, share: float = 1.0
+) -> dict[str, Tensor]:
+    """(B,) of both modes. share: of the valid positions, drawn at random, that make the mean of per_token."""
     values = measure(model, batch, group_size, spec, 0, "all", {name}).get(name)
     return {
         "end_of_sequence": at_last(values, batch.completion_mask),
-        "per_token": reduce(values, batch.completion_mask),
+        "per_token": reduce(values, drawn(batch.completion_mask, share)),
     }
+
+
+def drawn(mask: Tensor, share: float) -> Tensor:
+    """(B, T) bool: this share of each row's valid positions."""
+    keys = torch.rand(mask.shape, generator=torch.Generator().manual_seed(2)).masked_fill(~mask, 2.0)
+    kept = (share * mask.sum(1, keepdim=True)).ceil()
+    return mask & (keys.argsort(1).argsort(1) < kept)
 
 
 def within_groups(one: Tensor, other: Tensor, batch: Completions, group_size: int) -> float:
@@ -91,6 +104,12 @@ def table(name: str, arguments: argparse.Namespace) -> str:
         found = {m: scores(model, batch, arguments.group_size, spec, m) for m in ("bald", "rmi")}
         numbers = [within_groups(found[m][mode], truth[m][mode], batch, arguments.group_size) for m, mode in columns]
         lines.append(f"| {label} | {cost:.2f} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
+    full = EnsembleSpec(arguments.members, seed=1)
+    for label, share in SHARES.items():
+        found = {m: scores(model, batch, arguments.group_size, full, m, share) for m in ("bald", "rmi")}
+        numbers = [within_groups(found[m][mode], truth[m][mode], batch, arguments.group_size) for m, mode in columns]
+        shown = ["" if mode != "per_token" else f"{n:.2f}" for n, (_, mode) in zip(numbers, columns, strict=True)]
+        lines.append(f"| full, {label} of the positions | 1.00 | " + " | ".join(shown) + " |")
     means = ", ".join(f"{m} {mode} {float(truth[m][mode].mean()):.4f}" for m, mode in columns)
     title = "starter" if name == "starter" else "after training"
     return f"### {title}\n\n" + "\n".join(lines) + f"\n\nMean of the reference in nats: {means}.\n"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vdr_cli.disagreement import information
+from vdr_cli.disagreement.bonus import reduce, token_credit
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.models.anatomy import Head
 
@@ -287,6 +288,26 @@ def test_sequence_measures_ignore_padding() -> None:
     weights = torch.softmax(scores, 0)
     expected = math.log(4) + torch.xlogy(weights, weights).sum(0)
     torch.testing.assert_close(information.ig_seq(logps, mask), expected.float().clamp_min(0))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(0, 5), st.integers(0, 2**16))
+def test_padding_and_what_lies_in_it_change_nothing(lengths: list[int], extra: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    logps, values = -torch.rand(3, len(lengths), 6, generator=generator), torch.rand(mask.shape, generator=generator)
+    wide_mask = torch.nn.functional.pad(mask, (0, extra))
+    wide_logps, wide_values = (
+        torch.where(wide_mask, torch.nn.functional.pad(tensor, (0, extra)), -9.0) for tensor in (logps, values)
+    )
+    for measure in (information.ig_seq, information.rmi_seq):
+        torch.testing.assert_close(measure(wide_logps, wide_mask), measure(logps, mask))
+    assert torch.equal(information.at_last(wide_values, wide_mask), information.at_last(values, mask))
+    for last_n in (None, 2):
+        torch.testing.assert_close(reduce(wide_values, wide_mask, last_n), reduce(values, mask, last_n))
+    for measure in ("bald", "rmi"):
+        wide = token_credit(wide_values, wide_mask, measure, 0.9)
+        torch.testing.assert_close(wide[:, :6], token_credit(values, mask, measure, 0.9))
 
 
 def test_at_last_and_last_tokens() -> None:

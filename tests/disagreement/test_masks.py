@@ -8,6 +8,7 @@ import torch
 
 from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.disagreement import masks
+from vdr_cli.disagreement.hooks import first_layer
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.errors import ConfigError
 
@@ -70,10 +71,18 @@ def test_positions_of_a_token_mask_are_independent() -> None:
 def test_impossible_ensembles_name_their_key() -> None:
     with pytest.raises(ConfigError, match=r"disagreement\.members"):
         EnsembleSpec(members=1)
-    with pytest.raises(ConfigError, match=r"disagreement\.last_k"):
-        EnsembleSpec(members=2, scope="last_k")
     with pytest.raises(ConfigError, match=r"disagreement\.site"):
         EnsembleSpec(members=2, scope="last_k", last_k=1, site="embedding")
+
+
+def test_scope_follows_the_mode() -> None:
+    """A table of fidelity decides: at the end of the sequence the top quarter ranks as well as all layers."""
+    assert EnsembleSpec.from_config(DisagreementConfig(), 0).scope == "last_k"
+    assert EnsembleSpec.from_config(DisagreementConfig(mode="per_token"), 0).scope == "full"
+    assert EnsembleSpec.from_config(DisagreementConfig(scope="full"), 0).scope == "full"
+    assert EnsembleSpec.from_config(DisagreementConfig(mode="per_token", scope="last_k"), 0).scope == "last_k"
+    quarter = EnsembleSpec(members=2, scope="last_k")
+    assert [count - first_layer(count, quarter) for count in (1, 3, 4, 5, 12, 80)] == [1, 1, 1, 2, 3, 20]
 
 
 def test_from_config_takes_every_field() -> None:

@@ -152,6 +152,23 @@ def test_the_prompt_is_read_once_a_member_and_group(tiny_model: Callable, ragged
     assert tokens[2:4] == [torch.Size([2, 6]), torch.Size([6, width])], "with last_k the lowest layer runs once"
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gpt_neox", "mixtral", "gemma2"])
+@pytest.mark.parametrize("spec", [SPEC, TOP, TOKEN, EMBEDDING], ids=["full", "top", "token", "emb"])
+def test_what_all_members_share_runs_for_one_of_them(
+    kind: str, spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attention of the first layer that members differ in: its input is the same, masks come after it."""
+    model, batch = tiny_model(kind), ragged()
+    layer = anatomy.decoder_layers(model)[hooks.first_layer(3, spec)]
+    inside = next(module for module in anatomy.residual_blocks(layer)[0].modules() if not list(module.children()))
+    rows = []
+    with hooks.hooked(inside.register_forward_hook, lambda module, arguments, output: rows.append(len(output))):
+        found = measure(model, batch, 3, spec, 1, "all", ALL)
+    assert rows == ([8, 24] if spec is EMBEDDING else [2, 6]), "two prompts and six completions, or those of 4 members"
+    monkeypatch.setattr(reading.Reading, "shared_attention", lambda self, count: None)
+    assert_same(found, measure(model, batch, 3, spec, 1, "all", ALL))
+
+
 def test_last_n_is_all_positions_cut(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
     whole = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
@@ -303,6 +320,19 @@ def test_empty_completions_measure_zero(tiny_model: Callable, ragged: Callable) 
     assert measure(tiny_model(), batch, 3, SPEC, 1, "last", {"bald"}).bald[2] == 0
     batch.completion_mask[:] = False
     assert not measure(tiny_model(), batch, 3, SPEC, 1, "all", {"bald"}).bald.any()
+
+
+@pytest.mark.parametrize("spec", [SPEC, TOP], ids=["full", "top"])
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_completions_of_one_token(spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable) -> None:
+    """The prompt's last position predicts all there is: no completion is read."""
+    model, batch = tiny_model(), ragged(length=1)
+    found = measure(model, batch, 3, spec, 1, positions, {"bald", "member_logps"})
+    wide = measure(model, padded(batch, 0, 2), 3, spec, 1, "last", {"bald", "member_logps"})
+    torch.testing.assert_close(found.bald.view(-1), wide.bald, rtol=1e-4, atol=1e-6)
+    assert found.bald.view(2, 3).std(1).max() < 1e-6, "bald depends on the prompt alone"
+    longer = measure(model, ragged(length=2).rows(slice(0, 6)), 3, spec, 1, "all", {"bald"}).bald[:, 0]
+    torch.testing.assert_close(found.bald.view(-1), longer, rtol=1e-4, atol=1e-6)
 
 
 def test_too_many_top_layers_name_the_setting(tiny_model: Callable, ragged: Callable) -> None:

@@ -101,19 +101,22 @@ class _BranchHook:
 
 
 @contextmanager
-def ensemble(model: nn.Module, spec: EnsembleSpec, step: int, members: Sequence[int]) -> Iterator[Members]:
+def ensemble(
+    model: nn.Module, spec: EnsembleSpec, step: int, members: Sequence[int], layer: int | None = None
+) -> Iterator[Members]:
     """Inside the block a batch is read by `members`, laid out member-major: row = m_local * B + b.
 
+    layer: the only one whose masks are wanted; None: all. The embedding belongs to layer 0.
     The model is put into eval mode, so that no dropout of its own is active, and left as it was found: hooks removed,
     training flags restored, whatever happens inside. Not to be nested on one model.
     """
-    sites = _sites(model, spec)
+    sites = [site for site in _sites(model, spec) if layer in (None, site[0])]
     if any(isinstance(hook, _BranchHook) for _, _, block in sites for hook in block._forward_hooks.values()):
         raise RuntimeError("an ensemble block is already open on this model: its masks would be applied twice")
     active = Members(spec, step, members)
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
-        if spec.site == "attention":
+        if spec.site == "attention" and sites:
             attentions = [(layer, block) for layer, _, block in sites]
             restore.enter_context(masked_probabilities(model, attentions, active.probability_mask))
         else:
@@ -141,9 +144,10 @@ def first_layer(count: int, spec: EnsembleSpec) -> int:
     """The lowest layer in which members differ."""
     if spec.scope == "full":
         return 0
-    if spec.last_k is None or spec.last_k > count:
-        raise ConfigError(f"disagreement.last_k is {spec.last_k}, but the model has {count} layers")
-    return count - spec.last_k
+    last_k = spec.last_k or -(-count // 4)
+    if last_k > count:
+        raise ConfigError(f"disagreement.last_k is {last_k}, but the model has {count} layers")
+    return count - last_k
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class EnsembleSpec:
     dropout: float = 0.1
     scope: Literal["full", "last_k"] = "full"
     last_k: int | None = None
+    """None: a quarter of the layers."""
     mask_sharing: Literal["member", "token"] = "member"
     site: Literal["residual", "embedding", "attention"] = "residual"
     blocks: tuple[tuple[str, str], ...] | None = None
@@ -37,8 +38,6 @@ class EnsembleSpec:
     def __post_init__(self) -> None:
         if self.members < 2:
             raise ConfigError(f"disagreement.members is {self.members}: disagreement needs at least 2")
-        if self.scope == "last_k" and not self.last_k:
-            raise ConfigError("disagreement.last_k is missing: scope last_k needs how many top layers the members have")
         if self.scope == "last_k" and self.site == "embedding":
             raise ConfigError(
                 "disagreement.site is embedding and scope is last_k: the embedding lies below the top layers; "
@@ -51,7 +50,7 @@ class EnsembleSpec:
         return cls(
             members=config.members,
             dropout=config.dropout,
-            scope=config.scope,
+            scope=config.effective_scope,
             last_k=config.last_k,
             mask_sharing=config.mask_sharing,
             site=config.site,

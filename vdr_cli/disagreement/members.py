@@ -16,8 +16,10 @@ from vdr_cli.disagreement.hooks import ensemble
 from vdr_cli.disagreement.information import Statistics, last_tokens, token_statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reading import Batch, prepare
+from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.errors import MachineError
 from vdr_cli.models import anatomy
+from vdr_cli.models.anatomy import Head
 from vdr_cli.rollout.base import Completions
 
 __all__ = ["EnsembleSpec", "ensemble", "measure"]
@@ -43,26 +45,27 @@ def measure(
     measures: Collection[str] = ("bald",),
     budget: int | None = None,
     last_n: int | None = None,
+    stems: StemKeeper | None = None,
 ) -> Statistics:
     """The measures of every completion under the ensemble of one step.
 
     positions: all valid tokens, giving (B, T), or each row's last valid one, giving (B,). last_n: only the last n valid
     tokens of a row (the others stay 0). budget: bytes of activations and logits at once; None: what the device
-    has. Neither budget nor the batch's padding, order or split changes a number.
+    has. stems: of these completions, from a pass made before; None: made here. Neither they, nor budget, padding, order
+    or split of the batch change a number.
     """
     budget = budget or default_budget(model, completions, group_size)
     while True:
         try:
-            return _measure(model, completions, group_size, spec, step, positions, frozenset(measures), budget, last_n)
+            return _measure(
+                model, completions, group_size, spec, step, positions, frozenset(measures), budget, last_n, stems
+            )
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             smaller = budget // 2
         if smaller < 2**20:
-            raise MachineError(
-                "disagreement: not enough memory for one member and one completion; lower rollout.max_new_tokens or "
-                "disagreement.members"
-            )
+            raise too_little_memory()
         budget = smaller
         if completions.prompt_ids.is_cuda:
             torch.cuda.empty_cache()
@@ -77,8 +80,15 @@ def default_budget(model: nn.Module, completions: Completions, group_size: int) 
     return min(max(CPU_BUDGET, group_size * row + prompt), psutil.virtual_memory().available // 2)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def too_little_memory() -> MachineError:
+    return MachineError(
+        "disagreement: not enough memory for one member and one completion; lower rollout.max_new_tokens or "
+        "disagreement.members"
+    )
 
 
 def _measure(
@@ -91,35 +101,54 @@ def _measure(
     measures: frozenset[str],
     budget: int,
     last_n: int | None,
+    stems: StemKeeper | None,
 ) -> Statistics:
-    _check_groups(completions, group_size)
-    shape = completions.completion_ids.shape
+    check_groups(completions, group_size)
     wanted = last_tokens(completions.completion_mask, 1 if positions == "last" else last_n)  # (B, T)
     head = anatomy.output_head(model)
-    logits_budget = min(budget, max(min(budget // 2, MOST_LOGITS), 4 * head.weight.shape[0] * HEAD_ROWS))
-    device = completions.completion_ids.device
-    results = {
-        name: torch.zeros((spec.members, *shape) if name == "member_logps" else shape, device=device)
-        for name in measures
-    }
+    results = Results(completions, spec.members, measures)
     for rows, member_count in plan(model, completions, group_size, spec.members, budget):
-        batch = _batch(completions, rows, group_size, wanted, positions == "last")
+        batch = batch_of(completions, rows, group_size, wanted, positions == "last")
         if len(batch.rows) == 0:
             continue
-        reading = prepare(model, spec, step, batch)
+        reading = prepare(model, spec, step, batch, stems.of(rows, batch) if stems and stems.is_full else ())
         everyone = range(spec.members)
         parts = [reading.states(everyone[at : at + member_count]) for at in range(0, spec.members, member_count)]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        targets = batch.completions.completion_ids[batch.rows, batch.tokens]
-        statistics = token_statistics(hidden, targets, head, measures, logits_budget)
-        for name in measures:
-            results[name][..., rows.start + batch.rows, batch.tokens] = statistics.get(name)
-    if positions == "last":
-        results = {name: values.sum(-1) for name, values in results.items()}  # all columns but one are 0
-    return Statistics(**results)
+        results.take(hidden, head, rows.start + batch.rows, batch.tokens, logits_budget(head, budget))
+    return results.statistics(positions)
 
 
-def _check_groups(completions: Completions, group_size: int) -> None:
+class Results:
+    """The measures of a rank's completions, filled in as hidden states arrive."""
+
+    def __init__(self, completions: Completions, members: int, measures: frozenset[str]) -> None:
+        self.ids, self.measures = completions.completion_ids, measures
+        shape, device = self.ids.shape, self.ids.device
+        self.values = {
+            name: torch.zeros((members, *shape) if name == "member_logps" else shape, device=device)
+            for name in measures
+        }
+
+    def take(self, hidden: Tensor, head: Head, rows: Tensor, tokens: Tensor, budget: int) -> None:
+        """hidden (M, N, D) at the positions that predict `tokens` (N,) of `rows` (N,); budget: bytes of logits."""
+        found = token_statistics(hidden, self.ids[rows, tokens], head, self.measures, budget)
+        for name in self.measures:
+            self.values[name][..., rows, tokens] = found.get(name)
+
+    def statistics(self, positions: str) -> Statistics:
+        """(B, T), or (B,) with positions "last"."""
+        if positions == "last":
+            return Statistics(**{name: values.sum(-1) for name, values in self.values.items()})  # one column is not 0
+        return Statistics(**self.values)
+
+
+def logits_budget(head: Head, budget: int) -> int:
+    """Bytes of logits at once, out of a budget for everything."""
+    return min(budget, max(min(budget // 2, MOST_LOGITS), 4 * head.weight.shape[0] * HEAD_ROWS))
+
+
+def check_groups(completions: Completions, group_size: int) -> None:
     if len(completions) % group_size:
         raise ValueError(f"{len(completions)} completions are not whole groups of {group_size}")
     prompts = torch.where(completions.prompt_mask.bool(), completions.prompt_ids, -1)
@@ -128,7 +157,7 @@ def _check_groups(completions: Completions, group_size: int) -> None:
         raise ValueError("the completions of a group must share their prompt: groups are contiguous rows")
 
 
-def _batch(completions: Completions, rows: slice, group_size: int, wanted: Tensor, one_a_row: bool) -> Batch:
+def batch_of(completions: Completions, rows: slice, group_size: int, wanted: Tensor, one_a_row: bool) -> Batch:
     """The rows without padding that all of them have, and the positions to read in them."""
     part = completions.rows(rows).trimmed()
     row, token = wanted[rows].nonzero(as_tuple=True)

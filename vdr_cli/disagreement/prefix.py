@@ -67,4 +67,9 @@ def shares_prompts(model: nn.Module) -> bool:
     config = anatomy.text_config(model)
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["attention"])
     stateful = bool(getattr(anatomy.unwrapped(model), "_is_stateful", False))
-    return kinds <= KEY_VALUE_LAYERS and not stateful and not getattr(config, "num_kv_shared_layers", 0)
+    return kinds <= KEY_VALUE_LAYERS and not stateful and layers_stand_alone(model)
+
+
+def layers_stand_alone(model: nn.Module) -> bool:
+    """Whether a layer needs nothing of the layers below it but the hidden state."""
+    return not getattr(anatomy.text_config(model), "num_kv_shared_layers", 0)

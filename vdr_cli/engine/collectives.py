@@ -5,7 +5,8 @@ Rule: no collective depends on a condition that only one rank knows. Errors are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from vdr_cli.errors import VdrError
 
 Result = TypeVar("Result")
+
+_settlers: list[Callable[[], None]] = []
+"""What must be done before a collective, while a model gathers by itself (layerwise.py); the last one counts."""
 
 
 def rank() -> int:
@@ -30,6 +34,7 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if world_size() > 1:
+        settle()
         dist.barrier()
 
 
@@ -46,6 +51,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Everybody's value on every rank, in rank order."""
     if world_size() == 1:
         return [value]
+    settle()
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -55,6 +61,7 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
+    settle()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -91,9 +98,37 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def _all_reduce(values: Sequence[float], op: Any) -> list[float]:
+    settle()
+    return _reduced(values, op)
+
+
+def _reduced(values: Sequence[float], op: Any) -> list[float]:
     if world_size() == 1:
         return [float(value) for value in values]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=op)
     return tensor.tolist()  # type: ignore[no-any-return]
+
+
+def announce(busy: bool) -> bool:
+    """Whether any rank says busy: one has a forward to make that all must gather for."""
+    return _reduced([float(busy)], dist.ReduceOp.MAX)[0] > 0
+
+
+def settle() -> None:
+    """Before anything that all ranks do together: wait for the forwards of ranks that are behind."""
+    if _settlers:
+        _settlers[-1]()
+
+
+@contextmanager
+def settling(work: Callable[[], None]) -> Iterator[None]:
+    """Inside the block every collective, and the block's end, is preceded by work()."""
+    settle()
+    _settlers.append(work)
+    try:
+        yield
+    finally:
+        work()
+        _settlers.pop()

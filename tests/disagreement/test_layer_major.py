@@ -1,0 +1,119 @@
+"""Layer by layer the same numbers as with the whole model, in any pieces; every layer lent once, in order."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from vdr_cli.disagreement import hooks
+from vdr_cli.disagreement.information import MEASURES
+from vdr_cli.disagreement.layer_major import Lend, measure_by_layers
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.members import measure
+from vdr_cli.engine.twin import Twin
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models import anatomy
+from vdr_cli.rollout.base import Completions
+
+SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
+SPECS = {
+    "full": SPEC,
+    "top": replace(SPEC, scope="last_k", last_k=1),
+    "token": replace(SPEC, mask_sharing="token"),
+    "emb": replace(SPEC, site="embedding"),
+    "att": replace(SPEC, site="attention"),
+}
+
+
+@contextmanager
+def lent(model: nn.Module, lendings: list[int]) -> Iterator[tuple[nn.Module, Lend]]:
+    """The model's twin, whose decoder layers are empty but for the one that is lent."""
+    with Twin(model, torch.device("cpu")).by_layers() as (twin, lend):
+
+        @contextmanager
+        def noted(layer: int) -> Iterator[None]:
+            lendings.append(layer)
+            with lend(layer):
+                yield
+
+        assert any(parameter.is_meta for parameter in twin.parameters())
+        yield twin, noted
+
+
+def both_agree(model: nn.Module, batch: Completions, spec: EnsembleSpec, positions: str, budget: int | None) -> None:
+    whole = measure(model, batch, 3, spec, 1, positions, MEASURES)
+    lendings: list[int] = []
+    with lent(model, lendings) as (twin, lend):
+        found = measure_by_layers(twin, lend, batch, 3, spec, 1, positions, MEASURES, budget)
+    assert lendings == [0, 1, 2]
+    for name in MEASURES:
+        torch.testing.assert_close(found.get(name), whole.get(name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_layer_by_layer_is_the_whole_model(
+    spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable
+) -> None:
+    for budget in (None, 1, 40_000):
+        both_agree(tiny_model(), ragged(), spec, positions, budget)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "gemma2", "mixtral", "bloom", "opt", "gpt_neox", "falcon", "recurrent_gemma", "lfm2"]
+)
+def test_every_architecture_can_be_read_layer_by_layer(kind: str, tiny_model: Callable, ragged: Callable) -> None:
+    both_agree(tiny_model(kind), ragged(), SPECS["full"], "all", None)
+    both_agree(tiny_model(kind), ragged(), replace(SPECS["top"], last_k=2), "last", 1)
+
+
+def test_one_token_and_empty_completions(tiny_model: Callable, ragged: Callable) -> None:
+    both_agree(tiny_model(), ragged(length=1), SPEC, "all", None)
+    batch = ragged()
+    batch.completion_mask[:3] = False
+    both_agree(tiny_model(), batch, SPEC, "all", 1)
+    batch.completion_mask[:] = False
+    both_agree(tiny_model(), batch, SPEC, "last", None)
+
+
+@pytest.mark.parametrize("spec", [SPECS["full"], SPECS["top"]], ids=["full", "top"])
+def test_out_of_memory_halves_members_then_rows(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
+    model, batch, sizes, lendings = tiny_model(), ragged(groups=3, group_size=4), [], []
+    truth = measure(model, batch, 4, spec, 1, "all", {"bald"}).bald
+
+    def scarce(module: nn.Module, arguments: tuple, output: object) -> None:
+        sizes.append(len(arguments[0]))
+        if len(arguments[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with lent(model, lendings) as (twin, lend):
+        layer = anatomy.decoder_layers(twin)[-1]
+        with hooks.hooked(layer.register_forward_hook, scarce):
+            found = measure_by_layers(twin, lend, batch, 4, spec, 1, "all", {"bald"}).bald
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+    assert max(sizes) > 2 and min(sizes) <= 2
+    assert lendings == [0, 1, 2]
+
+
+def test_a_rank_that_fails_goes_on_gathering(tiny_model: Callable, ragged: Callable) -> None:
+    """The others are waiting for it in every layer that is left."""
+    lendings: list[int] = []
+
+    def never(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with lent(tiny_model(), lendings) as (twin, lend):
+        layer = anatomy.decoder_layers(twin)[0]
+        with hooks.hooked(layer.register_forward_hook, never), pytest.raises(MachineError, match="not enough memory"):
+            measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
+    assert lendings == [0, 1, 2]
+
+
+def test_layers_that_use_each_others_keys_are_refused(tiny_model: Callable, ragged: Callable) -> None:
+    model = tiny_model("qwen2", hidden_act="gelu")
+    model.config.num_kv_shared_layers = 1
+    with lent(model, []) as (twin, lend), pytest.raises(ConfigError, match=r"engine\.copy_of_weights"):
+        measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)

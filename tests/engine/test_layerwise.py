@@ -1,0 +1,172 @@
+"""One layer at a time in two processes: the numbers of a full copy, and one gather of the model for the ensemble."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+WORKER = """
+import json, sys
+import deepspeed, torch
+from vdr_cli.config import Config
+from vdr_cli.disagreement.layer_major import measure_by_layers
+from vdr_cli.disagreement.members import EnsembleSpec, measure
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import build_engine, start_distributed
+from vdr_cli.engine.export import export_model
+from vdr_cli.rollout.base import Completions, Sampling
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+device = start_distributed()
+rank = collectives.rank()
+moved = {"gathers": 0, "bytes": 0}
+
+def counted(function):
+    def call(output, *args, **kwargs):
+        moved["gathers"] += 1
+        parts = output if isinstance(output, (list, tuple)) else [output]
+        moved["bytes"] += sum(part.numel() * part.element_size() for part in parts)
+        return function(output, *args, **kwargs)
+    return call
+
+for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
+    setattr(deepspeed.comm, name, counted(getattr(deepspeed.comm, name)))
+
+def engine_of(copy):
+    sections = {"ds_config": folder + "/ds.json", "copy_of_weights": copy}
+    return build_engine(Config(model={"name": folder, "dtype": "float32"}, engine=sections), device)
+
+def since(before):
+    return {name: moved[name] - before[name] for name in moved}
+
+whole, layers = engine_of("whole"), engine_of("layers")
+assert layers.by_layers and not whole.by_layers
+prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]][: 1 + 2 * rank]  # one prompt here, three there
+rollout, sampling = TransformersRollout(0, [2]), Sampling(max_new_tokens=3 + 4 * rank)
+keys = list(range(10 * rank, 10 * rank + len(prompts)))
+found = {}
+with whole.twin() as model:
+    completions = rollout.generate(model, prompts, 3, sampling, keys)
+    for M in (2, 8, 32):
+        spec = EnsembleSpec(M, dropout=0.2, seed=1)
+        found[f"whole{M}"] = measure(model, completions, 3, spec, 4, measures=("bald",)).bald.tolist()
+with layers.twin() as model:
+    again = collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys))
+    assert torch.equal(again.completion_ids, completions.completion_ids)
+    torch.testing.assert_close(again.sampler_logps, completions.sampler_logps)
+    for M in (2, 8, 32):
+        spec = EnsembleSpec(M, dropout=0.2, seed=1)
+        collectives.barrier()
+        before = dict(moved)
+        with layers.one_by_one() as lend:
+            budget = None if rank == 0 else 1  # all at once here, a member and a row at a time there
+            statistics = measure_by_layers(model, lend, completions, 3, spec, 4, measures=("bald",), budget=budget)
+        found[f"moved{M}"] = since(before)
+        found[f"layers{M}"] = statistics.bald.tolist()
+    try:
+        collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys) if rank else 1 / 0)
+    except Exception as error:
+        found["error"] = type(error).__name__
+    before = dict(moved)
+    model(input_ids=torch.tensor([prompts[0]])) if rank else None
+    collectives.barrier()
+    found["forward"] = since(before)
+before = dict(moved)
+with whole.twin():
+    found["copy"] = since(before)
+
+class NoTokenizer:
+    def save_pretrained(self, path): ...
+
+from pathlib import Path
+export_model(layers, NoTokenizer(), Path(folder) / "exported")
+Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+"""
+
+LAYERS, PARAMETERS = 3, 12
+"""Decoder layers, and parameters of each: DeepSpeed gathers parameter by parameter."""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder, and what both ranks found."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("layers")
+    torch.manual_seed(0)
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS}
+    config = Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero | {"stage3_prefetch_bucket_size": "auto"}}))
+    (folder / "worker.py").write_text(WORKER)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, str(folder / "worker.py"), str(folder)],
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=180)[1] for process in running]
+    assert not any(process.returncode for process in running), errors[0][-3000:] + errors[1][-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_the_numbers_are_those_of_a_full_copy(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Ranks with unequal prompts, lengths, budgets: everything in one piece on one, a row at a time on the other."""
+    import torch
+
+    for found in ranks[1]:
+        for M in (2, 8, 32):
+            whole, layers = torch.tensor(found[f"whole{M}"]), torch.tensor(found[f"layers{M}"])
+            assert whole.max() > 1e-3
+            torch.testing.assert_close(layers, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_ensemble_gathers_a_layer_once_whatever_the_members(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    from vdr_cli.models.anatomy import decoder_layers
+    from vdr_cli.models.loading import load_causal_lm
+
+    layers = decoder_layers(load_causal_lm(str(ranks[0])))
+    size = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    for found in ranks[1]:
+        assert found["moved2"] == found["moved8"] == found["moved32"]
+        assert found["moved8"] == {"gathers": LAYERS * PARAMETERS, "bytes": size}
+        assert size < found["copy"]["bytes"]
+
+
+def test_a_forward_of_one_rank_is_gathered_by_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["forward"]["gathers"] for found in ranks[1]] == [LAYERS * PARAMETERS] * 2
+
+
+def test_an_error_of_one_rank_is_one_of_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["error"] for found in ranks[1]] == ["ZeroDivisionError", "RuntimeError"]
+
+
+def test_the_model_is_exported_whole(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    import torch
+
+    from vdr_cli.models.loading import load_causal_lm
+
+    ids = torch.tensor([[3, 4, 5]])
+    before, after = (load_causal_lm(str(path)) for path in (ranks[0], ranks[0] / "exported"))
+    with torch.no_grad():
+        assert torch.equal(before(input_ids=ids).logits, after(input_ids=ids).logits)
