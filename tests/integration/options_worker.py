@@ -26,18 +26,19 @@ from vdr_cli.engine.build import Engine
 from vdr_cli.errors import VdrError
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
-gathers = 0
+gathers, gathered_bytes = 0, 0
 plant: str | None = None
 calls: list[dict[str, Any]] = []
-gathers_at_advance: list[int] = []
+gathers_at_advance: list[tuple[int, int]] = []
 gradient: dict[str, torch.Tensor] = {}
 
 
 def counted(function: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        global gathers
+    def call(output: Any, *args: Any, **kwargs: Any) -> Any:
+        global gathers, gathered_bytes
         gathers += 1
-        return function(*args, **kwargs)
+        gathered_bytes += sum(part.nbytes for part in (output if isinstance(output, list) else [output]))
+        return function(output, *args, **kwargs)
 
     return call
 
@@ -57,7 +58,7 @@ def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
 
 
 def watched_advance(self: Any, steps: int, tokens: int) -> None:
-    gathers_at_advance.append(gathers)
+    gathers_at_advance.append((gathers, gathered_bytes))
     advance(self, steps, tokens)
 
 

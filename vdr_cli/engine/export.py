@@ -17,7 +17,7 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
     Raises MachineError on every rank when it cannot be written.
     """
-    with engine.twin() as model:
+    with engine.for_writing() as model:
         collectives.together(lambda: _write(model, tokenizer, folder) if collectives.is_main() else None)
 
 

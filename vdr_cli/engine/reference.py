@@ -38,7 +38,7 @@ class FrozenCopy:
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[Any]:
         """The full reference model. Collective on entry under ZeRO-3. policy: not used, see Adapterless."""
-        with self._borrowed() as model, torch.no_grad():
+        with self._engine.lent(self._twin) as (model, _), torch.no_grad():
             yield model
 
     def synchronise(self) -> None:
@@ -56,7 +56,7 @@ class FrozenCopy:
         """
         if not self._moved:
             return
-        with self._borrowed() as model:
+        with self._engine.for_writing(self._twin) as model:
             if collectives.is_main():
                 save_file({name: p.contiguous() for name, p in model.named_parameters()}, folder / WEIGHTS)
 
@@ -70,9 +70,6 @@ class FrozenCopy:
             for name, own in self._model.named_parameters():
                 with self._written(own):
                     own.data.copy_(file.get_tensor(name))
-
-    def _borrowed(self) -> AbstractContextManager[Any]:
-        return self._twin.borrowed(gather if self._engine.stage == 3 else None)
 
     def _written(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
         return gather([parameter], writer=0) if self._engine.stage == 3 else nullcontext()
