@@ -170,7 +170,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line(
     ended = train(run, settings=settings)
     assert ended.returncode == 4
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
-    assert line.startswith("vdr: error: checkpoint under") and "No space left on device" in line
+    assert line.startswith("vdr: error: checkpoint under") and "(0 MiB free on the disk)" in line
     assert "Traceback" not in ended.stderr
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
     (small_disk / "filler").unlink()
@@ -185,7 +185,19 @@ def test_a_missing_column_is_named_before_any_step(train, tmp_path: Path) -> Non
     ended = train(tmp_path / "run", settings={"rewards.functions": [{"name": f"{tmp_path}/mine.py:needs_gold"}]})
     assert ended.returncode == 3
     assert "gold" in ended.stderr and "Traceback" not in ended.stderr
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    prompts = ["1 2 3=6:"] * 9 + ["1 2 3=6:" * 9]
+    data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    settings = {"data.name": str(data), "data.shuffle": False, "rewards.functions": [{"name": "length"}]}
+    ended = train(tmp_path / "run", processes=2, settings=settings)
+    assert ended.returncode == 3, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
+    assert f"{data} line 10: the prompt has 72 tokens; the model's length leaves 57" in line
+    assert (tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json").is_file()
 
 
 def signal_all(process: subprocess.Popen[str], number: int) -> None:

@@ -117,20 +117,20 @@ def test_launchers_that_a_user_types(sharded: str, tmp_path: Path, launcher: lis
 
 def test_another_number_of_processes_carries_weights_and_moments_exactly(train, read, tmp_path: Path) -> None:
     """2 to 1 to 3: each goes on from the one before in a directory of its own, and saves what it loaded."""
-    last, settings = tmp_path / "2", {"train.steps": 2, "train.weight_decay": 0.1}
+    last, settings = tmp_path / "2", {"train.steps": 1, "train.weight_decay": 0.1}
     assert train(last, processes=2, settings=settings).returncode == 0
     expected = optimizer_state(last)
-    assert {name.name for name in expected} >= {"fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"}
+    assert len(expected) > 3 and all(tensor.any() for name, tensor in expected.items() if name.name == "exp_avg_sq.pt")
     for processes in (1, 3):
         before, last = last, tmp_path / str(processes)
-        checkpoint = str(before / "checkpoints" / "step_000002")
+        checkpoint = str(before / "checkpoints" / "step_000001")
         ended = train(last, "--resume", checkpoint, processes=processes, settings=settings)
         assert ended.returncode == 0, ended.stderr
         assert all(torch.equal(tensor, expected[name]) for name, tensor in optimizer_state(last).items())
     assert all(torch.equal(t, read.weights(last)[name]) for name, t in read.weights(tmp_path / "2").items())
-    ended = train(last, "--resume", "auto", processes=3, settings={"train.steps": 3})
+    ended = train(last, "--resume", "auto", processes=3, settings={**settings, "train.steps": 2})
     assert ended.returncode == 0, ended.stderr
-    assert [line["step"] for line in read.metrics(last)] == [3]
+    assert [line["step"] for line in read.metrics(last)] == [2]
 
 
 def optimizer_state(run: Path) -> dict[Path, torch.Tensor]:
@@ -141,5 +141,5 @@ def optimizer_state(run: Path) -> dict[Path, torch.Tensor]:
     _convert(checkpoint)
     folder = checkpoint / UNIVERSAL_TAG / "zero"
     state = {path.relative_to(folder): torch.load(path) for path in folder.glob("*/*.pt")}
-    whole = {name: value.get("param") if isinstance(value, dict) else value for name, value in state.items()}
-    return {name: value for name, value in whole.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value["param"] if isinstance(value, dict) else value for name, value in state.items()}
+    return {name: tensor for name, tensor in tensors.items() if name.name in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt")}

@@ -250,10 +250,18 @@ def _on_every_rank(action: Callable[[], Result], folder: Path) -> Result:
             return action()
         except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
             raise MachineError(
-                f"checkpoint under {folder} could not be written: {fault}; the one before is intact"
+                f"checkpoint under {folder} could not be written: {_reason(fault, folder)}; the one before is intact"
             ) from fault
 
     return collectives.together(guarded)
+
+
+def _reason(fault: Exception, folder: Path) -> str:
+    """What happened, and the room there is: torch says `unexpected pos` when a disk is full."""
+    said = " ".join(str(fault).split())
+    with suppress(OSError):
+        said += f" ({shutil.disk_usage(folder).free >> 20} MiB free on the disk)"
+    return said
 
 
 def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
