@@ -45,12 +45,16 @@ def test_an_earlier_runs_word_does_not_count(tmp_path: Path) -> None:
     assert run_once(plan("", tmp_path), [], Signals()) == 4
 
 
-def test_the_runs_own_word_on_a_fault_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fault = {"host": "h2", "rank": 1, "message": "row 7 has no prompt", "exit_code": 3}
+@pytest.mark.parametrize(
+    ("code", "restarts", "told"),
+    [(3, 2, []), (4, 0, ["host h2, rank 1: what it was"])],  # rank 0 has printed the user's own mistakes
+)
+def test_the_runs_own_word_on_a_fault_decides(tmp_path: Path, code: int, restarts: int, told: list[str]) -> None:
+    fault = {"host": "h2", "rank": 1, "message": "what it was", "exit_code": code}
     script = f"import pathlib, sys; pathlib.Path(sys.argv[1], 'fault.json').write_text({json.dumps(fault)!r})"
     said: list[str] = []
-    assert supervise(plan(script + "; sys.exit(1)", tmp_path), [], 2, said.append) == 3
-    assert said == ["host h2, rank 1: row 7 has no prompt"]
+    assert supervise(plan(script + "; sys.exit(1)", tmp_path), [], restarts, said.append) == code
+    assert said == told
 
 
 def test_restarts_resume_and_end(tmp_path: Path) -> None:
