@@ -22,15 +22,15 @@ from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
-from vdr_cli.models.policy import completion_logps
+from vdr_cli.models.policy import Policy
 from vdr_cli.processes import everywhere, join_processes
 from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
-from vdr_cli.scoring.ranking import save_ranking
-from vdr_cli.scoring.request import ScoreRequest, ScoreResult
-from vdr_cli.scoring.sources import STDIN, Row, Source, Window, Windows, find_sources, first_rows
+from vdr_cli.scoring.ranking import check_labels, save_ranking
+from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
+from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
 from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
 
 PLACES_SHOWN = 20
@@ -50,26 +50,41 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
     """Score every row of the inputs into request.output; a collective when there are several processes."""
     started = time.monotonic()
     device = join_processes(request.device)
-    spool = Path(request.output + ".stdin")
+    spool = Path(request.output + SPOOL)
     if STDIN in request.inputs and collectives.world_size() > 1:
         raise ConfigError("- (stdin) is read by one process: give a file to score with several")
-    sources = find_sources(request.inputs, spool)
-    _check_output(sources, request.output)
+    try:
+        sources = find_sources(request.inputs, spool)
+        _check_output(sources, request.output)
+        summary = _scored(request, sources, device, progress, started)
+    finally:
+        spool.unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    ranking = everywhere(lambda: save_ranking(request.output, request.fields) if collectives.is_main() else ())
+    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
+
+
+def _scored(
+    request: ScoreRequest,
+    sources: Sequence[Source],
+    device: torch.device,
+    progress: Callable[[Progress], None] | None,
+    started: float,
+) -> dict[str, Any]:
+    """Write the output, unless it is there as the answer to this very request; its summary."""
     parts = Parts(request.output, describe(request, sources))
     summary = parts.finished() if request.resume else None
     if summary is None:
         parts.check(request.resume)
         sample = first_rows(sources)
+        check_labels(sample, request.fields)
         layout = make_layout(request, sources, sample)
         scorer = Scorer.load(request, device, sample)
         everywhere(lambda: parts.begin() if collectives.is_main() else None)
         count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
         summary = everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
         summary = collectives.broadcast_object(summary)
-    seconds = time.monotonic() - started
-    spool.unlink(missing_ok=True)
-    ranking = everywhere(lambda: save_ranking(request.output, request.fields) if collectives.is_main() else ())
-    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
+    return summary
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,8 @@ class Scorer:
         )
         spec = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
         names = score_columns(request)
-        return cls(model, tokeniser, spec, names, request.batch_tokens, device, tokenizer.pad_token_id)
+        batch_tokens = request.batch_tokens or BATCH_TOKENS.get(device.type, OTHER_BATCH_TOKENS)
+        return cls(model, tokeniser, spec, names, batch_tokens, device, tokenizer.pad_token_id)
 
     @torch.no_grad()
     def score(self, items: Sequence[Item]) -> dict[int, dict[str, Any]]:
@@ -118,9 +134,8 @@ class Scorer:
     def _columns(self, group_size: int, batch: Sequence[Item]) -> dict[str, list[Any]]:
         c = to_device(collate(batch, self.pad_id), self.device)
         mask = c.completion_mask
-        logps, entropy = completion_logps(
-            self.model, c.prompt_ids, c.prompt_mask, c.completion_ids, mask, temperature=1.0
-        )  # (B, T)
+        policy = Policy(self.model, share_prompts=None if group_size > 1 else False)  # alone: one pass is quicker
+        logps, entropy = policy(c.prompt_ids, c.prompt_mask, c.completion_ids, mask, temperature=1.0)  # (B, T)
         columns = base_columns(logps, entropy, mask)
         statistics = None
         if self.spec is not None:
@@ -136,8 +151,9 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
     """Everything that the output depends on: its metadata, and what a resumed scoring must have in common."""
     ensemble = None
     if request.disagreement is not None:
-        keys = ("members", "dropout", "scope", "last_k", "mask_sharing", "site", "blocks")
+        keys = ("members", "dropout", "last_k", "mask_sharing", "site", "blocks")
         ensemble = {key: getattr(request.disagreement, key) for key in keys}
+        ensemble["scope"] = request.disagreement.effective_scope
     return {
         "version": vdr_cli.__version__,
         "model": request.model,

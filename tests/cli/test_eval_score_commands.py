@@ -11,6 +11,8 @@ import pytest
 from vdr_cli import evaluate, score
 from vdr_cli.cli import app
 from vdr_cli.cli import eval as eval_command
+from vdr_cli.cli import score as score_command
+from vdr_cli.cli.score import ProgressLines
 from vdr_cli.config import load
 from vdr_cli.config.load import dump_run_record, load_config
 from vdr_cli.scoring.request import ScoreResult
@@ -145,9 +147,30 @@ def test_score_flags_reach_the_request(scored, capsys):
     assert "3 rows scored" in shown and "[b]x[/b]" in shown and "0.700" in shown
 
 
+def test_a_log_file_gets_a_line_now_and_then(capsys):
+    lines = ProgressLines()
+    for seconds, fraction in ((5.0, 0.5), (20.0, 0.6), (35.0, 0.75), (40.0, 0.9)):  # resumed: half was there
+        lines(score.Progress(1, fraction, seconds))
+    assert capsys.readouterr().err == "scoring: 75%, 0:00:30 left\n"
+
+
+def test_equal_labels_are_said_in_words_and_a_ranking_fits_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    score_command.show(ScoreResult("o", 1, 0, 0, 0, 1.0, ranking=({"measure": "bald_mean", "auroc": float("nan")},)))
+    assert "nothing to rank" in capsys.readouterr().out
+    names = {"auroc": 0.875, "auprc": 0.875, "prr": -0.875}
+    numbers = {f"{name}{end}": value for name, value in names.items() for end in ("", "_low", "_high")}
+    score_command.show(ScoreResult("o", 1, 0, 0, 0, 1.0, ranking=({"measure": "vote_disagree", **numbers},)))
+    shown = capsys.readouterr().out
+    assert shown.count("0.875 [0.88, 0.88]") == 2
+    assert "-0.875 [-0.88, -0.88]" in shown
+
+
 def test_score_defaults(scored):
     assert app.run(["score", "a.jsonl", "--model", "starter", "--members", "0"]) == 0
     assert scored[-1].disagreement is None and scored[-1].output == "a.scored.jsonl"
+    assert app.run(["score", "a.ndjson", "--model", "starter"]) == 0
+    assert scored[-1].output == "a.scored.jsonl"
     Path("run").mkdir()
     assert app.run(["score", "run", "--model", "starter"]) == 0
     assert scored[-1].output == "run/scores.parquet" and scored[-1].disagreement.members == 8
@@ -167,7 +190,7 @@ def test_score_defaults(scored):
             "--members: disagreement.members must be at least 2",
         ),
         (["score", "a.jsonl", "--model", "starter", "--scope", "top"], "--scope: disagreement.scope must be 'full' or"),
-        (["score", "a.jsonl", "--model", "starter", "--scope", "last_k"], "needs last_k"),
+        (["score", "a.jsonl", "--model", "starter", "--last-k", "2"], "last_k is set but scope is full"),
         (["score", "a.jsonl", "--model", "starter", "--on-error", "cry"], "--on-error cry: give one of stop, skip"),
         (["score", "a.jsonl", "--model", "./none"], "no such directory"),
         (["score", "a.jsonl", "--model", "starter", "-o", "none/o.csv"], "-o none/o.csv: no directory"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vdr_cli.errors import ConfigError, DataError, MachineError
-from vdr_cli.observe import report_data
+from vdr_cli.observe import report, report_data
 from vdr_cli.observe.report import write_pictures, write_report
 from vdr_cli.observe.report_data import load_run, over_seeds, pieces, run_groups
 
@@ -138,8 +138,34 @@ def test_scores_with_labels(tmp_path: Path) -> None:
     text = page.read_text()
     assert "Risk against coverage" in text
     assert "bald_mean</th>" in text
+    assert 'aria-label="AUROC with 95 % intervals: ' in text
+    assert "auroc_with_95_intervals.png" in {path.name for path in write_pictures(scored, tmp_path / "figures")}
     data = json.loads(tags_of(page).data)
     assert "".join(data["groups"][0]["completions"][0]["tokens"]) == "1+2+0"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_scores_in_other_formats(tmp_path: Path, suffix: str) -> None:
+    from vdr_cli.score import run_score
+    from vdr_cli.scoring.request import ScoreRequest
+
+    given = tmp_path / "in.csv"
+    rows = "".join(f"1 2 3=6:,1+2+{index},{index == 3}\n" for index in range(4))
+    given.write_text(f"prompt,completion,label\n{rows}")
+    scored = tmp_path / f"scores.{suffix}"
+    run_score(ScoreRequest((str(given),), "starter", str(scored), tokens=True))
+    page = write_report(scored)
+    assert "Risk against coverage" in page.read_text()
+    one = json.loads(tags_of(page).data)["groups"][0]["completions"][0]
+    assert "".join(one["tokens"]) == "1+2+0"
+    assert len(one["heat"]) == 5
+    assert one["numbers"]["bald_mean"] > 0
+
+
+def test_a_nested_quality_has_its_curve() -> None:
+    chart = report._risk_chart({"doc": [{"score": 3.0}, {"score": 1.0}], "nll_mean": [0.1, 0.9]}, "doc.score")
+    assert chart.y_label == "mean of -doc.score"
+    assert list(chart.series[0].y) == [-3.0, -2.0]
 
 
 def test_pictures(make_run: MakeRun, tmp_path: Path) -> None:
@@ -151,6 +177,13 @@ def test_pictures(make_run: MakeRun, tmp_path: Path) -> None:
 def test_errors_in_one_line(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no metrics.jsonl"):
         write_report(tmp_path)
+    broken = make_run("broken")
+    (broken / "config.yaml").write_text("a: [1")
+    with pytest.raises(DataError, match=r"config.yaml: not valid YAML"):
+        write_report(broken)
+    (broken / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="no model to measure with"):
+        write_report(broken, members=2)
     other = tmp_path / "rows.jsonl"
     other.write_text('{"prompt": "a"}\n')
     with pytest.raises(DataError, match="not a file that vdr score wrote"):

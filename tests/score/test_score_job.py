@@ -302,3 +302,12 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
     rows = [{"q": row["prompt"], "a": row["completion"]} for row in ROWS]
     named = score(tmp_path, rows, fields=Fields(prompt="q", completion="a"))
     assert [row["bald_mean"] for row in named] == pytest.approx([row["bald_mean"] for row in score(tmp_path)])
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path: Path) -> None:
+    given = save(tmp_path / "in.jsonl", ROWS)
+    for out in ("o.PARQUET", "o.CSV"):
+        run_score(ScoreRequest((given,), "starter", str(tmp_path / out), None))
+    assert pq.read_table(tmp_path / "o.PARQUET").num_rows == len(ROWS)
+    with (tmp_path / "o.CSV").open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["0", "1", "2", "3", "4"]

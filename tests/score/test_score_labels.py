@@ -11,8 +11,9 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vdr_cli.errors import DataError
-from vdr_cli.scoring.ranking import rank_columns, save_ranking
+from vdr_cli.scoring.ranking import check_labels, rank_columns, save_ranking
 from vdr_cli.scoring.request import Fields
+from vdr_cli.scoring.sources import Row
 
 
 def rows(count: int = 60) -> list[dict[str, Any]]:
@@ -107,6 +108,15 @@ def test_true_and_false_are_labels(tmp_path: Path) -> None:
     ]
     assert found[0] == found[1] == found[2]
     assert "auroc" in found[0]
+
+
+def test_labels_are_looked_at_before_the_work() -> None:
+    first = [Row("f.jsonl", 3, {"prompt": "a", "label": "yes"})]
+    with pytest.raises(DataError, match=r"f.jsonl line 3: label is 'yes', not a number"):
+        check_labels(first, Fields())
+    with pytest.raises(DataError, match=r"no right in it \(there are: prompt, label\)"):
+        check_labels(first, Fields(label="right"))
+    check_labels([Row("f.jsonl", 1, None, "bad"), Row("f.jsonl", 2, {"prompt": "a"})], Fields())
 
 
 def test_labels_that_are_no_numbers(tmp_path: Path) -> None:

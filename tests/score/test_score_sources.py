@@ -58,7 +58,8 @@ def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
     rows = first_rows([Source(str(path), "jsonl")])
     assert [(row.number, row.error is None) for row in rows] == [(1, True), (3, False), (4, False), (5, False)]
     assert rows[1].place == f"{path} line 3"
-    assert rows[2].error == "not a JSON object"
+    assert rows[2].error == "a JSON array: give JSONL, one object a line"
+    assert rows[3].error is not None
     csv_path = tmp_path / "bad.csv"
     csv_path.write_text('prompt,completion\n"two\nlines",b\nonly\n')
     good, bad = first_rows([Source(str(csv_path), "csv")])
@@ -105,3 +106,36 @@ def test_schema_of_parquet_inputs(tmp_path: Path) -> None:
     assert input_schema([Source(str(save(tmp_path / "a.jsonl")), "jsonl")]) is None
     with pytest.raises(DataError, match="different columns"):
         input_schema([Source(str(first), "parquet"), Source(str(tmp_path / "b.parquet"), "parquet")])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'[{"prompt": "a", "completion": "b"}]', "a JSON array: give JSONL"),
+        (b'{"prompt": "caf\xe9"}', "not valid JSON"),
+    ],
+)
+def test_lines_that_only_look_like_rows(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(line + b"\n")
+    (row,) = first_rows([Source(str(path), "jsonl")])
+    assert row.error is not None
+    assert message in row.error
+
+
+def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\r\na,b\r\ncaf\xe9,c\r\n")
+    good, bad = first_rows([Source(str(path), "csv")])
+    assert good.values == {"prompt": "a", "completion": "b"}
+    assert bad.error == "not valid UTF-8"
+
+
+def test_the_folder_of_lm_evaluation_harness_has_results_that_are_no_rows(tmp_path: Path) -> None:
+    save(tmp_path / "samples_gsm8k_2026.jsonl")
+    (tmp_path / "results_2026.json").write_text('{\n "a": 1\n}')
+    assert [Path(source.path).name for source in find_sources([str(tmp_path)], tmp_path / "spool")] == [
+        "samples_gsm8k_2026.jsonl"
+    ]

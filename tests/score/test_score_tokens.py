@@ -52,6 +52,7 @@ def test_long_completions_are_cut_and_marked(tokenizer: Any) -> None:
         ({"prompt": 7, "completion": "1"}, "must be a string or a list of messages"),
         ({"prompt": "1", "completion": 7}, "must be a string or one assistant message"),
         ({"prompt": "", "completion": "1"}, "no tokens"),
+        ({"prompt": "1", "completion": "\ud800"}, "half of a surrogate pair"),
         ({"prompt": "1", "completion_ids": [99]}, "holds 99"),
         ({"prompt": "1", "completion_ids": [1.5]}, "list of token ids"),
         ({"prompt": "1", "completion_ids": [True]}, "list of token ids"),

@@ -113,6 +113,7 @@ def command(
 
     def evaluate() -> None:
         from vdr_cli.evaluate import paired_differences, run_eval
+        from vdr_cli.scoring.parts import plain
 
         results = run_eval(request())
         records = [result.record() for result in results]
@@ -121,7 +122,8 @@ def command(
             return
         show(records, differences)
         if json_file is not None:
-            Path(json_file).write_text(json.dumps({"models": records, "differences": differences}, indent=2) + "\n")
+            written = plain({"models": records, "differences": differences})  # no NaN: JSON has none
+            Path(json_file).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if markdown is not None:
             Path(markdown).write_text(as_markdown(records, differences), encoding="utf-8")
         if save is not None:
@@ -171,7 +173,7 @@ def ensemble_settings(members: int) -> DisagreementConfig:
     from vdr_cli.config.load import validate
 
     places = {("disagreement", "members"): "--members"}
-    return validate({"disagreement": {"members": members}}, places).disagreement  # type: ignore[arg-type]
+    return validate({"disagreement": {"members": members, "scope": "full"}}, places).disagreement  # type: ignore[arg-type]
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:

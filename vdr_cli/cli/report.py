@@ -43,6 +43,8 @@ def command(
             raise ConfigError(f"{given}: no such run directory or file")
     if compare and Path(source).is_file():
         raise ConfigError("--compare is for runs: a scored file is reported alone")
+    if members and Path(source).is_file():
+        raise ConfigError("--members is for runs: vdr score --tokens saves what a report of scores shows")
     if members < 0 or members == 1:
         raise ConfigError(f"--members {members}: disagreement needs at least 2; 0: not measured")
     if output is not None:

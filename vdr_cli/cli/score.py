@@ -28,6 +28,7 @@ from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdr_cli.config import DisagreementConfig
+    from vdr_cli.score import Progress
     from vdr_cli.scoring.request import ScoreRequest, ScoreResult
 
 EXAMPLES = (
@@ -36,6 +37,8 @@ EXAMPLES = (
     "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
     "vdr score rows.parquet --model runs/wide -o scores.parquet --hostfile hosts --resume",
 )
+
+LINE_EVERY = 30.0  # seconds
 
 ENSEMBLE = "Ensemble"
 ROWS = "Rows"
@@ -54,9 +57,9 @@ def command(
         int, typer.Option(min=0, help="M, dropout members; 0: likelihood and entropy only.", rich_help_panel=ENSEMBLE)
     ] = 8,
     dropout: Annotated[float, typer.Option(help="p of the members' masks.", rich_help_panel=ENSEMBLE)] = 0.1,
-    scope: Annotated[str, typer.Option(help="full, or last_k with --last-k.", rich_help_panel=ENSEMBLE)] = "full",
+    scope: Annotated[str, typer.Option(help="full, or last_k: top layers alone.", rich_help_panel=ENSEMBLE)] = "full",
     last_k: Annotated[
-        int | None, typer.Option(help="Top layers that members differ in.", rich_help_panel=ENSEMBLE)
+        int | None, typer.Option(help="Layers of scope last_k. Default: a quarter.", rich_help_panel=ENSEMBLE)
     ] = None,
     mask_sharing: Annotated[
         str, typer.Option(help="member, or token: new masks at every position.", rich_help_panel=ENSEMBLE)
@@ -74,7 +77,9 @@ def command(
     tokens: Annotated[bool, typer.Option("--tokens", help="Also an array with a value a token.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")] = None,
     append_eos: Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")] = False,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one forward; memory only.")] = 16_384,
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one forward; memory and speed only. Default: by the device.")
+    ] = None,
     on_error: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip it and say so.")] = "stop",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed scoring stopped.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
@@ -124,16 +129,39 @@ def command(
 
 
 def score_with_progress(request: ScoreRequest) -> ScoreResult:
-    """Score, with a bar and the time left on a terminal's stderr."""
+    """Score, with the time left on stderr: a bar on a terminal, else a line now and then."""
     from rich.console import Console
     from rich.progress import Progress
 
     from vdr_cli.score import run_score
 
-    shown = sys.stderr.isatty() and is_first()
-    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    if not is_first():
+        return run_score(request)
+    if not sys.stderr.isatty():
+        return run_score(request, ProgressLines())
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scoring", total=1.0)
         return run_score(request, lambda done: bar.update(task, completed=done.fraction))
+
+
+class ProgressLines:
+    """For a log file or a batch job: `scoring: 42 %, 0:03:10 left`, every LINE_EVERY seconds."""
+
+    def __init__(self) -> None:
+        self._first: Progress | None = None  # what a resumed scoring found done tells nothing of its speed
+        self._said = 0.0
+
+    def __call__(self, done: Progress) -> None:
+        from vdr_cli.observe.live import duration
+
+        first = self._first = self._first or done
+        if done.seconds - self._said < LINE_EVERY:
+            return
+        self._said = done.seconds
+        behind = done.fraction - first.fraction
+        left = (done.seconds - first.seconds) * (1.0 - done.fraction) / behind if behind > 0 else None
+        text = f", {duration(left)} left" if left is not None else ""
+        print(f"scoring: {done.fraction:.0%}{text}", file=sys.stderr, flush=True)
 
 
 def default_output(inputs: Sequence[str]) -> str:
@@ -143,7 +171,8 @@ def default_output(inputs: Sequence[str]) -> str:
         raise ConfigError(f"-o is needed: {inputs[0]} does not say where the scores should go")
     if first.is_dir():
         return str(first / "scores.parquet")
-    return str(first.with_name(f"{first.stem}.scored{first.suffix}"))
+    kind = first.suffix if first.suffix.lower() in (".csv", ".parquet") else ".jsonl"
+    return str(first.with_name(f"{first.stem}.scored{kind}"))
 
 
 def ensemble_settings(
@@ -188,8 +217,14 @@ def show(result: ScoreResult) -> None:
         console.print(escape(visible(line)), soft_wrap=True)
     if not result.ranking:
         return
+    if all(row.get("auroc", row.get("prr")) != row.get("auroc", row.get("prr")) for row in result.ranking):  # NaN
+        console.print("All labels are the same: there is nothing to rank.")
+        return
     table = Table(
-        caption=r"\[low, high]: 95 % interval over groups; higher is better; more beside the output", box=SIMPLE
+        caption=r"\[low, high]: 95 % interval over groups; higher is better; more beside the output",
+        box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,  # all of it in 80 columns
     )
     names = [name for name in ("measure", "auroc", "auprc", "prr") if name in result.ranking[0]]
     for name in names:

@@ -17,8 +17,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from vdr_cli.errors import MachineError
-from vdr_cli.observe.charts import Chart, Series, finite, number, svg
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.observe.charts import MAX_POINTS, Chart, Series, finite, number, svg
+from vdr_cli.observe.intervals import Interval, IntervalChart, interval_svg, ordered
 from vdr_cli.observe.report_data import (
     Decode,
     Heat,
@@ -48,6 +49,10 @@ RUN_CHARTS = (
     ("Seconds a step", ("step_time",), "s"),
 )
 SCORE_CURVES = ("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "n_tokens")
+CHARTS_NOTE = (
+    "Bands: the lowest to the highest of the seeds; of held-out numbers of one run, the 95 % interval over prompts; "
+    "of a long run, the extremes of the steps that one point stands for."
+)
 QUANTILES = (0.5, 0.75, 0.9, 0.97)
 
 
@@ -63,6 +68,9 @@ class Page:
     facts_note: str
     ranking_header: list[str]
     ranking: list[list[str]]
+    ranked: IntervalChart | None
+    uncoloured: str
+    """What to do when no token has a number."""
 
 
 def write_report(
@@ -88,12 +96,14 @@ def write_report(
 
 def write_pictures(source: str | Path, directory: str | Path, compare: Sequence[str | Path] = ()) -> list[Path]:
     """Every chart of the report as a PNG of 300 dots an inch."""
-    from vdr_cli.observe.pictures import write_png
+    from vdr_cli.observe.pictures import write_intervals_png, write_png
 
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [write_png(chart, folder) for chart in _page(Path(source), compare).charts]
+        page = _page(Path(source), compare)
+        ranked = [write_intervals_png(page.ranked, folder)] if page.ranked else []
+        return [*(write_png(chart, folder) for chart in page.charts), *ranked]
     except OSError as error:
         raise MachineError(f"{folder}: cannot be written ({error.strerror})") from error
 
@@ -119,6 +129,8 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
     if any(len(one.x) for one in points):
         charts.append(Chart("Reward against disagreement", "disagreement (nats)", "task reward", points, True))
     model = _model_of(first)
+    if members and model is None:
+        raise ConfigError(f"--members {members}: {first.path} has no model to measure with")
     heat = _measuring(first, model, members) if members and model else None
     groups, saved = run_groups(first, _decoder(model), heat)
     facts = [[name, *(_first_to_last(run, name) for run in runs)] for name in _named_facts(runs)]
@@ -133,6 +145,8 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
         facts_note="First and last measured value.",
         ranking_header=[],
         ranking=[],
+        ranked=None,
+        uncoloured="vdr report RUN --members 8 measures the disagreement of each token.",
     )
 
 
@@ -140,22 +154,13 @@ def score_page(path: Path) -> Page:
     """Risk-coverage curves and the ranking where there are labels, and the completions."""
     from vdr_cli.scoring.parts import read_metadata
     from vdr_cli.scoring.ranking import LABEL
-    from vdr_cli.stats.ranking import Ranked, risk_coverage
 
     columns = scored_rows(path)
     request = (read_metadata(path) or {}).get("request", {})
     label = request.get("fields", {}).get("label") or LABEL
     charts = []
-    if label in columns:
-        losses = 1.0 - _floats(columns[label])
-        curves = []
-        for name in SCORE_CURVES:
-            if name in columns:
-                values = _floats(columns[name])
-                kept = np.isfinite(values) & np.isfinite(losses)
-                coverage, risk = risk_coverage(Ranked.of(values[kept], losses[kept]))
-                curves.append(Series(name, coverage.tolist(), risk.tolist()))
-        charts.append(Chart("Risk against coverage", "share kept, most certain first", "share wrong", curves))
+    if label.partition(".")[0] in columns or label in columns:
+        charts.append(_risk_chart(columns, label))
     if "bald_mean" in columns:
         xs, ys = _floats(columns["nll_mean"])[:1500].tolist(), _floats(columns["bald_mean"])[:1500].tolist()
         cloud = [Series("completions", xs, ys)]
@@ -177,7 +182,51 @@ def score_page(path: Path) -> Page:
         facts_note="",
         ranking_header=header,
         ranking=[[_interval(row, name) for name in header] for row in ranking],
+        ranked=_ranked(ranking),
+        uncoloured="vdr score --tokens saves the disagreement of each token.",
     )
+
+
+def _ranked(ranking: Sequence[Mapping[str, Any]]) -> IntervalChart | None:
+    """The AUROC of every column, PRR where the labels are a quality."""
+    from vdr_cli.scoring.request import BASE_COLUMNS
+
+    if not ranking:
+        return None
+    number = "auroc" if "auroc" in ranking[0] else "prr"
+    rows = [
+        Interval(
+            row["measure"],
+            *(_or_nan(row[number + end]) for end in ("", "_low", "_high")),
+            row["measure"] in BASE_COLUMNS,
+        )
+        for row in ranking
+    ]
+    name, chance = ("AUROC", 0.5) if number == "auroc" else ("PRR", 0.0)
+    chart = IntervalChart(f"{name} with 95 % intervals", f"{name}; {chance:g} is chance", rows, chance)
+    return chart if ordered(chart) else None
+
+
+def _or_nan(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _risk_chart(columns: Mapping[str, Sequence[Any]], label: str) -> Chart:
+    """What the most certain rows lose, for each column that ranks them."""
+    from vdr_cli.scoring.ranking import loss_of
+    from vdr_cli.scoring.tokens import value_at
+    from vdr_cli.stats.ranking import Ranked, risk_coverage
+
+    root = label if label in columns else label.partition(".")[0]
+    is_binary, losses = loss_of(_floats([value_at({root: value}, label) for value in columns[root]]))
+    curves = []
+    for name in [name for name in SCORE_CURVES if name in columns]:
+        values = _floats(columns[name])
+        kept = np.isfinite(values) & np.isfinite(losses)
+        coverage, risk = risk_coverage(Ranked.of(values[kept], losses[kept]))
+        curves.append(Series(name, coverage.tolist(), risk.tolist()))
+    unit = "share wrong" if is_binary else f"mean of -{label}"
+    return Chart("Risk against coverage", "share kept, most certain first", unit, curves)
 
 
 def render(page: Page) -> str:
@@ -191,20 +240,26 @@ def render(page: Page) -> str:
     shown = len(page.groups)
     note = f"{shown} of {page.groups_saved} saved groups" if shown < page.groups_saved else f"All {shown} saved groups"
     coloured = any(one.heat for group in page.groups for one in group.completions)
-    note += "; the darker a token's background, the more the members disagree there." if coloured else "."
+    note += ". Tokens on a coloured background: the members disagree there." if coloured else f". {page.uncoloured}"
     return environment.get_template("report.html.j2").render(
         title=visible(page.title),
         subtitle=visible(page.subtitle),
+        charts_note=CHARTS_NOTE if any(map(_has_bands, page.charts)) else "",
         charts=[{"title": visible(chart.title), "svg": Markup(svg(chart))} for chart in page.charts],
         facts_header=[visible(name) for name in page.facts_header],
         facts=[[visible(cell) for cell in row] for row in page.facts],
         facts_note=page.facts_note,
+        ranked=page.ranked and {"title": page.ranked.title, "svg": Markup(interval_svg(page.ranked))},
         ranking_header=page.ranking_header,
         ranking=page.ranking,
         has_groups=bool(page.groups),
         groups_note=note,
         data=Markup(_embedded(page.groups)),
     )
+
+
+def _has_bands(chart: Chart) -> bool:
+    return not chart.is_scatter and any(one.low is not None or len(one.x) > MAX_POINTS for one in chart.series)
 
 
 def _embedded(groups: Sequence[ShownGroup]) -> str:
@@ -236,7 +291,6 @@ def _decoder(model: str | None) -> Decode | None:
     """How to show single tokens; None when the tokenizer is not there any more: texts are then shown whole."""
     if model is None:
         return None
-    from vdr_cli.errors import ConfigError
     from vdr_cli.models.loading import load_tokenizer
 
     try:
@@ -256,6 +310,8 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
 
     own = run.config.get("disagreement", {})
     kept = {key: own[key] for key in ("dropout", "scope", "last_k", "mask_sharing", "site", "blocks") if key in own}
+    if own.get("mode") == "per_token":
+        kept["mode"] = "per_token"  # what scope None means depends on it
     spec = EnsembleSpec.from_config(DisagreementConfig(members=members, **kept), run.config["train"]["seed"])
     causal_lm = load_causal_lm(model)
 
@@ -317,4 +373,6 @@ def _interval(row: Mapping[str, Any], name: str) -> str:
 
 
 def _floats(values: Sequence[Any]) -> np.ndarray:
-    return np.array([float(value) if value not in (None, "") else np.nan for value in values])
+    from vdr_cli.scoring.ranking import as_number
+
+    return np.array([as_number(value, "a cell") for value in values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.observe.charts import Series
 from vdr_cli.observe.completions import completion_files, read_completions
 from vdr_cli.observe.metrics import METRICS_FILE, read_metrics
+from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS
 
 Decode = Callable[[list[int]], list[str]]
 """Token ids to the text of each token."""
@@ -82,7 +84,10 @@ def load_run(path: str | Path) -> RunData:
                 metrics[name][0].append(int(line["step"]))
                 metrics[name][1].append(value)
     config_file = directory / "config.yaml"
-    loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    try:
+        loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{config_file}: not valid YAML ({' '.join(str(error).split())})") from None
     return RunData(directory.name, directory, loaded if isinstance(loaded, dict) else {}, dict(metrics))
 
 
@@ -175,9 +180,23 @@ def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
 
     windows = Windows(find_sources([str(path)], Path(str(path) + ".stdin")), lambda index: index * WINDOW_ROWS < limit)
     rows = [row.values for window in windows for row in window.rows if row.values is not None]
+    if str(path).lower().endswith(".csv"):
+        rows = [{name: _from_cell(name, cell) for name, cell in row.items()} for row in rows]
     if not rows or "nll_mean" not in rows[0]:
         raise DataError(f"{path}: not a file that vdr score wrote (there is no nll_mean column)")
     return {name: [row.get(name) for row in rows] for name in rows[0]}
+
+
+def _from_cell(name: str, cell: Any) -> Any:
+    """What a CSV's text says, where it is a number or a list of them."""
+    if name.startswith("token_") or name in ("prompt_ids", "completion_ids"):
+        return json.loads(cell) if cell else None
+    if name in (*BASE_COLUMNS, *ENSEMBLE_COLUMNS, *NUMBERS_SHOWN) or name.startswith("rewards/"):
+        try:
+            return float(cell) if cell else None
+        except ValueError:
+            return cell
+    return cell
 
 
 def scored_groups(columns: Mapping[str, Sequence[Any]], decode: Decode | None) -> tuple[list[ShownGroup], int]:

@@ -34,10 +34,17 @@ def shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
 
 
-def storable(text: str) -> str:
-    """The text as valid UTF-8: halves of surrogate pairs become U+FFFD, everything else is kept."""
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can spell half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
+        return False
+    return True
+
+
+def storable(text: str) -> str:
+    """The text as valid UTF-8: halves of surrogate pairs become U+FFFD, everything else is kept."""
+    if not is_text(text):
         return "".join("\ufffd" if "\ud800" <= char <= "\udfff" else char for char in text)
     return text

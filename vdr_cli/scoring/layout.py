@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +34,7 @@ def score_columns(request: ScoreRequest) -> tuple[str, ...]:
 def make_layout(request: ScoreRequest, sources: Sequence[Source], rows: Sequence[Row]) -> Layout:
     """rows: those of the first window; a Parquet input says its columns itself. Ours replace any of the same name."""
     added = score_columns(request)
-    if not request.output.endswith(".parquet"):
+    if Path(request.output).suffix.lower() != ".parquet":
         names = [name for name in _names(rows) if name not in added]
         return Layout((*names, *added))
     schema = input_schema(sources) or _inferred(rows)

@@ -218,7 +218,7 @@ def _new_column(name: str) -> str:
 
 def _join_bytes(path: Path, parts: Sequence[Path], layout: Layout, metadata: str) -> None:
     with path.open("wb") as whole:
-        if path.name.endswith(".csv.tmp"):
+        if path.name.lower().endswith(".csv.tmp"):
             header = io.StringIO(newline="")
             csv.writer(header).writerow(layout.names)
             whole.write(header.getvalue().encode())

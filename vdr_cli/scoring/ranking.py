@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from vdr_cli.errors import DataError
 from vdr_cli.scoring.parts import plain
 from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
+from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.tokens import value_at
 from vdr_cli.stats.ranking import expected_calibration_error, with_intervals
 
@@ -33,6 +35,18 @@ def save_ranking(output: str, fields: Fields) -> tuple[dict[str, Any], ...]:
     return ranking
 
 
+def check_labels(rows: Sequence[Row], fields: Fields) -> None:
+    """DataError when the labels of the first rows cannot be used: sooner than after all have been scored."""
+    label = fields.label or LABEL
+    kept = [(row.place, row.values) for row in rows if row.values is not None]
+    for place, values in kept:
+        as_number(value_at(values, label), f"{place}: {label}")
+    root = label.partition(".")[0]
+    if fields.label and kept and not any(label in values or root in values for _, values in kept):
+        place, values = kept[0]
+        raise DataError(f"{place}: no {label} in it (there are: {', '.join(values)}); name another --label-column")
+
+
 def rank_columns(output: str, fields: Fields, seed: int = 0) -> tuple[dict[str, Any], ...]:
     """A row a column: AUROC, AUPRC, PRR, AURC with intervals, ECE where the column is a probability's logarithm.
 
@@ -45,8 +59,7 @@ def rank_columns(output: str, fields: Fields, seed: int = 0) -> tuple[dict[str, 
     group = fields.group or (GROUP if GROUP in names else None)
     measures = [name for name in (*BASE_COLUMNS, *ENSEMBLE_COLUMNS) if name in names and name not in NOT_RANKED]
     labels, clusters, columns = _read(rows, output, label, group, fields, measures)
-    is_binary = bool(np.isin(labels[np.isfinite(labels)], (0.0, 1.0)).all())
-    loss = 1.0 - labels if is_binary else -labels
+    is_binary, loss = loss_of(labels)
     ranking = []
     for index, name in enumerate(measures):
         row: dict[str, Any] = {"measure": name, **with_intervals(columns[:, index], loss, clusters, seed)}
@@ -54,6 +67,12 @@ def rank_columns(output: str, fields: Fields, seed: int = 0) -> tuple[dict[str, 
             row["ece"] = _calibration(columns[:, index], labels) if name in ("nll_mean", "nll_sum") else None
         ranking.append(row)
     return tuple(ranking)
+
+
+def loss_of(labels: NDArray[np.float64]) -> tuple[bool, NDArray[np.float64]]:
+    """(whether every label is 0 or 1, what is to be small): the error 1 − label, or −quality."""
+    is_binary = bool(np.isin(labels[np.isfinite(labels)], (0.0, 1.0)).all())
+    return is_binary, 1.0 - labels if is_binary else -labels
 
 
 def _calibration(nll: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
@@ -71,19 +90,20 @@ def _read(
     measures: Sequence[str],
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
     """Labels (N,), clusters (N,) and columns (N, measures), NaN where a row has none."""
-    labels, clusters = [], []
-    columns: list[list[float]] = []
+    labels, clusters, columns = array("d"), array("q"), array("d")  # 8 bytes a number, however many rows
     for number, row in enumerate(rows):
-        labels.append(_number(value_at(row, label), f"{output} row {number}: {label}"))
+        labels.append(as_number(value_at(row, label), f"{output} row {number}: {label}"))
         key = value_at(row, group) if group else (value_at(row, fields.prompt) or value_at(row, fields.prompt_ids))
         clusters.append(zlib.crc32(repr(key).encode("utf-8", "replace")))
-        columns.append([_number(row.get(name), name) for name in measures])
-    if not np.isfinite(labels).any():
+        columns.extend(as_number(row.get(name), name) for name in measures)
+    found = np.array(labels)
+    if not np.isfinite(found).any():
         raise DataError(f"{output}: no row has a number in {label}: name the right column with --label-column")
-    return np.array(labels), np.array(clusters), np.array(columns, np.float64).reshape(len(labels), len(measures))
+    return found, np.array(clusters), np.array(columns).reshape(len(found), len(measures))
 
 
-def _number(value: Any, where: str) -> float:
+def as_number(value: Any, where: str) -> float:
+    """What a cell of any format says; NaN when it is empty. DataError for what is no number."""
     if value is None or value == "":
         return float("nan")
     if value in ("True", "true", "False", "false"):  # a CSV's booleans

@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from vdr_cli.config.schema import DisagreementConfig
 
+BATCH_TOKENS = {"cpu": 2048}
+"""A CPU is a quarter faster where activations stay in its caches."""
+OTHER_BATCH_TOKENS = 16_384  # fills an accelerator
+
 BASE_COLUMNS = ("n_tokens", "nll_sum", "nll_mean", "ppl", "entropy_mean", "entropy_max")
 ENSEMBLE_COLUMNS = (
     "total_mean",
@@ -49,7 +53,7 @@ class ScoreRequest:
     model: str
     output: str
     """OUT.parquet, OUT.jsonl or OUT.csv."""
-    disagreement: DisagreementConfig | None = field(default_factory=DisagreementConfig)
+    disagreement: DisagreementConfig | None = field(default_factory=lambda: DisagreementConfig(scope="full"))
     """members, dropout, scope, last_k, mask_sharing, site, blocks are read; None: nll and entropy only."""
     seed: int = 0
     fields: Fields = Fields()
@@ -59,8 +63,8 @@ class ScoreRequest:
     """Longer completions are scored on their first tokens; None: no limit."""
     append_eos: bool = False
     """Completions given as text end with the EOS token."""
-    batch_tokens: int = 16_384
-    """Prompt and completion tokens of one forward; memory, never the result."""
+    batch_tokens: int | None = None
+    """Prompt and completion tokens of one forward; memory, never the result. None: BATCH_TOKENS of the device."""
     on_error: Literal["stop", "skip"] = "stop"
     resume: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

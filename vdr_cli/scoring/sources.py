@@ -23,10 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.observe.text import is_text
 
 WINDOW_ROWS = 1024
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 STDIN = "-"
+SPOOL = ".stdin"  # OUT.stdin: what came in on stdin, while it is scored
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ class Row:
     @property
     def place(self) -> str:
         unit = "row" if self.source.endswith(".parquet") else "line"
-        return f"{self.source} {unit} {self.number}"
+        return f"{shown_path(self.source)} {unit} {self.number}"
+
+
+def shown_path(path: str) -> str:
+    """How messages call a source."""
+    return "stdin" if path.endswith(SPOOL) else path
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def first_rows(sources: Sequence[Source]) -> list[Row]:
     """The rows of the first window; DataError when there are none."""
     window = next(iter(Windows(sources, lambda index: index == 0)), None)
     if window is None:
-        raise DataError(f"{', '.join(source.path for source in sources)}: no rows to score")
+        raise DataError(f"{', '.join(shown_path(source.path) for source in sources)}: no rows to score")
     return window.rows
 
 
@@ -139,7 +146,8 @@ def _expand(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
         folder = path / "completions" if (path / "completions").is_dir() else path
-        found = sorted(folder.glob("step_*.parquet")) or sorted(folder.glob("completions_*.parquet"))  # ours, TRL's
+        names = ("step_*.parquet", "completions_*.parquet", "samples_*.jsonl")  # ours, TRL's, lm-eval's
+        found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
         found = found or sorted(file for file in folder.iterdir() if file.suffix.lower() in FORMATS)
         if not found:
             raise ConfigError(f"{given}: the directory holds no completions ({', '.join(sorted(FORMATS))})")
@@ -169,8 +177,12 @@ def _jsonl(source: Source) -> Reader:
 def _json_row(path: str, number: int, line: bytes) -> Row:
     try:
         values = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        return Row(path, number, None, "not valid JSON (nested too deep)")
+    except ValueError as error:  # bad JSON, bad UTF-8, a number of more digits than Python reads
         return Row(path, number, None, f"not valid JSON ({error})")
+    if isinstance(values, list):
+        return Row(path, number, None, "a JSON array: give JSONL, one object a line")
     if not isinstance(values, dict):
         return Row(path, number, None, "not a JSON object")
     return Row(path, number, values)
@@ -180,7 +192,7 @@ def _csv(source: Source) -> Reader:
     csv.field_size_limit(sys.maxsize)
     size = max(source.size, 1)
     with _open_binary(source) as raw:
-        reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8", errors="replace", newline=""))
+        reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
         header = next(reader, None)
         if header is None:
             return
@@ -193,6 +205,8 @@ def _csv(source: Source) -> Reader:
 def _csv_row(path: str, number: int, header: list[str], values: list[str]) -> Row:
     if len(values) != len(header):
         return Row(path, number, None, f"{len(values)} cells, the header has {len(header)}")
+    if any(not is_text(value) for value in values):
+        return Row(path, number, None, "not valid UTF-8")
     return Row(path, number, dict(zip(header, values, strict=True)))
 
 

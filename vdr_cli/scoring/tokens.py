@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vdr_cli.data.prompts import encode
+from vdr_cli.observe.text import is_text
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 
@@ -81,6 +82,9 @@ class Tokeniser:
             completion: list[int] | str | None = self._ids(row.values, self.fields.completion_ids)
             if completion is None:
                 completion = completion_value(row.values, self.fields)
+            for name, text in ((self.fields.prompt, prompt), (self.fields.completion, completion)):
+                if isinstance(text, str) and not is_text(text):
+                    raise RowError(f"{name} has half of a surrogate pair, which no tokenizer takes")
         except RowError as error:
             row.error = str(error)
             return None
@@ -111,7 +115,7 @@ class Tokeniser:
     def _messages(self, messages: list[dict[str, Any]]) -> list[int]:
         try:
             return encode(self.tokenizer, messages)  # type: ignore[arg-type]
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError) as error:
             raise RowError(f"the chat template refuses the messages: {error}") from error
 
     def _completions(self, texts: list[str]) -> list[list[int]]:
@@ -222,5 +226,5 @@ def _missing(name: str, values: dict[str, Any], flag: str) -> str:
 def _json_or(text: str, otherwise: Any) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return otherwise
