@@ -107,10 +107,9 @@ def test_score_over_two_hosts_is_score(hosts: Path, tmp_path: Path) -> None:
             file.write(json.dumps(row) + "\n")
     score = [sys.executable, "-m", "vdr_cli", "score", str(rows), "--model", "starter", "--members", "2", "-o"]
     places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
-    interface = ["--set", "launch.env.GLOO_SOCKET_IFNAME=eth0"]
     subprocess.run([*score, str(one)], env=ENVIRONMENT, check=True, timeout=300)
-    over = on_h1(hosts, *score, str(two), *places, *interface)
-    subprocess.run(over, env=ENVIRONMENT, check=True, timeout=300)
+    over = on_h1(hosts, *score, str(two), *places)
+    subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
     assert two.read_bytes() == one.read_bytes()
 
 
