@@ -13,6 +13,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.errors import DataError, MachineError
 from vdr_cli.evaluate import evaluate_model
 from vdr_cli.grpo.advantages import zero_variance
+from vdr_cli.observe import speed
 from vdr_cli.observe.completions import write_completions
 from vdr_cli.observe.live import Sample
 from vdr_cli.observe.step_metrics import Pairs, completion_pairs, disagreement_pairs, ratios, reward_pairs
@@ -65,8 +66,10 @@ def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> di
     tokens = float(batch.completions.completion_mask.sum())
     lengths = batch.completions.completion_mask.sum(1)
     seconds = run.timer.take()
-    summed = sum_pairs(pairs | {"loss": (updates.loss, 0.0), "step_tokens": (tokens, 0.0)})
-    loss, step_tokens = summed.pop("loss")[0], summed.pop("step_tokens")[0]
+    prompts = float(batch.completions.prompt_mask[::G].sum())
+    sums = {"loss": updates.loss, "step_tokens": tokens, "prompt_tokens": prompts}
+    summed = sum_pairs(pairs | {name: (value, 0.0) for name, value in sums.items()})
+    loss, step_tokens, prompt_tokens = (summed.pop(name)[0] for name in sums)
     metrics = ratios(summed) | largest(
         updates.maxima
         | {"completions/max_length": float(lengths.max()), "completions/min_length": -float(lengths.min())}
@@ -74,6 +77,7 @@ def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> di
     )
     metrics["completions/min_length"] *= -1.0
     metrics["step_time"] = metrics.pop("time/step")
+    metrics |= speed_metrics(run, metrics, step_tokens, prompt_tokens)
     return metrics | {
         "loss": loss / run.config.grpo.num_iterations,
         "grad_norm": updates.grad_norm,
@@ -82,6 +86,23 @@ def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> di
         "step_tokens": step_tokens,
         "tokens_per_second": step_tokens / metrics["step_time"],
     }
+
+
+def speed_metrics(run: Run, metrics: dict[str, float], completions: float, prompts: float) -> dict[str, float]:
+    """Tokens a second and share of the step of each phase; on a GPU the share of its arithmetic (MFU) as well.
+
+    completions, prompts: tokens over all ranks, a group's prompt once.
+    """
+    seconds = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+    passes = {name: float(run.config.grpo.num_iterations) if name == "update" else 1.0 for name in speed.WORKING}
+    found = speed.speeds(seconds, metrics["step_time"], {name: n * completions for name, n in passes.items()})
+    peak = run.engine.peak_flops()
+    if peak is None:
+        return found
+    through = {name: n * (completions + prompts) for name, n in passes.items()}
+    return found | speed.utilisation(
+        run.engine.num_matrix_parameters, not run.engine.has_frozen, through, seconds, peak * collectives.world_size()
+    )
 
 
 def sum_pairs(pairs: Pairs) -> Pairs:
@@ -111,6 +132,8 @@ def evaluate(run: Run) -> dict[str, float]:
         return {}
     count = min(cfg.train.eval_prompts, len(run.held_out))
     ks = sorted({1, cfg.train.eval_samples})
+    if run.drawing is not None:  # servers that sample for the next step must not get newer weights now
+        collectives.together(run.drawing.wait)
     with run.timer.phase("evaluation"), run.engine.twin() as model:
         result = evaluate_model(
             model,
@@ -177,6 +200,8 @@ def shown_group(run: Run, batch: Batch, signal: Signal) -> list[Sample]:
         tokens = [run.tokenizer.decode([token]) for token in ids]
         measured = signal.token_measure
         heat = measured[row, : len(ids)].tolist() if measured is not None else [0.0] * len(ids)
+        if measured is None and signal.reduced is not None and ids:
+            heat[-1] = float(signal.reduced[row])  # end_of_sequence: of the position that predicts the last token
         prompt = batch.prompts[row].value
         samples.append(
             Sample(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from vdr_cli import drawing as drawings
 from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
 from vdr_cli.data.order import stream_indices
-from vdr_cli.data.prompts import PromptSet, load_prompts
+from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
 from vdr_cli.disagreement.bonus import BonusWatch, RunningRms
+from vdr_cli.disagreement.hooks import ensemble
 from vdr_cli.disagreement.members import EnsembleSpec
+from vdr_cli.drawing import Drawing
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine, build_engine, start_distributed
@@ -31,7 +34,7 @@ from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
 from vdr_cli.models.anatomy import check_head
-from vdr_cli.models.loading import eos_token_ids, load_tokenizer
+from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
 from vdr_cli.observe.completions import remove_after
 from vdr_cli.observe.live import LiveView
 from vdr_cli.observe.metrics import MetricsWriter
@@ -84,6 +87,10 @@ class Run:
     exit_code: int = 0
     saved_step: int | None = None
     _drawn_this_step: int = 0
+    drawing: Drawing | None = None
+    """This step's groups, when they were drawn in the step before (rollout.ahead)."""
+    next_drawing: Drawing | None = None
+    """The next step's groups, drawn in this one."""
     watch: BonusWatch = field(default_factory=BonusWatch)
 
     @property
@@ -110,9 +117,13 @@ class Run:
         rank = collectives.rank()
         first = self.state.drawn + self._drawn_this_step + sum(counts[:rank])
         self._drawn_this_step += sum(counts)
+        return [(position, self.prompt_at(position)) for position in range(first, first + counts[rank])]
+
+    def prompt_at(self, position: int) -> Prompt:
+        """Of the stream."""
         cfg = self.config
-        rows = stream_indices(len(self.prompts), first, counts[rank], cfg.train.seed, cfg.data.shuffle)
-        return [(first + offset, self.prompts[row]) for offset, row in enumerate(rows)]
+        (row,) = stream_indices(len(self.prompts), position, 1, cfg.train.seed, cfg.data.shuffle)
+        return self.prompts[row]
 
     def advance(self, steps: int, tokens: int) -> None:
         """These optimizer steps are done: what they used is used."""
@@ -120,6 +131,7 @@ class Run:
         self.state.tokens += tokens
         self.state.drawn += self._drawn_this_step
         self._drawn_this_step = 0
+        self.drawing, self.next_drawing = self.next_drawing, None
         every = self.config.grpo.sync_reference_every
         if isinstance(self.reference, FrozenCopy) and every and self.step // every > (self.step - steps) // every:
             self.reference.synchronise()
@@ -143,12 +155,17 @@ class Run:
         folder = self.directory / "checkpoints"
         self.state.rms = self.rms.state_dict()
         state = {"loop": vars(self.state), "config_hash": config_hash(self.config)}
-        reference = self.reference.save if isinstance(self.reference, FrozenCopy) else None
-        checkpoints.save(self.engine, folder, self.step, state, also=reference)
+        checkpoints.save(self.engine, folder, self.step, state, also=self._save_more)
         self.saved_step = self.step
         best = self.state.best_step if self.config.train.keep_best else None
         keep = folder / f"step_{best:06d}" if best is not None else None
         checkpoints.prune(folder, self.config.train.keep_last, keep)
+
+    def _save_more(self, folder: Path) -> None:
+        if isinstance(self.reference, FrozenCopy):
+            self.reference.save(folder)
+        if self.drawing is not None:
+            drawings.save(self.drawing, folder)
 
     def _write_report(self) -> None:
         """report.html; a report that cannot be made is said, and costs nothing else."""
@@ -213,6 +230,30 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
             raise
 
 
+@dataclass
+class _Inputs:
+    """What is read before a weight is loaded."""
+
+    tokenizer: Any
+    prompts: PromptSet
+    held_out: PromptSet | None
+    rewards: list[LoadedReward]
+
+
+def _read_inputs(config: Config) -> _Inputs:
+    model = config.model
+    named = model.name, model.revision, model.trust_remote_code
+    tokenizer = load_tokenizer(*named)
+    limits = Limits.of(load_model_config(*named), config.rollout.max_new_tokens)
+    prompts = load_prompts(config.data, "train", tokenizer, limits)
+    rewards = load_rewards(config.rewards, config.data.name)
+    check_columns(rewards, prompts.columns)
+    held_out = load_prompts(config.data, "eval", tokenizer, limits) if config.train.eval_every else None
+    if held_out is not None:
+        check_columns(rewards, held_out.columns)
+    return _Inputs(tokenizer, prompts, held_out, rewards)
+
+
 def refuse_other_settings(config: Config) -> None:
     """Every rank has read its own file and flags; with other ones it would leave the rest waiting. Collective."""
     own = config_hash(config), config.observe.completions_every
@@ -225,41 +266,48 @@ def refuse_other_settings(config: Config) -> None:
             )
 
 
+def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
+    """What is asked of the model's modules can be had of them; ConfigError otherwise. Collective."""
+
+    def check(model: Any) -> None:
+        check_head(model)
+        if members is not None:
+            with ensemble(model, members, step=0, members=[0]):
+                pass
+
+    with engine.twin() as model:
+        collectives.together(lambda: check(model))
+
+
 def _build(
     config: Config, directory: Path, device: torch.device, stop: StopSignal, resume: str | None, stack: ExitStack
 ) -> Run:
     _seed(config.train.seed)
-    tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
-    prompts = load_prompts(config.data, "train", tokenizer)
-    rewards = load_rewards(config.rewards, config.data.name)
-    check_columns(rewards, prompts.columns)
-    held_out = load_prompts(config.data, "eval", tokenizer) if config.train.eval_every else None
+    inputs = collectives.together(lambda: _read_inputs(config))
+    _forget_the_end(directory)
     found, passed_over = _choose_checkpoint(directory, resume)
-    _prepare_directory(directory, config)
+    members = _ensemble(config)
     engine = build_engine(config, device, universal=checkpoints.needs_conversion(found))
-    with engine.twin() as model:
-        collectives.together(lambda: check_head(model))
-    eos_ids = eos_token_ids(engine.causal_lm, tokenizer)
+    _check_model(engine, members)
+    _prepare_directory(directory, config, fresh=resume is None)
+    eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
+    is_main = collectives.is_main()
     run = Run(
         config=config,
         directory=directory,
         engine=engine,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        held_out=held_out,
-        rewards=rewards,
-        rollout=stack.enter_context(open_rollout(config.rollout, tokenizer, eos_ids, directory, collectives.is_main())),
+        **vars(inputs),
+        rollout=stack.enter_context(open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, is_main)),
         sampling=sampling_of(config),
-        ensemble=_ensemble(config),
+        ensemble=members,
         rms=RunningRms(),
         reference=build_reference(config, engine),
         writer=None,
         view=None,
         stop=stop,
     )
-    if collectives.is_main():
-        run.writer = stack.enter_context(MetricsWriter(directory, config.observe, config.model_dump()))
-        run.view = stack.enter_context(LiveView(config.observe.live))
+    collectives.together(lambda: _open_outputs(run, stack) if is_main else None)
+    run.note(f"run directory {directory}")
     for line in passed_over:
         run.note(line)
     if resume is not None:
@@ -298,6 +346,7 @@ def _go_on(run: Run, found: checkpoints.Checkpoint | None) -> None:
             run.reference.load(found.path)
         run.state = LoopState(**found.state["loop"])
         run.rms.load_state_dict(run.state.rms)
+        run.drawing = drawings.load(run, found.path, even_shares)
         run.saved_step = run.step if found.path.parent == folder else None
         run.note(f"resumed from {found.path}")
     checkpoints.set_aside(folder, after=run.step if found is not None else -1)
@@ -306,18 +355,44 @@ def _go_on(run: Run, found: checkpoints.Checkpoint | None) -> None:
         remove_after(run.directory, run.step)
 
 
-def _prepare_directory(directory: Path, config: Config) -> None:
-    def prepare() -> None:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / "config.yaml").write_text(dump_run_record(config))
-            outcome.clear(directory)
-        except OSError as fault:
-            raise MachineError(
-                f"train.output {directory}: cannot be written ({fault.strerror}); choose another"
-            ) from fault
+def _open_outputs(run: Run, stack: ExitStack) -> None:
+    run.writer = stack.enter_context(MetricsWriter(run.directory, run.config.observe, run.config.model_dump()))
+    run.view = stack.enter_context(LiveView(run.config.observe.live))
 
-    collectives.together(lambda: prepare() if collectives.is_main() else None)
+
+def _forget_the_end(directory: Path) -> None:
+    """How an earlier run ended is not how this one did, whatever becomes of it."""
+    _on_disk(directory, lambda: outcome.clear(directory) if directory.is_dir() else None)
+
+
+def _prepare_directory(directory: Path, config: Config, fresh: bool) -> None:
+    """The directory with config.yaml, once everything that can be wrong with the settings has been looked at.
+
+    fresh: another run that took the directory in the meantime keeps it.
+    """
+
+    def prepare() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with (directory / "config.yaml").open("x" if fresh else "w", encoding="utf-8") as file:
+                file.write(dump_run_record(config))
+        except FileExistsError:
+            raise ConfigError(f"train.output {directory} holds another run; give another --output") from None
+
+    _on_disk(directory, prepare)
+
+
+def _on_disk(directory: Path, action: Callable[[], None]) -> None:
+    """The action on rank 0; what the disk refuses is the same MachineError on every rank. Collective."""
+
+    def guarded() -> None:
+        try:
+            action()
+        except OSError as fault:
+            reason = fault.strerror or fault
+            raise MachineError(f"train.output {directory}: cannot be written ({reason}); choose another") from fault
+
+    collectives.together(lambda: guarded() if collectives.is_main() else None)
 
 
 def _seed(seed: int) -> None:

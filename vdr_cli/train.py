@@ -7,6 +7,7 @@ What a run consists of and how it starts, saves and ends is in run.py; what it w
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ from vdr_cli import record
 from vdr_cli.batch import Batch, Signal, Updates, concatenate, micro_batches_of, to_device
 from vdr_cli.config import Config
 from vdr_cli.disagreement import bonus as bonuses
+from vdr_cli.disagreement.information import Statistics
+from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.stems import StemKeeper
+from vdr_cli.drawing import Drawing, reward_stream
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import learning_rate_at
-from vdr_cli.evaluate import completion_texts
 from vdr_cli.grpo import advantages as grpo_advantages
 from vdr_cli.grpo.losses import (
     Totals,
@@ -31,8 +35,7 @@ from vdr_cli.grpo.losses import (
     token_weights,
 )
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rewards.calling import compute_rewards
-from vdr_cli.rollout.base import Completions, Prompt, completion_key
+from vdr_cli.rollout.base import completion_key
 from vdr_cli.run import Run, even_shares, open_run
 
 
@@ -63,53 +66,73 @@ def collect(run: Run) -> tuple[Batch, Signal]:
     """
     with run.engine.twin() as model:
         batch = sample_informative(run, model)
-        measured = disagree(run, model, batch)
-        knowledge = consult(run, model, batch)
+        if run.config.rollout.ahead:
+            next_step = run.step + run.config.grpo.num_iterations
+            run.next_drawing = begin(run, model, even_shares(run.config.train.prompts_per_step), next_step)
+        stems = stem_keeper(run, model, batch)
+        knowledge = consult(run, model, batch, stems)
+        measured = disagree(run, model, batch, stems)
     return batch, reward_head(run, batch, measured, knowledge)
 
 
 def sample_informative(run: Run, model: Any) -> Batch:
     """prompts_per_step groups; those whose task rewards are all equal are drawn anew, resample_groups times at most."""
     G = run.config.rollout.group_size
-    batch = sample(run, model, run.next_prompts(even_shares(run.config.train.prompts_per_step)))
+    drawing = run.drawing or begin(run, model, even_shares(run.config.train.prompts_per_step), run.step)
+    batch = finish(run, drawing)
     for _ in range(run.config.grpo.resample_groups):
         stalled = grpo_advantages.zero_variance(batch.task_reward, G)
         counts = collectives.gather_objects(int(stalled.sum()))
         if not sum(counts):
             break
-        fresh = sample(run, model, run.next_prompts(counts))
+        fresh = finish(run, begin(run, model, counts, run.step))
         batch = replace_groups(batch, stalled, fresh, G, run.tokenizer.pad_token_id)
     return batch
 
 
-def sample(run: Run, model: Any, drawn: list[tuple[int, Prompt]]) -> Batch:
-    """Prompts, each with its position in the stream, to completions and task rewards. Collective."""
+def begin(run: Run, model: Any, counts: list[int], step: int) -> Drawing:
+    """Start to sample the next prompts of the stream, counts[r] on rank r, for this step. Collective.
+
+    Rewards are computed as groups finish, while others are still sampled.
+    """
     cfg = run.config
 
-    def here() -> Batch:
+    def here() -> Drawing:
+        drawn = run.next_prompts(counts)  # each with its position in the stream
+        prompts = [prompt for _, prompt in drawn]
         keys = [completion_key(cfg.train.seed, 1, position) for position, _ in drawn]
-        token_ids = [prompt.token_ids for _, prompt in drawn]
+        rewards = reward_stream(run, prompts, step)
         with run.timer.phase("rollout"):
-            completions = run.rollout.generate(model, token_ids, cfg.rollout.group_size, run.sampling, keys)
-        prompts = [prompt for _, prompt in drawn for _ in range(cfg.rollout.group_size)]
-        with run.timer.phase("rewards"):
-            return rewarded(run, prompts, completions)
+            wait = run.rollout.begin(
+                model,
+                [prompt.token_ids for prompt in prompts],
+                cfg.rollout.group_size,
+                run.sampling,
+                keys,
+                rewards.finished,
+            )
+        return Drawing([position for position, _ in drawn], prompts, wait, rewards)
 
     return collectives.together(here)
 
 
-def rewarded(run: Run, prompts: list[Prompt], completions: Completions) -> Batch:
-    """Completions with what every reward function says of them."""
+def finish(run: Run, drawing: Drawing) -> Batch:
+    """The completions with what every reward function says of them. Collective."""
     cfg = run.config
-    texts = completion_texts(run.tokenizer, prompts, completions)
-    rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
-    ids = [tokens[:count] for tokens, count in rows]
-    rewards = compute_rewards(run.rewards, prompts, texts, ids, cfg.rewards.timeout)  # (B, F)
-    weights = torch.tensor([reward.weight for reward in run.rewards])
-    task_reward = grpo_advantages.combine_rewards(rewards, weights)
-    lengths = completions.completion_mask.sum(1)
-    task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
-    return Batch(prompts, completions, texts, rewards, task_reward)
+
+    def here() -> Batch:
+        with run.timer.phase("rollout"):
+            completions = drawing.wait()
+        with run.timer.phase("rewards"):  # what is left of it after sampling
+            texts, rewards = drawing.rewards.result()  # (B, F)
+        weights = torch.tensor([reward.weight for reward in run.rewards])
+        task_reward = grpo_advantages.combine_rewards(rewards, weights)
+        lengths = completions.completion_mask.sum(1)
+        task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
+        prompts = [prompt for prompt in drawing.prompts for _ in range(cfg.rollout.group_size)]
+        return Batch(prompts, completions, texts, rewards, task_reward)
+
+    return collectives.together(here)
 
 
 def replace_groups(batch: Batch, stalled: Tensor, fresh: Batch, group_size: int, pad_id: int) -> Batch:
@@ -122,25 +145,36 @@ def replace_groups(batch: Batch, stalled: Tensor, fresh: Batch, group_size: int,
     return concatenate([batch, fresh], pad_id).select(rows)
 
 
-def disagree(run: Run, model: Any, batch: Batch) -> Tensor | None:
+def stem_keeper(run: Run, model: Any, batch: Batch) -> StemKeeper | None:
+    """For the members' lower layers to be read in the pass that gives log-probabilities, if there is to be one."""
+    if run.ensemble is None or run.engine.by_layers:
+        return None
+    return StemKeeper(model, run.ensemble, batch.completions, run.config.rollout.group_size)
+
+
+def disagree(run: Run, model: Any, batch: Batch, stems: StemKeeper | None) -> Tensor | None:
     """The measure of every completion: (B, T) per token, (B,) at the end of the sequence; None without. Collective."""
     cfg, ensemble = run.config.disagreement, run.ensemble
     if ensemble is None:
         return None
-    completions = to_device(batch.completions, run.engine.device)
+    asked: dict[str, Any] = {
+        "completions": to_device(batch.completions, run.engine.device),
+        "group_size": run.config.rollout.group_size,
+        "spec": ensemble,
+        "step": run.step,
+        "positions": "last" if cfg.mode == "end_of_sequence" else "all",
+        "measures": frozenset({cfg.measure}),
+        "last_n": cfg.last_n,
+    }
+
+    def here() -> Statistics:
+        if not run.engine.by_layers:
+            return measure(model, **asked, stems=stems)
+        with run.engine.one_by_one() as lend:
+            return measure_by_layers(model, lend, **asked)
+
     with run.timer.phase("disagreement"):
-        statistics = collectives.together(
-            lambda: measure(
-                model,
-                completions,
-                run.config.rollout.group_size,
-                ensemble,
-                run.step,
-                positions="last" if cfg.mode == "end_of_sequence" else "all",
-                measures=frozenset({cfg.measure}),
-                last_n=cfg.last_n,
-            )
-        )
+        statistics = collectives.together(here)
     return statistics.get(cfg.measure).cpu()
 
 
@@ -153,7 +187,7 @@ class Knowledge:
     selected: Tensor | None = None  # (B, T) bool, the step's tokens of highest entropy
 
 
-def consult(run: Run, model: Any, batch: Batch) -> Knowledge:
+def consult(run: Run, model: Any, batch: Batch, stems: StemKeeper | None) -> Knowledge:
     """Reference log-probabilities and high-entropy tokens; nothing is computed that the loss does not use."""
     cfg = run.config.grpo
     ref_logps = logps = selected = None
@@ -161,7 +195,7 @@ def consult(run: Run, model: Any, batch: Batch) -> Knowledge:
         with run.timer.phase("reference"), run.reference.whole(model) as reference:
             ref_logps, _ = logps_of(run, reference, batch)
     if cfg.top_entropy_quantile < 1.0 or (ref_logps is not None and cfg.kl_in == "reward"):
-        logps, entropy = logps_of(run, model, batch)
+        logps, entropy = logps_of(run, model, batch, stems)
         if cfg.top_entropy_quantile < 1.0:
             everybody = torch.cat(collectives.gather_objects(entropy[trained_tokens(run, batch)]))
             selected = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
@@ -174,7 +208,7 @@ def trained_tokens(run: Run, batch: Batch) -> Tensor:
     return loss_mask(completions.completion_mask, completions.truncated, run.config.grpo.mask_truncated)
 
 
-def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def logps_of(run: Run, model: Any, batch: Batch, stems: StemKeeper | None = None) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (B, T) of the completions under a whole model.
 
     In the update's own micro-batches, read in its own way: an unchanged policy gives the same numbers to the last bit.
@@ -186,15 +220,16 @@ def logps_of(run: Run, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + size)
         part = to_device(batch.completions.rows(rows).trimmed(), run.engine.device)
         T = part.completion_ids.shape[1]
-        logps[rows, :T], entropy[rows, :T] = completion_logps(
-            model,
-            part.prompt_ids,
-            part.prompt_mask,
-            part.completion_ids,
-            part.completion_mask,
-            run.config.rollout.temperature,
-            share_prompts=run.engine.share_prompts,
-        )
+        with stems.keeping(rows, part.prompt_ids.shape[1]) if stems else nullcontext():
+            logps[rows, :T], entropy[rows, :T] = completion_logps(
+                model,
+                part.prompt_ids,
+                part.prompt_mask,
+                part.completion_ids,
+                part.completion_mask,
+                run.config.rollout.temperature,
+                share_prompts=run.engine.share_prompts,
+            )
     return logps, entropy
 
 
@@ -293,7 +328,7 @@ def update(run: Run, batch: Batch, signal: Signal) -> Updates:
                 logps, entropy = run.engine.forward(*micro.tokens, cfg.rollout.temperature)
                 if old_logps[index] is None:
                     old_logps[index] = logps.detach()
-                output = policy_loss(micro.inputs(logps, old_logps[index], entropy), micro.weights, cfg.grpo)
+                output = policy_loss(micro.inputs(logps, old_logps[index], entropy), micro.weights, cfg.corrected_grpo)
                 run.engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)
             updates.learning_rate = learning_rate_at(run.step + iteration, cfg.train)

@@ -41,6 +41,14 @@ BASE = {
 }
 LORA = {"rank": 4, "alpha": 8}
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}
+AHEAD = {
+    "rollout.ahead": 1,
+    "train.learning_rate": 5e-3,
+    "train.checkpoint_every": 2,
+    "train.eval_every": 2,
+    "train.eval_prompts": 3,
+    "disagreement.mode": "end_of_sequence",
+}
 REWARDS = """
 def flat(completions, **_):
     return [0.5] * len(completions)
@@ -63,6 +71,7 @@ def training_runs(folder: Path) -> list[Run]:
     flat = [{"name": f"{folder}/mine.py:flat"}]
     two = [{"name": "countdown"}, {"name": f"{folder}/mine.py:digits", "weight": 0.5}]
     twice = {"train.steps": 2, "grpo.num_iterations": 2}
+    consulted = {"disagreement.mode": "end_of_sequence", "grpo.beta": 0.1, "grpo.kl_in": "reward", "train.steps": 2}
     refuse = {"train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
     return [
         ("plain", {}),
@@ -82,6 +91,10 @@ def training_runs(folder: Path) -> list[Run]:
         ("truncated", {"grpo.mask_truncated": True, "rollout.max_new_tokens": 6, "grpo.top_entropy_quantile": 0.3}),
         ("overlong", {"grpo.overlong_cache": 3}),
         ("capped", {"grpo.importance_cap": 0.5, "train.max_grad_norm": 0.0}),
+        ("ahead", {**AHEAD, "train.steps": 4}),
+        ("ahead_parts", {**AHEAD, "train.steps": 2}),
+        ("ahead_parts", {**AHEAD, "train.steps": 4}),
+        ("unmoved", {"train.steps": 3, "train.learning_rate": 1e-30}),
         ("normalised", {"grpo.multi_reward": "normalise_then_sum", "rewards.functions": two}),
         ("masked", {}, "masked"),
         *[(f"by_name_{name}", {"engine.ds_config": name}) for name in BY_NAME],
@@ -99,6 +112,8 @@ def training_runs(folder: Path) -> list[Run]:
             for M in (2, 8, 32)
         ],
         ("members0", {"train.steps": 3}),
+        ("whole_copy", consulted),
+        ("by_layers", {**consulted, "engine.copy_of_weights": "layers"}),
     ]  # fmt: skip
 
 
@@ -203,6 +218,28 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
 
 def test_every_run_ends_well_but_the_endless_refusal(left: Left) -> None:
     assert {name for name, code in left.ended.items() if code != "0"} == {"refused"}
+
+
+# ---- completions of the step before -----------------------------------------------------------------------------
+
+
+def test_ahead_resumes_bit_for_bit(left: Left) -> None:
+    assert left.metrics("ahead") == left.metrics("ahead_parts")
+    for step in range(1, 5):
+        assert left.table("ahead", step) == left.table("ahead_parts", step)
+    whole, parts = left.weights("ahead"), left.weights("ahead_parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_ahead_samples_under_the_weights_before_and_corrects_for_it(left: Left) -> None:
+    """The second step's completions are the start model's, though the first step moved it far."""
+    assert left.table("ahead", 2)["completion_ids"] == left.table("unmoved", 2)["completion_ids"]
+    assert left.table("ahead", 3)["completion_ids"] != left.table("unmoved", 3)["completion_ids"]
+    _, first, second, *_ = left.metrics("ahead")  # the first line is the evaluation at the start
+    assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(second["sampling/importance_sampling_ratio/mean"] - 1.0) > 1e-3
+    assert second["sampling/sampling_logp_difference/max"] > 0.1
+    assert second["ratio/max"] == 1.0  # the clip compares with the policy of now
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------
@@ -391,6 +428,19 @@ def test_the_update_is_the_same_however_it_is_computed(left: Left, run: str) -> 
     assert left.metrics(run)[0]["grad_norm"] == pytest.approx(left.metrics("plain")[0]["grad_norm"], rel=1e-5)
 
 
+def test_completions_do_not_depend_on_the_number_of_ranks(left: Left) -> None:
+    one, two = left.table("alone"), left.table("plain")
+    assert one["completion_ids"] == two["completion_ids"] and one["row"] == two["row"]
+
+
+def test_every_phase_has_its_speed_and_share(left: Left) -> None:
+    line = json.loads((left.folder / "ahead" / "metrics.jsonl").read_text().splitlines()[1])
+    for phase in ("rollout", "disagreement", "update"):
+        rate = line["step_tokens"] / line[f"time/{phase}"]
+        assert line[f"tokens_per_second/{phase}"] == pytest.approx(rate)
+        assert line[f"step_time_share/{phase}"] == pytest.approx(line[f"time/{phase}"] / line["step_time"])
+
+
 def test_bfloat16_trains(left: Left) -> None:
     (line,) = left.metrics("bfloat16")
     assert line["refused_steps"] == 0 and line["ratio/max"] == 1.0
@@ -399,14 +449,31 @@ def test_bfloat16_trains(left: Left) -> None:
 
 
 def test_gathers_do_not_depend_on_the_number_of_members(left: Left) -> None:
-    def last_step(run: str) -> int:
+    """Nor their bytes; without a bonus there may be one gather less, of one copy of the weights at most."""
+
+    def last_step(run: str) -> tuple[int, int]:
         (counts, other) = (probe["gathers"] for probe in left.probes(run))
         assert counts == other
-        return counts[-1] - counts[-2]
+        return counts[-1][0] - counts[-2][0], counts[-1][1] - counts[-2][1]
 
     two, eight, many, none = (last_step(f"members{M}") for M in (2, 8, 32, 0))
     assert two == eight == many
-    assert none > 0 and many - none <= 1
+    assert none[0] > 0 and many[0] - none[0] <= 1
+    weights = sum(tensor.nbytes for tensor in left.weights("members8").values())
+    assert none[1] > weights and many[1] - none[1] <= 1.1 * weights
+
+
+def test_one_layer_at_a_time_is_the_same_run(left: Left) -> None:
+    """Sampling, ensemble, reference and log-probabilities where no copy of the weights is ever whole."""
+    whole, layers = left.table("whole_copy"), left.table("by_layers")
+    assert layers["completion"] == whole["completion"]
+    torch.testing.assert_close(
+        torch.tensor(layers["advantage"]), torch.tensor(whole["advantage"]), rtol=1e-3, atol=1e-4
+    )
+    assert distance(left.gradient("by_layers"), left.gradient("whole_copy")) <= 1e-5
+    assert max(abs(bonus) for bonus in layers["bonus"]) > 0
+    assert left.ended["by_layers"] == "0"
+    assert distance(left.update("by_layers"), left.update("whole_copy")) <= 1e-3
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
+from vdr_cli.models.anatomy import cache_arguments
 from vdr_cli.rollout import cache as decode_cache
 from vdr_cli.rollout.base import Sampling, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, ExpandedLayer, Grouping, SharedPromptLayer, without_holes
@@ -57,7 +58,7 @@ def test_decoding_equals_a_full_forward_while_rows_leave(share: bool, monkeypatc
     owner = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
     inner = DynamicCache(config=model.config)
     positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
-    model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=inner)
+    model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, **cache_arguments(model, inner))
     cache = DecodeCache(model, inner, owner, mask, new_tokens=4)
     assert isinstance(inner.layers[0], SharedPromptLayer if share else ExpandedLayer)
     tokens = torch.randint(3, 40, (9, 4))
@@ -74,7 +75,7 @@ def test_decoding_equals_a_full_forward_while_rows_leave(share: bool, monkeypatc
                 input_ids=tokens[rows, t : t + 1],
                 position_ids=positions[owner[rows], -1:] + 1 + t,
                 attention_mask=None if share else seen.long(),
-                past_key_values=inner,
+                **cache_arguments(model, inner),
             ).logits[:, -1]
         assert inner.get_seq_length() == 5 + t + 1
         for row, got in zip(rows.tolist(), logits, strict=True):
@@ -100,7 +101,7 @@ def test_the_models_own_attention_is_put_back() -> None:
     assert model.config._attn_implementation == before
     ids, mask = pad_prompts(PROMPTS, 0)
     inner = DynamicCache(config=model.config)
-    model(input_ids=ids, past_key_values=inner)
+    model(input_ids=ids, **cache_arguments(model, inner))
     cache = DecodeCache(model, inner, torch.tensor([0, 1, 2]), mask, 2)
     with pytest.raises(KeyboardInterrupt), cache.attention():
         assert model.config._attn_implementation != before

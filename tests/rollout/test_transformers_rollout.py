@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -145,6 +146,24 @@ def test_a_completion_does_not_depend_on_batch_size_or_order(name: str) -> None:
     assert len({tuple(ids) for ids in together}) > 20
 
 
+def test_200000_completions_follow_the_joint_distribution_of_their_tokens() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**{**DECODER, "vocab_size": 7})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    prompt, sampling = [5, 2, 6], Sampling(max_new_tokens=2, temperature=0.9)
+    out = TransformersRollout(PAD, []).generate(model, [prompt], 200_000, sampling, [77])
+    with torch.no_grad():
+        continued = torch.tensor([[*prompt, token] for token in range(7)])
+        logits = model(input_ids=continued).logits.double() / 0.9
+    exact = (logits[0, 2].softmax(-1)[:, None] * logits[:, 3].softmax(-1)).flatten()  # (7 * 7,)
+    counts = (out.completion_ids[:, 0] * 7 + out.completion_ids[:, 1]).bincount(minlength=49)
+    assert stats.chisquare(counts.numpy(), (exact * 200_000).numpy()).pvalue > 1e-3
+    wrong = (exact**1.02 / (exact**1.02).sum()) * 200_000
+    assert stats.chisquare(counts.numpy(), wrong.numpy()).pvalue < 1e-3
+
+
 def test_batches_hold_the_limit_and_every_row_once() -> None:
     batches = list(_batches([5, 1, 3, 8, 2], 6, T=10, batch_tokens=60))
     rows = [(row.prompt, row.completion) for batch in batches for row in batch]
@@ -153,6 +172,29 @@ def test_batches_hold_the_limit_and_every_row_once() -> None:
     for batch in batches:
         width = max(lengths[row.prompt] for row in batch) + 10
         assert len(batch) * width <= 60 or len(batch) == 1
+
+
+@pytest.mark.parametrize("batch_tokens", [262_144, 90])
+def test_every_prompt_is_told_once_and_before_the_last_are_sampled(batch_tokens: int) -> None:
+    model = tiny("qwen2", spread=1.0)
+    told: dict[int, list[list[int]]] = {}
+    forwards: list[int] = []
+
+    def finished(places: Sequence[int], given: Completions) -> None:
+        forwards.append(calls[0])
+        for k, place in enumerate(places):
+            assert place not in told
+            told[place] = answers(given)[4 * k : 4 * k + 4]
+
+    calls = [0]
+    model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    sampling = Sampling(max_new_tokens=30, temperature=1.0)
+    backend = TransformersRollout(PAD, range(1, 12), batch_tokens=batch_tokens)  # many tokens end a completion
+    out = backend.generate(model, PROMPTS, 4, sampling, KEYS, finished)
+    assert told == {place: answers(out)[4 * place : 4 * place + 4] for place in range(len(PROMPTS))}
+    assert len(forwards) > 1 and forwards[0] < calls[0]
+    again = backend.begin(model, PROMPTS, 4, sampling, KEYS)()
+    assert answers(again) == answers(out) and torch.equal(again.truncated, out.truncated)
 
 
 class Letters:

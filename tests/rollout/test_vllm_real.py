@@ -30,6 +30,7 @@ INTERPRETER = os.environ.get("VDR_VLLM_PYTHON", "")
 START = 900.0
 
 pytestmark = [
+    pytest.mark.cluster,
     pytest.mark.network,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not INTERPRETER, reason="VDR_VLLM_PYTHON names no interpreter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vdr_cli.rollout.base import Rollout, Sampling
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import VllmRollout
+from vdr_cli.rollout.vllm_client import VllmClient
 from vdr_cli.rollout.weights import checksum, write_model
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
@@ -72,6 +74,25 @@ def test_completions_and_logps_are_the_servers(fake_vllm: Any, tmp_path: Path) -
     assert torch.equal(out.prompt_ids, own.prompt_ids)
     assert torch.equal(out.truncated, own.truncated)
     assert torch.allclose(out.sampler_logps, own.sampler_logps, atol=1e-5)
+
+
+def test_prompts_are_spread_over_several_servers(fake_vllm: Any, tmp_path: Path) -> None:
+    second = type(fake_vllm)()
+    try:
+        urls = [fake_vllm.url, second.url]
+        sampling = Sampling(max_new_tokens=6)
+        out = connect(fake_vllm, tmp_path, urls=urls).generate(tiny(), PROMPTS, 2, sampling, KEYS)
+        own = TransformersRollout(0, [1]).generate(tiny(), PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+        assert torch.equal(out.completion_ids, own.completion_ids)
+        assert fake_vllm.reloads == second.reloads == 1
+        assert second.completions > len(PROMPTS)  # its own proof, and a prompt
+        second.stale = True
+        rollout, model = connect(fake_vllm, tmp_path, urls=urls), tiny()
+        change(model)
+        with pytest.raises(ConfigError, match=f"log-probabilities of {second.url} differ"):
+            rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    finally:
+        second.stop()
 
 
 def test_greedy_completions_are_asked_for_once(fake_vllm: Any, tmp_path: Path) -> None:
@@ -161,6 +182,34 @@ def test_a_server_lost_in_the_middle_is_named(fake_vllm: Any, tmp_path: Path) ->
     fake_vllm.stop()
     with pytest.raises(MachineError, match=f"vLLM server {url} does not answer"):
         rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+def test_servers_sample_while_the_trainer_does_something_else(fake_vllm: Any, tmp_path: Path) -> None:
+    model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
+    whole = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    told: dict[int, Any] = {}
+    with fake_vllm.lock:  # nothing is answered meanwhile
+        wait = rollout.begin(model, PROMPTS, 2, sampling, KEYS, lambda places, given: told.update({places[0]: given}))
+        assert not told
+    assert torch.equal(wait().completion_ids, whole.completion_ids)
+    assert sorted(told) == [0, 1, 2] and len(told[1]) == 2
+
+
+def test_a_push_waits_for_what_is_sampled_under_the_old_weights(
+    fake_vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
+    whole = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    fake_vllm.lock.acquire()
+    wait = rollout.begin(model, PROMPTS, 2, sampling, KEYS)
+    before, done = list(rollout.sampling), []
+    reload = VllmClient.reload
+    monkeypatch.setattr(VllmClient, "reload", lambda *a: (done.append(all(each.done() for each in before)), reload(*a)))
+    change(model)
+    threading.Timer(0.3, fake_vllm.lock.release).start()
+    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    assert done == [True]
+    assert torch.equal(wait().completion_ids, whole.completion_ids)
 
 
 def test_no_server_at_the_start_is_named(tmp_path: Path) -> None:

@@ -6,12 +6,19 @@ before any weight is loaded. Nothing in this package imports torch, so `vdr --he
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from vdr_cli.config.paths import PathText
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+AHEAD_CAP = 2.0
+"""grpo.importance_cap with rollout.ahead, unless it is given."""
 
 
 class Section(BaseModel):
@@ -20,6 +27,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read `steps: true` as 1."""
+        wanted = str(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and "bool" not in wanted and ("int" in wanted or "float" in wanted):
+            raise PydanticCustomError("int_type" if "int" in wanted else "float_type", "a number")
+        return value
 
 
 class LoraConfig(Section):
@@ -34,7 +50,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = "starter"
+    name: PathText = "starter"
     """`starter` (embedded), a local directory in Hugging Face format, or a hub id."""
     revision: str | None = None
     """Hub branch, tag or commit; None: the default branch."""
@@ -49,13 +65,13 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    name: str = "starter"
+    name: PathText = "starter"
     """`starter` (embedded Countdown), a hub id, a JSONL/CSV/Parquet file, or a directory `datasets` can load."""
     split: str = "train"
     """Split of the training prompts."""
     subset: str | None = None
     """The hub data set's configuration (`main` of openai/gsm8k); None: its default."""
-    eval_name: str | None = None
+    eval_name: PathText | None = None
     """Where held-out prompts come from; None: the same as `name`."""
     eval_split: str = "test"
     """Split of the held-out prompts."""
@@ -74,11 +90,11 @@ class DataConfig(Section):
 class VllmConfig(Section):
     """Servers that sample when rollout.backend is vllm. They live in an environment of their own."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers of `urls` run already."""
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Servers; prompts are spread over them. With `python`, the one address that vdr's server listens on."""
-    directory: str | None = None
+    directory: PathText | None = None
     """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
     arguments: list[str] = []
     """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
@@ -109,8 +125,12 @@ class RolloutConfig(Section):
     """Keep tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """Divides the scores of tokens that occurred already; 1: off."""
-    stop: list[str] = []
+    stop: list[Annotated[str, Field(min_length=1)]] = []
     """A completion ends after any of these strings."""
+    ahead: Literal[0, 1] = 0
+    """1: each step's completions are drawn in the step before it, under the weights before that step's update, so that
+    vLLM servers sample while the trainer updates; truncated importance sampling is then on (grpo.importance_cap,
+    2 unless it is given). 0: from the newest weights."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
     vllm: VllmConfig = VllmConfig()
@@ -144,10 +164,11 @@ class DisagreementConfig(Section):
     """M, dropout members."""
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """p of the Bernoulli masks on the residual branches."""
-    scope: Literal["full", "last_k"] = "full"
-    """Layers that members differ in: all, or the top last_k (the others are read once for all members)."""
+    scope: Literal["full", "last_k"] | None = None
+    """Layers that members differ in: all, or the top last_k (the others are read once for all members). None: last_k
+    with mode end_of_sequence, where it ranks completions no worse at a third of the cost; otherwise full."""
     last_k: Positive | None = None
-    """Layers that members differ in, with scope last_k."""
+    """Layers that members differ in, with scope last_k; None: a quarter of the model's, rounded up."""
     mask_sharing: Literal["member", "token"] = "member"
     """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
     site: Literal["residual", "embedding", "attention"] = "residual"
@@ -176,15 +197,19 @@ class DisagreementConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.scope == "last_k" and self.last_k is None:
-            raise ValueError("scope last_k needs last_k: how many top layers the members differ in")
-        if self.scope == "full" and self.last_k is not None:
+        if self.effective_scope == "full" and self.last_k is not None:
             raise ValueError("last_k is set but scope is full: set scope to last_k or remove last_k")
         if self.mode != "per_token" and (self.credit == "token" or self.last_n is not None):
             raise ValueError(f"credit token and last_n need mode per_token, not {self.mode}")
         if self.credit == "token" and self.shape != "additive":
             raise ValueError(f"credit token needs shape additive, not {self.shape}")
         return self
+
+    @property
+    def effective_scope(self) -> Literal["full", "last_k"]:
+        """`scope`, or what None means with this mode."""
+        by_mode: Literal["full", "last_k"] = "last_k" if self.mode == "end_of_sequence" else "full"
+        return self.scope or by_mode
 
 
 class GrpoConfig(Section):
@@ -225,7 +250,7 @@ class GrpoConfig(Section):
     resample_groups: Annotated[int, Field(ge=0)] = 0
     """Most extra rollouts to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0: off."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance sampling: cap of policy over sampler probability; None: off."""
+    """Truncated importance sampling: cap of policy over sampler probability; None: off, but 2 with rollout.ahead."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -244,10 +269,10 @@ class GrpoConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 500
     """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Of the order of prompts, the samples and the members."""
-    output: str | None = None
-    """Run directory; None: runs/<date>-<time>."""
+    output: PathText | None = None
+    """Run directory; None: a new one, runs/<date>-<time>-<4 hex digits>."""
     prompts_per_step: Positive = 8
     """Groups of one step over all ranks; times rollout.group_size = completions of a step."""
     micro_batch_size: Positive = 8
@@ -258,7 +283,7 @@ class TrainConfig(Section):
     """From learning_rate to 0 at train.steps, unless constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises to its value."""
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of the mean of the gradient and of its square."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, of matrices; norms and biases do not decay."""
@@ -283,10 +308,14 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    ds_config: str = "zero3"
+    ds_config: PathText = "zero3"
     """A name in ds_configs/ (zero1, zero2, zero3, zero3_offload) or a path to a DeepSpeed JSON."""
     leaf_layers: bool = True
     """Under ZeRO-3 a decoder layer is fetched as one unit: fewer, larger gathers."""
+    copy_of_weights: Literal["auto", "whole", "layers"] = "auto"
+    """What rollout and ensemble read under ZeRO-3. whole: a full copy of the weights on every device meanwhile; layers:
+    one decoder layer at a time, where that does not fit (slow sampling: the model is gathered for every forward of any
+    process; the ensemble gathers it once); auto: layers on a GPU where a full copy would take most of the memory."""
 
 
 class LaunchConfig(Section):
@@ -294,7 +323,7 @@ class LaunchConfig(Section):
 
     num_processes: Positive | None = None
     """Processes on this machine; None: one, or every slot of the hostfile."""
-    hostfile: str | None = None
+    hostfile: PathText | None = None
     """File with a line a host: `node1 slots=8`; None: this machine."""
     include: str | None = None
     """Hosts and slots to use, DeepSpeed's syntax: host1@host2:0,2."""
@@ -313,7 +342,7 @@ class LaunchConfig(Section):
     node_rank: Annotated[int, Field(ge=0)] | None = None
     """This host's place in the hostfile, from 0 (no_ssh)."""
     env: dict[str, str] = {}
-    """Environment variables that every rank gets."""
+    """Environment variables that every rank gets; a whole number counts as its text."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """Times a run that a fault ended is started again from its newest checkpoint."""
     drop_lost_hosts: bool = False
@@ -322,6 +351,13 @@ class LaunchConfig(Section):
     """Seconds within which every process ends after a fault was noticed."""
     check_hosts: bool = True
     """With a hostfile: every host reachable, same versions, before anything starts."""
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _whole_numbers_as_text(cls, env: Any) -> Any:
+        if not isinstance(env, dict):
+            return env
+        return {name: str(value) if type(value) is int else value for name, value in env.items()}
 
 
 class ObserveConfig(Section):
@@ -348,6 +384,13 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def corrected_grpo(self) -> GrpoConfig:
+        """`grpo` with the correction that completions of older weights need."""
+        if not self.rollout.ahead or self.grpo.importance_cap is not None:
+            return self.grpo
+        return self.grpo.model_copy(update={"importance_cap": AHEAD_CAP})
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -14,17 +14,25 @@ from typing import Any
 
 import deepspeed
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vdr_cli.config import Config, TrainConfig
+from vdr_cli.disagreement.layer_major import Lend
 from vdr_cli.engine import collectives
+from vdr_cli.engine.cpu import keep_to_one_thread_each
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
+from vdr_cli.engine.layerwise import Rounds, gathering_by_itself
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
-from vdr_cli.models.anatomy import decoder_layers, output_head
-from vdr_cli.models.loading import load_for_training, resolve_dtype, resolve_model_path
+from vdr_cli.models.anatomy import decoder_layers, output_head, unwrapped
+from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.observe.speed import peak_of
+
+MOST_OF_MEMORY = 0.7
+"""Of what a GPU has free, the largest part that a full copy of the weights may take."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +48,79 @@ class StepResult:
 class Engine:
     """One rank's view of the model being trained."""
 
-    def __init__(self, ds_engine: Any, causal_lm: nn.Module, twin: Twin, ds_config: DsConfig) -> None:
+    def __init__(
+        self, ds_engine: Any, causal_lm: nn.Module, twin: Twin, ds_config: DsConfig, by_layers: bool = False
+    ) -> None:
+        """by_layers: the twin is never whole, see `twin`."""
         self.ds_engine = ds_engine
         self.causal_lm = causal_lm
         self.ds_config = ds_config
         self.stage = zero_stage(ds_config)
         self.device: torch.device = ds_engine.device
         self.has_frozen = not all(parameter.requires_grad for parameter in causal_lm.parameters())
+        self.by_layers = by_layers
         self._twin = twin
+        self._decays = [group["weight_decay"] for group in ds_engine.optimizer.param_groups]
+        self._rounds: Rounds | None = None
 
     @contextmanager
     def twin(self) -> Iterator[Any]:
-        """The full, hook-free model in eval mode. Collective on entry only (ZeRO-3: one gather of all parameters)."""
-        with self._twin.borrowed(gather if self.stage == 3 else None) as model, torch.no_grad():
-            yield model
+        """The full, hook-free model in eval mode. Collective on entry only (ZeRO-3: one gather of all parameters).
+
+        By layers: a model that gathers its decoder layers in every forward, for which all ranks come together.
+        """
+        with self.lent(self._twin) as (model, rounds), torch.no_grad():
+            before, self._rounds = self._rounds, rounds
+            try:
+                yield model
+            finally:
+                self._rounds = before
+
+    @contextmanager
+    def lent(self, twin: Twin) -> Iterator[tuple[Any, Rounds | None]]:
+        """A twin of this model, or of one that is sharded like it, as `twin()` gives it."""
+        if not self.by_layers:
+            with twin.borrowed(gather if self.stage == 3 else None) as model:
+                yield model, None
+            return
+        collectives.settle()
+        with twin.by_layers(gather) as (model, lend), gathering_by_itself(model, lend) as rounds:
+            yield model, rounds
+
+    def one_by_one(self) -> AbstractContextManager[Lend]:
+        """By layers, inside `twin()`: its layers for whoever goes through them once, in order. Collective."""
+        assert self._rounds is not None
+        return self._rounds.one_by_one()
+
+    def for_writing(self, twin: Twin | None = None) -> AbstractContextManager[Any]:
+        """The full model where it is written to a file, on rank 0; by layers in the host's memory. Collective."""
+        chosen = twin or self._twin
+        if not self.by_layers:
+            return chosen.borrowed(gather if self.stage == 3 else None)
+        collectives.settle()
+        return chosen.on_host(gather, wanted=collectives.is_main())
 
     @property
     def share_prompts(self) -> bool:
         """How the policy reads prompts; whoever reads them in the same way gets its numbers to the last bit."""
         return bool(self.ds_engine.module.share_prompts)
+
+    @property
+    def num_matrix_parameters(self) -> float:
+        """Parameters that every token is multiplied with: all but the embeddings, unless they are the head too."""
+        sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in self.causal_lm.parameters()}
+        table = self.causal_lm.get_input_embeddings().weight  # type: ignore[operator]
+        tied = output_head(self.causal_lm).weight is table
+        return float(sum(sizes.values()) - (0 if tied else sizes[id(table)]))
+
+    def peak_flops(self) -> float | None:
+        """Of this rank's device in bfloat16; None on a CPU, in float32, for GPUs not known and models of experts."""
+        config = unwrapped(self.causal_lm).config
+        experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+        dtype = next(self.causal_lm.parameters()).dtype
+        if self.device.type != "cuda" or dtype is not torch.bfloat16 or experts:
+            return None
+        return peak_of(torch.cuda.get_device_name(self.device))
 
     def forward(
         self,
@@ -83,8 +145,9 @@ class Engine:
 
     def step(self, learning_rate: float) -> StepResult:
         """One optimizer update. Refused on all ranks alike when the gradient is not finite."""
-        for group in self.ds_engine.optimizer.param_groups:
+        for group, decay in zip(self.ds_engine.optimizer.param_groups, self._decays, strict=True):
             group["lr"] = learning_rate
+            group["weight_decay"] = decay  # a universal checkpoint gives all groups the first one's
         if not hasattr(self.ds_engine.optimizer, "overflow"):
             return self._plain_step()
         skipped = self.ds_engine.skipped_steps
@@ -122,6 +185,7 @@ def start_distributed() -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         return device
+    keep_to_one_thread_each()
     return torch.device("cpu")
 
 
@@ -150,6 +214,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         bf16=dtype is torch.bfloat16,
         on_gpu=device.type == "cuda",
     )
+    _check_zero_section(config.engine.ds_config, ds_config["zero_optimization"])
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
     with sharded_loading(ds_config):
@@ -181,7 +246,25 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
             "zero3_offload, or model.lora"
         ) from error
     ds_engine.train()
-    return Engine(ds_engine, causal_lm, twin, ds_config)
+    return Engine(ds_engine, causal_lm, twin, ds_config, _by_layers(config, ds_config, causal_lm, device))
+
+
+def _by_layers(config: Config, ds_config: DsConfig, causal_lm: nn.Module, device: torch.device) -> bool:
+    """Whether rollout and ensemble get one layer at a time: asked for, or a full copy does not fit on some rank."""
+    asked = config.engine.copy_of_weights
+    if zero_stage(ds_config) < 3 or asked == "whole" or (asked == "auto" and device.type != "cuda"):
+        return False
+    if asked == "auto":
+        needed = sum(parameter.ds_numel * parameter.element_size() for parameter in causal_lm.parameters())
+        free = torch.cuda.mem_get_info(device)[0]
+        if not collectives.all_reduce_max([float(needed > MOST_OF_MEMORY * free)])[0]:
+            return False
+    if config.rollout.backend == "vllm":
+        raise ConfigError(
+            "engine.copy_of_weights: vLLM is handed a full copy of the weights, which is not made layer by layer; use "
+            "rollout.backend transformers, or whole on devices with more memory"
+        )
+    return True
 
 
 def learning_rate_at(step: int, cfg: TrainConfig) -> float:
@@ -236,18 +319,20 @@ class _ZeroInit:
         del self._kept_alive
 
 
-def _hidden_size(config: Config) -> int:
-    from transformers import AutoConfig
+def _check_zero_section(name: str, zero: DsConfig) -> None:
+    """DeepSpeed's own schema, before a weight is loaded."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    path = resolve_model_path(config.model.name)
     try:
-        loaded = AutoConfig.from_pretrained(
-            path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model {config.model.name}: no usable config.json locally or on the hub ({str(error).splitlines()[0]})"
-        ) from error
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"engine.ds_config {name}: zero_optimization.{key}: {first['msg']}; mend it") from error
+
+
+def _hidden_size(config: Config) -> int:
+    loaded = load_model_config(config.model.name, config.model.revision, config.model.trust_remote_code)
     size = getattr(loaded, "hidden_size", None) or getattr(loaded.get_text_config(), "hidden_size", None)
     if not isinstance(size, int):
         raise ConfigError(f"model {config.model.name}: its config has no hidden_size; use a causal language model")

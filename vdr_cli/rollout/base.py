@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,17 +77,43 @@ class Completions:
         )
 
 
+Finished = Callable[[Sequence[int], Completions], None]
+"""Told of prompts all of whose completions are there, by their places in the call, with those completions in order."""
+
+
 class Rollout(Protocol):
     """A sampling backend. The loop does not know which one."""
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
     ) -> Completions:
         """Draw n completions of each prompt.
 
         model: full hook-free weights (the twin). prompts: token ids. keys: one 64-bit number a prompt;
         completion g of a prompt is drawn from a generator seeded by (key, g), so it depends on neither
-        batch size, order nor rank. Returns B = len(prompts) * n rows, prompt-major.
+        batch size, order nor rank. finished: told of every prompt once, while others are still sampled, perhaps
+        from another thread. Returns B = len(prompts) * n rows, prompt-major.
+        """
+        ...
+
+    def begin(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
+    ) -> Callable[[], Completions]:
+        """`generate`, as far as it needs the model; what is returned waits for the rest.
+
+        A server samples meanwhile, under the weights of now; the model in this process is done before it returns.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.models.anatomy import forward_arguments, position_ids
-from vdr_cli.rollout.base import Completions, Sampling, pad_prompts
+from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
+from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, without_holes
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 
@@ -56,32 +56,82 @@ class TransformersRollout:
 
     @torch.no_grad()
     def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
     ) -> Completions:
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {index} of the batch has no tokens: a completion needs something to follow")
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
-        ids, mask = pad_prompts(prompts, self.pad_id)
-        B, T = len(prompts) * n, sampling.max_new_tokens
-        out = Completions(
+        collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, finished)
+        for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
+            at = torch.tensor([row.prompt * n + row.completion for row in rows])
+            _Decoder(model, self, prompts, rows, sampling, keys).run(collected.taker(at))
+        return collected.out.trimmed()
+
+    def begin(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
+    ) -> Callable[[], Completions]:
+        completions = self.generate(model, prompts, n, sampling, keys, finished)
+        return lambda: completions
+
+
+Take = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+"""Rows (r,) of a decode batch that are done, with their tokens, validity, log-probabilities (r, t) and truncation."""
+
+
+class _Collected:
+    """The call's completions, as their rows leave the decode batches."""
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], n: int, T: int, pad_id: int, finished: Finished | None
+    ) -> None:
+        ids, mask = pad_prompts(prompts, pad_id)
+        B = len(prompts) * n
+        self.out = Completions(
             prompt_ids=ids.repeat_interleave(n, 0),
             prompt_mask=mask.repeat_interleave(n, 0),
-            completion_ids=torch.full((B, T), self.pad_id, dtype=torch.int64),
+            completion_ids=torch.full((B, T), pad_id, dtype=torch.int64),
             completion_mask=torch.zeros((B, T), dtype=torch.bool),
             sampler_logps=torch.zeros((B, T)),
             truncated=torch.zeros(B, dtype=torch.bool),
         )
-        for rows in _batches([len(prompt) for prompt in prompts], n, T, self.batch_tokens):
-            decoder = _Decoder(model, self, prompts, rows, sampling, keys)
-            at = torch.tensor([row.prompt * n + row.completion for row in rows])
-            tokens, valid, logps, truncated = decoder.run()
-            out.completion_ids[at, : tokens.shape[1]] = tokens.cpu()
-            out.completion_mask[at, : valid.shape[1]] = valid.cpu()
-            out.sampler_logps[at, : logps.shape[1]] = logps.cpu()
-            out.truncated[at] = truncated.cpu()
-        return out.trimmed()
+        self.n, self.finished = n, finished
+        self.missing = [n] * len(prompts)
+
+    def taker(self, at: Tensor) -> Take:
+        """at: (R,) row of the call that each row of a decode batch is."""
+
+        def take(rows: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor, truncated: Tensor) -> None:
+            to, width = at[rows.cpu()], tokens.shape[1]
+            self.out.completion_ids[to, :width] = tokens.cpu()
+            self.out.completion_mask[to, :width] = valid.cpu()
+            self.out.sampler_logps[to, :width] = logps.cpu()
+            self.out.truncated[to] = truncated.cpu()
+            if self.finished is not None:
+                self._tell(to.tolist(), self.finished)
+
+        return take
+
+    def _tell(self, taken: list[int], finished: Finished) -> None:
+        for row in taken:
+            self.missing[row // self.n] -= 1
+        ready = [prompt for prompt in sorted({row // self.n for row in taken}) if self.missing[prompt] == 0]
+        if ready:
+            rows = torch.tensor([prompt * self.n + g for prompt in ready for g in range(self.n)])
+            finished(ready, self.out.rows(rows).trimmed())
 
 
 def _batches(lengths: Sequence[int], n: int, T: int, batch_tokens: int) -> Iterator[list[_Row]]:
@@ -133,22 +183,24 @@ class _Decoder:
             self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
         self.pad_id = rollout.pad_id
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (R, T), validity (R, T), log-probabilities (R, T), truncated (R,)."""
+    def run(self, take: Take) -> None:
+        """Sample to the end; rows are taken as they leave the batch."""
         T, R = self.sampling.max_new_tokens, len(self.owner)
         tokens = torch.full((R, T), self.pad_id, dtype=torch.int64, device=self.device)
         valid = torch.zeros((R, T), dtype=torch.bool, device=self.device)
         logps = torch.zeros((R, T), device=self.device)
         logits = self._prefill()  # (R, V)
         with self.cache.attention():
-            return self._decode(logits, tokens, valid, logps)
+            self._decode(logits, tokens, valid, logps, take)
 
-    def _decode(
-        self, logits: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _decode(self, logits: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor, take: Take) -> None:
         R, T = tokens.shape
         rows = torch.arange(R, device=self.device)
         done = torch.zeros(R, dtype=torch.bool, device=self.device)
+
+        def leave(gone: Tensor, width: int, truncated: Tensor) -> None:
+            take(gone, tokens[gone, :width], valid[gone, :width], logps[gone, :width], truncated)
+
         for t in range(T):
             token, logp = self._sample(logits, rows, tokens, t)
             tokens[rows, t] = token.masked_fill(done, self.pad_id)
@@ -159,13 +211,12 @@ class _Decoder:
             if finished == len(rows) or t + 1 == T:
                 break
             if finished * COMPACT_SHARE >= len(rows):
+                leave(rows[done], t + 1, torch.zeros_like(done[done]))
                 keep = without_holes(done)
                 self.cache.select(keep)
                 rows, token, done = rows[keep], token[keep], done[keep]
             logits = self._forward(token, rows, t)
-        truncated = torch.zeros(R, dtype=torch.bool, device=self.device)
-        truncated[rows] = ~done
-        return tokens, valid, logps, truncated
+        leave(rows, t + 1, ~done)
 
     def _prefill(self) -> Tensor:
         """Read each prompt once, then give every completion its row of the cache; (R, V) logits of the first token."""
@@ -187,12 +238,12 @@ class _Decoder:
 
     def _logits(self, cache: Cache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """(R, W) ids to the float32 logits after the last of them, (R, V). mask: None where nothing is padding."""
-        arguments: dict[str, Tensor] = {}
+        arguments = cache_arguments(self.model, cache)
         if self.takes_positions:
             arguments["position_ids"] = positions
         if mask is not None:
             arguments["attention_mask"] = mask.long()
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **arguments)
+        out = self.model(input_ids=ids, logits_to_keep=1, **arguments)
         return out.logits[:, -1].float()
 
     def _sample(self, logits: Tensor, rows: Tensor, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:

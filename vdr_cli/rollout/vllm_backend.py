@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Sampling, pad_prompts
+from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, write_model, write_weights
@@ -69,18 +69,48 @@ class VllmRollout:
         self.names: list[str] = []
         self.pushed: int | None = None
         self.noise: float | None = None
+        self.sampling: list[Future[list[Answer]]] = []
+        """What the servers were asked for last."""
 
     def generate(
-        self, model: nn.Module, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, keys: Sequence[int]
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
     ) -> Completions:
+        return self.begin(model, prompts, n, sampling, keys, finished)()
+
+    def begin(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        keys: Sequence[int],
+        finished: Finished | None = None,
+    ) -> Callable[[], Completions]:
         self._push(model, prompts, sampling)
-        with ThreadPoolExecutor(max_workers=min(max(len(prompts), 1), MOST_REQUESTS)) as pool:
-            asked = [
-                pool.submit(self._complete, index, prompt, n, sampling, key)
-                for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-            ]
-            answers = [answer for group in asked for answer in group.result()]
-        return assemble(prompts, n, answers, self.pad_id)
+
+        def group(index: int) -> list[Answer]:
+            answers = self._complete(index, prompts[index], n, sampling, keys[index])
+            if finished is not None:
+                finished([index], assemble([prompts[index]], n, answers, self.pad_id))
+            return answers
+
+        pool = ThreadPoolExecutor(max_workers=min(max(len(prompts), 1), MOST_REQUESTS))
+        self.sampling = asked = [pool.submit(group, index) for index in range(len(prompts))]
+
+        def whole() -> Completions:
+            try:
+                answers = [answer for future in asked for answer in future.result()]
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+            return assemble(prompts, n, answers, self.pad_id)
+
+        return whole
 
     def close(self) -> None:
         """Stop the server that was started here."""
@@ -103,6 +133,7 @@ class VllmRollout:
         version = checksum(model)
         if version == self.pushed:
             return
+        wait(self.sampling)  # what is being sampled is sampled under one set of weights
         if self.main:
             self._hand_over(model)
         else:

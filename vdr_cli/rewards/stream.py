@@ -1,0 +1,126 @@
+"""Rewards of finished groups, while other groups are still sampled."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdr_cli.rewards.base import LoadedReward, TrainerState
+from vdr_cli.rewards.calling import compute_rewards
+from vdr_cli.rollout.base import Completions, Messages, Prompt
+
+Texts = list[str] | list[Messages]
+
+AWAITED_TOGETHER = 16
+"""Calls of async functions that wait at once; other functions are called one after another."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some groups: where their completions stand in the batch, and what is being found out about them."""
+
+    rows: list[int]
+    texts: Texts
+    found: list[tuple[list[int], Future[Tensor]]]
+    """Columns of the reward functions, and their rewards (b, columns)."""
+
+
+class RewardStream:
+    """Takes the groups of one batch as they finish, in any order and from any thread, and calls the functions on them.
+
+    A function sees whole groups, as many as were ready together. The time limit is each call's own.
+    """
+
+    def __init__(
+        self,
+        loaded: Sequence[LoadedReward],
+        prompts: Sequence[Prompt],
+        group_size: int,
+        timeout: float,
+        state: TrainerState,
+        texts_of: Callable[[list[Prompt], Completions], Texts],
+    ) -> None:
+        """prompts: one a group, in the order of the batch. texts_of: what the functions see of each completion."""
+        self.loaded, self.prompts, self.group_size = loaded, prompts, group_size
+        self.timeout, self.state, self.texts_of = timeout, state, texts_of
+        plain = [column for column, reward in enumerate(loaded) if not reward.is_async]
+        awaited = [column for column, reward in enumerate(loaded) if reward.is_async]
+        self._lanes = [(columns, _Lane(w)) for columns, w in ((plain, 1), (awaited, AWAITED_TOGETHER)) if columns]
+        self._parts: list[_Part] = []
+        self._lock = threading.Lock()
+
+    def finished(self, groups: Sequence[int], completions: Completions) -> None:
+        """These groups are sampled; completions: theirs, group by group."""
+        prompts = [self.prompts[group] for group in groups for _ in range(self.group_size)]
+        with self._lock:
+            texts = self.texts_of(prompts, completions)
+        lengths = completions.completion_mask.sum(1).tolist()
+        ids = [row[:n] for row, n in zip(completions.completion_ids.tolist(), lengths, strict=True)]
+        rows = [group * self.group_size + g for group in groups for g in range(self.group_size)]
+        found = []
+        for columns, lane in self._lanes:
+            functions = [self.loaded[column] for column in columns]
+            future = lane.call(compute_rewards, functions, prompts, texts, ids, self.timeout, self.state)
+            found.append((columns, future))
+        with self._lock:
+            self._parts.append(_Part(rows, texts, found))
+
+    def result(self) -> tuple[Texts, Tensor]:
+        """Texts and rewards (B, F) of the whole batch, once all calls have ended. Raises what a call raised."""
+        count = len(self.prompts) * self.group_size
+        texts: list[Any] = [None] * count
+        rewards = torch.full((count, len(self.loaded)), torch.nan)
+        try:
+            for part in sorted(self._parts, key=lambda part: part.rows[0]):
+                for columns, future in part.found:
+                    rewards[torch.tensor(part.rows)[:, None], torch.tensor(columns)] = future.result()
+                for row, text in zip(part.rows, part.texts, strict=True):
+                    texts[row] = text
+        finally:
+            self.close()
+        return texts, rewards
+
+    def close(self) -> None:
+        """No more calls are begun."""
+        for _, lane in self._lanes:
+            lane.close()
+
+
+class _Lane:
+    """Daemon threads that work through calls in order: one that hangs cannot keep the process alive."""
+
+    def __init__(self, width: int) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._width, self._threads = width, 0
+        self._closed = False
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: function(*arguments)))
+        if self._threads < self._width:
+            self._threads += 1
+            threading.Thread(target=self._work, name="rewards", daemon=True).start()
+        return future
+
+    def close(self) -> None:
+        self._closed = True
+        for _ in range(self._threads):
+            self._calls.put(None)
+
+    def _work(self) -> None:
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if self._closed:
+                future.cancel()
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
