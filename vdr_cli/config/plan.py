@@ -22,7 +22,7 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
         ("disagreement", _disagreement(config)),
         ("held-out evaluations", _evaluations(config)),
         ("checkpoints", _checkpoints(config)),
-        ("output", config.train.output or "runs/<date>-<time>, decided at the start"),
+        ("output", config.train.output or "a new directory in runs/, named at the start"),
     ]
     if config.grpo.resample_groups:
         lines.insert(6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts a step, not counted above"))
@@ -33,7 +33,8 @@ def _disagreement(config: Config) -> str:
     cfg = config.disagreement
     if cfg.mode == "none":
         return "off"
-    share = "every layer" if cfg.scope == "full" else f"the top {cfg.last_k} layers"
+    top = f"the top {cfg.last_k} layers" if cfg.last_k else "the top quarter of the layers"
+    share = "every layer" if cfg.effective_scope == "full" else top
     return f"{cfg.measure}, {cfg.mode}, {cfg.members} members through {share}"
 
 

@@ -228,3 +228,14 @@ def forward_arguments(model: nn.Module, attention_mask: Tensor, positions: Tenso
     if "position_ids" in inspect.signature(backbone(model).forward).parameters:
         arguments["position_ids"] = positions
     return arguments
+
+
+def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Keyword arguments that make a trunk or causal LM read and write this cache; None: without one.
+
+    transformers renamed `past_key_values` to `cache` in 5.24.
+    """
+    if cache is None:
+        return {"use_cache": False}
+    parameters = inspect.signature(unwrapped(model).forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache, "use_cache": True}
