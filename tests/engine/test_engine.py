@@ -144,6 +144,8 @@ def test_the_norm_that_is_reported_is_the_gradients_before_clipping(build: Build
 def test_matrices_decay_and_norms_and_biases_do_not(build: Build, completions, one_step, stage: int) -> None:
     engine = build(stage, train={"weight_decay": 0.5})
     start = parameters_of(engine)
+    for group in engine.ds_engine.optimizer.param_groups:
+        group["weight_decay"] = 0.5  # as DeepSpeed does when it loads a universal checkpoint
     one_step(engine, completions, poison=0.0, learning_rate=0.1)
     after = parameters_of(engine)
     assert {len(tensor.shape) for tensor in start.values()} == {1, 2}
