@@ -99,6 +99,9 @@ def test_seeds_become_a_band_and_other_settings_a_curve(make_run: MakeRun) -> No
     assert band.high is not None
     assert (band.low[7], band.y[7], band.high[7]) == (min(values), pytest.approx(sum(values) / 3), max(values))
     assert (curve.name, curve.low) == ("none", None)
+    del runs[0].metrics["kl"], runs[1].metrics["kl"], runs[2].metrics["kl"]
+    empty, other = over_seeds(runs, "kl")  # keeps its place, so that the other keeps its colour
+    assert (empty.name, list(empty.x), other.name) == ("s0", [], "none")
     (own,) = over_seeds(runs[:1], "eval/pass@1")
     assert own.low == [0.4] * 4
 

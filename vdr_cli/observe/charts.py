@@ -58,22 +58,24 @@ class _Frame:
 
 def svg(chart: Chart) -> str:
     """The chart; a line of text when there is nothing to draw."""
-    series = [thinned(finite(one)) for one in chart.series]
-    series = [one for one in series if len(one.x)]
+    numbered = [(index, thinned(finite(one))) for index, one in enumerate(chart.series)]
+    numbered = [(index, one) for index, one in numbered if len(one.x)]  # each keeps its colour in every chart of a page
+    series = [one for _, one in numbered]
     if not series:
         return '<p class="nothing">Nothing was measured.</p>'
     frame = _frame(series, chart.is_scatter)
     label = escape(visible(f"{chart.title}: {_summary(series)}"))
-    marks = [_marks(one, index, frame, chart.is_scatter) for index, one in enumerate(series)]
+    marks = [_marks(one, index, frame, chart.is_scatter) for index, one in numbered]
     data = escape(
         json.dumps([{"name": visible(one.name), "x": _rounded(one.x), "y": _rounded(one.y)} for one in series])
     )
+    legend = _legend(numbered) if len(chart.series) > 1 else ""
     box = json.dumps([frame.x_low, frame.x_high, LEFT, WIDTH - RIGHT])
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
         f'data-series="{data}" data-box="{box}">'
         f"{_axes(frame, chart)}{''.join(marks)}"
-        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>{_legend(series)}'
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>{legend}'
     )
 
 
@@ -205,13 +207,11 @@ def _path(xs: Points, ys: Points, frame: _Frame) -> str:
     return " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in zip(xs, ys, strict=True))
 
 
-def _legend(series: Sequence[Series]) -> str:
-    if len(series) < 2:
-        return ""
+def _legend(numbered: Sequence[tuple[int, Series]]) -> str:
     items = (
         f'<li><svg class="key" viewBox="0 0 24 8" aria-hidden="true"><line class="line s{index % SERIES_STYLES}" '
         f'x1="0" x2="24" y1="4" y2="4"/></svg>{escape(visible(one.name))}</li>'
-        for index, one in enumerate(series)
+        for index, one in numbered
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 

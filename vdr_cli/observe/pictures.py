@@ -26,6 +26,8 @@ def write_png(chart: Chart, folder: Path) -> Path:
     for index, one in enumerate(map(finite, chart.series)):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
         name = _plain(one.name)
+        if not one.x:
+            continue
         if chart.is_scatter:
             axes.scatter(one.x, one.y, s=6, color=colour, alpha=0.6, label=name, linewidths=0)
             continue

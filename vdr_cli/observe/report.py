@@ -32,6 +32,7 @@ from vdr_cli.observe.report_data import (
     run_groups,
     scored_groups,
     scored_rows,
+    settings_of,
 )
 from vdr_cli.observe.text import visible
 
@@ -125,7 +126,7 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
         series = over_seeds(runs, name)
         if any(finite(one).x for one in series):
             charts.append(Chart(title.replace("@k", "@" + name.rpartition("@")[2]), "step", unit, series))
-    points = [reward_and_disagreement(run) for run in runs]
+    points = [reward_and_disagreement(group) for group in settings_of(runs)]
     if any(len(one.x) for one in points):
         charts.append(Chart("Reward against disagreement", "disagreement (nats)", "task reward", points, True))
     model = _model_of(first)

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,14 @@ def load_run(path: str | Path) -> RunData:
 def over_seeds(runs: Sequence[RunData], metric: str) -> list[Series]:
     """One curve a setting: runs that differ only in their seed become their mean, with a band from lowest to highest.
 
-    A single run gets its own interval as a band where it has one (eval/pass@1_low, _high).
+    A single run gets its own interval as a band where it has one (eval/pass@1_low, _high). A setting that did not
+    measure the metric keeps its place, empty.
     """
-    groups: dict[str, list[RunData]] = defaultdict(list)
-    for run in runs:
-        if metric in run.metrics:
-            groups[run.same_but_for_seed if run.config else str(run.path)].append(run)
     series = []
-    for members in groups.values():
-        if len(members) == 1:
-            series.append(_own_curve(members[0], metric))
+    for group in settings_of(runs):
+        members = [run for run in group if metric in run.metrics]
+        if len(members) < 2:
+            series.append(_own_curve(members[0], metric) if members else Series(group[0].name, [], []))
             continue
         at: dict[int, list[float]] = defaultdict(list)
         for run in members:
@@ -115,6 +114,14 @@ def over_seeds(runs: Sequence[RunData], metric: str) -> list[Series]:
         low, high = [min(at[step]) for step in steps], [max(at[step]) for step in steps]
         series.append(Series(f"{members[0].name} ({len(members)} seeds)", steps, means, low, high))
     return series
+
+
+def settings_of(runs: Sequence[RunData]) -> list[list[RunData]]:
+    """Runs that differ only in their seed, together; in the order of their first."""
+    groups: dict[str, list[RunData]] = defaultdict(list)
+    for run in runs:
+        groups[run.same_but_for_seed if run.config else str(run.path)].append(run)
+    return list(groups.values())
 
 
 def _own_curve(run: RunData, metric: str) -> Series:
@@ -156,11 +163,12 @@ def run_groups(run: RunData, decode: Decode | None, heat: Heat | None = None) ->
     return shown, saved
 
 
-def reward_and_disagreement(run: RunData, limit: int = 600) -> Series:
-    """A point a saved completion, the latest ones: its disagreement and its reward."""
+def reward_and_disagreement(runs: Sequence[RunData], limit: int = 600) -> Series:
+    """A point a saved completion of one setting's runs, the latest ones: its disagreement and its reward."""
     xs: list[float] = []
     ys: list[float] = []
-    for file in reversed(completion_files(run.path)):
+    files = [reversed(completion_files(run.path)) for run in runs]
+    for file in (file for latest in zip_longest(*files) for file in latest if file is not None):
         columns = read_completions(file)
         measure = next((name for name in ("bald", "rmi") if name in columns), None)
         if measure is None or "reward" not in columns:
@@ -171,7 +179,7 @@ def reward_and_disagreement(run: RunData, limit: int = 600) -> Series:
                 ys.append(y)
         if len(xs) >= limit:
             break
-    return Series(run.name, xs, ys)
+    return Series(runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)", xs, ys)
 
 
 def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
@@ -245,7 +253,8 @@ def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode |
         ids, values = list(columns[ids_name][row]), list(columns[heat_name][row])
         if len(ids) == len(values):
             tokens, heat = decode(ids), values
-    names = [*NUMBERS_SHOWN, *(name for name in columns if name.startswith("rewards/"))]
+    functions = [name for name in columns if name.startswith("rewards/")]
+    names = [*NUMBERS_SHOWN, *(functions if len(functions) > 1 else ())]  # a single one is the reward
     numbers = {name: columns[name][row] for name in names if name in columns}
     kept = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
     return Completion(_as_text(columns["completion"][row] if "completion" in columns else ""), tokens, heat, kept)
