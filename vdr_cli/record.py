@@ -218,8 +218,11 @@ def bonus_warning(run: Run, metrics: dict[str, float]) -> str | None:
     """Why the bonus does not do what it is for, if it does not; said once."""
     if run.ensemble is None:
         return None
-    spread = metrics["disagreement/groups_with_spread"] > 0
-    return run.watch.look(run.config.disagreement, spread, metrics["disagreement/bonus_abs"], metrics["advantage_abs"])
+    spread = metrics.get("disagreement/groups_with_spread", 0.0) > 0
+    sizes = [metrics.get(name) for name in ("disagreement/bonus_abs", "advantage_abs")]
+    if sizes[0] is None or sizes[1] is None:  # a step whose numbers are not finite: its refusal is what there is to say
+        return None
+    return run.watch.look(run.config.disagreement, spread, sizes[0], sizes[1])
 
 
 def refuse_endless_refusals(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
