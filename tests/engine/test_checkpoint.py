@@ -82,6 +82,15 @@ def test_a_byte_of_the_manifest_is_noticed_wherever_it_is(written: Path) -> None
     assert checkpoints.find_fault(manifest.parent) == "rank_00001.pt is not in manifest.json"
 
 
+def test_what_a_conversion_left_makes_no_checkpoint_faulty(written: Path) -> None:
+    """DeepSpeed's converter writes into the checkpoint; a run that ended during it must find the checkpoint again."""
+    folder = written / "step_000002"
+    (folder / "universal" / "zero").mkdir(parents=True)
+    (folder / "universal" / "zero" / "fp32.pt").write_bytes(b"half of it")
+    (folder / "latest_universal").write_text("universal")
+    assert checkpoints.find_fault(folder) is None
+
+
 def test_nothing_complete_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert checkpoints.newest_complete(tmp_path / "none") == (None, [])
     (tmp_path / "step_000001").mkdir()

@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 ENGINE_TAG = "engine"
 UNIVERSAL_TAG = "universal"
+LATEST_UNIVERSAL = "latest_universal"  # DeepSpeed's converter leaves it beside what it made
 Result = TypeVar("Result")
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL, _ASIDE = ".partial_", ".aside_"
@@ -155,6 +156,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     collectives.barrier()
     if collectives.is_main():
         shutil.rmtree(folder / UNIVERSAL_TAG, ignore_errors=True)
+        (folder / LATEST_UNIVERSAL).unlink(missing_ok=True)
     own = checkpoint.path / f"rank_{collectives.rank():05d}.pt"
     if own.is_file():
         _set_random_states(torch.load(own, weights_only=False))
@@ -221,7 +223,8 @@ def _failures_kept(ds_engine: Any) -> Iterator[list[Exception]]:
 def _files_in(path: Path) -> dict[str, Path]:
     """Every file of a checkpoint by its name in it, without the manifest and what a conversion left."""
     files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
-    return {name: file for name, file in files.items() if name != MANIFEST and not name.startswith(f"{UNIVERSAL_TAG}/")}
+    own = {MANIFEST, LATEST_UNIVERSAL}
+    return {name: file for name, file in files.items() if name not in own and not name.startswith(f"{UNIVERSAL_TAG}/")}
 
 
 def _digests(partial: Path) -> dict[str, tuple[int, str]]:
