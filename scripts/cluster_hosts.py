@@ -125,6 +125,7 @@ def start_sshd(host: str, directory: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         os.kill(int(pid_file.read_text()), 0)
         return
+    kill_all(host)  # an sshd with the keys of another DIR may hold the port
     sshd = shutil.which("sshd")
     log = directory / f"sshd.{host}.log"
     command = f'{sshd} -f {directory}/sshd_config -o "PidFile {pid_file}" -E {log}'
