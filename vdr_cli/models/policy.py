@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from vdr_cli.grpo.logprobs import chunked_logps
 from vdr_cli.models.anatomy import (
     Head,
     backbone,
+    cache_arguments,
     decoder_layers,
     forward_arguments,
     output_head,
@@ -91,7 +90,7 @@ def completion_hidden(
     """(B, T, D): the hidden states that produced each completion token, at columns P−1 ... P+T−2."""
     ids = torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1]  # (B, P+T-1): nothing is read off the last token
     mask = torch.cat([prompt_mask, completion_mask], dim=1)[:, :-1]
-    hidden = _trunk(causal_lm, ids, mask, position_ids(mask), use_cache=False)
+    hidden = _trunk(causal_lm, ids, mask, position_ids(mask), None)
     return hidden[:, prompt_ids.shape[1] - 1 :]
 
 
@@ -105,13 +104,11 @@ def shared_completion_hidden(
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
     cache = SharedPromptCache(len(decoder_layers(causal_lm)))
     prompts = prompt_mask[firsts]
-    at_prompts = _trunk(
-        causal_lm, prompt_ids[firsts], prompts, position_ids(prompts), past_key_values=cache, use_cache=True
-    )
+    at_prompts = _trunk(causal_lm, prompt_ids[firsts], prompts, position_ids(prompts), cache)
     cache.give_to(owner, prompt_ids.shape[1])
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
     positions = position_ids(mask)[:, prompt_ids.shape[1] :]
-    at_completions = _trunk(causal_lm, completion_ids, mask, positions, past_key_values=cache, use_cache=True)
+    at_completions = _trunk(causal_lm, completion_ids, mask, positions, cache)
     anchor = 0.0 * at_completions[:, -1:].sum()  # nothing is read off the last token, but its pass joins the graph
     first = at_prompts[:, -1:].index_select(0, owner) + anchor  # (B, 1, D)
     return torch.cat([first, at_completions[:, :-1]], dim=1)
@@ -146,9 +143,11 @@ class SharedPromptCache(PrefixCache):
         return torch.cat([prompt.index_select(0, self.owner), own], dim=-2)
 
 
-def _trunk(causal_lm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, **cache: Any) -> Tensor:
+def _trunk(causal_lm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: PrefixCache | None) -> Tensor:
     """Final hidden states (B, W, D) of these ids; mask covers what the cache holds as well."""
-    return backbone(causal_lm)(input_ids=ids, **forward_arguments(causal_lm, mask, positions), **cache)[0]  # type: ignore[no-any-return]
+    trunk = backbone(causal_lm)
+    arguments = forward_arguments(causal_lm, mask, positions) | cache_arguments(trunk, cache)
+    return trunk(input_ids=ids, **arguments)[0]  # type: ignore[no-any-return]
 
 
 def _at_valid_tokens(

@@ -197,9 +197,11 @@ def _ranked(ranking: Sequence[Mapping[str, Any]]) -> IntervalChart | None:
     number = "auroc" if "auroc" in ranking[0] else "prr"
     rows = [
         Interval(
-            row["measure"],
-            *(_or_nan(row[number + end]) for end in ("", "_low", "_high")),
-            row["measure"] in BASE_COLUMNS,
+            name=row["measure"],
+            value=_or_nan(row[number]),
+            low=_or_nan(row[f"{number}_low"]),
+            high=_or_nan(row[f"{number}_high"]),
+            is_baseline=row["measure"] in BASE_COLUMNS,
         )
         for row in ranking
     ]
