@@ -34,6 +34,7 @@ SMALL = [
 ]  # fmt: skip
 BOUND = 60.0
 """Seconds after a kill within which nothing of the run may be left: the default of launch.fault_timeout."""
+NOBODY = "nobody: it had ended"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def kill_once(cluster: Cluster, number: int, directory: Path, reference: Path, s
     running = members(directory, process.pid)
     by_role = {what: pid for pid, what in sorted(running.items(), reverse=True) if what != "helper"}
     if not by_role or process.poll() is not None:
-        return finish(cluster, number, directory, reference, ("nobody: it had ended", moment, process.wait(), 0.0, 0))
+        return finish(cluster, number, directory, reference, (NOBODY, moment, process.wait(), 0.0, 0))
     target = choose.choice(sorted(by_role))
     with contextlib.suppress(ProcessLookupError):
         os.kill(by_role[target], 9)
@@ -208,9 +209,12 @@ def main() -> None:
     results = []
     for number in range(arguments.first, arguments.first + arguments.kills):
         directory = reference.with_name(f"kill_{number:02d}")
-        shutil.rmtree(directory, ignore_errors=True)
         cluster = clusters[number // 2 % len(clusters)]
-        results.append(kill_once(cluster, number, directory, reference, seconds))
+        shutil.rmtree(directory, ignore_errors=True)
+        while (result := kill_once(cluster, number, directory, reference, seconds)).target == NOBODY:
+            seconds *= 0.8  # the machine is faster now than when the undisturbed run was timed
+            shutil.rmtree(directory)
+        results.append(result)
         print(results[-1].row(), flush=True)
     kept = sum(result.kept for result in results)
     print(f"\n{kept} of {len(results)} kept every promise")
