@@ -113,27 +113,25 @@ FILLING = """
 import os, pathlib
 from vdr_cli.starter.countdown import countdown
 DISK = pathlib.Path(os.environ["DISK"])
-calls = 0
 
-def filling(completions, **columns):
-    # The task's reward. From its FULL-th call on nothing fits on the disk, from its FREE-th call on everything.
-    global calls
-    calls += 1
-    if os.environ["RANK"] == "0" and calls == int(os.environ["FULL"]):
-        with (DISK / "filler").open("wb", buffering=0) as filler:
+def filling(completions, trainer_state, **columns):
+    # The task's reward. From step FULL on nothing fits on the disk, from step FREE on everything.
+    step = trainer_state.global_step + 1
+    if os.environ["RANK"] == "0" and int(os.environ["FULL"]) <= step < int(os.environ["FREE"]):
+        with (DISK / "filler").open("ab", buffering=0) as filler:
             try:
                 while filler.write(bytes(4096)):
                     pass
             except OSError:
                 pass
-    if os.environ["RANK"] == "0" and calls == int(os.environ["FREE"]):
-        (DISK / "filler").unlink()
+    if os.environ["RANK"] == "0" and step == int(os.environ["FREE"]):
+        (DISK / "filler").unlink(missing_ok=True)
     return countdown(completions, **columns)
 """
 
 
 def on_a_full_disk(tmp_path: Path, disk: Path, full: int, free: int) -> tuple[Path, dict[str, object], dict[str, str]]:
-    """(run directory, settings, environment) of a run whose disk is full between two calls of its reward."""
+    """(run directory, settings, environment) of a run whose disk is full between two of its steps."""
     (tmp_path / "mine.py").write_text(FILLING)
     settings = {
         "rewards.functions": [{"name": f"{tmp_path}/mine.py:filling"}],
