@@ -5,6 +5,7 @@ A command is a file with a function; COMMANDS names it. Nothing here or there im
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -114,7 +115,22 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "RANK" in os.environ:
+        leave(code)
+    sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank at once: everything is written and closed, and the interpreter's own end is no safe place.
+
+    It stops daemon threads (rewards, watchdog) wherever they are, and one that is inside C++ aborts the process: a
+    run that had finished then counts as failed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _say(error: Exception, message: str) -> None:
