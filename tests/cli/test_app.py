@@ -141,3 +141,15 @@ def raising(error: BaseException):
         raise error
 
     return fail
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"), [(["--version"], 0, "vdr "), (["train", "--nosuch"], 2, "--nosuch")]
+)
+def test_a_rank_leaves_with_its_code_and_all_that_it_said(words: list[str], code: int, said: str) -> None:
+    """It skips the interpreter's end, which would have flushed what goes into a pipe."""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "PYTHONUNBUFFERED": ""}
+    program = [sys.executable, "-m", "vdr_cli", *words]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr

@@ -43,7 +43,9 @@ def lent(model: nn.Module, lendings: list[int]) -> Iterator[tuple[nn.Module, Len
         yield twin, noted
 
 
-def both_agree(model: nn.Module, batch: Completions, spec: EnsembleSpec, positions: str, budget: int | None) -> None:
+def check_agreement(
+    model: nn.Module, batch: Completions, spec: EnsembleSpec, positions: str, budget: int | None
+) -> None:
     whole = measure(model, batch, 3, spec, 1, positions, MEASURES)
     lendings: list[int] = []
     with lent(model, lendings) as (twin, lend):
@@ -59,24 +61,24 @@ def test_layer_by_layer_is_the_whole_model(
     spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable
 ) -> None:
     for budget in (None, 1, 40_000):
-        both_agree(tiny_model(), ragged(), spec, positions, budget)
+        check_agreement(tiny_model(), ragged(), spec, positions, budget)
 
 
 @pytest.mark.parametrize(
     "kind", ["gpt2", "gemma2", "mixtral", "bloom", "opt", "gpt_neox", "falcon", "recurrent_gemma", "lfm2"]
 )
 def test_every_architecture_can_be_read_layer_by_layer(kind: str, tiny_model: Callable, ragged: Callable) -> None:
-    both_agree(tiny_model(kind), ragged(), SPECS["full"], "all", None)
-    both_agree(tiny_model(kind), ragged(), replace(SPECS["top"], last_k=2), "last", 1)
+    check_agreement(tiny_model(kind), ragged(), SPECS["full"], "all", None)
+    check_agreement(tiny_model(kind), ragged(), replace(SPECS["top"], last_k=2), "last", 1)
 
 
 def test_one_token_and_empty_completions(tiny_model: Callable, ragged: Callable) -> None:
-    both_agree(tiny_model(), ragged(length=1), SPEC, "all", None)
+    check_agreement(tiny_model(), ragged(length=1), SPEC, "all", None)
     batch = ragged()
     batch.completion_mask[:3] = False
-    both_agree(tiny_model(), batch, SPEC, "all", 1)
+    check_agreement(tiny_model(), batch, SPEC, "all", 1)
     batch.completion_mask[:] = False
-    both_agree(tiny_model(), batch, SPEC, "last", None)
+    check_agreement(tiny_model(), batch, SPEC, "last", None)
 
 
 @pytest.mark.parametrize("spec", [SPECS["full"], SPECS["top"]], ids=["full", "top"])

@@ -51,14 +51,18 @@ def test_a_reader_that_goes_away_ends_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_under_the_log_ends_nothing() -> None:
+    refused = []
+
     class Full(io.StringIO):
         def write(self, text: str) -> int:
+            refused.append(text)
             raise OSError(28, "No space left on device")
 
     view = LiveView("off", console=Console(file=Full()))
     view.start(2)
     view.update(1, METRICS)
     view.note("still here")
+    assert len(refused) >= 2, "both lines were tried"
 
 
 def test_a_line_a_step_without_a_terminal() -> None:
