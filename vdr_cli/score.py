@@ -20,7 +20,7 @@ from vdr_cli.batch import to_device
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
-from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
 from vdr_cli.models.policy import Policy
 from vdr_cli.processes import everywhere, join_processes
@@ -81,7 +81,12 @@ def _scored(
         layout = make_layout(request, sources, sample)
         scorer = Scorer.load(request, device, sample)
         everywhere(lambda: parts.begin() if collectives.is_main() else None)
-        count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
+        try:
+            count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
+        except VdrError:
+            if collectives.is_main():
+                parts.leave()
+            raise
         summary = everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
         summary = collectives.broadcast_object(summary)
     return summary

@@ -214,7 +214,7 @@ def test_bad_rows_stop_with_their_place_or_are_counted(tmp_path: Path) -> None:
     rows = [*ROWS[:3], {"id": 9, "prompt": "1"}, *ROWS[3:]]
     with pytest.raises(DataError, match=r"in.jsonl line 4: completion is missing .* --on-error skip"):
         score(tmp_path, rows)
-    assert not (tmp_path / "out.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "nothing is left of a scoring that began nothing"
     result = run_score(
         ScoreRequest((str(tmp_path / "in.jsonl"),), "starter", str(tmp_path / "s.jsonl"), ENSEMBLE, on_error="skip")
     )

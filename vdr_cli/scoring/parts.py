@@ -77,6 +77,11 @@ class Parts:
         except OSError as error:
             raise MachineError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
+    def leave(self) -> None:
+        """After an error: finished windows stay for --resume; where there is none the folder goes."""
+        if not [path for path in self.folder.glob("*") if path != self._record]:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def has(self, window: int) -> bool:
         return self._path(window).exists()
 
