@@ -214,13 +214,19 @@ def test_bad_rows_stop_with_their_place_or_are_counted(tmp_path: Path) -> None:
     rows = [*ROWS[:3], {"id": 9, "prompt": "1"}, *ROWS[3:]]
     with pytest.raises(DataError, match=r"in.jsonl line 4: completion is missing .* --on-error skip"):
         score(tmp_path, rows)
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "nothing is left of a scoring that began nothing"
+    assert not (tmp_path / "out.jsonl").exists()
     result = run_score(
         ScoreRequest((str(tmp_path / "in.jsonl"),), "starter", str(tmp_path / "s.jsonl"), ENSEMBLE, on_error="skip")
     )
     assert (result.rows, result.skipped) == (5, 1)
     assert "line 4" in result.skipped_rows[0]
     assert [json.loads(line)["id"] for line in (tmp_path / "s.jsonl").open()] == [0, 1, 2, 3, 4]
+
+
+def test_an_error_in_the_first_window_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"in.jsonl line 1: completion is missing"):
+        score(tmp_path, [{"id": 9, "prompt": "1"}, *ROWS])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_empty_completions_have_null_measures_and_keep_their_row(tmp_path: Path) -> None:
