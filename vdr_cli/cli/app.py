@@ -124,8 +124,8 @@ def main() -> NoReturn:
 def leave(code: int) -> NoReturn:
     """End a rank at once: everything is written and closed, and the interpreter's own end is no safe place.
 
-    It stops daemon threads (rewards, watchdog) wherever they are, and one that is inside C++ aborts the process: a
-    run that had finished then counts as failed.
+    While threads of gloo live it aborts the process now and then ("terminate called without an active exception"), and a
+    run that had finished counts as failed.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
