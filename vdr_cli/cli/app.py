@@ -124,7 +124,7 @@ def main() -> NoReturn:
 def leave(code: int) -> NoReturn:
     """End a rank at once: everything is written and closed, and the interpreter's own end is no safe place.
 
-    While threads of gloo live it aborts the process now and then ("terminate called without an active exception"), and a
+    While threads of gloo live it aborts now and then ("terminate called without an active exception"), and a
     run that had finished counts as failed.
     """
     for stream in (sys.stdout, sys.stderr):
