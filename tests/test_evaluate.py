@@ -15,6 +15,7 @@ from vdr_cli.models.loading import load_causal_lm, load_tokenizer
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Prompt, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.stats.bootstrap import resampled_counts
 
 
 @cache
@@ -126,6 +127,30 @@ def test_paired_differences() -> None:
     assert row["pass@1_low"] <= row["pass@1"] <= row["pass@1_high"]
     (same,) = paired_differences([first, first])
     assert same["pass@1"] == same["pass@1_low"] == same["pass@1_high"] == 0.0
+
+
+def test_intervals_and_differences_of_everything_against_a_plain_resampling() -> None:
+    def characters(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    first, second = evaluate(count=5), evaluate(count=5, functions=(characters,))
+    counts = np.concatenate(list(resampled_counts(5, 2000, 0)))
+    rows = [np.repeat(np.arange(5), times) for times in counts]  # the prompts of each resample
+
+    def plain(result: EvalResult, name: str, drawn: Any) -> float:
+        if name == "entropy":
+            return float(result.entropy_sum[drawn].sum() / result.length[drawn].sum())
+        whole = {"reward": result.task_reward, "mean_length": result.length, "truncated_share": result.truncated}
+        return float(result.task_reward[drawn].std() if name == "reward_std" else whole[name][drawn].mean())
+
+    (row,) = paired_differences([first, second])
+    for name in ("reward", "reward_std", "mean_length", "truncated_share", "entropy"):
+        assert first.metrics()[name] == pytest.approx(plain(first, name, slice(None)))
+        draws = np.array([[plain(result, name, drawn) for result in (first, second)] for drawn in rows])
+        ends = np.quantile(draws[:, 0], [0.025, 0.975])
+        assert [first.metrics()[f"{name}_{end}"] for end in ("low", "high")] == pytest.approx(ends, abs=1e-9)
+        ends = np.quantile(draws[:, 1] - draws[:, 0], [0.025, 0.975])
+        assert [row[f"{name}_{end}"] for end in ("low", "high")] == pytest.approx(ends, abs=1e-9)
 
 
 def test_a_reward_that_raises_is_named_and_stops() -> None:

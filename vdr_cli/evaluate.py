@@ -28,7 +28,7 @@ from vdr_cli.processes import everywhere, join_processes
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rollout.base import Completions, Messages, Prompt, Rollout, Sampling, completion_key
-from vdr_cli.stats.bootstrap import mean_interval
+from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
 from vdr_cli.stats.passk import pass_at_k
 
@@ -88,25 +88,49 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """The numbers of a table row; intervals are 95 %, by bootstrap over prompts."""
+        draws = self.draws()
         numbers: dict[str, float] = {}
-        for k in self.ks:
-            values = self.pass_at(k)
-            low, high = mean_interval(values, self.seed)
-            numbers |= {f"pass@{k}": float(values.mean()), f"pass@{k}_low": low, f"pass@{k}_high": high}
-        numbers["reward"] = _mean(self.task_reward)
-        numbers["reward_low"], numbers["reward_high"] = mean_interval(_row_means(self.task_reward), self.seed)
-        numbers["reward_std"] = float(np.nanstd(self.task_reward)) if np.isfinite(self.task_reward).any() else np.nan
-        numbers |= {f"rewards/{name}/mean": _mean(values) for name, values in self.rewards.items()}
-        numbers["mean_length"] = float(self.length.mean())
-        numbers["truncated_share"] = float(self.truncated.mean())
-        numbers["entropy"] = float(self.entropy_sum.sum() / max(int(self.length.sum()), 1))
-        numbers["distinct_solved"] = float(np.mean([len(found) for found in self.solutions()]))
-        if self.disagreement is not None:
-            numbers["disagreement"] = _mean(self.disagreement)
-        for name, values in self.per_prompt.items():
-            numbers[name] = _mean(values)
-            numbers[f"{name}_low"], numbers[f"{name}_high"] = mean_interval(values, self.seed)
+        for name, value in self.values().items():
+            numbers[name] = value
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = interval(draws[name])
         return numbers
+
+    def values(self) -> dict[str, float]:
+        """Every measure over all prompts."""
+        parts = self._parts()
+        ratios = {name: np.atleast_1d(_ratio(sums.sum(), counts.sum())) for name, (sums, counts) in parts.items()}
+        return {name: float(value[0]) for name, value in self._finished(ratios).items()}
+
+    def draws(self) -> dict[str, NDArray[np.float64]]:
+        """Every measure over resampled prompts, (R,); evaluations of as many prompts resample the same ones."""
+        parts = self._parts()
+        sums = np.stack([sums for sums, _ in parts.values()], axis=1)  # (N, K)
+        counts = np.stack([counts for _, counts in parts.values()], axis=1)
+        ratios = resampled_ratios(sums, counts, self.seed)  # (R, K)
+        return self._finished({name: ratios[:, index] for index, name in enumerate(parts)})
+
+    def _parts(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """Each measure as (N,) sums and (N,) counts of what is summed: its value is the ratio of their totals."""
+        centred = self.task_reward - self._mean_reward
+        parts = {f"pass@{k}": _summed(self.pass_at(k)[:, None]) for k in self.ks}
+        parts |= {"reward": _summed(self.task_reward), "reward_std": _summed(centred**2)}
+        parts |= {f"rewards/{name}/mean": _summed(values) for name, values in self.rewards.items()}
+        parts["mean_length"] = _summed(self.length)
+        parts["truncated_share"] = _summed(self.truncated)
+        parts["entropy"] = self.entropy_sum.sum(1), self.length.sum(1).astype(np.float64)  # a token
+        parts["distinct_solved"] = _summed(np.array([[len(found)] for found in self.solutions()]))
+        if self.disagreement is not None:
+            parts["disagreement"] = _summed(self.disagreement)
+        return parts | {name: _summed(values[:, None]) for name, values in self.per_prompt.items()}
+
+    def _finished(self, ratios: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+        """The mean square deviation from one number gives way to the standard deviation."""
+        variance = ratios["reward_std"] - (ratios["reward"] - self._mean_reward) ** 2
+        return ratios | {"reward_std": np.sqrt(np.maximum(variance, 0.0))}
+
+    @property
+    def _mean_reward(self) -> float:
+        return float(_ratio(np.nansum(self.task_reward), np.isfinite(self.task_reward).sum()))
 
     def solutions(self) -> list[set[str]]:
         """The different solved completions of each prompt."""
@@ -232,16 +256,14 @@ def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Com
 
 
 def paired_differences(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
-    """Every later model minus every earlier one, prompt by prompt, with 95 % intervals over prompts."""
+    """Every later model minus every earlier one, with 95 % intervals over prompts: both on the same resampled ones."""
+    values, draws = [result.values() for result in results], [result.draws() for result in results]
     rows = []
-    for first, second in itertools.combinations(results, 2):
-        row: dict[str, Any] = {"model": second.model, "minus": first.model}
-        per_prompt = {f"pass@{k}": second.pass_at(k) - first.pass_at(k) for k in first.ks}
-        per_prompt |= {key: second.per_prompt[key] - first.per_prompt[key] for key in first.per_prompt}
-        per_prompt["reward"] = _row_means(second.task_reward) - _row_means(first.task_reward)
-        for name, values in per_prompt.items():
-            row[name] = _mean(values)
-            row[f"{name}_low"], row[f"{name}_high"] = mean_interval(values, first.seed)
+    for first, second in itertools.combinations(range(len(results)), 2):
+        row: dict[str, Any] = {"model": results[second].model, "minus": results[first].model}
+        for name in (name for name in values[first] if name in values[second]):
+            row[name] = values[second][name] - values[first][name]
+            row[f"{name}_low"], row[f"{name}_high"] = interval(draws[second][name] - draws[first][name])
         rows.append(row)
     return rows
 
@@ -389,12 +411,10 @@ def _result(
     )
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+def _summed(values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of (N, n) values: (N,) sums and (N,) counts of those that are numbers."""
+    return np.nansum(values.astype(np.float64), axis=1), (~np.isnan(values.astype(np.float64))).sum(1).astype(float)
 
 
-def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N,) means over the completions of each prompt, NaN where there is none."""
-    counts = np.isfinite(values).sum(1)
-    sums: NDArray[np.float64] = np.nansum(values, axis=1)
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+def _ratio(total: Any, count: Any) -> Any:
+    return np.divide(total, count) if count else np.nan

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vdr_cli.cli import app
-from vdr_cli.cli.eval import as_markdown
+from vdr_cli.cli.eval import as_markdown, show
 
 
 def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,10 @@ def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.Monk
     assert app.run(arguments) == 0
     written = json.loads(Path("n.json").read_text())
     assert {"pass@1", "pass@2", "distinct-1", "self_bleu", "disagreement"} <= written["models"][0].keys()
-    assert written["differences"][0]["pass@1"] == 0.0
+    (difference,) = written["differences"]
+    assert difference["pass@1"] == 0.0
+    for name in written["models"][0].keys() - {"model", "prompts", "samples"}:
+        assert name.endswith(("_low", "_high")) or {f"{name}_low", f"{name}_high"} <= difference.keys(), name
     assert "| pass@1 |" in Path("t.md").read_text()
     assert pq.read_table("s.parquet").num_rows == 8
 
@@ -27,6 +30,8 @@ def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (["eval", "starter", "--save", "s.csv"], "give FILE.parquet"),
         (["eval", "starter", "--members", "1"], "--members"),
+        (["eval", "starter", "--data", "no.jsonl"], "--data no.jsonl: no such file"),
+        (["eval", "starter", "--data", "owner/name"], "rewards.functions is empty"),
         (["eval", "starter", "--markdown", "no/t.md"], "no directory"),
         (["eval", "starter", "--reference", "nothing", "--prompts", "1"], "--reference nothing"),
         (["report", "nowhere"], "no such run directory or file"),
@@ -52,3 +57,28 @@ def test_markdown_has_a_column_a_model_and_survives_bars_in_names() -> None:
     assert as_markdown(rows, []) == (
         "|  | a\\|b | c |\n| --- | ---: | ---: |\n| pass@1 | 0.500 [0.400, 0.600] | 0.250 |\n"
     )
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_models_that_do_not_fit_beside_each_other_are_blocks(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [
+        {
+            "model": name,
+            "prompts": 4,
+            "samples": 8,
+            "mean_length": 212.0,
+            "mean_length_low": 200.0,
+            "mean_length_high": 220,
+        }
+        for name in ("a", "b", "[red]c")
+    ]
+    show(rows, [{**rows[0], "minus": "b"}])
+    shown = capsys.readouterr().out
+    assert shown.count("212 [200, 220]") == 4
+    assert max(map(len, shown.splitlines())) <= width
+    assert "[red]c" in shown
+    assert "a - b" in shown
+    assert "[low, high]: 95 %" in shown

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from vdr_cli.stats.bootstrap import interval, mean_interval, resampled_counts
+from vdr_cli.stats.bootstrap import interval, resampled_counts, resampled_ratios
 from vdr_cli.stats.passk import pass_at_k
 
 
@@ -37,19 +37,25 @@ def test_pass_at_k_refuses_the_impossible(n: int, c: int, k: int) -> None:
         pass_at_k(n, c, k)
 
 
-def test_mean_interval_is_close_to_the_normal_one() -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, 4000)
-    low, high = mean_interval(values)
-    half = norm.ppf(0.975) * values.std(ddof=1) / np.sqrt(values.size)
-    assert low == pytest.approx(values.mean() - half, abs=0.005)
-    assert high == pytest.approx(values.mean() + half, abs=0.005)
+def test_intervals_are_close_to_the_normal_ones() -> None:
+    generator = np.random.default_rng(0)
+    values, weights = generator.normal(3.0, 2.0, 4000), generator.integers(1, 9, 4000).astype(float)
+    sums, counts = np.stack([values, values * weights], 1), np.stack([np.ones(4000), weights], 1)
+    draws = resampled_ratios(sums, counts)
+    ratio = (values * weights).sum() / weights.sum()
+    errors = [values.std() / np.sqrt(4000), (weights * (values - ratio)).std() / weights.mean() / np.sqrt(4000)]
+    for column, middle, error in zip(draws.T, (values.mean(), ratio), errors, strict=True):
+        half = norm.ppf(0.975) * error
+        assert interval(column) == pytest.approx((middle - half, middle + half), abs=0.006)
 
 
-def test_intervals_are_seeded_and_leave_out_nan() -> None:
-    values = np.arange(20.0)
-    assert mean_interval(values, seed=1) == mean_interval([*values, np.nan], seed=1)
-    assert mean_interval(values, seed=1) != mean_interval(values, seed=2)
-    assert all(np.isnan(mean_interval([np.nan])))
+def test_ratios_are_seeded_paired_and_leave_out_what_does_not_count() -> None:
+    values = np.arange(20.0)[:, None]
+    ones = np.ones_like(values)
+    assert (resampled_ratios(values, ones, 1) == resampled_ratios(values, ones, 1)).all()
+    assert (resampled_ratios(values, ones, 1) != resampled_ratios(values, ones, 2)).any()
+    assert np.allclose(resampled_ratios(values + 3, ones, 1) - resampled_ratios(values, ones, 1), 3)
+    assert np.isnan(resampled_ratios(values * 0, ones * 0)).all()
 
 
 def test_counts_sum_to_the_clusters_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def command(
         ("--max-new-tokens", "rollout.max_new_tokens"): max_new_tokens,
         ("--temperature", "rollout.temperature"): temperature,
     }
-    from vdr_cli.config.preflight import check_model
+    from vdr_cli.config.preflight import check_data, check_model, check_rewards
 
     for name in models:
         check_model(name)
@@ -104,6 +104,8 @@ def command(
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if not text.startswith("launch.")]
     config = config_from(base, own, {**flags, ("", "model.name"): None if base else models[0]})
+    check_data(data or config.data.eval_name or config.data.name, "--data" if data else "data.eval_name")
+    check_rewards(config)
     for file, flag in ((json_file, "--json"), (markdown, "--markdown"), (save, "--save")):
         if file is not None:
             check_writable_file(file, flag)
@@ -234,26 +236,52 @@ def show(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str
 
     console = Console()
     first = records[0]
-    console.print(_table(f"{first['prompts']} prompts x {first['samples']} completions", records))
-    if differences:
-        named = [{**row, "model": f"{row['model']} - {row['minus']}"} for row in differences]
-        console.print(_table("Differences over the same prompts", named))
+    named = [{**row, "model": f"{row['model']} - {row['minus']}"} for row in differences]
+    _show_table(console, f"{first['prompts']} prompts x {first['samples']} completions", records)
+    if named:
+        _show_table(console, "Differences over the same prompts", named)
+    if any(name.endswith("_low") for name in first):
+        console.print("\\[low, high]: 95 % interval over prompts", style="italic")
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    """`value [low, high]` where there is an interval; text of the user is never markup."""
-    from rich.table import Table
+def _show_table(console: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column a model; where they do not fit beside each other, a block a model. Text of the user is never markup."""
     from rich.text import Text
 
     names = _shown_names(rows)
-    has_interval = any(name.endswith("_low") for name in rows[0])
-    caption = Text("[low, high]: 95 % interval over prompts") if has_interval else None
-    table = Table(title=Text(title), title_justify="left", caption=caption, caption_justify="left")
+    widths = [max(map(len, names)), *(max(len(_cell(row, name)) for name in names) for row in rows)]
+    console.print(Text(title, style="bold"))
+    if sum(widths) + 3 * len(widths) + 1 <= console.width:
+        console.print(_table(rows))
+        return
+    for row in rows:
+        console.print(Text(str(row["model"]), style="bold"))
+        console.print(_block(row))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
     table.add_column()
     for row in rows:
         table.add_column(Text(str(row["model"])), justify="right", overflow="fold")
-    for name in names:
-        table.add_row(Text(name), *(Text(_cell(row, name)) for row in rows))
+    for name in _shown_names(rows):
+        table.add_row(Text(name), *(Text(_cell(row, name), no_wrap=True) for row in rows))
+    return table
+
+
+def _block(row: Mapping[str, Any]) -> Any:
+    """One model's numbers, in as few columns of the terminal as they take."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1), pad_edge=True)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    for name in _shown_names([row]):
+        table.add_row(Text(name), Text(_cell(row, name)))
     return table
 
 
@@ -263,10 +291,14 @@ def _shown_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
+    """`value [low, high]` where there is an interval."""
     value = row.get(name)
     if not isinstance(value, int | float):
         return "" if value is None else str(value)
-    text = f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"
-    if f"{name}_low" in row:
-        text += f" [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    return text
+    if f"{name}_low" not in row:
+        return _number(value)
+    return f"{_number(value)} [{_number(row[f'{name}_low'])}, {_number(row[f'{name}_high'])}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 10 else f"{value:.3f}"

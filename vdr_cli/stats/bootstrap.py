@@ -24,16 +24,16 @@ def resampled_counts(clusters: int, resamples: int, seed: int, width: int | None
         yield generator.multinomial(clusters, share, size=min(block, resamples - start))
 
 
-def mean_interval(
-    values: ArrayLike, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> tuple[float, float]:
-    """Interval of the mean of one value a cluster; NaN values are left out. (nan, nan) without any."""
-    kept = np.asarray(values, np.float64)
-    kept = kept[~np.isnan(kept)]
-    if kept.size == 0:
-        return float("nan"), float("nan")
-    means = np.concatenate([counts @ kept / kept.size for counts in resampled_counts(kept.size, resamples, seed)])
-    return interval(means, level)
+def resampled_ratios(
+    sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int = 0, resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """(R, K) of K ratios, each of two totals over resampled clusters; sums and counts (N, K). NaN where nothing counts.
+
+    The same clusters are drawn for the same seed and N: differences between two calls are paired.
+    """
+    drawn = [(times @ sums, times @ counts) for times in resampled_counts(len(sums), resamples, seed)]
+    totals, weights = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    return np.divide(totals, weights, out=np.full(totals.shape, np.nan), where=weights > 0)
 
 
 def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
