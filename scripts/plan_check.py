@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """`vdr plan`'s formulas beside what a small run on two processes really moves and holds.
 
-    scripts/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing]
+    scripts/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing] [--by-layers]
 
-Makes a small random model, trains it for a few steps, counts the bytes of every collective of a step by phase and
-the bytes of the model states of a rank, and prints both beside the formula. Exit code 1 beyond 10 %.
+Makes a small random model, trains it for a few steps, counts the bytes of every collective of a step by phase, of a
+rank's model states and of its copy of the weights, and prints each beside the formula. Exit code 1 beyond 10 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import subprocess
@@ -94,13 +95,14 @@ def rank(config_path: str, out: str) -> None:
     watchdog.phase = say  # type: ignore[assignment]
     from vdr_cli import record, run, train
 
+    copied = count_copy()
     snapshots: list[dict[str, int]] = []
     held: dict[str, int] = {}
     original = record.end_step
 
     def end_step(a_run: Any, *rest: Any) -> None:
         snapshots.append(dict(counted))
-        held.update(states(a_run.engine.ds_engine))
+        held.update(states(a_run.engine.ds_engine), copy=max(copied))
         original(a_run, *rest)
 
     record.end_step = end_step  # type: ignore[assignment]
@@ -108,6 +110,23 @@ def rank(config_path: str, out: str) -> None:
     last = {key: snapshots[-1].get(key, 0) - snapshots[-2].get(key, 0) for key in snapshots[-1]}
     if run.collectives.rank() == 0:
         Path(out).write_text(json.dumps({"moved": {k: v for k, v in last.items() if v}, "held": held}))
+
+
+def count_copy() -> list[int]:
+    """Bytes of the weights that the twin has at each moment at which some are lent to it, from now on."""
+    from vdr_cli.engine.twin import Twin
+
+    counted: list[int] = []
+    original = Twin._bound
+
+    @contextlib.contextmanager
+    def bound(twin: Any, *rest: Any) -> Any:
+        with original(twin, *rest):
+            counted.append(sum(p.numel() * p.element_size() for p in twin.module.parameters() if not p.is_meta))
+            yield
+
+    Twin._bound = bound  # type: ignore[method-assign]
+    return counted
 
 
 def states(engine: Any) -> dict[str, int]:
@@ -127,7 +146,7 @@ def states(engine: Any) -> dict[str, int]:
     return {"weights": size(shards), "moments": size(inner), "masters": size(masters), "gradients": size(flat)}
 
 
-def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool) -> Path:
+def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool) -> Path:
     """The configuration of a run in which every parameter is sharded and nothing is kept between uses."""
     zero = {
         "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
@@ -140,7 +159,7 @@ def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool) -> Path:
         "rollout": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
         "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": micro_batch_size,
                   "output": str(folder / "run"), "save_model": False},
-        "engine": {"ds_config": str(folder / "ds.json")},
+        "engine": {"ds_config": str(folder / "ds.json"), "copy_of_weights": "layers" if by_layers else "whole"},
         "observe": {"tensorboard": False, "report": False, "completions_every": 0},
     }  # fmt: skip
     path = folder / "run.yaml"
@@ -161,25 +180,28 @@ def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
     return dict(json.loads((folder / "counted.json").read_text()))
 
 
-def rows(folder: Path, micro_batch_size: int, checkpointing: bool, counted: Any) -> list[tuple[str, float, float]]:
+def rows(
+    folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, counted: Any
+) -> list[tuple[str, float, float]]:
     """What, bytes measured, bytes by formula."""
     from vdr_cli import plan
 
     shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
     work = plan.Work(
         gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=NEW_TOKENS,
-        micro_batch_size=micro_batch_size, checkpointing=checkpointing,
+        micro_batch_size=micro_batch_size, checkpointing=checkpointing, by_layers=by_layers, members=8,
     )  # fmt: skip
     moved, states, held = plan.traffic(shape, work), plan.model_states(shape, work), counted["held"]
     payload = RANKS / (RANKS - 1)  # the formula has what a rank receives of it
     in_update = sum(size for name, size in counted["moved"].items() if name.startswith("update "))
     elsewhere = sum(counted["moved"].values()) - in_update
     return [
-        ("a step, rollout and disagreement", elsewhere, moved["rollout and disagreement"] * payload),
+        ("a step, rollout and disagreement", elsewhere, (sum(moved.values()) - moved["update"]) * payload),
         ("a step, update", in_update, moved["update"] * payload),
         ("a rank, weights", held["weights"], states["weights"]),
         ("a rank, gradients", held["gradients"], states["gradients"]),
         ("a rank, master weights and moments", held["masters"] + held["moments"], states["master weights, moments"]),
+        ("a rank, what rollout reads", held["copy"], plan.copy_of_weights(shape, work)),
     ]
 
 
@@ -189,13 +211,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--by-layers", action="store_true", help="engine.copy_of_weights: layers")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank(*arguments.rank)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder, how = Path(name), (arguments.micro_batch_size, arguments.checkpointing)
+        folder, how = Path(name), (arguments.micro_batch_size, arguments.checkpointing, arguments.by_layers)
         make_model(folder / "model", arguments.layers, arguments.hidden)
         counted = measured(folder, run_yaml(folder, *how))
         table = rows(folder, *how, counted)

@@ -16,6 +16,8 @@ from vdr_cli.errors import ConfigError
 FP32 = 4
 MASTER_AND_MOMENTS = 12
 """Bytes a parameter of float32 master weights and Adam's two moments."""
+MOST_OF_MEMORY = 0.7
+"""Of what a GPU has free beside the model states, the largest part that a full copy of the weights may take."""
 LOGIT_CHUNK = 1 << 31
 """Bytes of the logits of one chunk on a GPU (grpo/logprobs.py)."""
 
@@ -91,6 +93,10 @@ class Work:
     checkpointing: bool = False
     reference: bool = False
     """A frozen reference model (grpo.beta above 0)."""
+    by_layers: bool = False
+    """engine.copy_of_weights: layers: no full copy of the weights, one decoder layer at a time (stage 3)."""
+    gloo: bool = False
+    """CPU: gloo has no reduce-scatter, torch does an all-reduce instead and keeps a share of it."""
 
     @property
     def groups_per_rank(self) -> int:
@@ -147,20 +153,40 @@ def model_states(shape: Shape, work: Work) -> dict[str, float]:
 def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
     """Bytes a GPU that each phase adds to the model states."""
     e, s = work.element_bytes, shape
-    twin = e * s.parameters if work.stage >= 3 else 0.0
+    copied = copy_of_weights(shape, work)
     row = work.prompt_tokens + work.new_tokens
     completions = work.groups_per_rank * work.group_size
     decoded = min(work.cached_tokens, completions * row)
-    memory = {"rollout": twin + e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary}
+    memory = {"rollout": copied + e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary}
+    if work.reference:
+        memory["reference"] = 2 * copied + LOGIT_CHUNK
     if work.members:
         # It takes half of what is free; the least it can work with is one member's reading of one group.
         tokens = work.prompt_tokens + work.group_size * work.new_tokens
-        memory["disagreement, at least"] = (
-            twin + tokens * (e * s.layers * s.kv_width + _layer_bytes(s, e)) + LOGIT_CHUNK
-        )
+        kept = e * s.layers * s.kv_width * tokens
+        if work.by_layers:  # one layer's keys; every member's hidden state of every token waits for the next layer
+            kept = e * s.kv_width * tokens + e * s.hidden * work.members * work.groups_per_rank * tokens
+        memory["disagreement, at least"] = copied + kept + tokens * _layer_bytes(s, e) + LOGIT_CHUNK
     live = e * (2 * s.layer_parameters + s.embedding_parameters) if work.stage >= 3 else 0.0
     memory["update"] = activations(shape, work) + LOGIT_CHUNK + live
     return memory
+
+
+def copy_of_weights(shape: Shape, work: Work) -> float:
+    """Bytes a GPU of what rollout and disagreement read: nothing beside the weights below stage 3."""
+    if work.stage < 3:
+        return 0.0
+    others = shape.parameters - shape.layers * shape.layer_parameters
+    held = others + shape.layer_parameters if work.by_layers else shape.parameters
+    return float(work.element_bytes * held)
+
+
+def wants_layers(asked: str, shape: Shape, work: Work, gpu_bytes: float | None) -> bool:
+    """engine.copy_of_weights on GPUs of this much memory, as the engine decides it; `auto` is `whole` when unknown."""
+    if work.stage < 3 or asked == "whole" or (asked == "auto" and gpu_bytes is None):
+        return False
+    free = (gpu_bytes or 0.0) - sum(model_states(shape, work).values())
+    return asked == "layers" or work.element_bytes * shape.parameters > MOST_OF_MEMORY * free
 
 
 def activations(shape: Shape, work: Work) -> float:
@@ -197,20 +223,36 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
     e, w = work.element_bytes, work.gpus
     n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
     share = (w - 1) / w
+    scatter = 2.0 if work.gloo else 1.0
     micro = work.micro_batches * work.num_iterations
     if work.stage < 3:
-        synced = {0: 2.0, 1: 2.0 + 1.0, 2: 1.0 + 1.0}[work.stage]
+        synced = {0: 2.0, 1: 2.0, 2: scatter}[work.stage]  # gradients: all-reduce, or reduce-scatter
         per_step = micro if work.stage == 2 else work.num_iterations
-        gradients = (synced - 1.0 if work.stage else synced) * per_step
         weights = work.num_iterations if work.stage else 0
-        return {"rollout and disagreement": 0.0, "update": e * n * (gradients + weights) * share}
+        return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share}
     layers = n - ends
     if work.checkpointing:
         gathered, scattered = 2.0 * n, 1.0 * n
     else:
         gathered, scattered = 4.0 * layers + 2.5 * ends, 2.0 * layers + ends
-    twin = e * n * (2 if work.reference else 1)
-    return {"rollout and disagreement": twin * share, "update": e * (gathered + scattered) * micro * share}
+    return {
+        **{phase: e * numbers * share for phase, numbers in _gathered_before_the_update(shape, work).items()},
+        "update": e * (gathered + scatter * scattered) * micro * share,
+    }
+
+
+def _gathered_before_the_update(shape: Shape, work: Work) -> dict[str, float]:
+    """Parameters gathered by phase at stage 3. Layer by layer: by every forward, and once by all members."""
+    n, layers = shape.parameters, shape.layers * shape.layer_parameters
+    reference = n if work.reference else 0
+    if not work.by_layers:
+        return {"rollout and disagreement": float(n + reference)}
+    tokens = work.groups_per_rank * work.group_size * (work.prompt_tokens + work.new_tokens)
+    forwards = -(-tokens // work.cached_tokens) * work.new_tokens
+    rest = n - layers + (layers if work.members else 0)
+    if work.reference:
+        rest += n - layers + layers * work.micro_batches
+    return {"rollout, at most": float(layers * forwards), "reference and disagreement": float(rest)}
 
 
 def _layer_bytes(shape: Shape, e: int) -> int:

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 from vdr_cli.errors import ConfigError
-from vdr_cli.plan import SIZES, Shape, Work, activations, model_states, peak_memory, shape_of, traffic
+from vdr_cli.plan import (
+    SIZES,
+    Shape,
+    Work,
+    activations,
+    copy_of_weights,
+    model_states,
+    peak_memory,
+    phase_memory,
+    shape_of,
+    traffic,
+    wants_layers,
+)
 
 SMALL = Shape(
     hidden=128, layers=4, intermediate=384, heads=4, kv_heads=2, head_dim=32, vocabulary=2048, attention_bias=True
@@ -108,3 +120,55 @@ def test_more_gpus_need_less_memory_each_and_stages_in_order() -> None:
 
 def test_one_gpu_moves_nothing() -> None:
     assert set(traffic(SIZES["0.5B"], Work(gpus=1)).values()) == {0.0}
+
+
+def test_without_reduce_scatter_gradients_travel_twice() -> None:
+    plain, gloo = traffic(SMALL, TWO), traffic(SMALL, dataclasses.replace(TWO, gloo=True))
+    scattered = (2 * SMALL.layers * SMALL.layer_parameters + 2 * SMALL.embedding_parameters + 2 * SMALL.hidden) * 4 / 2
+    assert gloo["update"] - plain["update"] == pytest.approx(TWO.micro_batches * scattered, rel=1e-3)
+
+
+def test_layer_by_layer_no_full_copy_is_counted() -> None:
+    layered = dataclasses.replace(TWO, by_layers=True, members=8)
+    whole = dataclasses.replace(layered, by_layers=False)
+    rest = SMALL.parameters - SMALL.layers * SMALL.layer_parameters
+    assert copy_of_weights(SMALL, whole) == 4 * SMALL.parameters
+    assert copy_of_weights(SMALL, layered) == 4 * (rest + SMALL.layer_parameters)
+    saved = 4 * (SMALL.layers - 1) * SMALL.layer_parameters
+    assert phase_memory(SMALL, whole)["rollout"] - phase_memory(SMALL, layered)["rollout"] == saved
+    assert copy_of_weights(SMALL, dataclasses.replace(layered, stage=2)) == 0
+
+
+def test_layer_by_layer_every_forward_gathers() -> None:
+    """One prefill and new_tokens - 1 forwards for each batch decoded at once; the members gather every layer once."""
+    moved = traffic(SMALL, dataclasses.replace(TWO, by_layers=True, members=8, cached_tokens=64))
+    layers = 4 * SMALL.layers * SMALL.layer_parameters
+    assert moved["rollout, at most"] == layers * 2 * 8 / 2  # 8 completions of 16 tokens, 64 at once
+    assert moved["reference and disagreement"] == 4 * SMALL.parameters / 2
+
+
+def test_a_reference_is_a_second_copy() -> None:
+    two_copies = phase_memory(SMALL, dataclasses.replace(TWO, reference=True))["reference"]
+    assert two_copies > 2 * copy_of_weights(SMALL, TWO)
+
+
+def test_auto_is_what_the_engine_would_choose() -> None:
+    work = Work(gpus=64, prompts_per_step=64)
+    seventy = SIZES["70B"]
+    assert wants_layers("auto", seventy, work, 80 * 2**30)
+    assert not wants_layers("auto", seventy, work, 512 * 2**30)
+    assert not wants_layers("auto", seventy, work, None)
+    assert not wants_layers("whole", seventy, work, 80 * 2**30)
+    assert wants_layers("layers", seventy, work, None)
+    assert not wants_layers("layers", seventy, dataclasses.replace(work, stage=2), None)
+
+
+def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    from vdr_cli.cli.plan import command
+
+    asked = {"model": "70B", "gpus": 64, "gpu_memory": 80.0, "prompt_tokens": 512, "bandwidth": 100.0}
+    command(None, **asked, overrides=["engine.copy_of_weights=layers"])
+    assert "one decoder layer at a time (engine.copy_of_weights)" in capsys.readouterr().out
+    command(None, **asked, overrides=["engine.copy_of_weights=whole"])
+    told = capsys.readouterr().out
+    assert "a full copy of the weights (engine.copy_of_weights)" in told and "does not fit" in told

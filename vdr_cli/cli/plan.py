@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,7 @@ def command(
 ) -> None:
     """Memory a GPU and network bytes a step, by the formulas of docs/cluster.md."""
     from vdr_cli.launch.reexec import world_size
+    from vdr_cli.plan import wants_layers
 
     flags: dict[tuple[str, str], Any] = {
         ("--model", "model.name"): model,
@@ -52,6 +54,8 @@ def command(
     config = config_from(config_file, overrides, flags)
     shape = find_shape(config.model.name)
     work = work_of(config, gpus or world_size(config.launch), prompt_tokens)
+    gpu_bytes = None if gpu_memory is None else gpu_memory * GIB
+    work = replace(work, by_layers=wants_layers(config.engine.copy_of_weights, shape, work, gpu_bytes))
     show(config.model.name, shape, work, gpu_memory, bandwidth)
 
 
@@ -82,7 +86,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         cached_tokens=config.rollout.batch_tokens,
         members=0 if config.disagreement.mode == "none" else config.disagreement.members,
         checkpointing=config.model.gradient_checkpointing,
-        reference=config.grpo.beta > 0,
+        reference=config.grpo.beta > 0 and config.model.lora is None,
     )
 
 
@@ -98,6 +102,9 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
         f"a step: {work.prompts_per_step} prompts of {work.prompt_tokens} tokens x {work.group_size} completions of "
         f"{work.new_tokens}; {work.micro_batches} micro-batches a GPU"
     )
+    if work.stage >= 3:
+        held = "one decoder layer at a time" if work.by_layers else "a full copy of the weights"
+        print(f"rollout and disagreement read {held} (engine.copy_of_weights)")
     console.print(_table("Memory a GPU, always", model_states(shape, work), GIB, "GiB"))
     console.print(_table("Memory a GPU, one phase at a time", phase_memory(shape, work), GIB, "GiB"))
     moved = traffic(shape, work)

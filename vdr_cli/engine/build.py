@@ -30,9 +30,7 @@ from vdr_cli.models.anatomy import decoder_layers, output_head, unwrapped
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
 from vdr_cli.observe.speed import peak_of
-
-MOST_OF_MEMORY = 0.7
-"""Of what a GPU has free, the largest part that a full copy of the weights may take."""
+from vdr_cli.plan import MOST_OF_MEMORY
 
 
 @dataclass(frozen=True)
@@ -281,6 +279,7 @@ def _optimizer(policy: nn.Module, cfg: TrainConfig, device: torch.device) -> tor
         _decay_groups(policy, cfg.weight_decay),
         lr=cfg.learning_rate,
         betas=cfg.adam_betas,
+        eps=cfg.adam_epsilon,
         fused=device.type == "cuda",
     )
 
