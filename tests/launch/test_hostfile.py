@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,18 @@ def test_hosts_in_the_order_of_the_file() -> None:
     assert parse_hostfile(text, "hosts") == {"node-1.example": [0, 1], "10.0.0.2": [0]}
 
 
+def test_a_file_from_windows(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfh1 slots=2\r\n# spare\r\n\r\nh2\tslots=1#x\r\n")
+    assert read_hostfile(str(tmp_path / "hosts")) == {"h1": [0, 1], "h2": [0]}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfeh\x001\x00", b"\x80 slots=1\n"])
+def test_what_is_no_text_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "hosts").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"launch\.hostfile .*hosts: cannot be read"):
+        read_hostfile(str(tmp_path / "hosts"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -26,6 +40,14 @@ def test_hosts_in_the_order_of_the_file() -> None:
         ("-oProxyCommand=x slots=1\n", "hosts:1"),
         ("a;b slots=1\n", "hosts:1"),
         ("a`b` slots=1\n", "hosts:1"),
+        ("h1 slots=1\nH1 slots=1\n", "hosts:2: H1 is already in line 1"),
+        ("h1 slots=٣\n", "hosts:1"),
+        ("h1 slots=-1\n", "hosts:1"),
+        ("h1 slots=1\x0bh2 slots=1\n", "hosts:1"),
+        ("h1 slots=1\u2028h2 slots=1\n", "hosts:1"),
+        ("h1 slots=2 max_slots=4\n", "hosts:1"),
+        ("[fe80::1] slots=1\n", "an IPv6 address, a user or a port goes into ~/.ssh/config"),
+        ("root@h1 slots=1\n", "an IPv6 address, a user or a port goes into ~/.ssh/config"),
     ],
 )
 def test_errors_name_the_line(text: str, message: str) -> None:

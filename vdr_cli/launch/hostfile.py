@@ -16,7 +16,7 @@ Hosts = dict[str, list[int]]
 """Host name to the slots used on it (device indices), in the order of the hostfile: the order of the ranks."""
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
-_ENTRY = re.compile(r"(\S+)\s+slots=(\d{1,4})\s*(#.*)?")
+_ENTRY = re.compile(r"(\S+)\s+slots=([0-9]{1,4})\s*(#.*)?")
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 
 
@@ -28,7 +28,7 @@ def is_host_name(name: str) -> bool:
 def read_hostfile(path: str) -> Hosts:
     """The hosts of a file; ConfigError names the file and line."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
     except FileNotFoundError:
         raise ConfigError(f"launch.hostfile {path}: no such file; give one line a host, `name slots=N`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -40,7 +40,7 @@ def parse_hostfile(text: str, source: str) -> Hosts:
     """Hosts with all their slots. `source` is the file's name in messages."""
     hosts: Hosts = {}
     first_line: dict[str, int] = {}
-    for number, raw in enumerate(text.splitlines(), start=1):
+    for number, raw in enumerate(text.split("\n"), start=1):
         line = raw.strip()
         if not line or line.startswith("#"):
             continue
@@ -50,13 +50,16 @@ def parse_hostfile(text: str, source: str) -> Hosts:
             raise ConfigError(f"{where}: {line!r} is not a host; write `name slots=N`")
         name, slots = entry[1], int(entry[2])
         if not is_host_name(name):
-            raise ConfigError(f"{where}: {name!r} is not a host name; use letters, digits, dots and dashes")
+            raise ConfigError(
+                f"{where}: {name!r} is not a host name; use letters, digits, dots and dashes (an IPv6 address, a user "
+                "or a port goes into ~/.ssh/config under such a name)"
+            )
         if slots == 0:
             raise ConfigError(f"{where}: {name} has 0 slots; give at least 1 or remove the line")
-        if name in hosts:
-            raise ConfigError(f"{where}: {name} is already in line {first_line[name]}; write one line a host")
+        if name.lower() in first_line:
+            raise ConfigError(f"{where}: {name} is already in line {first_line[name.lower()]}; write one line a host")
         hosts[name] = list(range(slots))
-        first_line[name] = number
+        first_line[name.lower()] = number
     if not hosts:
         raise ConfigError(f"{source}: names no host; write one line a host, `name slots=N`")
     return hosts
