@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vdr_cli.launch import outcome, supervisor
+from vdr_cli.launch import outcome, processes, supervisor
 from vdr_cli.launch.supervisor import Plan, Signals, resuming, run_once, supervise
 
 FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'finished.json').write_text('{}')"
@@ -38,6 +38,19 @@ def plan(script: str, directory: Path, over_ssh: bool = False, fault_timeout: fl
 )
 def test_exit_codes(script: str, code: int, tmp_path: Path) -> None:
     assert run_once(plan(script, tmp_path), [], Signals()) == code
+
+
+def test_what_a_rank_started_is_no_rank() -> None:
+    """Programs of a reward function have RANK in their environment as well; a signal for the ranks is not for them."""
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(20)'])"
+    rank = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "RANK": "0"})
+    try:
+        while not psutil.Process(rank.pid).children():
+            time.sleep(0.02)
+        assert [process.pid for process in processes.ranks_below()] == [rank.pid]
+    finally:
+        processes.end_descendants(5.0)
+        rank.wait()
 
 
 def test_an_earlier_runs_word_does_not_count(tmp_path: Path) -> None:

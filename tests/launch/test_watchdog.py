@@ -42,6 +42,19 @@ with watchdog.connected(rank, size, share):
         raise DataError("row 7")
     if rank == 1 and what == "end":
         sys.exit(0)
+    if rank == 1 and what == "fork":  # as a reward function does, in a thread; the copy outlives its parent
+        from threading import Thread
+        Thread(target=lambda: os.fork() or time.sleep(20) or os._exit(0)).start()
+    if what == "pool":
+        from multiprocessing.pool import ThreadPool
+        import multiprocessing
+        def use_a_pool():
+            with multiprocessing.get_context("fork").Pool(2) as pool:  # ends its workers with SIGTERM
+                return pool.map(abs, [-1, -2])
+        with ThreadPool(1) as threads:
+            print(threads.apply(use_a_pool), flush=True)
+        time.sleep(3)
+        sys.exit(0)
     time.sleep(3 if what == "end" else 30)
 """
 
@@ -102,6 +115,23 @@ def test_an_error_on_one_rank_alone_ends_the_others_after_the_timeout() -> None:
 
 def test_a_rank_that_is_done_disturbs_nobody() -> None:
     assert [code for code, _ in ends(start("end"))] == [0, 0, 0]
+
+
+def test_a_fork_does_not_stand_for_its_dead_parent() -> None:
+    """It has the parent's connections, which the kernel closes when the last process that has them lets go."""
+    ranks = start("fork")
+    time.sleep(1)
+    ranks[1].kill()
+    for rank in (ranks[0], ranks[2]):
+        assert rank.wait(10) == 4
+
+
+def test_signals_of_forked_workers_are_not_the_ranks() -> None:
+    """multiprocessing ends its pools with SIGTERM: they end, and the rank does not take it for its own."""
+    (rank,) = start("pool", size=1)
+    ((code, said),) = ends([rank])
+    assert code == 0, said
+    assert rank.stdout is not None and rank.stdout.read() == "[1, 2]\n"
 
 
 def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:

@@ -61,10 +61,14 @@ def end_descendants(patience: float) -> int:
 
 
 def ranks_below() -> list[psutil.Process]:
-    """The ranks among this process's descendants: those whose environment has RANK in it."""
-    found = []
+    """The ranks among this process's descendants: RANK is in their environment, and not in their parent's.
+
+    What a rank starts itself (a reward function's programs) inherits RANK, and is not to be signalled.
+    """
+    found: dict[int, psutil.Process] = {}
+    parents: dict[int, int] = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error, OSError):
             if "RANK" in process.environ():
-                found.append(process)
-    return found
+                found[process.pid], parents[process.pid] = process, process.ppid()
+    return [process for pid, process in found.items() if parents[pid] not in found]

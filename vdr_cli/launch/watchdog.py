@@ -74,6 +74,11 @@ class Watchdog:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 self._peers.tell(Loss(self._peers.rank, socket.gethostname(), what))
 
+    def close(self) -> None:
+        """Let go of all connections, in a copy of this process."""
+        if self._peers is not None:
+            self._peers.close()
+
     def _run(self) -> None:
         asked = False
         while not self._ended.wait(0 if self._peers else POLL):
@@ -135,6 +140,7 @@ def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> Non
     global _watchdog
     if _watchdog is None:
         _watchdog = Watchdog(Path(directory) if directory else None, timeout)
+        os.register_at_fork(after_in_child=_be_no_rank)
 
 
 def connect(rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
@@ -167,6 +173,22 @@ def connected(rank: int, world_size: int, share: Callable[[Any], Any]) -> Iterat
         end(error)
         raise
     end()
+
+
+def _be_no_rank() -> None:
+    """In what a reward function forks (multiprocessing): its signals are its own, its end and ours are no news.
+
+    It has our handlers, so SIGTERM would not end it and multiprocessing's pools would wait for ever; our pipe, on
+    which it would tell us of its signals; and our connections, which would seem alive after our death.
+    """
+    global _watchdog
+    if _watchdog is None:
+        return
+    _watchdog.close()
+    _watchdog = None
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _signal_pipe() -> int:
