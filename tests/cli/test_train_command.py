@@ -249,6 +249,18 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--hostfile", "hosts", "--num-processes", "3"], 2, "host node1 has 2 slots"),
         (["--hostfile", "hosts", "--set", "train.prompts_per_step=2", "--dry-run"], 2, "below 4 processes"),
         (["--no-ssh", "--node-rank", "0", "--hostfile", "hosts"], 2, "--output is needed"),
+        (["--hostfile", "hosts", "--set", "launch.env.A=$(id)", "--dry-run"], 2, "launch.env.A: '$(id)' has '$' in it"),
+        (
+            ["--hostfile", "hosts", "--master-addr", "a;b", "--dry-run"],
+            2,
+            "launch.master_addr 'a;b' is not a host name",
+        ),
+        (["--hostfile", "hosts", "--node-rank", "0", "--dry-run"], 2, "launch.node_rank is set without launch.no_ssh"),
+        (
+            ["--hostfile", "hosts", "--output", "a$b"],
+            2,
+            "a$b' has a character that a shell on the hosts could interpret",
+        ),
         (["--output", "notes.txt/run"], 4, "is a file"),
         (["--output", "/proc/run"], 4, "train.output /proc/run: cannot write in /proc"),
         (["--reward", "length=much"], 2, "--reward length=much: the weight 'much' is not a number"),

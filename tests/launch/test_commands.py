@@ -66,6 +66,13 @@ def test_a_working_directory_that_a_shell_reads_is_refused() -> None:
         check_plain(LaunchConfig(), "/tmp/$(x)")
 
 
+@pytest.mark.parametrize("name", ["$(x)", "a;b", "läufe", "a'b"])
+def test_a_run_directory_that_a_shell_reads_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.output"):
+        check_plain(LaunchConfig(), "/tmp", Path("/tmp", name))
+    check_plain(LaunchConfig(), "/tmp", Path("/tmp/my run-1"))
+
+
 def test_plan_over_hosts_writes_the_files_that_deepspeed_reads(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("h1 slots=2\nh2 slots=2\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, with_output
@@ -12,7 +13,7 @@ from vdr_cli.config.preflight import check_before_start, check_output, check_pro
 from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.preflight import question
-from vdr_cli.launch.reexec import hosts_of, launch, wants_ranks, world_size
+from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
 
 
 def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
@@ -29,6 +30,8 @@ def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence
     check_processes(config, processes)
     if dry_run:
         check_output(config, resume)
+        if several:
+            check_launch(config.launch, Path(config.train.output).absolute() if config.train.output else None)
         show_plan(config, processes)
         return 0
     if config.train.output is None:

@@ -68,13 +68,18 @@ def srun_command(target: Target, hosts: Hosts) -> list[str]:
     ]  # fmt: skip
 
 
-def check_plain(launch: LaunchConfig, directory: str, python: str = sys.executable) -> None:
+def check_plain(launch: LaunchConfig, directory: str, output: Path | None = None, python: str = sys.executable) -> None:
     """Refuse what DeepSpeed would paste into a shell on every host and the shell would read differently."""
     if launch.master_addr is not None and not is_host_name(launch.master_addr):
         raise ConfigError(f"launch.master_addr {launch.master_addr!r} is not a host name or IPv4 address")
     for what, path in (("the working directory", directory), ("the path of Python", python)):
         if not is_plain(path) or " " in path:
             raise ConfigError(f"{what} {path!r} has a character that a shell on the hosts would interpret; move it")
+    if output is not None and not is_plain(str(output)):
+        raise ConfigError(
+            f"train.output {str(output)!r} has a character that a shell on the hosts could interpret; use "
+            "letters, digits, spaces and _ @ + = : , . / -"
+        )
 
 
 def _refuse_picked_slots(hosts: Hosts) -> None:

@@ -63,12 +63,11 @@ def launch(
     directory: the run directory, where the run says how it ended; None for commands without one.
     asked: what the run needs of every host (preflight.question); None: the software alone.
     """
-    hosts = hosts_of(launch)
-    checked(launch.env)
+    place = Path(directory).absolute() if directory else None
+    hosts = check_launch(launch, place)
     if launch.check_hosts and _node_rank(launch, hosts) is None and launch.launcher != "slurm":
         check_hosts(launch, hosts, asked or Question(meeting=meeting_of(launch, hosts)))
     with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
-        place = Path(directory).absolute() if directory else None
         plan = make_plan(launch, hosts, place, Path(scratch))
 
         def renew(plan: Plan) -> Plan:
@@ -77,6 +76,16 @@ def launch(
             return make_plan(*remaining(launch, hosts), place, Path(scratch))
 
         return supervise(plan, list(arguments), launch.max_restarts, _say, renew)
+
+
+def check_launch(launch: LaunchConfig, directory: Path | None) -> Hosts:
+    """The hosts of a launch; ConfigError for whatever can be wrong with it before a host is asked."""
+    hosts = hosts_of(launch)
+    checked(launch.env)
+    if _node_rank(launch, hosts) is None:
+        check_plain(launch, str(Path.cwd()), directory)
+        travelling(os.environ, launch.env)
+    return hosts
 
 
 def remaining(launch: LaunchConfig, hosts: Hosts) -> tuple[LaunchConfig, Hosts]:
@@ -115,7 +124,6 @@ def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratc
 def _plan_over_hosts(
     launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path, environment: dict[str, str]
 ) -> Plan:
-    check_plain(launch, str(Path.cwd()))
     hostfile = scratch / "hostfile"
     hostfile.write_text(hostfile_text(hosts))
     variables = travelling(environment, launch.env)
@@ -177,4 +185,4 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-__all__ = ["hosts_of", "is_rank", "launch", "make_plan", "wants_ranks", "world_size"]
+__all__ = ["check_launch", "hosts_of", "is_rank", "launch", "make_plan", "wants_ranks", "world_size"]
