@@ -257,7 +257,7 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         ),
         (["--hostfile", "hosts", "--node-rank", "0", "--dry-run"], 2, "launch.node_rank is set without launch.no_ssh"),
         (
-            ["--hostfile", "hosts", "--output", "a$b"],
+            ["--hostfile", "hosts", "--output", "a$b", "--dry-run"],
             2,
             "a$b' has a character that a shell on the hosts could interpret",
         ),
