@@ -95,6 +95,17 @@ def test_a_signal_before_there_are_ranks_ends_the_launch(tmp_path: Path) -> None
     assert run_once(plan("import time; time.sleep(60)", tmp_path), [], signals) == 130
 
 
+def test_a_signal_that_cannot_be_passed_on_ends_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over ssh a file in the run directory says it; on a full disk nothing could be saved anyway."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outcome, "_write", full)
+    signals = Signals([signal.SIGTERM], [time.monotonic()])
+    assert run_once(plan("import time; time.sleep(60)", tmp_path, over_ssh=True), [], signals) == 143
+
+
 STUCK = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
 
 

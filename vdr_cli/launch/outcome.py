@@ -65,10 +65,16 @@ def read_fault(directory: Path) -> Fault | None:
         return None
 
 
-def ask_to_stop(directory: Path, signal_number: int) -> None:
-    """Ask every rank, on every host that sees the directory, to behave as if it had this signal."""
-    if directory.is_dir():
+def ask_to_stop(directory: Path, signal_number: int) -> bool:
+    """Ask every rank, on every host that sees the directory, to behave as if it had this signal.
+
+    Whether it could be asked: not before there is a directory, nor on a disk that is full.
+    """
+    try:
         _write(directory / STOP, signal_number)
+    except OSError:
+        return False
+    return True
 
 
 def asked_to_stop(directory: Path) -> int | None:

@@ -177,10 +177,8 @@ def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:
     for process in ranks:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-    if plan.over_ssh and plan.directory is not None and plan.directory.is_dir():
-        outcome.ask_to_stop(plan.directory, number)
-        return True
-    return bool(ranks)
+    asked = plan.over_ssh and plan.directory is not None and outcome.ask_to_stop(plan.directory, number)
+    return asked or bool(ranks)
 
 
 @contextmanager
