@@ -22,6 +22,7 @@ from transformers import (
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import position_ids
+from vdr_cli.rollout import packed
 from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
 
@@ -66,6 +67,14 @@ def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
     return model
 
 
+@pytest.fixture(params=["plain", "packed"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which matrix products; models as small as those here are not packed otherwise."""
+    if request.param == "packed":
+        monkeypatch.setattr(packed, "LEAST_BYTES", 0)
+    return str(request.param)
+
+
 def rollout(**kwargs: object) -> TransformersRollout:
     return TransformersRollout(PAD, [EOS], **kwargs)  # type: ignore[arg-type]
 
@@ -84,6 +93,7 @@ def answers(out: Completions) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(out.completion_ids, out.completion_mask, strict=True)]
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_equals_transformers_generate(name: str) -> None:
     model = tiny(name)
@@ -96,6 +106,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logps_equal_a_full_forward(name: str) -> None:
     model = tiny(name)
@@ -129,6 +140,7 @@ def test_eos_as_the_last_allowed_token_is_not_truncated() -> None:
     assert out.completion_mask.sum() == 1
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen2_sliding"])
 def test_a_completion_does_not_depend_on_batch_size_or_order(name: str) -> None:
     model = tiny(name)

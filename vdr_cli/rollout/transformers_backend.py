@@ -15,6 +15,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
 from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, without_holes
+from vdr_cli.rollout.packed import packed_linears
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 
 COMPACT_SHARE = 8
@@ -70,9 +71,10 @@ class TransformersRollout:
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
         collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, finished)
-        for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
-            at = torch.tensor([row.prompt * n + row.completion for row in rows])
-            _Decoder(model, self, prompts, rows, sampling, keys).run(collected.taker(at))
+        with packed_linears(model):
+            for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
+                at = torch.tensor([row.prompt * n + row.completion for row in rows])
+                _Decoder(model, self, prompts, rows, sampling, keys).run(collected.taker(at))
         return collected.out.trimmed()
 
     def begin(
