@@ -171,4 +171,7 @@ def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str
     assert "one decoder layer at a time (engine.copy_of_weights)" in capsys.readouterr().out
     command(None, **asked, overrides=["engine.copy_of_weights=whole"])
     told = capsys.readouterr().out
+    assert "model.lora" not in told
+    command(None, **asked, overrides=["model.lora.rank=8"])
+    assert "model.lora: counted as if all parameters were trained" in capsys.readouterr().out
     assert "a full copy of the weights (engine.copy_of_weights)" in told and "does not fit" in told

@@ -57,6 +57,8 @@ def command(
     gpu_bytes = None if gpu_memory is None else gpu_memory * GIB
     work = replace(work, by_layers=wants_layers(config.engine.copy_of_weights, shape, work, gpu_bytes))
     show(config.model.name, shape, work, gpu_memory, bandwidth)
+    if config.model.lora is not None:
+        print("model.lora: counted as if all parameters were trained; adapters need less")
 
 
 def find_shape(name: str) -> Shape:
