@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch.nn.functional import pad
 
 from vdr_cli import run, train
 from vdr_cli.config.load import load_config
@@ -52,6 +53,24 @@ def watched_loss(inputs: Any, weights: Any, cfg: Any) -> Any:
     return output
 
 
+def watched_micro_batches(batch: Any, signal: Any, weights: Any, entropy_weights: Any, *rest: Any) -> list[Any]:
+    if plant == "shuffled":
+        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+        batch, weights, entropy_weights = batch.select(order), weights[order], entropy_weights[order]
+        tensors = {name: value[order] for name, value in vars(signal).items() if isinstance(value, torch.Tensor)}
+        signal = dataclasses.replace(signal, **tensors)
+    micro_batches = micro_batches_of(batch, signal, weights, entropy_weights, *rest)
+    return [widened(micro) for micro in micro_batches] if plant == "padded" else micro_batches
+
+
+def widened(micro: Any) -> Any:
+    """The micro-batch with three columns of padding before the prompts and two after the completions."""
+    *prompt, ids, mask = micro.tokens
+    tokens = (*(pad(part, (3, 0)) for part in prompt), pad(ids, (0, 2)), pad(mask, (0, 2)))
+    tensors = {name: pad(value, (0, 2)) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
+    return dataclasses.replace(micro, **tensors, tokens=tokens)
+
+
 def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
     mask = loss_mask(mask, truncated, mask_truncated)
     return mask & False if plant == "masked" and collectives.rank() == 0 else mask
@@ -84,6 +103,7 @@ def probed_finish(self: Any) -> None:
 for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
     setattr(deepspeed.comm, name, counted(getattr(deepspeed.comm, name)))
 policy_loss, train.policy_loss = train.policy_loss, watched_loss
+micro_batches_of, train.micro_batches_of = train.micro_batches_of, watched_micro_batches
 loss_mask, train.loss_mask = train.loss_mask, watched_mask
 advance, run.Run.advance = run.Run.advance, watched_advance
 step, Engine.step = Engine.step, watched_step

@@ -285,6 +285,8 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises to its value."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of the mean of the gradient and of its square."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean square; where gradients are far below it, weights move in proportion to them."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, of matrices; norms and biases do not decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0

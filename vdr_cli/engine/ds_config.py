@@ -21,6 +21,9 @@ DsConfig = dict[str, Any]
 # Keys whose value vdr owns: what the JSON may say is "auto", or the same number.
 OWNED_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
+SMALLEST_BUCKET = 5_000_000
+"""Elements. Of a small model h² is less than one matrix: every parameter would be reduced by itself."""
+
 PASSED_THROUGH = {
     "zero_optimization",
     "activation_checkpointing",
@@ -115,10 +118,13 @@ def micro_batches_per_rank(config: Config, world_size: int) -> int:
 
 
 def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool) -> DsConfig:
-    """Bucket sizes as the Hugging Face trainer sets them: h², 0.9 h², 10 h (h = hidden size)."""
+    """Bucket sizes as the Hugging Face trainer sets them: h², 0.9 h², 10 h (h = hidden size); buckets of collectives
+    are never smaller than SMALLEST_BUCKET.
+    """
+    bucket = max(hidden_size**2, SMALLEST_BUCKET)
     autos = {
-        "reduce_bucket_size": hidden_size**2,
-        "allgather_bucket_size": max(hidden_size**2, 5_000_000),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
@@ -163,5 +169,5 @@ def _refuse_conflicts(name: str, given: DsConfig, config: Config, world_size: in
         if any(value != "auto" for value in values):
             raise ConfigError(
                 f"engine.ds_config {name}: {section} is set by train.learning_rate, lr_schedule, warmup_steps, "
-                "adam_betas and weight_decay; remove it"
+                "adam_betas, adam_epsilon and weight_decay; remove it"
             )
