@@ -149,6 +149,9 @@ class RewardsConfig(Section):
     """Empty: the data's own (`countdown` for the starter); otherwise refused."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds one call of one function may take before the run stops and names it."""
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Processes of each rank in which functions that are not async are called, so that what they compute in Python does
+    not hold up sampling; each imports the functions for itself. 0: on a thread of the rank."""
     solved_at: float = 1.0
     """A completion whose weighted task reward reaches this counts as solved in pass@k."""
 

@@ -11,7 +11,8 @@ a parameter `trainer_state` gets the state of the run, as in TRL.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class LoadedReward:
     name: str
     weight: float
     function: Callable[..., Any]
+    at_once: int = 1
+    """Calls that may run beside each other; async functions have no such limit."""
 
     @property
     def is_async(self) -> bool:
@@ -62,6 +65,18 @@ class LoadedReward:
             and parameter.default is inspect.Parameter.empty
             and parameter.name not in PROVIDED
         ]
+
+
+def listed(value: Any, count: int) -> Any:
+    """A function's answer as a list, one entry too long at most (a generator may be endless); itself if it is none."""
+    if isinstance(value, (str, bytes, Mapping, Set)) or not hasattr(value, "__iter__"):
+        return value
+    try:
+        return list(itertools.islice(value, count + 1))
+    except TypeError:
+        if hasattr(value, "shape"):  # an array or tensor without dimensions: one number
+            return value
+        raise
 
 
 def check_columns(loaded: Iterable[LoadedReward], columns: Iterable[str]) -> None:

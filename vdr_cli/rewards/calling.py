@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import inspect
-import itertools
 import math
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.errors import DataError
-from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState
+from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rollout.base import Messages, Prompt
 
@@ -45,33 +44,27 @@ class _Call:
         else:
             threading.Thread(target=self._run, name=f"reward {self.reward.name}", daemon=True).start()
 
+    @property
+    def _count(self) -> int:
+        return len(self.arguments["completions"])
+
     def _run(self) -> None:
         try:
             value = self.reward.function(**self.reward.accepted(self.arguments))
             if inspect.iscoroutine(value):  # a plain function around an async one
                 value = asyncio.run(_awaited(value))
-            self.value = self._entries(value)
+            self.value = listed(value, self._count)
         except BaseException as error:  # SystemExit too: it would end the thread without a word
             self.error = error
         self.done.set()
 
     async def _await(self) -> None:
         try:
-            self.value = self._entries(await self.reward.function(**self.reward.accepted(self.arguments)))
+            value = await self.reward.function(**self.reward.accepted(self.arguments))
+            self.value = listed(value, self._count)
         except BaseException as error:
             self.error = error
         self.done.set()
-
-    def _entries(self, value: Any) -> Any:
-        """The answer as a list, of one entry too many at most (a generator may be endless); itself if it is none."""
-        if isinstance(value, (str, bytes, Mapping, Set)) or not hasattr(value, "__iter__"):
-            return value
-        try:
-            return list(itertools.islice(value, len(self.arguments["completions"]) + 1))
-        except TypeError:
-            if hasattr(value, "shape"):  # an array or tensor without dimensions: one number
-                return value
-            raise
 
 
 async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:

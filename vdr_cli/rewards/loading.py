@@ -18,6 +18,7 @@ from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
+from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
 
@@ -26,16 +27,18 @@ OF_DATA = {"starter": "countdown"}  # datasets that bring a reward
 
 def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
     """The functions of the configuration in its order; the data's own when it names none."""
-    if not cfg.functions:
-        if data_name not in OF_DATA:
-            raise ConfigError(
-                f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
-                f"({', '.join(BUILT_IN)}), module:function or file.py:function"
-            )
-        return [_named(OF_DATA[data_name], 1.0, [])]
+    if not cfg.functions and data_name not in OF_DATA:
+        raise ConfigError(
+            f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
+            f"({', '.join(BUILT_IN)}), module:function or file.py:function"
+        )
+    given = [(entry.name, entry.weight) for entry in cfg.functions] or [(OF_DATA[data_name], 1.0)]
     loaded: list[LoadedReward] = []
-    for entry in cfg.functions:
-        loaded.append(_named(entry.name, entry.weight, [reward.name for reward in loaded]))
+    for name, weight in given:
+        loaded.append(_named(name, weight, [reward.name for reward in loaded]))
+    if cfg.processes and not all(reward.is_async for reward in loaded):
+        processes = RewardProcesses(cfg.processes)
+        loaded = [processes.taking(name, reward) for (name, _), reward in zip(given, loaded, strict=True)]
     return loaded
 
 
@@ -136,6 +139,8 @@ def _make_importable(directory: Path) -> None:
 
 def one_line(error: BaseException) -> str:
     """`ValueError: what it says (file.py:12)`: an exception of the user's code, safe for a terminal."""
+    if isinstance(error, RaisedThereError):  # has become one line where it was raised
+        return str(error)
     text = " ".join(str(error).split())
     shown = "".join(character if character.isprintable() else "?" for character in text)
     shown = shown if len(shown) <= 200 else shown[:197] + "..."

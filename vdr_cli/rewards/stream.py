@@ -35,7 +35,8 @@ class _Part:
 class RewardStream:
     """Takes the groups of one batch as they finish, in any order and from any thread, and calls the functions on them.
 
-    A function sees whole groups, as many as were ready together. The time limit is each call's own.
+    A function sees whole groups, as many as were ready together; with processes, these shared out among them. The time
+    limit is each call's own.
     """
 
     def __init__(
@@ -52,12 +53,19 @@ class RewardStream:
         self.timeout, self.state, self.texts_of = timeout, state, texts_of
         plain = [column for column, reward in enumerate(loaded) if not reward.is_async]
         awaited = [column for column, reward in enumerate(loaded) if reward.is_async]
-        self._lanes = [(columns, _Lane(w)) for columns, w in ((plain, 1), (awaited, AWAITED_TOGETHER)) if columns]
+        self._at_once = min((loaded[column].at_once for column in plain), default=1)
+        lanes = ((plain, self._at_once), (awaited, AWAITED_TOGETHER))
+        self._lanes = [(columns, _Lane(width)) for columns, width in lanes if columns]
         self._parts: list[_Part] = []
         self._lock = threading.Lock()
 
     def finished(self, groups: Sequence[int], completions: Completions) -> None:
         """These groups are sampled; completions: theirs, group by group."""
+        G, share = self.group_size, max(-(-len(groups) // self._at_once), 1)
+        for first in range(0, len(groups), share):
+            self._call(groups[first : first + share], completions.rows(slice(first * G, (first + share) * G)))
+
+    def _call(self, groups: Sequence[int], completions: Completions) -> None:
         prompts = [self.prompts[group] for group in groups for _ in range(self.group_size)]
         with self._lock:
             texts = self.texts_of(prompts, completions)
