@@ -24,6 +24,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import position_ids
 from vdr_cli.rollout import packed
 from vdr_cli.rollout.base import Completions, Sampling
+from vdr_cli.rollout.sampling import processors
 from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
 
 PAD, EOS = 0, 1
@@ -115,6 +116,28 @@ def test_logps_equal_a_full_forward(name: str) -> None:
     assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
     assert (out.sampler_logps[~out.completion_mask] == 0).all()
     assert out.completion_mask.any(1).all()
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(12, temperature=1.3, top_p=0.8),
+        Sampling(12, temperature=0.7, top_k=6),
+        Sampling(12, min_p=0.05),
+        Sampling(12, temperature=0.9, top_k=12, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
+    ],
+)
+def test_logps_are_those_of_the_filtered_distribution_of_a_full_forward(sampling: Sampling) -> None:
+    model = tiny("qwen2", spread=2.0)
+    for index, prompt in enumerate(PROMPTS):  # one prompt at a time: no padding that a penalty could see
+        out = rollout().generate(model, [prompt], 4, sampling, KEYS[index : index + 1])
+        logits, ids = full_logits(model, out), torch.cat([out.prompt_ids, out.completion_ids], 1)
+        for t in range(out.completion_ids.shape[1]):
+            scores = processors(sampling)(ids[:, : len(prompt) + t], logits[:, t].clone())
+            logps = scores.log_softmax(-1).gather(1, out.completion_ids[:, t : t + 1])[:, 0]
+            valid = out.completion_mask[:, t]
+            assert torch.allclose(out.sampler_logps[valid, t], logps[valid], atol=1e-5)
 
 
 def test_rows_end_at_eos_and_truncated_says_which_did_not() -> None:
