@@ -90,7 +90,7 @@ class Signal:
     bonus: Tensor | None = None
     """(B,) or (B, T) as added to the advantage."""
     token_measure: Tensor | None = None
-    """(B, T) the measure per token, with mode per_token."""
+    """(b, T) the measure per token of the first b rows, to be shown; all rows with mode per_token."""
     ref_logps: Tensor | None = None  # (B, T)
     selected: Tensor | None = None  # (B, T) bool
 

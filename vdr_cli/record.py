@@ -31,7 +31,7 @@ def end_step(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
     last = run.step >= cfg.train.steps
     if cfg.train.eval_every and (last or _is_due(cfg.train.eval_every, before, run.step)):
         metrics |= evaluate(run)
-    if cfg.observe.completions_every and (last or _is_due(cfg.observe.completions_every, before, run.step)):
+    if saves_completions(run, before):
         save_completions(run, batch, signal)
     write_metrics(run, metrics)
     if run.view is not None:
@@ -41,6 +41,18 @@ def end_step(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
     refuse_endless_refusals(run, batch, signal, updates)
     if not last and (run.best_is_new() or _is_due(cfg.train.checkpoint_every, before, run.step)):
         run.save_if_possible()
+
+
+def saves_completions(run: Run, before: int) -> bool:
+    """Whether the completions of the rollout at step `before` are saved."""
+    cfg = run.config
+    after, every = before + cfg.grpo.num_iterations, cfg.observe.completions_every
+    return every > 0 and (after >= cfg.train.steps or _is_due(every, before, after))
+
+
+def shows_tokens(run: Run) -> bool:
+    """Whether somebody will look at this rollout token by token: it is saved, or the first of the run."""
+    return run.step == 0 or saves_completions(run, run.step)
 
 
 def write_metrics(run: Run, metrics: dict[str, float]) -> None:
@@ -188,12 +200,15 @@ def completion_columns(run: Run, batch: Batch, signal: Signal) -> dict[str, list
         columns["bonus"] = _per_completion(signal.bonus, completions.completion_mask).tolist()
         columns[run.config.disagreement.measure] = signal.reduced.tolist()
     if signal.token_measure is not None:
-        columns[f"{run.config.disagreement.measure}_tokens"] = _cut(signal.token_measure, lengths)
+        measured = _cut(signal.token_measure, lengths[: len(signal.token_measure)])
+        columns[f"{run.config.disagreement.measure}_tokens"] = measured + [None] * (len(lengths) - len(measured))
     return columns
 
 
-def shown_group(run: Run, batch: Batch, signal: Signal) -> list[Sample]:
-    """The step's first group, for the live view."""
+def shown_group(run: Run, batch: Batch, signal: Signal) -> list[Sample] | None:
+    """The step's first group, for the live view; None where a group measured token by token is shown meanwhile."""
+    if signal.reduced is not None and signal.token_measure is None and run.config.observe.completions_every:
+        return None
     samples = []
     for row in range(min(run.config.rollout.group_size, SHOWN_COMPLETIONS)):
         ids = batch.completions.completion_ids[row, batch.completions.completion_mask[row]].tolist()

@@ -35,7 +35,7 @@ from vdr_cli.grpo.losses import (
     token_weights,
 )
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import completion_key
+from vdr_cli.rollout.base import Completions, completion_key
 from vdr_cli.run import Run, even_shares, open_run
 
 
@@ -72,7 +72,8 @@ def collect(run: Run) -> tuple[Batch, Signal]:
         stems = stem_keeper(run, model, batch)
         knowledge = consult(run, model, batch, stems)
         measured = disagree(run, model, batch, stems)
-    return batch, reward_head(run, batch, measured, knowledge)
+        by_token = shown_tokens(run, model, batch, measured)
+    return batch, reward_head(run, batch, measured, knowledge, by_token)
 
 
 def sample_informative(run: Run, model: Any) -> Batch:
@@ -154,15 +155,31 @@ def stem_keeper(run: Run, model: Any, batch: Batch) -> StemKeeper | None:
 
 def disagree(run: Run, model: Any, batch: Batch, stems: StemKeeper | None) -> Tensor | None:
     """The measure of every completion: (B, T) per token, (B,) at the end of the sequence; None without. Collective."""
-    cfg, ensemble = run.config.disagreement, run.ensemble
-    if ensemble is None:
-        return None
+    positions = "last" if run.config.disagreement.mode == "end_of_sequence" else "all"
+    return None if run.ensemble is None else members_read(run, model, batch.completions, positions, stems)
+
+
+def shown_tokens(run: Run, model: Any, batch: Batch, measured: Tensor | None) -> Tensor | None:
+    """(b, T) the measure token by token of the first b rows, for people to look at: all where it was measured so.
+
+    At the end of the sequence: this rank's first group, in steps that are shown. It changes no number of the run.
+    Collective.
+    """
+    if measured is None or measured.dim() == 2 or not record.shows_tokens(run):
+        return measured if measured is not None and measured.dim() == 2 else None
+    first_group = batch.completions.rows(slice(0, run.config.rollout.group_size))
+    return members_read(run, model, first_group, "all", None)
+
+
+def members_read(run: Run, model: Any, completions: Completions, positions: str, stems: StemKeeper | None) -> Tensor:
+    """The measure under the step's ensemble: (B, T), or (B,) with positions "last". Collective."""
+    cfg = run.config.disagreement
     asked: dict[str, Any] = {
-        "completions": to_device(batch.completions, run.engine.device),
+        "completions": to_device(completions, run.engine.device),
         "group_size": run.config.rollout.group_size,
-        "spec": ensemble,
+        "spec": run.ensemble,
         "step": run.step,
-        "positions": "last" if cfg.mode == "end_of_sequence" else "all",
+        "positions": positions,
         "measures": frozenset({cfg.measure}),
         "last_n": cfg.last_n,
     }
@@ -236,7 +253,9 @@ def logps_of(run: Run, model: Any, batch: Batch, stems: StemKeeper | None = None
 # ---- advantages ─ update -----------------------------------------------------------------------------------------
 
 
-def reward_head(run: Run, batch: Batch, measured: Tensor | None, knowledge: Knowledge) -> Signal:
+def reward_head(
+    run: Run, batch: Batch, measured: Tensor | None, knowledge: Knowledge, by_token: Tensor | None
+) -> Signal:
     """Where task rewards and bonus become advantages. measured: (B, T) or (B,), None without disagreement."""
     mask = trained_tokens(run, batch)
     rewards = penalised(run, batch, knowledge)
@@ -250,7 +269,7 @@ def reward_head(run: Run, batch: Batch, measured: Tensor | None, knowledge: Know
         task_advantages=task_advantages,
         reduced=reduced,
         bonus=bonus,
-        token_measure=measured if measured is not None and measured.dim() == 2 else None,
+        token_measure=by_token,
         ref_logps=knowledge.ref_logps,
         selected=knowledge.selected,
     )

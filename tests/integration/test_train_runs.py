@@ -35,6 +35,13 @@ def test_one_and_two_processes_give_the_same_update(train, read, tmp_path: Path)
     assert single.keys() == double.keys()
     for name, value in single.items():
         assert double[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    for processes, first_groups in ((1, {0}), (2, {0, 2})):  # of each rank: two groups, three groups
+        (table,) = read.completions(tmp_path / str(processes))
+        shown = [row for row in table.to_pylist() if row["bald_tokens"] is not None]
+        assert {row["group"] for row in shown} == first_groups
+        for row in shown:
+            assert len(row["bald_tokens"]) == len(row["completion_ids"])
+            assert row["bald_tokens"][-1] == pytest.approx(row["bald"], rel=1e-4, abs=1e-7)
 
 
 @pytest.mark.parametrize(

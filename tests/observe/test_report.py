@@ -77,9 +77,32 @@ def test_tokens_with_their_disagreement(make_run: MakeRun) -> None:
     assert one["numbers"].keys() == {"reward", "bonus", "advantage", "bald"}
 
 
+def test_groups_that_the_run_measured_come_first_where_not_all_fit(make_run: MakeRun) -> None:
+    page = write_report(make_run())
+    assert "4 groups were measured token by token. <code>vdr report RUN --members 8</code>" in page.read_text()
+    groups = [[0, 1], [2, 3], [4, 5]]
+    columns = {"bald_tokens": [None, None, None, None, [0.1], [0.2]]}
+    assert [report_data._chosen(columns, groups, wanted) for wanted in (1, 2, 3)] == [[2], [1, 2], [0, 1, 2]]
+    assert report_data._chosen({}, groups, 2) == [0, 2]
+
+
+def test_scores_without_members_are_coloured_by_entropy(tmp_path: Path) -> None:
+    from vdr_cli.score import run_score
+    from vdr_cli.scoring.request import ScoreRequest
+
+    given, scored = tmp_path / "in.jsonl", tmp_path / "scores.jsonl"
+    given.write_text('{"prompt": "1 2 3=6:", "completion": "1+2+3"}\n')
+    run_score(ScoreRequest((str(given),), "starter", str(scored), disagreement=None, tokens=True))
+    page = write_report(scored)
+    data = json.loads(tags_of(page).data)
+    assert data["heat"] == "entropy"
+    assert len(data["groups"][0]["completions"][0]["heat"]) == 5
+    assert "the model is unsure" in page.read_text()
+
+
 def test_charts_are_those_that_were_measured(make_run: MakeRun) -> None:
     text = write_report(make_run()).read_text()
-    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    captions = re.findall("<figcaption>(.*?) <span", text)
     assert captions == [
         "Reward",
         "Held-out pass@1",

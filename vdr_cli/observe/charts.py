@@ -169,7 +169,7 @@ def _axes(frame: _Frame, chart: Chart) -> str:
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     parts.append(_text("label", f'x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle"', chart.x_label))
     turned = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle"'
-    parts.append(_text("label", turned, chart.y_label))
+    parts.append(_text("label y", turned, chart.y_label))
     return "".join(parts)
 
 

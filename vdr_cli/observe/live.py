@@ -97,6 +97,7 @@ class LiveView:
         self._live: Live | None = None
         self._histories: dict[str, History] = {}
         self._samples: Sequence[Sample] = ()
+        self._sampled = 0  # the step that they are from
         self._metrics: Mapping[str, float] = {}
         self._step = self._total = self._first = 0
         self._started = self._updated = time.monotonic()
@@ -131,7 +132,8 @@ class LiveView:
         """Show the numbers of `step` (steps done, counted from 1) and, when given, one group's completions."""
         shown = {**metrics, **self._tokens_per_second(metrics)}
         self._step, self._metrics, self._updated = step, shown, time.monotonic()
-        self._samples = samples or self._samples
+        if samples:
+            self._samples, self._sampled = samples, step
         if self._live is None:
             self._print(step_line(step, self._total, shown, self._left(), memory_bytes()))
             return
@@ -166,7 +168,8 @@ class LiveView:
         parts: list[RenderableType] = [self._heading(), ProgressBar(max(self._total, 1), self._step, width=width)]
         parts.append(self._numbers(sparks=width >= 60))
         if self._samples:
-            parts.extend(sample_lines(self._samples, rows=max(self.console.height - 16, 1)))
+            parts.append(Text(f"completions of step {self._sampled}", style="dim"))
+            parts.extend(sample_lines(self._samples, rows=max(self.console.height - 17, 1)))
         return Group(*parts)
 
     def _heading(self) -> Text:

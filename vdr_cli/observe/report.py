@@ -70,8 +70,10 @@ class Page:
     ranking_header: list[str]
     ranking: list[list[str]]
     ranked: IntervalChart | None
-    uncoloured: str
-    """What to do when no token has a number."""
+    heat: str
+    """What the numbers at the tokens are."""
+    command: tuple[str, str]
+    """How to get numbers at the tokens that have none: a command, and what it does."""
 
 
 def write_report(
@@ -147,7 +149,8 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
         ranking_header=[],
         ranking=[],
         ranked=None,
-        uncoloured="vdr report RUN --members 8 measures the disagreement of each token.",
+        heat="disagreement",
+        command=("vdr report RUN --members 8", "measures the tokens of all of them, with the final model"),
     )
 
 
@@ -184,7 +187,8 @@ def score_page(path: Path) -> Page:
         ranking_header=header,
         ranking=[[_interval(row, name) for name in header] for row in ranking],
         ranked=_ranked(ranking),
-        uncoloured="vdr score --tokens saves the disagreement of each token.",
+        heat="disagreement" if "token_bald" in columns else "entropy",
+        command=("vdr score --tokens", "saves the numbers of each token"),
     )
 
 
@@ -240,15 +244,14 @@ def render(page: Page) -> str:
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    shown = len(page.groups)
-    note = f"{shown} of {page.groups_saved} saved groups" if shown < page.groups_saved else f"All {shown} saved groups"
-    coloured = any(one.heat for group in page.groups for one in group.completions)
-    note += ". Tokens on a coloured background: the members disagree there." if coloured else f". {page.uncoloured}"
     return environment.get_template("report.html.j2").render(
         title=visible(page.title),
         subtitle=visible(page.subtitle),
         charts_note=CHARTS_NOTE if any(map(_has_bands, page.charts)) else "",
-        charts=[{"title": visible(chart.title), "svg": Markup(svg(chart))} for chart in page.charts],
+        charts=[
+            {"title": visible(chart.title), "unit": visible(chart.y_label), "svg": Markup(svg(chart))}
+            for chart in page.charts
+        ],
         facts_header=[visible(name) for name in page.facts_header],
         facts=[[visible(cell) for cell in row] for row in page.facts],
         facts_note=page.facts_note,
@@ -256,20 +259,40 @@ def render(page: Page) -> str:
         ranking_header=page.ranking_header,
         ranking=page.ranking,
         has_groups=bool(page.groups),
-        groups_note=note,
-        data=Markup(_embedded(page.groups)),
+        groups_note=_groups_note(page),
+        command=page.command[0] if _coloured(page) < len(page.groups) else "",
+        command_does=page.command[1],
+        data=Markup(_embedded(page)),
     )
+
+
+def _groups_note(page: Page) -> str:
+    """How many groups the page has of all that were saved, and what the colours in them mean."""
+    shown = len(page.groups)
+    note = f"{shown} of {page.groups_saved} saved groups" if shown < page.groups_saved else f"All {shown} saved groups"
+    coloured = _coloured(page)
+    if not coloured:
+        return f"{note}."
+    reason = "the members disagree there" if page.heat == "disagreement" else "the model is unsure of what comes there"
+    note += f". Tokens on a coloured background: {reason}."
+    return note if coloured == shown else f"{note} {coloured} groups were measured token by token."
+
+
+def _coloured(page: Page) -> int:
+    """Groups with numbers at their tokens."""
+    return sum(any(one.heat for one in group.completions) for group in page.groups)
 
 
 def _has_bands(chart: Chart) -> bool:
     return not chart.is_scatter and any(one.low is not None or len(one.x) > MAX_POINTS for one in chart.series)
 
 
-def _embedded(groups: Sequence[ShownGroup]) -> str:
+def _embedded(page: Page) -> str:
     """JSON that no content can leave: <, > and & are escapes, line separators too (json's ASCII)."""
-    heat = sorted(value for group in groups for one in group.completions for value in one.heat or ())
+    values = [value for group in page.groups for one in group.completions for value in one.heat or ()]
+    heat = sorted(filter(math.isfinite, values))
     levels = [heat[min(int(share * len(heat)), len(heat) - 1)] for share in QUANTILES] if heat else []
-    data = {"levels": levels, "groups": [_shown(asdict(group)) for group in groups]}
+    data = {"heat": page.heat, "levels": levels, "groups": [_shown(asdict(group)) for group in page.groups]}
     text = json.dumps(data, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -303,7 +326,7 @@ def _decoder(model: str | None) -> Decode | None:
 
 
 def _measuring(run: RunData, model: str, members: int) -> Heat:
-    """bald a token under the run's ensemble settings, of `model`."""
+    """The run's measure a token under its ensemble settings, of `model`."""
     from vdr_cli.config import DisagreementConfig
     from vdr_cli.disagreement.masks import EnsembleSpec
     from vdr_cli.disagreement.members import measure
@@ -317,11 +340,12 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
         kept["mode"] = "per_token"  # what scope None means depends on it
     spec = EnsembleSpec.from_config(DisagreementConfig(members=members, **kept), run.config["train"]["seed"])
     causal_lm = load_causal_lm(model)
+    name = own.get("measure", "bald")
 
     def heat(prompt_ids: list[int], completions: list[list[int]]) -> list[list[float]]:
         items = [Item(at, prompt_ids, ids or [0], False) for at, ids in enumerate(completions)]
-        bald = measure(causal_lm, collate(items, 0), len(items), spec, 0, "all", ("bald",)).get("bald")  # (G, T)
-        return [row[: len(ids)] for row, ids in zip(bald.tolist(), completions, strict=True)]
+        measured = measure(causal_lm, collate(items, 0), len(items), spec, 0, "all", (name,)).get(name)  # (G, T)
+        return [row[: len(ids)] for row, ids in zip(measured.tolist(), completions, strict=True)]
 
     return heat
 

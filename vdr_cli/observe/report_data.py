@@ -26,7 +26,9 @@ Decode = Callable[[list[int]], list[str]]
 Heat = Callable[[list[int], list[list[int]]], list[list[float]]]
 """Prompt ids and the completions' ids of a group to one number a token."""
 
-RUN_HEAT = ("bald_tokens", "rmi_tokens")
+DISAGREEMENT = ("bald_tokens", "rmi_tokens", "measured_tokens", "token_bald")
+HEAT = (*DISAGREEMENT, "token_entropy")
+"""Columns with a number a token; the first that a completion has colours it."""
 GROUPS_SHOWN = 60
 CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
 NOT_SEEDS = ("seed", "output")
@@ -149,8 +151,8 @@ def run_groups(run: RunData, decode: Decode | None, heat: Heat | None = None) ->
         columns = read_completions(file)
         groups = _by_group(columns)
         saved += len(groups)
-        for rows in [groups[at] for at in _spaced(len(groups), each)]:
-            if heat is not None and not any(name in columns for name in RUN_HEAT):
+        for rows in [groups[at] for at in _chosen(columns, groups, each)]:
+            if heat is not None and not _is_measured(columns, rows[0]):
                 columns.setdefault("measured_tokens", [None] * len(columns["prompt"]))
                 ids = [columns["completion_ids"][row] for row in rows]
                 for row, values in zip(rows, heat(columns["prompt_ids"][rows[0]], ids), strict=True):
@@ -161,6 +163,18 @@ def run_groups(run: RunData, decode: Decode | None, heat: Heat | None = None) ->
                 return shown, saved
             shown.append(group)
     return shown, saved
+
+
+def _chosen(columns: Mapping[str, Sequence[Any]], groups: Sequence[list[int]], wanted: int) -> list[int]:
+    """Up to `wanted` groups of a step, in order: those that the run measured token by token before others."""
+    measured = [at for at, rows in enumerate(groups) if _is_measured(columns, rows[0])]
+    first = [measured[at] for at in _spaced(len(measured), wanted)]
+    others = [at for at in range(len(groups)) if at not in first]
+    return sorted(first + [others[at] for at in _spaced(len(others), wanted - len(first))])
+
+
+def _is_measured(columns: Mapping[str, Sequence[Any]], row: int) -> bool:
+    return any(columns[name][row] for name in DISAGREEMENT if name in columns)
 
 
 def reward_and_disagreement(runs: Sequence[RunData], limit: int = 600) -> Series:
@@ -246,10 +260,10 @@ def _group(columns: Mapping[str, Sequence[Any]], rows: Iterable[int], decode: De
 
 
 def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode | None) -> Completion:
-    heat_name = next((name for name in (*RUN_HEAT, "measured_tokens", "token_bald") if name in columns), None)
+    heat_name = next((name for name in HEAT if name in columns and columns[name][row]), None)
     ids_name = next((name for name in ("token_ids", "completion_ids") if name in columns), None)
     tokens = heat = None
-    if heat_name and ids_name and decode is not None and columns[heat_name][row] and columns[ids_name][row]:
+    if heat_name and ids_name and decode is not None and columns[ids_name][row]:
         ids, values = list(columns[ids_name][row]), list(columns[heat_name][row])
         if len(ids) == len(values):
             tokens, heat = decode(ids), values
@@ -286,6 +300,8 @@ def _spaced(count: int, wanted: int) -> list[int]:
     """Up to `wanted` of 0 ... count-1, evenly spaced, the first and the last among them."""
     if count <= wanted:
         return list(range(count))
+    if wanted <= 0:
+        return []
     if wanted == 1:
         return [count - 1]
     return sorted({round(index * (count - 1) / (wanted - 1)) for index in range(wanted)})
