@@ -1,0 +1,237 @@
+"""Checkpoints of real runs: disks that are full or read-only, kills at bad moments, the best one, torn ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB; a checkpoint of the starter takes 13 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("needs root (a small tmpfs)")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+FILLING = """
+import os, pathlib
+from vdr_cli.starter.countdown import countdown
+DISK = pathlib.Path(os.environ["DISK"])
+
+def filling(completions, trainer_state, **columns):
+    # The task's reward. From step FULL on nothing fits on the disk, from step FREE on everything.
+    step = trainer_state.global_step + 1
+    if os.environ["RANK"] == "0" and int(os.environ["FULL"]) <= step < int(os.environ["FREE"]):
+        with (DISK / "filler").open("ab", buffering=0) as filler:
+            try:
+                while filler.write(bytes(4096)):
+                    pass
+            except OSError:
+                pass
+    if os.environ["RANK"] == "0" and step == int(os.environ["FREE"]):
+        (DISK / "filler").unlink(missing_ok=True)
+    return countdown(completions, **columns)
+"""
+
+
+def on_a_full_disk(tmp_path: Path, disk: Path, full: int, free: int) -> tuple[Path, dict[str, object], dict[str, str]]:
+    """(run directory, settings, environment) of a run whose disk is full between two of its steps."""
+    (tmp_path / "mine.py").write_text(FILLING)
+    settings = {
+        "rewards.functions": [{"name": f"{tmp_path}/mine.py:filling"}],
+        "train.checkpoint_every": 1,
+        "train.steps": 5,
+        "train.keep_last": 1,
+    }
+    return disk / "run", settings, {"DISK": str(disk), "FULL": str(full), "FREE": str(free)}
+
+
+def test_a_full_disk_costs_a_run_nothing_that_was_complete(
+    train, read, small_disk: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Full from the third step to the fifth: checkpoints and completions of two steps are missing, nothing else."""
+    run, settings, environment = on_a_full_disk(tmp_path, small_disk, 3, 5)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = train(run, processes=2, settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout
+    assert "checkpoint under" in said and "the one before is intact; going on" in said
+    assert "completions cannot be written" in said
+    assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
+    assert [path.stem for path in sorted((run / "completions").iterdir())] == [f"step_00000{n}" for n in (1, 2, 5)]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_one_line(
+    train, read, small_disk: Path, tmp_path: Path, monkeypatch
+) -> None:
+    run, settings, environment = on_a_full_disk(tmp_path, small_disk, 3, 99)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = train(run, settings=settings)
+    assert ended.returncode == 4
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
+    assert line.startswith("vdr: error: checkpoint under") and "(0 MiB free on the disk)" in line
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    (small_disk / "filler").unlink()
+    monkeypatch.setenv("FULL", "99")
+    ended = train(run, "--resume", "auto", settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
+
+
+LOCKING = """
+import os, subprocess
+from vdr_cli.starter.countdown import countdown
+FOLDER, LOCKED, OPEN = (os.environ[name] for name in ("FOLDER", "LOCKED", "OPEN"))
+COMMANDS = {
+    int(LOCKED): [["mount", "--bind", FOLDER, FOLDER], ["mount", "-o", "remount,bind,ro", FOLDER]],
+    int(OPEN): [["umount", FOLDER]],
+}
+
+def locking(completions, trainer_state, **columns):
+    # The task's reward. From step LOCKED on the checkpoints cannot be written, from step OPEN on they can.
+    if os.environ["RANK"] == "0":  # rewards may be called several times in a step
+        for command in COMMANDS.pop(trainer_state.global_step + 1, []):
+            subprocess.run(command, check=True)
+    return countdown(completions, **columns)
+"""
+
+
+@pytest.fixture
+def lockable(tmp_path: Path, small_disk: Path) -> Iterator[tuple[Path, dict[str, object]]]:
+    """(run directory, settings) of a run whose checkpoints directory becomes read-only. For root, who may mount."""
+    (tmp_path / "mine.py").write_text(LOCKING)
+    settings = {"rewards.functions": [{"name": f"{tmp_path}/mine.py:locking"}], "train.keep_last": 1}
+    yield tmp_path / "run", {**settings, "train.checkpoint_every": 1, "train.steps": 5}
+    subprocess.run(["umount", "--lazy", tmp_path / "run" / "checkpoints"], check=False, capture_output=True)
+
+
+def lock(monkeypatch: pytest.MonkeyPatch, run: Path, locked: int, opened: int) -> None:
+    for name, value in (("FOLDER", run / "checkpoints"), ("LOCKED", locked), ("OPEN", opened)):
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_read_only_directory_costs_checkpoints_and_nothing_else(train, read, lockable, monkeypatch) -> None:
+    run, settings = lockable
+    lock(monkeypatch, run, 3, 5)
+    ended = train(run, processes=2, settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Read-only file system") == 2
+    assert "the one before is intact; going on" in ended.stdout
+    assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_a_directory_that_stays_read_only_ends_the_run_with_one_line(train, read, lockable, monkeypatch) -> None:
+    run, settings = lockable
+    lock(monkeypatch, run, 3, 99)
+    ended = train(run, settings=settings)
+    assert ended.returncode == 4
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
+    assert line.startswith("vdr: error: checkpoint under") and "Read-only file system" in line
+    assert "Traceback" not in ended.stderr
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    subprocess.run(["umount", run / "checkpoints"], check=True)
+    lock(monkeypatch, run, 99, 99)
+    ended = train(run, "--resume", "auto", settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
+
+
+BETWEEN_STEPS = """
+import os, signal
+from vdr_cli.engine.build import Engine
+from vdr_cli.starter.countdown import countdown
+
+def killed_before(number, step=Engine.step):
+    calls = []
+    def wrapped(self, *arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+    return wrapped
+
+if os.environ.get("RANK") == "1" and "KILL_BEFORE" in os.environ:
+    Engine.step = killed_before(int(os.environ["KILL_BEFORE"]))
+"""
+
+
+def test_a_kill_between_two_steps_on_one_rollout_costs_nothing(train, read, tmp_path: Path, monkeypatch) -> None:
+    """The fourth of six optimizer steps: the second on its rollout, its gradient accumulated, the third one done."""
+    (tmp_path / "mine.py").write_text(BETWEEN_STEPS)
+    settings = {"rewards.functions": [{"name": f"{tmp_path}/mine.py:countdown"}], "grpo.num_iterations": 2}
+    settings |= {"train.micro_batch_size": 3, "train.checkpoint_every": 2, "train.steps": 6}
+    assert train(tmp_path / "whole", processes=2, settings=settings).returncode == 0
+    monkeypatch.setenv("KILL_BEFORE", "4")
+    assert train(tmp_path / "run", processes=2, settings=settings).returncode == 4
+    assert [line["step"] for line in read.metrics(tmp_path / "run")] == [2]
+    monkeypatch.delenv("KILL_BEFORE")
+    ended = train(tmp_path / "run", "--resume", "auto", processes=2, settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    assert read.metrics(tmp_path / "run") == read.metrics(tmp_path / "whole")
+    for ours, theirs in zip(*map(read.completions, (tmp_path / "run", tmp_path / "whole")), strict=True):
+        assert ours.equals(theirs)
+    expected = read.weights(tmp_path / "whole")
+    assert all((tensor == expected[name]).all() for name, tensor in read.weights(tmp_path / "run").items())
+
+
+SOLVING = """
+import os, pathlib
+METRICS = pathlib.Path(os.environ["METRICS"])
+
+def solving(completions, held_out, **_):
+    # The held-out prompts are solved once: in the evaluation after the third step, before its line is written.
+    third = METRICS.exists() and len(METRICS.read_text().splitlines()) == 3
+    return [float(third) if out else len(text) / 10 for text, out in zip(completions, held_out)]
+"""
+
+
+def test_the_best_checkpoint_stays_beside_the_last(train, read, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("METRICS", str(tmp_path / "run" / "metrics.jsonl"))
+    (tmp_path / "mine.py").write_text(SOLVING)
+    for name, held_out in (("rows", False), ("held_out", True)):
+        rows = [json.dumps({"prompt": f"{n},2,3=6:", "held_out": held_out}) for n in range(1, 6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    settings = {
+        "data.name": str(tmp_path / "rows.jsonl"),
+        "data.eval_name": str(tmp_path / "held_out.jsonl"),
+        "rewards.functions": [{"name": f"{tmp_path}/mine.py:solving"}],
+        "train.eval_every": 1,
+        "train.keep_best": True,
+        "train.keep_last": 1,
+        "train.checkpoint_every": 1,
+    }
+    for steps, more in ((5, ()), (7, ("--resume", "auto"))):
+        ended = train(tmp_path / "run", *more, settings={**settings, "train.steps": steps})
+        assert ended.returncode == 0, ended.stderr
+        kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert kept == ["step_000003", f"step_{steps:06d}"]
+    assert [line["eval/pass@1"] for line in read.metrics(tmp_path / "run")] == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_a_torn_checkpoint_is_reported_and_passed_over(train, tmp_path: Path) -> None:
+    settings = {"train.checkpoint_every": 1, "train.keep_last": 3}
+    assert train(tmp_path / "run", settings=settings).returncode == 0
+    newest = tmp_path / "run" / "checkpoints" / "step_000002"
+    victim = next((newest / "engine").glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    ended = train(tmp_path / "run", "--resume", "auto", settings={**settings, "train.steps": 3})
+    assert ended.returncode == 0, ended.stderr
+    assert f"step_000002 passed over: engine/{victim.name} does not match its checksum" in ended.stdout
+    assert "step_000001" in ended.stdout
