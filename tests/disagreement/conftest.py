@@ -1,5 +1,6 @@
 """Tiny random models of many architectures, and ragged completions for them."""
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -45,6 +46,10 @@ SMALL = {
     "initializer_range": 0.5,
     "init_std": 0.5,
 }
+ARCHITECTURES = [
+    "qwen2", "qwen3", "llama", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt_neox",
+    "mixtral", "qwen2_moe", "granite", "cohere2", "falcon", "bloom", "gpt_oss", "recurrent_gemma", "lfm2",
+]  # fmt: skip
 OWN = {"lfm2": {"layer_types": ["conv", "full_attention", "conv"]}}
 
 
@@ -65,6 +70,25 @@ def tiny_model() -> Callable[..., nn.Module]:
         return made[name]
 
     return build
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each kind of decoder in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def adapted() -> Callable[[nn.Module], nn.Module]:
+    """A copy of a model wrapped by PEFT, with adapters that are not 0."""
+    peft = pytest.importorskip("peft")
+
+    def wrap(model: nn.Module) -> nn.Module:
+        torch.manual_seed(1)
+        settings = peft.LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+        return peft.get_peft_model(copy.deepcopy(model), settings).eval()
+
+    return wrap
 
 
 @pytest.fixture

@@ -64,12 +64,22 @@ def test_layer_by_layer_is_the_whole_model(
         check_agreement(tiny_model(), ragged(), spec, positions, budget)
 
 
-@pytest.mark.parametrize(
-    "kind", ["gpt2", "gemma2", "mixtral", "bloom", "opt", "gpt_neox", "falcon", "recurrent_gemma", "lfm2"]
-)
-def test_every_architecture_can_be_read_layer_by_layer(kind: str, tiny_model: Callable, ragged: Callable) -> None:
-    check_agreement(tiny_model(kind), ragged(), SPECS["full"], "all", None)
-    check_agreement(tiny_model(kind), ragged(), replace(SPECS["top"], last_k=2), "last", 1)
+def test_every_architecture_can_be_read_layer_by_layer(
+    architecture: str, tiny_model: Callable, ragged: Callable
+) -> None:
+    model = tiny_model(architecture)
+    check_agreement(model, ragged(), SPECS["full"], "all", None)
+    check_agreement(model, ragged(), replace(SPECS["top"], last_k=2), "last", 1)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "olmo2", "mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("spec", [SPECS["full"], SPECS["top"]], ids=["full", "top"])
+def test_peft_wrapped_models_too(
+    kind: str, spec: EnsembleSpec, tiny_model: Callable, adapted: Callable, ragged: Callable
+) -> None:
+    model = adapted(tiny_model(kind))
+    for positions, budget in (("all", None), ("last", 1)):
+        check_agreement(model, ragged(), spec, positions, budget)
 
 
 def test_one_token_and_empty_completions(tiny_model: Callable, ragged: Callable) -> None:

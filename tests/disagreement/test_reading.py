@@ -1,5 +1,7 @@
 """What must not change a number: padding, order, chunks, memory, shared prompts; and what must be left as found."""
 
+import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement import hooks, masks, members, reading
+from vdr_cli.disagreement import hooks, information, masks, members, reading
 from vdr_cli.disagreement.information import MEASURES, Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
@@ -340,15 +342,25 @@ def test_too_many_top_layers_name_the_setting(tiny_model: Callable, ragged: Call
         measure(tiny_model(), ragged(), 3, replace(TOP, last_k=4), 1)
 
 
-def test_peft_wrapped_models_are_measured(tiny_model: Callable, ragged: Callable) -> None:
+def test_peft_wrapped_models_are_measured(tiny_model: Callable, adapted: Callable, ragged: Callable) -> None:
+    """With adapters that do something, as the plain model that has them in its weights."""
+    wrapped = adapted(tiny_model())
+    plain = copy.deepcopy(wrapped).merge_and_unload()
+    for spec in (SPEC, TOP):
+        found = measure(wrapped, ragged(), 3, spec, 1, "all", {"bald"}).bald
+        torch.testing.assert_close(
+            found, measure(plain, ragged(), 3, spec, 1, "all", {"bald"}).bald, rtol=1e-4, atol=1e-6
+        )
+        without = measure(tiny_model(), ragged(), 3, spec, 1, "all", {"bald"}).bald
+        assert not torch.allclose(found, without, rtol=1e-2, atol=1e-4)
+
+
+def test_an_adapter_of_the_lm_head_is_refused(tiny_model: Callable) -> None:
+    """Its part of the logits would be missing without a word."""
     peft = pytest.importorskip("peft")
-    plain = measure(tiny_model(), ragged(), 3, SPEC, 1, "all", {"bald"}).bald
-    copy = type(tiny_model())(tiny_model().config)
-    copy.load_state_dict(tiny_model().state_dict())
-    wrapped = peft.get_peft_model(copy.eval(), peft.LoraConfig(target_modules="all-linear", r=2, lora_dropout=0.5))
-    torch.testing.assert_close(
-        measure(wrapped, ragged(), 3, SPEC, 1, "all", {"bald"}).bald, plain, rtol=1e-4, atol=1e-6
-    )
+    settings = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2)
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: the LM head"):
+        anatomy.output_head(peft.get_peft_model(copy.deepcopy(tiny_model()), settings))
 
 
 def test_out_of_memory_splits_and_tries_again(
@@ -369,13 +381,70 @@ def test_out_of_memory_splits_and_tries_again(
     assert asked == [2**25, 2**24, 2**23, 2**22]
 
 
+@pytest.mark.parametrize("spec", [SPEC, TOP], ids=["full", "top"])
+def test_out_of_memory_goes_down_to_one_member_and_one_completion(
+    spec: EnsembleSpec, tiny_model: Callable, ragged: Callable
+) -> None:
+    """A network that holds one row at a time, whatever a plan says."""
+    model, batch, sizes = tiny_model(), ragged(), []
+    truth = measure(model, batch, 3, spec, 1).bald
+
+    def scarce(module: nn.Module, arguments: tuple, output: object) -> None:
+        sizes.append(len(arguments[0]))
+        if len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with hooks.hooked(anatomy.decoder_layers(model)[-1].register_forward_hook, scarce):
+        torch.testing.assert_close(measure(model, batch, 3, spec, 1).bald, truth, rtol=1e-4, atol=1e-6)
+    assert max(sizes) > 1 == min(sizes)
+
+
+def test_out_of_memory_in_the_head_halves_the_logits_alone(
+    tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch, rows, trunks = tiny_model(), ragged(), [], []
+    truth = measure(model, batch, 3, SPEC, 1).bald
+    real = information.project
+
+    def scarce(hidden: Tensor, head: anatomy.Head, out: Tensor) -> Tensor:
+        rows.append(len(hidden))
+        if len(hidden) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(hidden, head, out)
+
+    monkeypatch.setattr(information, "project", scarce)
+    first = anatomy.decoder_layers(model)[0]
+    with hooks.hooked(first.register_forward_hook, lambda *_: trunks.append(1)):
+        torch.testing.assert_close(measure(model, batch, 3, SPEC, 1).bald, truth, rtol=1e-5, atol=1e-7)
+        assert len(trunks) == 2, "prompts and completions once: the trunk is not read again"
+        assert max(rows) > 4 == min(rows), "one position of four members"
+        monkeypatch.setattr(information, "project", _never)
+        with pytest.raises(MachineError, match="not enough memory"):
+            measure(model, batch, 3, SPEC, 1)
+
+
+def _never(*_: object) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("dropout", [1e-12, 0.999, 1 - 1e-12])
+def test_any_dropout_between_0_and_1_gives_finite_measures_in_their_bounds(
+    dropout: float, tiny_model: Callable, ragged: Callable
+) -> None:
+    """Nothing dropped: exactly 0, though a product with masks is made. All but nothing: no NaN, log M at most."""
+    batch, spec = ragged(), replace(SPEC, members=2, dropout=dropout)
+    found = measure(tiny_model(), batch, 3, spec, 1, "all", ALL)
+    for name in ALL:
+        assert bool(found.get(name).isfinite().all()), name
+    assert found.bald.max() <= math.log(2) and found.rmi.min() >= 0
+    if dropout < 1e-9:
+        assert found.bald.max() < 1e-6 and found.rmi.max() < 1e-6
+
+
 def test_out_of_memory_at_the_smallest_size_is_an_error_not_zeros(
     tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: object) -> object:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(members, "plan", never)
+    monkeypatch.setattr(members, "plan", _never)
     with pytest.raises(MachineError, match="not enough memory"):
         measure(tiny_model(), ragged(), 3, SPEC, 1)
 
@@ -383,9 +452,7 @@ def test_out_of_memory_at_the_smallest_size_is_an_error_not_zeros(
 def test_bfloat16_models_keep_float32_statistics(tiny_model: Callable, ragged: Callable) -> None:
     batch = ragged(groups=4, group_size=6)
     exact = measure(tiny_model(), batch, 6, SPEC, 1, "all", {"bald"}).bald
-    copy = type(tiny_model())(tiny_model().config).eval()
-    copy.load_state_dict(tiny_model().state_dict())
-    rough = measure(copy.bfloat16(), batch, 6, SPEC, 1, "all", {"bald"}).bald
+    rough = measure(copy.deepcopy(tiny_model()).bfloat16(), batch, 6, SPEC, 1, "all", {"bald"}).bald
     assert rough.dtype == torch.float32
     kept = batch.completion_mask
     assert torch.corrcoef(torch.stack([exact[kept], rough[kept]]))[0, 1] > 0.99

@@ -16,13 +16,16 @@ pytestmark = pytest.mark.integration
 
 WORKER = """
 import json, sys
+from contextlib import nullcontext
 import deepspeed, torch
 from vdr_cli.config import Config
+from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.members import EnsembleSpec, measure
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine, start_distributed
 from vdr_cli.engine.export import export_model
+from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 
@@ -50,6 +53,16 @@ def engine_of(copy):
 def since(before):
     return {name: moved[name] - before[name] for name in moved}
 
+def no_more_than_four_rows(module, arguments, output):
+    tries.append(len(arguments[0]))
+    if len(arguments[0]) > 4:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+def scarce(model):  # on rank 1 alone the last layer has memory for four rows
+    layer = decoder_layers(model)[-1]
+    return hooked(layer.register_forward_hook, no_more_than_four_rows) if rank else nullcontext()
+
+tries = []
 whole, layers = engine_of("whole"), engine_of("layers")
 assert layers.by_layers and not whole.by_layers
 prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]][: 1 + 2 * rank]  # one prompt here, three there
@@ -61,6 +74,10 @@ with whole.twin() as model:
     for M in (2, 8, 32):
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
         found[f"whole{M}"] = measure(model, completions, 3, spec, 4, measures=("bald",)).bald.tolist()
+    before = dict(moved)
+    with scarce(model):
+        again = collectives.together(lambda: measure(model, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4))
+    found |= {"scarce whole": again.bald.tolist(), "moved scarce whole": since(before), "tries": tries.copy()}
 with layers.twin() as model:
     again = collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys))
     assert torch.equal(again.completion_ids, completions.completion_ids)
@@ -74,6 +91,11 @@ with layers.twin() as model:
             statistics = measure_by_layers(model, lend, completions, 3, spec, 4, measures=("bald",), budget=budget)
         found[f"moved{M}"] = since(before)
         found[f"layers{M}"] = statistics.bald.tolist()
+    tries.clear()
+    before = dict(moved)
+    with layers.one_by_one() as lend, scarce(model):
+        again = measure_by_layers(model, lend, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4)
+    found |= {"scarce layers": again.bald.tolist(), "moved scarce layers": since(before), "layer tries": tries.copy()}
     try:
         collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys) if rank else 1 / 0)
     except Exception as error:
@@ -151,6 +173,24 @@ def test_the_ensemble_gathers_a_layer_once_whatever_the_members(ranks: tuple[Pat
         assert found["moved2"] == found["moved8"] == found["moved32"]
         assert found["moved8"] == {"gathers": LAYERS * PARAMETERS, "bytes": size}
         assert size < found["copy"]["bytes"]
+
+
+def test_a_rank_short_of_memory_splits_its_work_and_the_other_does_not_notice(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """One layer of rank 1 holds four rows at a time: the numbers and gathers of both ranks are those of plenty."""
+    import torch
+
+    assert ranks[1][0]["tries"] == ranks[1][0]["layer tries"] == []
+    for name in ("tries", "layer tries"):
+        tries = ranks[1][1][name]
+        assert max(tries) > 4 >= min(tries)
+    for found in ranks[1]:
+        truth = torch.tensor(found["whole8"])
+        for way in ("scarce whole", "scarce layers"):
+            torch.testing.assert_close(torch.tensor(found[way]), truth, rtol=1e-4, atol=1e-6)
+        assert found["moved scarce whole"] == {"gathers": 0, "bytes": 0}
+        assert found["moved scarce layers"] == found["moved8"]
 
 
 def test_a_forward_of_one_rank_is_gathered_by_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

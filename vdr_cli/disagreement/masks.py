@@ -105,5 +105,5 @@ def _bernoulli(spec: EnsembleSpec, name: str, count: int) -> np.ndarray:
     digest = hashlib.blake2b(f"{spec.seed}/{name}".encode(), digest_size=16).digest()
     philox = np.random.Philox(key=np.frombuffer(digest, dtype="<u8"))
     words = philox.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
-    kept = words >= np.uint32(round(spec.dropout * 2**32))
+    kept = words >= np.uint32(min(round(spec.dropout * 2**32), 2**32 - 1))
     return kept.astype(np.float32) / np.float32(1.0 - spec.dropout)

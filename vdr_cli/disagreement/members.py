@@ -55,18 +55,18 @@ def measure(
     or split of the batch change a number.
     """
     budget = budget or default_budget(model, completions, group_size)
+    least = min(sum(bytes_per_row(model, completions)), 2**20)  # a member and a completion at once, whatever they need
     while True:
         try:
             return _measure(
                 model, completions, group_size, spec, step, positions, frozenset(measures), budget, last_n, stems
             )
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            smaller = budget // 2
-        if smaller < 2**20:
+        if budget <= least:
             raise too_little_memory()
-        budget = smaller
+        budget = max(budget // 2, least)
         if completions.prompt_ids.is_cuda:
             torch.cuda.empty_cache()
 
@@ -131,10 +131,25 @@ class Results:
         }
 
     def take(self, hidden: Tensor, head: Head, rows: Tensor, tokens: Tensor, budget: int) -> None:
-        """hidden (M, N, D) at the positions that predict `tokens` (N,) of `rows` (N,); budget: bytes of logits."""
-        found = token_statistics(hidden, self.ids[rows, tokens], head, self.measures, budget)
+        """hidden (M, N, D) at the positions that predict `tokens` (N,) of `rows` (N,); budget: bytes of logits.
+
+        Out of memory: half the logits at once, again, down to those of one position.
+        """
+        targets, least = self.ids[rows, tokens], 4 * len(hidden) * head.weight.shape[0]
+        while (found := self._tried(hidden, targets, head, budget, last=budget <= least)) is None:
+            budget //= 2
+            if hidden.is_cuda:
+                torch.cuda.empty_cache()
         for name in self.measures:
             self.values[name][..., rows, tokens] = found.get(name)
+
+    def _tried(self, hidden: Tensor, targets: Tensor, head: Head, budget: int, last: bool) -> Statistics | None:
+        try:
+            return token_statistics(hidden, targets, head, self.measures, budget)
+        except RuntimeError as error:
+            if last or not out_of_memory(error):
+                raise
+            return None
 
     def statistics(self, positions: str) -> Statistics:
         """(B, T), or (B,) with positions "last"."""

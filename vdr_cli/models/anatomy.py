@@ -172,6 +172,8 @@ def output_head(model: nn.Module) -> Head:
     linear = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     if linear is None or not hasattr(linear, "weight"):
         raise ConfigError(f"model.name: {type(causal_lm).__name__} has no LM head; give a causal language model")
+    if hasattr(linear, "base_layer"):  # PEFT's: applied in chunks, the weight alone would leave the adapter out
+        raise ConfigError("model.lora.targets: the LM head cannot have an adapter; leave it out of the list")
     config = text_config(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(
