@@ -1,7 +1,7 @@
 """What disagreement costs, side by side with the way the original code computed it.
 
     python scripts/bench_disagreement.py --table docs/bench_disagreement.md     the asked cases beside the measured ones
-    python scripts/bench_disagreement.py --curves docs/disagreement_cost.png    cost against M, T, G and P
+    python scripts/bench_disagreement.py --curves docs/images/disagreement_cost.png    cost against M, T, G and P
 
 Every case runs in a process of its own, so that its peak memory is its own. Times are the least of the repeats, ours
 and the original's taken in turns. The matrix rate is measured in the same process, between the repeats. Wall time and
@@ -322,28 +322,43 @@ LARGE_VOCABULARY = Case(
 # ---- curves --------------------------------------------------------------------------------------------------------
 
 
+SWEEPS = {
+    "members": ("members M", [2, 4, 8, 16, 32]),
+    "completion": ("completion length T, tokens", [8, 16, 32, 64, 128]),
+    "group_size": ("completions in the group G", [2, 4, 8, 16]),
+    "prompt": ("prompt length P, tokens", [16, 64, 128, 256]),
+}
+
+
 def curves(base: Case, path: Path) -> None:
     """CPU seconds against M, T, G and P, both modes, ours; the original's per_token beside them."""
     from matplotlib import pyplot
 
-    small = replace(base, layers=4, width=256, inner=1024, vocabulary=4000, prompt=64, completion=32, repeats=2)
-    axes_values = {
-        "members": [2, 4, 8, 16, 32],
-        "completion": [8, 16, 32, 64, 128],
-        "group_size": [2, 4, 8, 16],
-        "prompt": [16, 64, 128, 256],
-    }
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
-    for axis, (name, values) in zip(axes, axes_values.items(), strict=True):
-        for way, mode in (("ours", "per_token"), ("ours", "end_of_sequence"), ("original", "per_token")):
+    small = replace(base, layers=4, width=256, inner=1024, vocabulary=4000, prompt=64, completion=32, repeats=3)
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8), constrained_layout=True)
+    for axis, (name, (label, values)) in zip(axes, SWEEPS.items(), strict=True):
+        for way, mode in (("original", "per_token"), ("ours", "per_token"), ("ours", "end_of_sequence")):
             times = [run_case(replace(small, way=way, mode=mode, **{name: v}))["cpu"] for v in values]
             axis.plot(values, times, marker="o", label=f"{way}, {mode}")
-        axis.set_xlabel(name)
+            print(f"{label:30} {way:8} {mode:15} {straightness(values, times)}", flush=True)
+        axis.set_xlabel(label)
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel("CPU seconds")
     axes[0].legend()
+    others = f"M {small.members}, G {small.group_size}, P {small.prompt}, T {small.completion} where not varied"
+    figure.suptitle(f"Reading one group: Qwen2 of {small.layers} layers, d {small.width}; {others}")
     figure.savefig(path, dpi=110)
+
+
+def straightness(values: list[int], times: list[float]) -> str:
+    """The line through a curve and the share of its variance that the line explains."""
+    x, y = torch.tensor(values).double(), torch.tensor(times).double()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    start = y.mean() - slope * x.mean()
+    left = (y - start - slope * x).square().sum() / (y - y.mean()).square().sum()
+    return f"{float(start):.3f} + {float(slope):.5f} x seconds, R² {1 - float(left):.4f}"
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """How well cheaper ensembles rank completions as the full one does, on the starter or any model given.
 
-    python scripts/fidelity.py starter RUN_OR_MODEL ... --table docs/fidelity.md
+    python scripts/fidelity.py starter "after training=RUN_OR_MODEL" ... --table docs/fidelity.md
 
-The reference is scope full with many members. Every variant is judged by Spearman's rank correlation with it inside
-each group, averaged over groups: the order within a group is all that the bonus uses. The first row, full with
-as few members and other masks, is the most that a variant can reach. Cost is in layers run per member, full = 1.
+The reference is scope full with many members and other masks. Every variant is judged by Spearman's rank correlation
+with it inside each group, averaged over groups and several draws of its masks: the order within a group is all that the
+bonus uses. The first row, full with as few members, is what a cheaper variant is measured against. Cost is in layers
+that run, full with that many members = 1; what lies below the members' layers runs once for all of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from vdr_cli.rollout.transformers_backend import TransformersRollout
 REFERENCE_MEMBERS = 128
 """Of the reference: its own noise is then a quarter of an 8-member ensemble's."""
 
+DRAWS = 3
+"""Ensembles that a variant is averaged over: eight masks rank completions better or worse by chance."""
+
 
 def sampled(name: str, groups: int, group_size: int, length: int) -> tuple[nn.Module, Completions]:
     """Completions of the model itself on the starter's held-out prompts."""
@@ -56,22 +60,27 @@ def variants(layers: int, members: int) -> dict[str, tuple[EnsembleSpec, float]]
     for p in (0.03, 0.2):
         found[f"full, p {p}"] = (replace(full, dropout=p), 1.0)
     for k in sorted({1, max(1, layers // 4), max(1, layers // 2)}):
-        found[f"last_k, k {k}"] = (replace(full, scope="last_k", last_k=k), k / layers)
+        cost = (members * k + layers - k) / (members * layers)
+        found[f"last_k, k {k}"] = (replace(full, scope="last_k", last_k=k), cost)
     found["mask_sharing token"] = (replace(full, mask_sharing="token"), 1.0)
     found["site embedding"] = (replace(full, site="embedding"), 1.0)
     found["site attention"] = (replace(full, site="attention"), 1.0)
     return found
 
 
-def scores(
-    model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, name: str, share: float = 1.0
-) -> dict[str, Tensor]:
-    """(B,) of both modes. share: of the valid positions, drawn at random, that make the mean of per_token."""
-    values = measure(model, batch, group_size, spec, 0, "all", {name}).get(name)
-    return {
-        "end_of_sequence": at_last(values, batch.completion_mask),
-        "per_token": reduce(values, drawn(batch.completion_mask, share)),
-    }
+Scores = dict[tuple[str, str], Tensor]
+"""(measure, mode) to (B,)."""
+
+
+def scores(model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, share: float = 1.0) -> Scores:
+    """share: of the valid positions, drawn at random, that make the mean of per_token."""
+    statistics = measure(model, batch, group_size, spec, 0, "all", {"bald", "rmi"})
+    found = {}
+    for name in ("bald", "rmi"):
+        values = statistics.get(name)
+        found[name, "end_of_sequence"] = at_last(values, batch.completion_mask)
+        found[name, "per_token"] = reduce(values, drawn(batch.completion_mask, share))
+    return found
 
 
 def drawn(mask: Tensor, share: float) -> Tensor:
@@ -92,39 +101,47 @@ def within_groups(one: Tensor, other: Tensor, batch: Completions, group_size: in
     return float(torch.tensor(found).nanmean())
 
 
-def table(name: str, arguments: argparse.Namespace) -> str:
-    model, batch = sampled(name, arguments.groups, arguments.group_size, arguments.length)
+def table(title: str, name: str, arguments: argparse.Namespace) -> str:
+    size = arguments.group_size
+    model, batch = sampled(name, arguments.groups, size, arguments.length)
     layers = len(anatomy.decoder_layers(model))
-    columns = [(measure_name, mode) for measure_name in ("bald", "rmi") for mode in ("end_of_sequence", "per_token")]
-    head = " | ".join(f"{measure_name} {mode}" for measure_name, mode in columns)
-    lines = [f"| ensemble | cost | {head} |", "|---|---|" + "---|" * len(columns)]
-    many = EnsembleSpec(REFERENCE_MEMBERS, seed=0)
-    truth = {m: scores(model, batch, arguments.group_size, many, m) for m in ("bald", "rmi")}
-    for label, (spec, cost) in variants(layers, arguments.members).items():
-        found = {m: scores(model, batch, arguments.group_size, spec, m) for m in ("bald", "rmi")}
-        numbers = [within_groups(found[m][mode], truth[m][mode], batch, arguments.group_size) for m, mode in columns]
-        lines.append(f"| {label} | {cost:.2f} | " + " | ".join(f"{number:.2f}" for number in numbers) + " |")
-    full = EnsembleSpec(arguments.members, seed=1)
-    for label, share in SHARES.items():
-        found = {m: scores(model, batch, arguments.group_size, full, m, share) for m in ("bald", "rmi")}
-        numbers = [within_groups(found[m][mode], truth[m][mode], batch, arguments.group_size) for m, mode in columns]
-        shown = ["" if mode != "per_token" else f"{n:.2f}" for n, (_, mode) in zip(numbers, columns, strict=True)]
-        lines.append(f"| full, {label} of the positions | 1.00 | " + " | ".join(shown) + " |")
-    means = ", ".join(f"{m} {mode} {float(truth[m][mode].mean()):.4f}" for m, mode in columns)
-    title = "starter" if name == "starter" else "after training"
-    return f"### {title}\n\n" + "\n".join(lines) + f"\n\nMean of the reference in nats: {means}.\n"
+    truth = scores(model, batch, size, EnsembleSpec(REFERENCE_MEMBERS, seed=0))
+
+    def line(label: str, spec: EnsembleSpec, cost: float, share: float = 1.0) -> str:
+        draws = [scores(model, batch, size, replace(spec, seed=1 + draw), share) for draw in range(DRAWS)]
+        cells = []
+        for column, reference in truth.items():
+            found = [within_groups(draw[column], reference, batch, size) for draw in draws]
+            cells.append(f"{sum(found) / DRAWS:.2f}" if share == 1.0 or column[1] == "per_token" else "")
+        return f"| {label} | {cost:.2f} | " + " | ".join(cells) + " |"
+
+    rows = [line(label, spec, cost) for label, (spec, cost) in variants(layers, arguments.members).items()]
+    full = EnsembleSpec(arguments.members)
+    rows += [line(f"full, {label} of the positions", full, 1.0, share) for label, share in SHARES.items()]
+    head = " | ".join(f"{measure_name} {mode}" for measure_name, mode in truth)
+    means = ", ".join(f"{m} {mode} {float(values.mean()):.4f}" for (m, mode), values in truth.items())
+    lines = [f"### {title}: {layers} layers", "", f"| ensemble | cost | {head} |", "|---|---|" + "---|" * len(truth)]
+    return "\n".join([*lines, *rows, "", f"Mean of the reference in nats: {means}."]) + "\n"
+
+
+HEADING = """# Fidelity of cheaper ensembles
+
+Written by `scripts/fidelity.py`; read about it in [disagreement.md](disagreement.md#fidelity).
+
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL")
     parser.add_argument("--table", type=Path, help="write the tables here as Markdown")
     parser.add_argument("--groups", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=7)
     parser.add_argument("--members", type=int, default=8)
     arguments = parser.parse_args()
-    text = "\n".join(table(name, arguments) for name in arguments.models)
+    titled = [model.rpartition("=") for model in arguments.models]
+    text = HEADING + "\n".join(table(title or name, name, arguments) for title, _, name in titled)
     print(text)
     if arguments.table:
         arguments.table.write_text(text)
