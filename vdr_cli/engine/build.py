@@ -23,6 +23,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.cpu import keep_to_one_thread_each
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
 from vdr_cli.engine.layerwise import Rounds, gathering_by_itself
+from vdr_cli.engine.leaves import fetch_whole, reduce_once
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
@@ -233,7 +234,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
     if zero_stage(ds_config) == 3:
         deepspeed.zero.register_external_parameter(policy.head_logps, output_head(causal_lm).weight)
         if config.engine.leaf_layers:
-            deepspeed.utils.set_z3_leaf_modules(causal_lm, list({type(layer) for layer in decoder_layers(causal_lm)}))
+            fetch_whole(causal_lm, decoder_layers(causal_lm))
     try:
         ds_engine, *_ = deepspeed.initialize(
             model=policy, optimizer=_optimizer(policy, config.train, device), config=ds_config
@@ -244,6 +245,8 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
             "zero3_offload, or model.lora"
         ) from error
     ds_engine.train()
+    if zero_stage(ds_config) == 3 and config.engine.leaf_layers and policy.share_prompts:
+        reduce_once(policy, decoder_layers(causal_lm))
     return Engine(ds_engine, causal_lm, twin, ds_config, _by_layers(config, ds_config, causal_lm, device))
 
 

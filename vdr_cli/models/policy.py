@@ -100,18 +100,20 @@ def shared_completion_hidden(
     """`completion_hidden`, each prompt read once: its keys and values serve all its completions, gradients included.
 
     Always two passes, whatever the batch, and a graph through both: ZeRO-3's gathers must be the same on all ranks.
+    Nothing is read off the last token, so it is passed over; a completion of one token is read in vain.
     """
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
     cache = SharedPromptCache(len(decoder_layers(causal_lm)))
     prompts = prompt_mask[firsts]
     at_prompts = _trunk(causal_lm, prompt_ids[firsts], prompts, position_ids(prompts), cache)
     cache.give_to(owner, prompt_ids.shape[1])
-    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    T = completion_ids.shape[1]
+    read = slice(0, max(T - 1, 1))
+    mask = torch.cat([prompt_mask, completion_mask[:, read]], dim=1)
     positions = position_ids(mask)[:, prompt_ids.shape[1] :]
-    at_completions = _trunk(causal_lm, completion_ids, mask, positions, cache)
-    anchor = 0.0 * at_completions[:, -1:].sum()  # nothing is read off the last token, but its pass joins the graph
-    first = at_prompts[:, -1:].index_select(0, owner) + anchor  # (B, 1, D)
-    return torch.cat([first, at_completions[:, :-1]], dim=1)
+    at_completions = _trunk(causal_lm, completion_ids[:, read], mask, positions, cache)
+    first = at_prompts[:, -1:].index_select(0, owner)  # (B, 1, D)
+    return torch.cat([first, at_completions[:, : T - 1]], dim=1)  # (B, T, D)
 
 
 def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
