@@ -156,6 +156,20 @@ def test_a_rank_that_does_not_see_the_files_does_not_go_on_without_them(build: B
         checkpoints.load(build(3), found)
 
 
+def test_a_checkpoint_on_a_read_only_disk_is_loaded(
+    build: Build, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    found, _ = checkpoints.newest_complete(written)
+    assert found is not None
+    for name in ("unlink", "rmdir", "open"):
+        monkeypatch.setattr(checkpoints.os, name, refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    checkpoints.load(build(3), found)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_and_moments_come_back_bit_for_bit(build: Build, completions, one_step, tmp_path: Path, stage) -> None:
     """Two engines that go on alike have the same masters and moments; a third one without them does not."""

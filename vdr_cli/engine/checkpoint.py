@@ -156,7 +156,8 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     collectives.barrier()
     if collectives.is_main():
         shutil.rmtree(folder / UNIVERSAL_TAG, ignore_errors=True)
-        (folder / LATEST_UNIVERSAL).unlink(missing_ok=True)
+        with suppress(OSError):  # somebody else's checkpoint, or a read-only disk
+            (folder / LATEST_UNIVERSAL).unlink(missing_ok=True)
     own = checkpoint.path / f"rank_{collectives.rank():05d}.pt"
     if own.is_file():
         _set_random_states(torch.load(own, weights_only=False))
