@@ -99,6 +99,19 @@ def test_any_width_and_hostile_samples(width: int) -> None:
     assert "\x1b[31m␛" not in text
 
 
+@pytest.mark.parametrize("width", [40, 120])
+def test_every_number_has_its_line_and_completions_keep_their_step(width: int) -> None:
+    out = console(True, width=width, color_system=None)
+    with LiveView("on", console=out) as view:
+        view.start(9)
+        view.update(1, METRICS, [HOSTILE])
+        view.update(2, METRICS)
+        lines = ["".join(part.text for part in line) for line in out.render_lines(view._render(), pad=False)]
+    starts = [line.split("  ")[0] for line in lines]
+    assert starts[2:8] == ["reward", "zero-variance", "disagreement", "length", "grad norm", "step time"]
+    assert "completions of step 1" in lines
+
+
 def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     out = Console(file=io.StringIO(), force_terminal=True, width=100, color_system="truecolor")

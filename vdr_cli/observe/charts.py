@@ -165,7 +165,8 @@ def _axes(frame: _Frame, chart: Chart) -> str:
         parts.append(_text("tick", f'x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"', number(value)))
     for value in ticks(frame.x_low, frame.x_high, 6):
         x = frame.x(value)
-        parts.append(_text("tick", f'x="{x:.1f}" y="{floor + 16}" text-anchor="middle"', number(value)))
+        anchor = "end" if x > right - 20 else "middle"  # within the picture
+        parts.append(_text("tick", f'x="{x:.1f}" y="{floor + 16}" text-anchor="{anchor}"', number(value)))
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     parts.append(_text("label", f'x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle"', chart.x_label))
     turned = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle"'

@@ -165,7 +165,9 @@ class LiveView:
 
     def _render(self) -> RenderableType:
         width = self.console.width
-        parts: list[RenderableType] = [self._heading(), ProgressBar(max(self._total, 1), self._step, width=width)]
+        bar = Table.grid()  # a bare bar ends without a newline and hides what follows it
+        bar.add_row(ProgressBar(max(self._total, 1), self._step, width=width))
+        parts: list[RenderableType] = [self._heading(), bar]
         parts.append(self._numbers(sparks=width >= 60))
         if self._samples:
             parts.append(Text(f"completions of step {self._sampled}", style="dim"))

@@ -224,7 +224,7 @@ def _from_cell(name: str, cell: Any) -> Any:
 def scored_groups(columns: Mapping[str, Sequence[Any]], decode: Decode | None) -> tuple[list[ShownGroup], int]:
     """Completions of one prompt side by side, from all over the file."""
     by_prompt: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(columns.get("prompt", [])):
+    for row, prompt in enumerate(columns.get("prompt", columns.get("prompt_ids", []))):
         by_prompt[str(prompt)].append(row)
     groups = list(by_prompt.values())
     return [_group(columns, groups[at], decode) for at in _spaced(len(groups), GROUPS_SHOWN)], len(groups)
