@@ -217,8 +217,8 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
     An all-gather or reduce-scatter of S bytes moves S·(W−1)/W to every GPU, an all-reduce twice that.
     Stage 3: one gather of all weights for rollout, reference and disagreement; in the update each
     micro-batch gathers the weights for forward and backward and scatters the gradients. Where a prompt is
-    read once for its group (not with checkpointing) the layers run twice, so they are gathered and their gradients
-    scattered twice. Below stage 3 the weights are whole and only gradients and updated weights travel.
+    read once for its group (not with checkpointing) the layers run twice, so they are gathered twice as often; their
+    gradients are scattered once. Below stage 3 the weights are whole and only gradients and updated weights travel.
     """
     e, w = work.element_bytes, work.gpus
     n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
@@ -231,13 +231,10 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
         weights = work.num_iterations if work.stage else 0
         return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share}
     layers = n - ends
-    if work.checkpointing:
-        gathered, scattered = 2.0 * n, 1.0 * n
-    else:
-        gathered, scattered = 4.0 * layers + 2.5 * ends, 2.0 * layers + ends
+    gathered = 2.0 * n if work.checkpointing else 4.0 * layers + 2.5 * ends
     return {
         **{phase: e * numbers * share for phase, numbers in _gathered_before_the_update(shape, work).items()},
-        "update": e * (gathered + scatter * scattered) * micro * share,
+        "update": e * (gathered + scatter * n) * micro * share,
     }
 
 

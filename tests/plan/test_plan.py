@@ -66,9 +66,13 @@ def test_traffic_is_what_a_run_of_two_processes_moved() -> None:
     """scripts/plan_check.py, DeepSpeed 0.19.8, persistence and reuse thresholds 0: payload bytes of the collectives."""
     moved = traffic(SMALL, TWO)
     assert moved["rollout and disagreement"] * 2 == pytest.approx(5_251_584, rel=0.001)
-    assert moved["update"] * 2 == pytest.approx(35_721_216 + 16_811_008, rel=0.02)
+    assert moved["update"] * 2 == pytest.approx(35_721_216 + 10_503_168, rel=0.001)
     checkpointed = dataclasses.replace(TWO, checkpointing=True, micro_batch_size=8)
     assert traffic(SMALL, checkpointed)["update"] * 2 == pytest.approx(10_503_168 + 5_251_584, rel=0.001)
+    layered = traffic(SMALL, dataclasses.replace(TWO, by_layers=True, members=8))
+    assert (layered["rollout, at most"] + layered["reference and disagreement"]) * 2 == pytest.approx(
+        30_483_112, rel=0.001
+    )
 
 
 def test_model_states_are_what_a_rank_held() -> None:
@@ -124,7 +128,7 @@ def test_one_gpu_moves_nothing() -> None:
 
 def test_without_reduce_scatter_gradients_travel_twice() -> None:
     plain, gloo = traffic(SMALL, TWO), traffic(SMALL, dataclasses.replace(TWO, gloo=True))
-    scattered = (2 * SMALL.layers * SMALL.layer_parameters + 2 * SMALL.embedding_parameters + 2 * SMALL.hidden) * 4 / 2
+    scattered = SMALL.parameters * 4 / 2
     assert gloo["update"] - plain["update"] == pytest.approx(TWO.micro_batches * scattered, rel=1e-3)
 
 
