@@ -107,7 +107,7 @@ def members(directory: Path, supervisor: int) -> dict[int, str]:
 def role(command: str, environment: dict[str, str]) -> str:
     if "vdr_cli.launch.tether" in command:
         return "tether"
-    if "deepspeed.launcher.runner" in command:
+    if "vdr_cli.launch.runner" in command:
         return "runner"
     if "pdsh" in command.split(" ")[0] or command.startswith("ssh") or "/ssh" in command.split(" ")[0]:
         return "pdsh" if "pdsh" in command.split(" ")[0] else "ssh"

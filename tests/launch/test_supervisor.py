@@ -195,7 +195,7 @@ def test_killing_the_supervisor_ends_what_it_started(tmp_path: Path) -> None:
 TETHERED = """
 import subprocess, sys, pathlib, time
 tether = [sys.executable, "-m", "vdr_cli.launch.tether"]
-command = [*tether, sys.executable, "-c", sys.argv[1], "deepspeed.launcher.runner"]
+command = [*tether, sys.executable, "-c", sys.argv[1], "vdr_cli.launch.runner"]
 from vdr_cli.launch import processes
 import os
 processes.start([*command, sys.argv[2]], os.environ)

@@ -13,7 +13,7 @@ import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-RUNNER = "deepspeed.launcher.runner"
+RUNNER = "vdr_cli.launch.runner"
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
