@@ -19,6 +19,7 @@ from torch import nn
 
 from vdr_cli.batch import to_device
 from vdr_cli.config.schema import DataConfig, DisagreementConfig, ModelConfig, RewardsConfig, RolloutConfig
+from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
@@ -189,6 +190,8 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
             )
         count = min(len(prompt_set), request.prompts or len(prompt_set))
         model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
+        if ensemble is not None:
+            check_members(model, ensemble)
         eos_ids = loading.eos_token_ids(model, tokenizer)
         rollout = TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens)
         result = evaluate_model(

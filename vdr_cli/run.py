@@ -21,7 +21,8 @@ from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
 from vdr_cli.data.order import stream_indices
 from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
-from vdr_cli.disagreement.bonus import BonusWatch, RunningRms
+from vdr_cli.disagreement.bonus import PATIENCE, BonusWatch, RunningRms
+from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.hooks import ensemble
 from vdr_cli.disagreement.members import EnsembleSpec
 from vdr_cli.drawing import Drawing
@@ -272,8 +273,9 @@ def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
     def check(model: Any) -> None:
         check_head(model)
         if members is not None:
-            with ensemble(model, members, step=0, members=[0]):
+            with ensemble(model, members, step=0, members=[0]):  # refuses a last_k beyond the model's layers
                 pass
+            check_members(model, members)
 
     with engine.twin() as model:
         collectives.together(lambda: check(model))
@@ -305,6 +307,7 @@ def _build(
         writer=None,
         view=None,
         stop=stop,
+        watch=BonusWatch(flat_after=min(PATIENCE, config.train.steps)),
     )
     collectives.together(lambda: _open_outputs(run, stack) if is_main else None)
     run.note(f"run directory {directory}")

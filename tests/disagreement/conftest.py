@@ -48,9 +48,26 @@ SMALL = {
 }
 ARCHITECTURES = [
     "qwen2", "qwen3", "llama", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt_neox",
-    "mixtral", "qwen2_moe", "granite", "cohere2", "falcon", "bloom", "gpt_oss", "recurrent_gemma", "lfm2",
+    "mixtral", "qwen2_moe", "granite", "cohere2", "falcon", "bloom", "gpt_oss", "recurrent_gemma", "lfm2", "olmo2",
+    "qwen3_moe", "olmoe", "stablelm", "starcoder2", "glm4", "deepseek_v3", "qwen3_next", "gptj",
 ]  # fmt: skip
-OWN = {"lfm2": {"layer_types": ["conv", "full_attention", "conv"]}}
+OWN = {
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "gptj": {"rotary_dim": 4},
+    "deepseek_v3": {
+        "num_key_value_heads": 2,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+}
 
 
 @pytest.fixture(scope="session")

@@ -181,7 +181,7 @@ def test_additive_sums_to_zero_and_commutes_with_permutation(values: list[float]
 
 
 def test_watch_speaks_once_with_the_cause() -> None:
-    config, watch = DisagreementConfig(), BonusWatch(patience=3)
+    config, watch = DisagreementConfig(), BonusWatch(3, 3)
     said = [watch.look(config, False, 0.0, 1.0) for _ in range(6)]
     assert [line is not None for line in said] == [False, False, True, False, False, False]
     assert "not differed" in said[2] and "disagreement.dropout" in said[2]

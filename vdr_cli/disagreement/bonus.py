@@ -24,6 +24,10 @@ the rounding of a float32 log-probability, up to 16 · 2^-24 = 1e-6. Standardisi
 that turns rounding into reward."""
 
 
+PATIENCE = 20
+"""Steps in a row after which something is not chance."""
+
+
 def reduce(statistic: Tensor, mask: Tensor, last_n: int | None = None) -> Tensor:
     """(B, T) measure to (B,): its mean over the valid tokens, or the last n of them; 0 for an empty completion.
 
@@ -195,9 +199,10 @@ def _centred(rewards: Tensor, group_size: int) -> Tensor:
 
 @dataclass
 class BonusWatch:
-    """Says once that the bonus does nothing, and once that it has outweighed the task for `patience` steps."""
+    """Says once that the bonus does nothing, and once that it outweighs the task, after so many steps in a row."""
 
-    patience: int = 20
+    flat_after: int = PATIENCE
+    outweighed_after: int = PATIENCE
     flat: int = 0
     outweighed: int = 0
     said: frozenset[str] = frozenset()
@@ -206,14 +211,14 @@ class BonusWatch:
         """A warning or None. spread: any group's measures differ; bonus, task: mean absolute values over the step."""
         self.flat = 0 if spread else self.flat + 1
         self.outweighed = self.outweighed + 1 if bonus > task else 0
-        if self.flat >= self.patience and "flat" not in self.said:
+        if self.flat >= self.flat_after and "flat" not in self.said:
             self.said |= {"flat"}
             return (
                 f"the {config.measure} of the completions has not differed within any group for {self.flat} steps, so "
                 f"the bonus is 0: groups of equal completions, or members that agree (disagreement.dropout is "
-                f"{config.dropout}, scope {config.scope})"
+                f"{config.dropout}, scope {config.effective_scope})"
             )
-        if self.outweighed >= self.patience and "outweighed" not in self.said:
+        if self.outweighed >= self.outweighed_after and "outweighed" not in self.said:
             self.said |= {"outweighed"}
             return (
                 f"the bonus has been larger than the task advantage for {self.outweighed} steps: task rewards "
