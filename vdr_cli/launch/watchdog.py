@@ -179,7 +179,8 @@ def _be_no_rank() -> None:
     """In what a reward function forks (multiprocessing): its signals are its own, its end and ours are no news.
 
     It has our handlers, so SIGTERM would not end it and multiprocessing's pools would wait for ever; our pipe, on
-    which it would tell us of its signals; and our connections, which would seem alive after our death.
+    which it would tell us of its signals; and our connections, which would seem alive after our death. Ctrl-C stays
+    ours: the terminal sends it to both, and the first one is to let the step, with its rewards, end.
     """
     global _watchdog
     if _watchdog is None:
@@ -188,7 +189,6 @@ def _be_no_rank() -> None:
     _watchdog = None
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _signal_pipe() -> int:
