@@ -126,7 +126,8 @@ def table(title: str, name: str, arguments: argparse.Namespace) -> str:
 
 HEADING = """# Fidelity of cheaper ensembles
 
-Written by `scripts/fidelity.py`; read about it in [disagreement.md](disagreement.md#fidelity).
+Written by `scripts/fidelity.py`. How the models were made, what the tables say and which defaults follow:
+[disagreement.md](disagreement.md#fidelity).
 
 """
 
