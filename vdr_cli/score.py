@@ -17,6 +17,7 @@ import torch
 
 import vdr_cli
 from vdr_cli.batch import to_device
+from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
@@ -80,6 +81,7 @@ def _scored(
         check_labels(sample, request.fields)
         layout = make_layout(request, sources, sample)
         scorer = Scorer.load(request, device, sample)
+        replaced = [name for name in scorer.names if any(name in (row.values or ()) for row in sample)]
         everywhere(lambda: parts.begin() if collectives.is_main() else None)
         try:
             count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
@@ -87,7 +89,7 @@ def _scored(
             if collectives.is_main():
                 parts.leave()
             raise
-        summary = everywhere(lambda: _finish(parts, count, layout, scorer) if collectives.is_main() else None)
+        summary = everywhere(lambda: _finish(parts, count, layout, scorer, replaced) if collectives.is_main() else None)
         summary = collectives.broadcast_object(summary)
     return summary
 
@@ -122,6 +124,8 @@ class Scorer:
             use_ids=ids_fit(sample, request.fields, tokenizer),
         )
         spec = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
+        if spec is not None:
+            check_members(model, spec)
         names = score_columns(request)
         batch_tokens = request.batch_tokens or BATCH_TOKENS.get(device.type, OTHER_BATCH_TOKENS)
         return cls(model, tokeniser, spec, names, batch_tokens, device, tokenizer.pad_token_id)
@@ -172,7 +176,7 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
         "max_tokens": request.max_tokens,
         "append_eos": request.append_eos,
         "on_error": request.on_error,
-        "inputs": [{"path": source.path, "bytes": source.size} for source in sources],
+        "inputs": [source.stamp for source in sources],
     }
 
 
@@ -216,12 +220,13 @@ def _score_window(window: Window, scorer: Scorer, on_error: str) -> tuple[list[d
     return rows, note
 
 
-def _finish(parts: Parts, count: int, layout: Layout, scorer: Scorer) -> dict[str, Any]:
+def _finish(parts: Parts, count: int, layout: Layout, scorer: Scorer, replaced: Sequence[str]) -> dict[str, Any]:
     """Join the parts; returns the summary of all windows."""
     notes = parts.notes(count)
     summary: dict[str, Any] = {key: sum(note[key] for note in notes) for key in ("rows", "skipped", "cut", "empty")}
     summary["skipped_rows"] = [place for note in notes for place in note["skipped_rows"]][:PLACES_SHOWN]
     summary["ids_ignored"] = not scorer.tokeniser.use_ids
+    summary["replaced"] = list(replaced)
     parts.join(count, layout, summary)
     return summary
 
@@ -236,6 +241,8 @@ def _as_result(summary: dict[str, Any]) -> dict[str, Any]:
         notes.append(f"{summary['empty']} completions have no tokens: their measures are null")
     if summary["ids_ignored"]:
         notes.append("the token ids in the file are another tokenizer's: the text was tokenised anew")
+    if summary["replaced"]:
+        notes.append(f"columns of the input gave way to ours of the same name: {', '.join(summary['replaced'])}")
     return {
         "rows": summary["rows"],
         "skipped": summary["skipped"],

@@ -76,8 +76,10 @@ def test_models_that_do_not_fit_beside_each_other_are_blocks(
         for name in ("a", "b", "[red]c")
     ]
     show(rows, [{**rows[0], "minus": "b"}])
+    show([{**rows[0], "mean_length_low": float("nan"), "mean_length_high": float("nan")}], [])
     shown = capsys.readouterr().out
     assert shown.count("212 [200, 220]") == 4
+    assert "nan" not in shown
     assert max(map(len, shown.splitlines())) <= width
     assert "[red]c" in shown
     assert "a - b" in shown

@@ -154,7 +154,7 @@ def test_scores_with_labels(tmp_path: Path) -> None:
     from vdr_cli.score import run_score
     from vdr_cli.scoring.request import ScoreRequest
 
-    rows = [{"prompt": "1 2 3=6:", "completion": f"1+2+{index}", "label": int(index == 3)} for index in range(6)]
+    rows = [{"prompt": f"1 2 {index}=6:", "completion": f"1+2+{index}", "label": index % 2} for index in range(6)]
     given = tmp_path / "in.jsonl"
     given.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scored = tmp_path / "scores.parquet"

@@ -159,7 +159,7 @@ def test_two_processes_write_the_parts_that_one_would(tmp_path: Path, monkeypatc
     assert share == alone[2:4]
 
 
-COUNTS = {"skipped": 0, "cut": 0, "empty": 0, "skipped_rows": [], "ids_ignored": False}
+COUNTS = {"skipped": 0, "cut": 0, "empty": 0, "skipped_rows": [], "ids_ignored": False, "replaced": []}
 
 
 def _raise_own(error: Exception | None) -> None:
@@ -259,6 +259,39 @@ def test_a_stopped_scoring_goes_on_where_it_was(tmp_path: Path) -> None:
     seen.clear()
     assert run_score(resumed, lambda progress: seen.append(progress.rows)).rows == 5
     assert seen == []
+
+
+def test_a_file_of_the_same_size_with_other_content_is_another_input(tmp_path: Path) -> None:
+    score(tmp_path, disagreement=None)
+    request = ScoreRequest((str(tmp_path / "in.jsonl"),), "starter", str(tmp_path / "out.jsonl"), None, resume=True)
+    seen: list[int] = []
+    run_score(request, lambda progress: seen.append(progress.rows))
+    assert seen == [], "the output is there"
+    save(tmp_path / "in.jsonl", [*ROWS[1:], ROWS[0]])
+    run_score(request, lambda progress: seen.append(progress.rows))
+    assert seen == [2, 4, 5]
+    assert json.loads((tmp_path / "out.jsonl").open().readline())["id"] == 1
+
+
+def test_scored_again_its_columns_are_replaced_and_that_is_said(tmp_path: Path) -> None:
+    save(tmp_path / "in.jsonl", ROWS)
+    for given, out in (("in", "once"), ("once", "twice")):
+        result = run_score(
+            ScoreRequest((str(tmp_path / f"{given}.jsonl"),), "starter", str(tmp_path / f"{out}.jsonl"), None)
+        )
+    assert "columns of the input gave way to ours of the same name: n_tokens, nll_sum" in result.notes[0]
+    assert (tmp_path / "once.jsonl").read_text() == (tmp_path / "twice.jsonl").read_text()
+
+
+@pytest.mark.parametrize("out", ["o.jsonl", "o.csv", "o.parquet"])
+def test_nested_labels_and_groups_reach_the_ranking_in_every_format(tmp_path: Path, out: str) -> None:
+    labelled = [{**row, "doc": {"ok": index % 2, "source": index}} for index, row in enumerate(ROWS)]
+    given = save(tmp_path / "in.jsonl", labelled)
+    fields = Fields(label="doc.ok", group="doc.source")
+    result = run_score(ScoreRequest((given,), "starter", str(tmp_path / out), None, fields=fields))
+    assert all(0 <= row["auroc"] <= 1 for row in result.ranking)
+    with pytest.raises(DataError, match=r"no origin in it .* --group-column"):
+        run_score(ScoreRequest((given,), "starter", str(tmp_path / "p.jsonl"), None, fields=Fields(group="origin")))
 
 
 def test_a_runs_completions_are_scored_by_their_token_ids(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from vdr_cli.cli.score import interval_cell
 from vdr_cli.errors import DataError
+from vdr_cli.observe import report
 from vdr_cli.scoring.ranking import check_labels, rank_columns, save_ranking
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
@@ -99,6 +101,16 @@ def test_groups_widen_the_interval(tmp_path: Path) -> None:
     narrow = rank_columns(path, Fields(group="row"))[2]
     assert wide["auroc_high"] - wide["auroc_low"] > 1.5 * (narrow["auroc_high"] - narrow["auroc_low"])
     assert np.isclose(wide["auroc"], narrow["auroc"])
+
+
+def test_one_group_says_nothing_of_its_spread(tmp_path: Path) -> None:
+    path = save(tmp_path / "o.jsonl", [row | {"prompt": "p"} for row in rows()])
+    (row, *_) = save_ranking(path, Fields())
+    assert np.isfinite(row["auroc"])
+    assert np.isnan([row["auroc_low"], row["auroc_high"]]).all()
+    assert interval_cell(row, "auroc") == f"{row['auroc']:.3f}"
+    saved = json.loads(Path(path + ".ranking.json").read_text())[0]
+    assert report._interval(saved, "auroc") == f"{row['auroc']:.3f}"
 
 
 def test_true_and_false_are_labels(tmp_path: Path) -> None:

@@ -60,6 +60,12 @@ def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
     assert rows[1].place == f"{path} line 3"
     assert rows[2].error == "a JSON array: give JSONL, one object a line"
     assert rows[3].error is not None
+    for text, message in (
+        ('{\n "prompt": "a"\n}', "JSON over several lines"),
+        ('{"prompt": "a"}'.encode("utf-16"), "utf-8"),
+    ):
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        assert message in str(first_rows([Source(str(path), "jsonl")])[0].error)
     csv_path = tmp_path / "bad.csv"
     csv_path.write_text('prompt,completion\n"two\nlines",b\nonly\n')
     good, bad = first_rows([Source(str(csv_path), "csv")])

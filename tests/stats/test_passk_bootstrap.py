@@ -56,6 +56,7 @@ def test_ratios_are_seeded_paired_and_leave_out_what_does_not_count() -> None:
     assert (resampled_ratios(values, ones, 1) != resampled_ratios(values, ones, 2)).any()
     assert np.allclose(resampled_ratios(values + 3, ones, 1) - resampled_ratios(values, ones, 1), 3)
     assert np.isnan(resampled_ratios(values * 0, ones * 0)).all()
+    assert np.isnan(resampled_ratios(values[:1], ones[:1])).all(), "one cluster says nothing of its spread"
 
 
 def test_counts_sum_to_the_clusters_in_every_block(monkeypatch: pytest.MonkeyPatch) -> None:

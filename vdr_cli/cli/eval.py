@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,6 @@ from vdr_cli.cli.options import (
     NoSsh,
     NumProcesses,
     RewardOption,
-    SetOption,
     SshPort,
     config_from,
     launch_from,
@@ -59,7 +59,7 @@ def command(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="One completion a prompt, the likeliest tokens.")] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the samples, the intervals and the masks.")] = 0,
     diversity: Annotated[
         bool, typer.Option("--diversity", help="Also distinct-n and self-BLEU of a prompt's completions.")
     ] = False,
@@ -72,7 +72,14 @@ def command(
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")] = None,
     markdown: Annotated[str | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")] = None,
     save: Annotated[str | None, typer.Option(metavar="FILE.parquet", help="Also save every completion.")] = None,
-    overrides: SetOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of model, data, rewards, rollout or launch, such as rollout.top_p=0.9. Repeatable.",
+        ),
+    ] = None,
     num_processes: NumProcesses = None,
     hostfile: Hostfile = None,
     include: Include = None,
@@ -295,9 +302,10 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, int | float):
         return "" if value is None else str(value)
-    if f"{name}_low" not in row:
+    low, high = row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
+    if math.isnan(low):
         return _number(value)
-    return f"{_number(value)} [{_number(row[f'{name}_low'])}, {_number(row[f'{name}_high'])}]"
+    return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
 
 def _number(value: float) -> str:

@@ -13,7 +13,7 @@ from vdr_cli.errors import ConfigError
 EXAMPLES = (
     "vdr report runs/wide                               # runs/wide/report.html",
     "vdr report runs/seed0 --compare runs/seed1 --compare runs/none -o compared.html",
-    "vdr report runs/wide --members 8                   # measure the tokens that it shows",
+    "vdr report runs/wide --members 8                   # tokens of all completions that it shows",
     "vdr report scores.parquet --png figures/",
 )
 
@@ -28,7 +28,7 @@ def command(
     ] = None,
     members: Annotated[
         int,
-        typer.Option(help="Colour tokens by this many members of the final model where the run saved none; 0: not."),
+        typer.Option(help="Measure the tokens that the run did not, by this many members of its final model; 0: not."),
     ] = 0,
     png: Annotated[
         str | None, typer.Option("--png", metavar="DIR", help="Also every chart as a picture for a paper.")

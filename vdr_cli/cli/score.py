@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ EXAMPLES = (
     "vdr score runs/wide --model runs/wide -o scores.parquet",
     "vdr score rows.jsonl --model Qwen/Qwen3-0.6B --completion-column answer",
     "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
+    "vdr score rows.jsonl --model runs/wide --label-column correct --tokens -o scores.parquet",
     "vdr score rows.parquet --model runs/wide -o scores.parquet --hostfile hosts --resume",
 )
 
@@ -66,7 +68,9 @@ def command(
     ] = "member",
     seed: Annotated[int, typer.Option(min=0, help="Of the masks.", rich_help_panel=ENSEMBLE)] = 0,
     prompt_column: Annotated[str, typer.Option(help="String or chat messages.", rich_help_panel=ROWS)] = "prompt",
-    completion_column: Annotated[str, typer.Option(rich_help_panel=ROWS)] = "completion",
+    completion_column: Annotated[
+        str, typer.Option(help="String or one assistant message.", rich_help_panel=ROWS)
+    ] = "completion",
     label_column: Annotated[
         str | None,
         typer.Option(help="1 right, 0 wrong, or a quality: measures are ranked by it.", rich_help_panel=ROWS),
@@ -84,7 +88,9 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed scoring stopped.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     num_processes: NumProcesses = None,
     hostfile: Hostfile = None,
     include: Include = None,
@@ -239,6 +245,5 @@ def interval_cell(row: Mapping[str, Any], name: str) -> str:
     value = row[name]
     if not isinstance(value, float):
         return "" if value is None else str(value)
-    if f"{name}_low" not in row:
-        return f"{value:.3f}"
-    return f"{value:.3f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+    low, high = row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
+    return f"{value:.3f}" if math.isnan(low) else f"{value:.3f} [{low:.2f}, {high:.2f}]"

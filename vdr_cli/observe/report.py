@@ -394,9 +394,8 @@ def _interval(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, int | float):
         return "" if value is None else str(value)
-    if f"{name}_low" not in row:
-        return f"{value:.3f}"
-    return f"{value:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")  # null where there was one group
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _floats(values: Sequence[Any]) -> np.ndarray:

@@ -36,15 +36,15 @@ def save_ranking(output: str, fields: Fields) -> tuple[dict[str, Any], ...]:
 
 
 def check_labels(rows: Sequence[Row], fields: Fields) -> None:
-    """DataError when the labels of the first rows cannot be used: sooner than after all have been scored."""
+    """DataError when the first rows lack labels or groups that were named: sooner than after all have been scored."""
     label = fields.label or LABEL
     kept = [(row.place, row.values) for row in rows if row.values is not None]
     for place, values in kept:
         as_number(value_at(values, label), f"{place}: {label}")
-    root = label.partition(".")[0]
-    if fields.label and kept and not any(label in values or root in values for _, values in kept):
-        place, values = kept[0]
-        raise DataError(f"{place}: no {label} in it (there are: {', '.join(values)}); name another --label-column")
+    for name, flag in ((fields.label, "--label-column"), (fields.group, "--group-column")):
+        if name and kept and not any(name in values or name.partition(".")[0] in values for _, values in kept):
+            place, values = kept[0]
+            raise DataError(f"{place}: no {name} in it (there are: {', '.join(values)}); name another {flag}")
 
 
 def rank_columns(output: str, fields: Fields, seed: int = 0) -> tuple[dict[str, Any], ...]:

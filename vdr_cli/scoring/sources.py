@@ -28,6 +28,7 @@ from vdr_cli.observe.text import is_text
 WINDOW_ROWS = 1024
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 STDIN = "-"
+BESIDE = (".meta.json", ".ranking.json")  # what is written beside an output
 SPOOL = ".stdin"  # OUT.stdin: what came in on stdin, while it is scored
 
 
@@ -40,6 +41,12 @@ class Source:
     def size(self) -> int:
         """Bytes."""
         return Path(self.path).stat().st_size
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What tells a changed file; stdin is written anew each time."""
+        changed = {} if self.path.endswith(SPOOL) else {"changed": Path(self.path).stat().st_mtime_ns}
+        return {"path": self.path, "bytes": self.size, **changed}
 
 
 @dataclass(slots=True)
@@ -85,7 +92,10 @@ def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
         for path in _expand(given):
             kind = FORMATS.get(path.suffix.lower())
             if kind is None:
-                raise ConfigError(f"{path}: unknown format {path.suffix!r}: give {', '.join(sorted(FORMATS))}")
+                raise ConfigError(
+                    f"{path}: unknown format {path.suffix!r}: give {', '.join(sorted(FORMATS))}; "
+                    "what is compressed goes through a pipe (zcat FILE | vdr score - ...)"
+                )
             sources.append(Source(str(path), kind))
     if not sources:
         raise ConfigError("no input: give files, a run directory, or - for JSONL on stdin")
@@ -148,7 +158,9 @@ def _expand(given: str) -> list[Path]:
         folder = path / "completions" if (path / "completions").is_dir() else path
         names = ("step_*.parquet", "completions_*.parquet", "samples_*.jsonl")  # ours, TRL's, lm-eval's
         found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
-        found = found or sorted(file for file in folder.iterdir() if file.suffix.lower() in FORMATS)
+        found = found or sorted(
+            file for file in folder.iterdir() if file.suffix.lower() in FORMATS and not file.name.endswith(BESIDE)
+        )
         if not found:
             raise ConfigError(f"{given}: the directory holds no completions ({', '.join(sorted(FORMATS))})")
         return found
@@ -176,10 +188,12 @@ def _jsonl(source: Source) -> Reader:
 
 def _json_row(path: str, number: int, line: bytes) -> Row:
     try:
-        values = json.loads(line)
+        values = json.loads(line.decode("utf-8-sig"))
     except RecursionError:
         return Row(path, number, None, "not valid JSON (nested too deep)")
     except ValueError as error:  # bad JSON, bad UTF-8, a number of more digits than Python reads
+        if line.strip() in (b"{", b"["):
+            return Row(path, number, None, "JSON over several lines: give JSONL, one object a line")
         return Row(path, number, None, f"not valid JSON ({error})")
     if isinstance(values, list):
         return Row(path, number, None, "a JSON array: give JSONL, one object a line")

@@ -113,6 +113,8 @@ class Tokeniser:
         return encoded
 
     def _messages(self, messages: list[dict[str, Any]]) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise RowError("the prompt is chat messages and the tokenizer has no chat template: give a string")
         try:
             return encode(self.tokenizer, messages)  # type: ignore[arg-type]
         except (TemplateError, ValueError, TypeError) as error:
@@ -179,6 +181,8 @@ def value_at(values: Any, path: str) -> Any:
     if isinstance(values, dict) and path in values:
         return values[path]
     for step in path.split("."):
+        if isinstance(values, str) and values.startswith(("{", "[")):  # a CSV cell, or an object in our Parquet
+            values = _json_or(values, None)
         if isinstance(values, dict):
             values = values.get(step)
         elif isinstance(values, list) and step.isdigit() and int(step) < len(values):

@@ -29,11 +29,13 @@ def resampled_ratios(
 ) -> NDArray[np.float64]:
     """(R, K) of K ratios, each of two totals over resampled clusters; sums and counts (N, K). NaN where nothing counts.
 
+    One cluster says nothing of its spread: all NaN.
+
     The same clusters are drawn for the same seed and N: differences between two calls are paired.
     """
     drawn = [(times @ sums, times @ counts) for times in resampled_counts(len(sums), resamples, seed)]
     totals, weights = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    return np.divide(totals, weights, out=np.full(totals.shape, np.nan), where=weights > 0)
+    return np.divide(totals, weights, out=np.full(totals.shape, np.nan), where=(weights > 0) & (len(sums) > 1))
 
 
 def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:

@@ -113,7 +113,8 @@ def with_intervals(
 ) -> dict[str, float]:
     """Every measure with its 95 % bootstrap interval over clusters; AUROC and AUPRC where the loss is 0 or 1.
 
-    Rows with NaN are left out. clusters: (N,) any integers. resamples: None: 1000, fewer for very many rows.
+    Rows with NaN are left out. One cluster says nothing of its spread: its intervals are NaN. clusters: (N,) any
+    integers. resamples: None: 1000, fewer for very many rows.
     """
     kept = np.isfinite(uncertainty) & np.isfinite(loss)
     ranked = Ranked.of(uncertainty[kept], loss[kept])
@@ -130,6 +131,6 @@ def with_intervals(
         for name, function in measures.items():
             draws[name].append(function(ranked, weights))
     for name, function in measures.items():
-        low, high = interval(np.concatenate(draws[name]))
+        low, high = interval(np.concatenate(draws[name]) if len(names) > 1 else [])
         result |= {name: float(function(ranked, None)), f"{name}_low": low, f"{name}_high": high}
     return result
