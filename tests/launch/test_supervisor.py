@@ -33,6 +33,7 @@ def plan(script: str, directory: Path, over_ssh: bool = False, fault_timeout: fl
         (FINISH + "; sys.exit(3)", 3),
         ("raise SystemExit(2)", 2),
         ("raise SystemExit(247)", 4),
+        ("raise SystemExit(143)", 143),  # a rank had SIGTERM, saved and ended
         ("import os; os.kill(os.getpid(), 9)", 4),
     ],
 )
@@ -78,6 +79,12 @@ def test_restarts_resume_and_end(tmp_path: Path) -> None:
     assert supervise(plan(script + "sys.exit(9)", tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
     assert (tmp_path / "calls").read_text().split("|")[:3] == ["train --resume x", *["train --resume auto"] * 2]
     assert len(said) == 2
+
+
+def test_a_run_that_was_asked_to_end_is_not_restarted(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert supervise(plan("raise SystemExit(143)", tmp_path), [], 3, said.append) == 143
+    assert not said
 
 
 def test_a_restart_uses_the_plan_that_is_renewed(tmp_path: Path) -> None:

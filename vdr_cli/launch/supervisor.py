@@ -31,6 +31,8 @@ FOLLOW = 20.0
 SLACK = 5.0
 USERS_OWN = (2, 3)
 """Exit codes of configuration and data errors: a restart would meet them again."""
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of ranks that a signal asked to save and end, whoever sent it, and to which of them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def supervise(
             fault = outcome.read_fault(plan.directory) if plan.directory and code else None
             if fault is not None and code not in USERS_OWN:  # of those rank 0 has spoken
                 say(fault.line())
-            if code == 0 or code in USERS_OWN or signals.received or attempt == max_restarts:
+            if code == 0 or code in USERS_OWN + STOPPED or signals.received or attempt == max_restarts:
                 return code
             say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts} from the newest checkpoint")
             arguments, plan = resuming(arguments), renew(plan)
@@ -144,6 +146,8 @@ def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> in
         return 0
     if signals.received:
         return 128 + signals.received[0]
+    if launcher_code in STOPPED:
+        return launcher_code
     # 247: a rank killed with SIGKILL, through a launcher that exits with the negative code; ssh says 255.
     return launcher_code if 0 < launcher_code < 128 else MACHINE
 
