@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +77,9 @@ def assert_same_curve(run: Path, other: Path) -> None:
 
 
 def test_two_hosts_train_as_one(hosts: Path, on_one_host: Path, tmp_path: Path) -> None:
-    subprocess.run(vdr_over(hosts, tmp_path / "run"), env=ENVIRONMENT, check=True, timeout=500)
-    assert_same_curve(tmp_path / "run", on_one_host)
+    run = tmp_path / "my run"  # the name passes through three shells
+    subprocess.run(vdr_over(hosts, run), env=ENVIRONMENT, check=True, timeout=500)
+    assert_same_curve(run, on_one_host)
 
 
 def test_the_users_own_deepspeed_command(hosts: Path, on_one_host: Path, tmp_path: Path) -> None:
@@ -98,19 +100,53 @@ def test_a_host_that_is_not_there_is_named_before_anything_starts(hosts: Path, t
     assert not (tmp_path / "run").exists()
 
 
-def test_score_over_two_hosts_is_score(hosts: Path, tmp_path: Path) -> None:
-    rows, one, two = tmp_path / "rows.jsonl", tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    with rows.open("w") as file:
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w") as file:
         for n in range(1500):  # two windows: one for each process
             a, b, c = n % 9 + 1, n % 7 + 1, n % 5 + 1
             row = {"prompt": f"{a},{b},{c}={n % 60}:", "completion": f"{a}+{b}*{c}"[: n % 5 + 1]}
             file.write(json.dumps(row) + "\n")
+    return path
+
+
+def test_a_killed_pdsh_is_no_success(hosts: Path, rows: Path, tmp_path: Path) -> None:
+    """DeepSpeed's runner would return 0, and vdr score leaves no other word on how it ended."""
+    score = [sys.executable, "-m", "vdr_cli", "score", str(rows), "--model", "starter", "-o", str(tmp_path / "o.jsonl")]
+    command = on_h1(hosts, *score, "--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1")
+    process = subprocess.Popen(command, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"})
+    pdsh: list[psutil.Process] = []
+    deadline = time.monotonic() + 120
+    while not pdsh and time.monotonic() < deadline:
+        time.sleep(0.1)
+        below = psutil.Process(process.pid).children(recursive=True)
+        pdsh = [each for each in below if each.name() in ("pdsh", "pdsh.bin")]
+    assert pdsh
+    time.sleep(3)
+    pdsh[0].kill()
+    assert process.wait(120) == 4
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_score_over_two_hosts_is_score(hosts: Path, rows: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     score = [sys.executable, "-m", "vdr_cli", "score", str(rows), "--model", "starter", "--members", "2", "-o"]
     places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
     subprocess.run([*score, str(one)], env=ENVIRONMENT, check=True, timeout=300)
     over = on_h1(hosts, *score, str(two), *places)
     subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
     assert two.read_bytes() == one.read_bytes()
+
+
+def test_eval_over_two_hosts_is_eval(hosts: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    evaluate = [sys.executable, "-m", "vdr_cli", "eval", "starter", "-n", "8", "--prompts", "70", "--json"]
+    places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
+    subprocess.run([*evaluate, str(one)], env=ENVIRONMENT, check=True, timeout=300)
+    over = on_h1(hosts, *evaluate, str(two), *places)
+    subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
+    assert two.read_text() == one.read_text()
 
 
 def test_a_lost_host_is_named_and_the_run_goes_on_without_it(hosts: Path, tmp_path: Path) -> None:
