@@ -226,8 +226,10 @@ def show(result: ScoreResult) -> None:
     if all(row.get("auroc", row.get("prr")) != row.get("auroc", row.get("prr")) for row in result.ranking):  # NaN
         console.print("All labels are the same: there is nothing to rank.")
         return
+    one_group = all(math.isnan(value) for row in result.ranking for name, value in row.items() if name.endswith("_low"))
+    what = "one group of rows has no interval" if one_group else r"\[low, high]: 95 % interval over groups"
     table = Table(
-        caption=r"\[low, high]: 95 % interval over groups; higher is better; more beside the output",
+        caption=f"{what}; higher is better; more beside the output",
         box=SIMPLE,
         padding=(0, 1, 0, 0),
         pad_edge=False,  # all of it in 80 columns
