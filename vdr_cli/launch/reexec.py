@@ -129,10 +129,10 @@ def _plan_over_hosts(
     variables = travelling(environment, launch.env)
     if launch.master_addr is not None:
         variables |= {"MASTER_ADDR": launch.master_addr, "MASTER_PORT": str(launch.master_port or DEFAULT_PORT)}
-    variables_file = scratch / "deepspeed_env"
-    variables_file.write_text(environment_file_text(variables))
     if launch.launcher == "pdsh":
         variables[OVER_SSH] = "1"
+    variables_file = scratch / "deepspeed_env"
+    variables_file.write_text(environment_file_text(variables))
     count = max(2, round(launch.fault_timeout / 5))
     ssh_options = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS.format(count=count)}".strip()
     environment = {**environment, "DS_ENV_FILE": str(variables_file), "PDSH_SSH_ARGS_APPEND": ssh_options}
