@@ -4,10 +4,11 @@
     scripts/kill_test.py --kills 30 [--processes 2] [--output /tmp/vdr-kills] [--seed 0] [-- vdr train flags]
     sudo scripts/kill_test.py --kills 30 --two-hosts      # half of them over hosts of scripts/cluster_hosts.py
 
-Every second kill waits for a checkpoint that is being written; every step is one of two on its rollout, each over
-several micro-batches. For each one: what was killed, where and when, the exit code, how long until no process of
-the run was left, and whether the resumed run ended with the weights and losses of a run that nobody disturbed, bit
-for bit. Prints a Markdown table; exit code 1 when any promise was broken.
+The run that is killed would go on for many more steps than the undisturbed one makes, so one that does not notice is
+not saved by its own end. Every second kill waits for a checkpoint that is being written; every step is one of two on
+its rollout, each over several micro-batches. For each one: what was killed, where and when, the exit code, how long
+until no process of the run was left, and whether the resumed run ended with the weights and losses of a run that
+nobody disturbed, bit for bit. Prints a Markdown table; exit code 1 when any promise was broken.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from pathlib import Path
 
 import psutil
 
+STEPS, FOR_EVER = "20", "5000"
 SMALL = [
-    "train", "--steps", "10", "--set", "train.checkpoint_every=2", "--set", "train.prompts_per_step=4",
+    "train", "--steps", STEPS, "--set", "disagreement.schedule=constant", "--set", "train.checkpoint_every=2",
+    "--set", "train.prompts_per_step=4",
     "--group-size", "4", "--members", "2", "--set", "train.micro_batch_size=3", "--set", "grpo.num_iterations=2",
     "--set", "observe.tensorboard=false", "--set", "observe.report=false",
 ]  # fmt: skip
 BOUND = 60.0
 """Seconds after a kill within which nothing of the run may be left: the default of launch.fault_timeout."""
-NOBODY = "nobody: it had ended"
+TOO_LATE = "nobody: it had gone further than the undisturbed run"
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,10 @@ def wait_for_moment(directory: Path, process: subprocess.Popen[bytes], while_sav
 
 def kill_once(cluster: Cluster, number: int, directory: Path, reference: Path, seconds: float) -> Result:
     choose = random.Random(f"{SEED}-{number}")
-    process = cluster.start(directory)
+    process = cluster.start(directory, "--steps", FOR_EVER)
     moment = wait_for_moment(directory, process, number % 2 == 1, choose.uniform(0.1, 0.7) * seconds)
     running = members(directory, process.pid)
     by_role = {what: pid for pid, what in sorted(running.items(), reverse=True) if what != "helper"}
-    if not by_role or process.poll() is not None:
-        return finish(cluster, number, directory, reference, (NOBODY, moment, process.wait(), 0.0, 0))
     target = choose.choice(sorted(by_role))
     with contextlib.suppress(ProcessLookupError):
         os.kill(by_role[target], 9)
@@ -157,6 +158,8 @@ def kill_once(cluster: Cluster, number: int, directory: Path, reference: Path, s
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, 9)
     code = None if target == "supervisor" else process.wait()
+    if steps_done(directory) > int(STEPS) and not left:
+        target = TOO_LATE
     return finish(cluster, number, directory, reference, (target, moment, code, gone_after, len(left)))
 
 
@@ -169,6 +172,11 @@ def finish(
     same_weights = code == 0 and weights(directory) == weights(reference)
     same_losses = code == 0 and losses(directory) == losses(reference)
     return Result(number, cluster.name, *ended, complete[-1] if complete else "the start", same_weights, same_losses)
+
+
+def steps_done(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    return json.loads(path.read_text().splitlines()[-1])["step"] if path.exists() and path.stat().st_size else 0
 
 
 def weights(directory: Path) -> str:
@@ -211,7 +219,7 @@ def main() -> None:
         directory = reference.with_name(f"kill_{number:02d}")
         cluster = clusters[number // 2 % len(clusters)]
         shutil.rmtree(directory, ignore_errors=True)
-        while (result := kill_once(cluster, number, directory, reference, seconds)).target == NOBODY:
+        while (result := kill_once(cluster, number, directory, reference, seconds)).target == TOO_LATE:
             seconds *= 0.8  # the machine is faster now than when the undisturbed run was timed
             shutil.rmtree(directory)
         results.append(result)

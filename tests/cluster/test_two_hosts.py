@@ -1,8 +1,10 @@
 """Two hosts on this machine (scripts/cluster_hosts.py): launches, equality with one host, a lost host."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +149,31 @@ def test_eval_over_two_hosts_is_eval(hosts: Path, tmp_path: Path) -> None:
     over = on_h1(hosts, *evaluate, str(two), *places)
     subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
     assert two.read_text() == one.read_text()
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    """Of a run over hosts, on all of them: namespaces hide no process."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("VDR_RUN_DIRECTORY") == str(run) and "RANK" in process.environ():
+                found.append(process)
+    return found
+
+
+def test_ranks_that_start_after_their_connection_was_lost_end(hosts: Path, tmp_path: Path) -> None:
+    """The command is killed while the ranks still import: they never saw the sshd above them."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(vdr_over(hosts, run, "--steps", "2000"), env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while len(ranks_of(run)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(ranks_of(run), timeout=60)
+    for each in alive:
+        each.kill()
+    assert not alive
 
 
 def test_a_lost_host_is_named_and_the_run_goes_on_without_it(hosts: Path, tmp_path: Path) -> None:
