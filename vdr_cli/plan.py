@@ -167,9 +167,20 @@ def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
         if work.by_layers:  # one layer's keys; every member's hidden state of every token waits for the next layer
             kept = e * s.kv_width * tokens + e * s.hidden * work.members * work.groups_per_rank * tokens
         memory["disagreement, at least"] = copied + kept + tokens * _layer_bytes(s, e) + LOGIT_CHUNK
-    live = e * (2 * s.layer_parameters + s.embedding_parameters) if work.stage >= 3 else 0.0
-    memory["update"] = activations(shape, work) + LOGIT_CHUNK + live
+    memory["update"] = activations(shape, work) + LOGIT_CHUNK + _whole_in_the_update(shape, work)
     return memory
+
+
+def _whole_in_the_update(shape: Shape, work: Work) -> float:
+    """Bytes of weights and gradients that one backward holds unsharded at stage 3.
+
+    Where prompts are read once (not with checkpointing) every layer's gradient waits for the prompts' pass.
+    """
+    if work.stage < 3:
+        return 0.0
+    live = 2 * shape.layer_parameters + shape.embedding_parameters
+    waiting = 0 if work.checkpointing else shape.layers * shape.layer_parameters
+    return float(work.element_bytes * (live + waiting))
 
 
 def copy_of_weights(shape: Shape, work: Work) -> float:
