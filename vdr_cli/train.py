@@ -165,8 +165,10 @@ def shown_tokens(run: Run, model: Any, batch: Batch, measured: Tensor | None) ->
     At the end of the sequence: this rank's first group, in steps that are shown. It changes no number of the run.
     Collective.
     """
-    if measured is None or measured.dim() == 2 or not record.shows_tokens(run):
-        return measured if measured is not None and measured.dim() == 2 else None
+    if measured is None or measured.dim() == 2:
+        return measured
+    if not record.shows_tokens(run):
+        return None
     first_group = batch.completions.rows(slice(0, run.config.rollout.group_size))
     return members_read(run, model, first_group, "all", None)
 

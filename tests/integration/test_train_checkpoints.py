@@ -43,8 +43,10 @@ def filling(completions, trainer_state, **columns):
 """
 
 
-def on_a_full_disk(tmp_path: Path, disk: Path, full: int, free: int) -> tuple[Path, dict[str, object], dict[str, str]]:
-    """(run directory, settings, environment) of a run whose disk is full between two of its steps."""
+def on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Path, full: int, free: int
+) -> tuple[Path, dict[str, object]]:
+    """(run directory, settings) of a run whose disk is full between two of its steps."""
     (tmp_path / "mine.py").write_text(FILLING)
     settings = {
         "rewards.functions": [{"name": f"{tmp_path}/mine.py:filling"}],
@@ -52,16 +54,16 @@ def on_a_full_disk(tmp_path: Path, disk: Path, full: int, free: int) -> tuple[Pa
         "train.steps": 5,
         "train.keep_last": 1,
     }
-    return disk / "run", settings, {"DISK": str(disk), "FULL": str(full), "FREE": str(free)}
+    for name, value in {"DISK": disk, "FULL": full, "FREE": free}.items():
+        monkeypatch.setenv(name, str(value))
+    return disk / "run", settings
 
 
 def test_a_full_disk_costs_a_run_nothing_that_was_complete(
     train, read, small_disk: Path, tmp_path: Path, monkeypatch
 ) -> None:
     """Full from the third step to the fifth: checkpoints and completions of two steps are missing, nothing else."""
-    run, settings, environment = on_a_full_disk(tmp_path, small_disk, 3, 5)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    run, settings = on_a_full_disk(tmp_path, monkeypatch, small_disk, 3, 5)
     ended = train(run, processes=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout
@@ -75,9 +77,7 @@ def test_a_full_disk_costs_a_run_nothing_that_was_complete(
 def test_a_disk_that_stays_full_ends_the_run_with_one_line(
     train, read, small_disk: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    run, settings, environment = on_a_full_disk(tmp_path, small_disk, 3, 99)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    run, settings = on_a_full_disk(tmp_path, monkeypatch, small_disk, 3, 99)
     ended = train(run, settings=settings)
     assert ended.returncode == 4
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]

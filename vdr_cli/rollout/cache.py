@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
+from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import backbone, text_config
 
 SHARED_PROMPT = "vdr_shared_prompt"
@@ -150,7 +151,10 @@ def shared_prompt_attention(
     """transformers' attention signature; query (R, Hq, 1, E), result (R, 1, Hq, E)."""
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"{type(module).__name__} needs {unknown[0]}, which shared prompts do not have")
+        raise ConfigError(
+            f"model.name: {type(module).__name__} needs {unknown[0]}, which sampling here does not have; set "
+            "rollout.backend to vllm"
+        )
     layer: SharedPromptLayer = key.shared_prompt_layer  # type: ignore[attr-defined]
     out = layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2), None
