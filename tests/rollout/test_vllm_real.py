@@ -104,7 +104,8 @@ def test_stale_weights_and_a_head_that_stayed_are_caught(
         rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
 
 
-def test_ten_steps_with_a_killed_server_and_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_ten_steps_with_a_killed_server_and_resume(ahead: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vdr_cli", "train", "--output", str(run)]
     for setting in (
@@ -113,6 +114,7 @@ def test_ten_steps_with_a_killed_server_and_resume(tmp_path: Path) -> None:
         "train.prompts_per_step=2",
         "rollout.group_size=4",
         "rollout.backend=vllm",
+        f"rollout.ahead={ahead}",
         f"rollout.vllm.python={INTERPRETER}",
         f"rollout.vllm.urls=[{free_url()}]",
         f"rollout.vllm.start_timeout={START}",
@@ -130,4 +132,8 @@ def test_ten_steps_with_a_killed_server_and_resume(tmp_path: Path) -> None:
     assert "vLLM server http://127.0.0.1" in errors.strip().splitlines()[-1]
     resumed = subprocess.run([*command, "--resume", "auto"], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, 11))
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, 11))
+    if ahead:  # the first step's completions are of the newest weights, the others' of those before
+        apart = [step["sampling/sampling_logp_difference/mean"] for step in steps]
+        assert all(later > 10 * apart[0] for later in apart[1:]), apart
