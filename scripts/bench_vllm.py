@@ -1,22 +1,24 @@
 """Training steps that sample in the trainer, on a vLLM server, and on the server one step ahead.
 
-    python scripts/bench_vllm.py [--python .venv-vllm/bin/python] [--case qwen2|starter] [--steps 10] [--threads 2]
-                                 [--kinds transformers vllm ahead]
+    python scripts/bench_vllm.py [--python .venv-vllm/bin/python] [--case qwen2|starter]
+                                 [--kinds transformers vllm ahead] [--repeats 2] [--steps 5] [--threads 2]
 
 The models and shapes of scripts/bench_step.py; `vdr train` starts the server beside itself, on the same processors.
-Printed: medians over all steps but the first, and ratios to sampling in the trainer. scripts/vllm_cpu_env.sh makes the
-server's environment.
+Kinds take turns. Printed: medians over all steps but a run's first, and ratios to sampling in the trainer.
+scripts/vllm_cpu_env.sh makes the server's environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +61,43 @@ def one_run(config: dict[str, Any], folder: Path, name: str, threads: int) -> li
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """A row a kind: medians over the repetitions, and the step over the trainer's own, repetition by repetition."""
+    lines = [f"{'':13}{'step':>9}{'rollout':>9}{'update':>9}{'ratio':>8}   over sampling in the trainer"]
+    own = [run["step_time"] for run in found.get("transformers", [])]
+    for kind, runs in found.items():
+        step, rollout, update = (statistics.median(run[key] for run in runs) for key in SHOWN[:3])
+        against = [run["step_time"] / each for run, each in zip(runs, own, strict=False)]
+        shares = f"{statistics.median(against):8.2f}   ({', '.join(f'{each:.2f}' for each in against)})" if own else ""
+        lines.append(f"{kind:13}{step:7.2f} s{rollout:7.2f} s{update:7.2f} s{shares}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="interpreter of the server's environment")
     parser.add_argument("--case", choices=["qwen2", "starter"], default="qwen2")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    case, found = bench_step.CASES[args.case], {}
+    case, found = bench_step.CASES[args.case], defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, prompts = bench_step.make_inputs(args.case, folder)
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
         (folder / "reward.py").write_text(bench_step.REWARD)
-        for kind in args.kinds:
-            rollout = KINDS[kind]
+        for repeat, kind in itertools.product(range(args.repeats), args.kinds):
             config = settings(case, folder, model, args.steps)
-            config["rollout"] |= rollout
-            if rollout["backend"] == "vllm":
+            config["rollout"] |= KINDS[kind]
+            if KINDS[kind]["backend"] == "vllm":
                 config["rollout"]["vllm"] = {"python": args.python}
-            metrics = one_run(config, folder, kind, args.threads)
-            found[kind] = {key: statistics.median(step.get(key, 0.0) for step in metrics[1:]) for key in SHOWN}
-            print(f"{kind:13}", {key: round(value, 3) for key, value in found[kind].items()}, flush=True)
-    if "transformers" in found:
-        own = found["transformers"]["step_time"]
-        print("over transformers'", {kind: round(each["step_time"] / own, 2) for kind, each in found.items()})
+            metrics = one_run(config, folder, f"{kind}{repeat}", args.threads)
+            found[kind].append({key: statistics.median(step.get(key, 0.0) for step in metrics[1:]) for key in SHOWN})
+            print(f"{kind:13}", {key: round(value, 3) for key, value in found[kind][-1].items()}, flush=True)
+    print(f"\n{case.title}, {args.threads} threads, medians of {args.steps - 1} steps x {args.repeats} repetitions")
+    print(table(found))
 
 
 if __name__ == "__main__":
