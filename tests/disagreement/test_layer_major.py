@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdr_cli.disagreement import hooks
+from vdr_cli.disagreement import hooks, information
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.disagreement.layer_major import Lend, measure_by_layers
 from vdr_cli.disagreement.masks import EnsembleSpec
@@ -122,6 +122,17 @@ def test_a_rank_that_fails_goes_on_gathering(tiny_model: Callable, ragged: Calla
         with hooks.hooked(layer.register_forward_hook, never), pytest.raises(MachineError, match="not enough memory"):
             measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
     assert lendings == [0, 1, 2]
+
+
+def test_a_head_that_cannot_hold_the_logits_of_one_position(
+    tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(information, "project", never)
+    with lent(tiny_model(), []) as (twin, lend), pytest.raises(MachineError, match="not enough memory for one member"):
+        measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
 
 
 def test_layers_that_use_each_others_keys_are_refused(tiny_model: Callable, ragged: Callable) -> None:

@@ -162,7 +162,12 @@ def measure_by_layers(
                 error = raised
     if error is not None:
         raise error
-    return _finished(model, completions, spec, wanted, positions, frozenset(measures), pieces, budget or 0)
+    try:
+        return _finished(model, completions, spec, wanted, positions, frozenset(measures), pieces, budget or 0)
+    except RuntimeError as fault:
+        if not out_of_memory(fault):
+            raise
+        raise too_little_memory() from fault
 
 
 def _pieces(
