@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 REWARDS = """
-import os, signal, time
+import ctypes, os, signal, time
 
 def raising_on_rank_1(completions, **_):
     if os.environ["RANK"] == "1":
@@ -38,7 +38,7 @@ def interrupting_on_rank_1(completions, **_):
 
 def leaving_rank_1(completions, **_):
     if os.environ["RANK"] == "1":
-        os._exit(0)
+        ctypes.CDLL(None)._exit(0)
     return [1.0] * len(completions)
 
 def pooled(completions, **_):

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import itertools
 import math
+import os
 import time
 
 import numpy as np
@@ -133,6 +134,30 @@ def test_system_exit_is_an_error_too():
         raise SystemExit(0)
 
     assert "reward leaves raised on dataset row" in failure(leaves)
+
+
+def leaves_on_row_12(answer, **_):
+    return [os._exit(0) if a == 120 else 1.0 for a in answer]
+
+
+async def leaves_on_row_12_async(answer, **_):
+    return leaves_on_row_12(answer)
+
+
+@pytest.mark.parametrize("function", [leaves_on_row_12, leaves_on_row_12_async])
+def test_os_exit_is_an_error_too(function):
+    message = failure(function)
+    assert message.startswith(
+        f"reward {function.__name__} raised on dataset row 12: SystemExit: os._exit(0) (test_reward_calling.py:"
+    )
+
+
+def test_a_process_that_a_function_forks_ends_as_it_likes():
+    def forks(completions, **_):
+        child = os.fork() or os._exit(7)
+        return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)
+
+    assert compute(forks).unique().tolist() == [7.0]
 
 
 def test_wrong_length():

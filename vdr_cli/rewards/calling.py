@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
+from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rollout.base import Messages, Prompt
 
@@ -50,18 +51,20 @@ class _Call:
 
     def _run(self) -> None:
         try:
-            value = self.reward.function(**self.reward.accepted(self.arguments))
-            if inspect.iscoroutine(value):  # a plain function around an async one
-                value = asyncio.run(_awaited(value))
-            self.value = listed(value, self._count)
+            with leaving_is_an_error():
+                value = self.reward.function(**self.reward.accepted(self.arguments))
+                if inspect.iscoroutine(value):  # a plain function around an async one
+                    value = asyncio.run(_awaited(value))
+                self.value = listed(value, self._count)
         except BaseException as error:  # SystemExit too: it would end the thread without a word
             self.error = error
         self.done.set()
 
     async def _await(self) -> None:
         try:
-            value = await self.reward.function(**self.reward.accepted(self.arguments))
-            self.value = listed(value, self._count)
+            with leaving_is_an_error():
+                value = await self.reward.function(**self.reward.accepted(self.arguments))
+                self.value = listed(value, self._count)
         except BaseException as error:
             self.error = error
         self.done.set()

@@ -16,8 +16,10 @@ from typing import Any
 from vdr_cli.config import RewardsConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError
+from vdr_cli.rewards import leaving
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
+from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
@@ -96,7 +98,8 @@ def _import_file(place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[unique] = module  # dataclasses and pickle look a class's module up there
     try:
-        spec.loader.exec_module(module)
+        with leaving_is_an_error():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[unique]
         raise ConfigError(f"rewards.functions: importing {path} failed: {one_line(error)}") from error
@@ -106,7 +109,8 @@ def _import_file(place: str) -> ModuleType:
 def _import_module(place: str, given: str) -> ModuleType:
     _make_importable(Path.cwd())
     try:
-        return importlib.import_module(place)
+        with leaving_is_an_error():
+            return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
             raise ConfigError(
@@ -144,7 +148,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     shown = "".join(character if character.isprintable() else "?" for character in text)
     shown = shown if len(shown) <= 200 else shown[:197] + "..."
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != leaving.__file__]
     if isinstance(error, SyntaxError):
         place = f" ({Path(error.filename or '').name}:{error.lineno})" if error.lineno else ""
         shown = str(error.msg)
