@@ -242,6 +242,8 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--data", "notes.txt", "--reward", "length"], 2, "must end in one of"),
         (["--data", "empty.jsonl", "--reward", "length"], 3, "the file is empty"),
         (["--data", "d.jsonl"], 2, "brings no reward"),
+        (["--data", "typo.jsonl"], 3, "typo.jsonl: no column prompt; the columns are promt, answer; did you mean"),
+        (["--data", "typo.csv"], 3, "typo.csv: no column prompt; the columns are promt, answer; did you mean promt?"),
         (["--data", "d.jsonl", "--reward", "length", "--set", "train.eval_every=5"], 2, "give data.eval_name"),
         (["--ds-config", "zero9"], 2, "engine.ds_config zero9"),
         (["--num-processes", "9"], 2, "below 9 processes"),
@@ -283,6 +285,8 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
 )
 def test_refused_before_anything_starts(arguments, code, expected, started, capsys):
     Path("empty").mkdir()
+    Path("typo.jsonl").write_text('{"promt": "a", "answer": 1}\n')
+    Path("typo.csv").write_text("promt,answer\na,1\n")
     Path("notes.txt").write_text("x")
     Path("hosts").write_text("node1 slots=2\nnode2 slots=2\n")
     Path("empty.jsonl").write_text("")

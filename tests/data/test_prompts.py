@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vdr_cli.config import DataConfig
 from vdr_cli.data import sources
+from vdr_cli.data.files import check_column
 from vdr_cli.data.prompts import Limits, PromptSet, encode, load_prompts
 from vdr_cli.errors import ConfigError, DataError, VdrError
 
@@ -140,6 +142,31 @@ def test_long_prompts_keep_their_end_and_are_counted(tmp_path, tokenizer, caplog
     )
     assert [text(tokenizer, p.token_ids) for p in prompts] == ["x!", "xx!", "xx!"]
     assert prompts.truncated_rows == {1, 2} and "2 prompts so far" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_files_column_is_looked_for_at_its_start(tmp_path, name):
+    file, rows = tmp_path / name, [{"qestion": "a", "x": "1"}, {"qestion": "b", "x": "2"}]
+    written = {
+        ".jsonl": lambda: file.write_text("\n" + "\n".join(map(json.dumps, rows))),
+        ".json": lambda: file.write_text(json.dumps(rows)),
+        ".csv": lambda: file.write_text("\ufeffqestion,x\na,1\nb,2\n"),
+        ".parquet": lambda: pq.write_table(pa.Table.from_pylist(rows), file),
+    }
+    written[file.suffix]()
+    check_column(file, "x")
+    expected = f"{name}: no column question; the columns are qestion, x; did you mean qestion?"
+    with pytest.raises(DataError, match=re.escape(expected)):
+        check_column(file, "question")
+
+
+def test_a_column_that_the_first_row_lacks_and_a_file_that_cannot_be_read(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"x": 1}\n{"prompt": "a"}\n')
+    check_column(file, "prompt")
+    file.write_text('{"x": 1}\n{"prompt"\n')
+    with pytest.raises(DataError, match="line 2: not valid JSON"):
+        check_column(file, "prompt")
 
 
 OK = {"prompt": "a"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import difflib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +94,46 @@ def read_file(path: Path, text_column: str | None = None) -> Table:
     return table
 
 
+def check_column(path: Path, column: str) -> None:
+    """DataError when no row of a file has the column `data.prompt_column`; mostly a look at its start."""
+    if column not in _first_columns(path):
+        table = read_file(path, column)
+        if column not in table.columns:
+            raise DataError(no_column(table, column))
+
+
+def no_column(table: Table, column: str) -> str:
+    near = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? Name" if near else "name"
+    return (
+        f"{table.name}: no column {column}; the columns are {', '.join(table.columns)}; {hint} the right one with "
+        "data.prompt_column"
+    )
+
+
+def _first_columns(path: Path) -> list[str]:
+    """The columns of the first row, from the file's start; none where that does not tell."""
+    if path.suffix == ".parquet":
+        return _parquet_columns(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                return next(csv.reader(file), [])
+            first = json.loads(next(line for line in file if not line.isspace())) if path.suffix == ".jsonl" else None
+    except (OSError, ValueError, RecursionError, StopIteration, csv.Error):
+        return []
+    return list(first) if isinstance(first, dict) else []
+
+
+def _parquet_columns(path: Path) -> list[str]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return list(parquet.read_schema(path).names)
+    except (ArrowException, OSError):
+        return []
+
+
 def _read_jsonl(path: Path) -> Table:
     rows: list[Row] = []
     lines: list[int] = []
@@ -129,7 +171,8 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_csv(path: Path, text_column: str | None) -> Table:
-    from pyarrow import ArrowInvalid, csv, string
+    from pyarrow import ArrowInvalid, string
+    from pyarrow import csv as arrow
 
     wrong: list[Any] = []
 
@@ -137,14 +180,15 @@ def _read_csv(path: Path, text_column: str | None) -> Table:
         wrong.append(row)
         return "error"
 
-    # A row must fit in a block, and a column's type is inferred from the first: one block, as far as Arrow allows.
+    # Rows have numbers on one thread only. A row must fit in a block, and a column's type is inferred from the first:
+    # one block, as far as Arrow allows.
     size = min(max(path.stat().st_size, 1 << 20), 1 << 30)
     try:
-        table = csv.read_csv(
+        table = arrow.read_csv(
             path,
-            read_options=csv.ReadOptions(block_size=size, use_threads=False),  # rows have numbers on one thread only
-            parse_options=csv.ParseOptions(newlines_in_values=True, invalid_row_handler=keep),
-            convert_options=csv.ConvertOptions(column_types={text_column: string()} if text_column else None),
+            read_options=arrow.ReadOptions(block_size=size, use_threads=False),
+            parse_options=arrow.ParseOptions(newlines_in_values=True, invalid_row_handler=keep),
+            convert_options=arrow.ConvertOptions(column_types={text_column: string()} if text_column else None),
         )
     except ArrowInvalid as error:
         if "UTF8" in str(error):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vdr_cli.config import DataConfig
-from vdr_cli.data.files import Row, Table
+from vdr_cli.data.files import Row, Table, no_column
 from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.rollout.base import Messages, Prompt
@@ -128,10 +128,7 @@ class PromptSet(Sequence[Prompt]):
         """Every row's prompt is usable; returns whether they are chats. DataError names the first bad row."""
         column, table = self._prompt_column, self._table
         if column not in table.columns:
-            raise DataError(
-                f"{table.name}: no column {column}; the columns are {', '.join(table.columns)}; "
-                "name the right one with data.prompt_column"
-            )
+            raise DataError(no_column(table, column))
         kinds = [_kind(table, index, row, column) for index, row in enumerate(_prompts_only(table, column))]
         if len(set(kinds)) > 1:
             odd = kinds.index(not kinds[0])
