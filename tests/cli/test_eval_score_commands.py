@@ -179,7 +179,8 @@ def test_score_defaults(scored):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["eval", "./none"], "model.name ./none: no such directory"),
+        (["eval", "./none"], "error: MODEL ./none: no such directory"),
+        (["eval", "starter", "empty"], "error: MODEL empty: neither config.json nor"),
         (["eval", "starter", "--greedy", "--temperature", "1"], "exclude each other"),
         (["eval", "starter", "--set", "train.steps=3"], "vdr eval does not read train"),
         (["eval", "starter", "--json", "none/o.json"], "no directory"),
@@ -192,11 +193,13 @@ def test_score_defaults(scored):
         (["score", "a.jsonl", "--model", "starter", "--scope", "top"], "--scope: disagreement.scope must be 'full' or"),
         (["score", "a.jsonl", "--model", "starter", "--last-k", "2"], "last_k is set but scope is full"),
         (["score", "a.jsonl", "--model", "starter", "--on-error", "cry"], "--on-error cry: give one of stop, skip"),
-        (["score", "a.jsonl", "--model", "./none"], "no such directory"),
+        (["score", "a.jsonl", "--model", "./none"], "error: --model ./none: no such directory"),
+        (["score", "a.jsonl", "--model", "empty"], "error: --model empty: neither config.json nor"),
         (["score", "a.jsonl", "--model", "starter", "-o", "none/o.csv"], "-o none/o.csv: no directory"),
     ],
 )
 def test_refused_before_torch(arguments, expected, asked, scored, capsys):
+    Path("empty").mkdir()
     assert app.run(arguments) == 2
     streams = capsys.readouterr()
     assert expected in streams.err and streams.err.count("\n") == 1 and asked == [] and scored == []

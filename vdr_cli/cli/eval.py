@@ -106,12 +106,13 @@ def command(
     from vdr_cli.config.preflight import check_data, check_model, check_rewards
 
     for name in models:
-        check_model(name)
+        check_model(name, "MODEL")
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if not text.startswith("launch.")]
     config = config_from(base, own, {**flags, ("", "model.name"): None if base else models[0]})
-    check_data(data or config.data.eval_name or config.data.name, "--data" if data else "data.eval_name")
+    held_out, key = data or config.data.eval_name or config.data.name, "--data" if data else "data.eval_name"
+    check_data(held_out, key, config.data.prompt_column)
     check_rewards(config)
     for file, flag in ((json_file, "--json"), (markdown, "--markdown"), (save, "--save")):
         if file is not None:

@@ -106,7 +106,7 @@ def command(
     from vdr_cli.config.preflight import check_model
     from vdr_cli.scoring.request import Fields, ScoreRequest
 
-    check_model(model)
+    check_model(model, "--model")
     request = ScoreRequest(
         inputs=tuple(inputs),
         model=model,

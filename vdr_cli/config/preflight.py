@@ -17,7 +17,7 @@ from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
 from vdr_cli.config.paths import path_text
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
-from vdr_cli.data.files import SUFFIXES
+from vdr_cli.data.files import SUFFIXES, check_column
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, DataError, MachineError, VdrError
 from vdr_cli.rewards.loading import check_name
@@ -52,9 +52,9 @@ def default_output() -> str:
 def check_before_start(config: Config, resume: str | None) -> None:
     """Everything below that is the same on every process. Raises VdrError, one line."""
     check_model(config.model.name)
-    check_data(config.data.name, "data.name")
+    check_data(config.data.name, "data.name", config.data.prompt_column)
     if config.train.eval_every:
-        check_data(config.data.eval_name or config.data.name, "data.eval_name")
+        check_data(config.data.eval_name or config.data.name, "data.eval_name", config.data.prompt_column)
         check_held_out(config)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
@@ -76,24 +76,30 @@ def looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or Path(name).exists() or name.count("/") > 1
 
 
-def check_model(name: str) -> None:
-    """A model that looks like a path must be a directory with a config.json, its own or its model/'s."""
-    path = _path(name, "model.name")
+def check_model(name: str, key: str = "model.name") -> None:
+    """A model that looks like a path must be a directory with a config.json, its own or its model/'s.
+
+    key: what the user gave it as.
+    """
+    path = _path(name, key)
     if name == STARTER or not looks_like_path(name):
         return
     if not path.is_dir():
         raise ConfigError(
-            f"model.name {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+            f"{key} {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
         )
     if not any((folder / "config.json").is_file() for folder in (path, path / "model")):
         raise ConfigError(
-            f"model.name {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
+            f"{key} {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
             "format or a finished run"
         )
 
 
-def check_data(name: str, key: str) -> None:
-    """Data that look like a local file or directory must be there and be of a kind that can be read."""
+def check_data(name: str, key: str, column: str | None = None) -> None:
+    """Data that look like a local file or directory must be there and be of a kind that can be read.
+
+    column: of a file, must be there too.
+    """
     path = _path(name, key)
     if name == STARTER or not (looks_like_path(name) or path.suffix in SUFFIXES):
         return
@@ -107,6 +113,8 @@ def check_data(name: str, key: str) -> None:
         raise DataError(f"{key} {name}: the file is empty")
     if not os.access(path, os.R_OK):
         raise MachineError(f"{key} {name}: no permission to read it")
+    if path.is_file() and column is not None:
+        check_column(path, column)
 
 
 def check_held_out(config: Config) -> None:

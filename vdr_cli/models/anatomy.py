@@ -90,7 +90,7 @@ def backbone(model: nn.Module) -> nn.Module:
             found = getattr(causal_lm, name)
     if found is causal_lm:
         raise ConfigError(
-            f"model.name: {type(causal_lm).__name__} has no decoder apart from its LM head; "
+            f"model: {type(causal_lm).__name__} has no decoder apart from its LM head; "
             "give a causal language model of the Hugging Face kind (AutoModelForCausalLM)"
         )
     return found
@@ -171,7 +171,7 @@ def output_head(model: nn.Module) -> Head:
     causal_lm: Any = unwrapped(model)
     linear = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     if linear is None or not hasattr(linear, "weight"):
-        raise ConfigError(f"model.name: {type(causal_lm).__name__} has no LM head; give a causal language model")
+        raise ConfigError(f"model: {type(causal_lm).__name__} has no LM head; give a causal language model")
     if hasattr(linear, "base_layer"):  # PEFT's: applied in chunks, the weight alone would leave the adapter out
         raise ConfigError("model.lora.targets: the LM head cannot have an adapter; leave it out of the list")
     config = text_config(model)
@@ -214,7 +214,7 @@ def check_head(model: nn.Module) -> None:
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())):
         raise ConfigError(
-            f"model.name: the logits of {type(causal_lm).__name__} are not a scaled or soft-capped linear map of its "
+            f"model: the logits of {type(causal_lm).__name__} are not a scaled or soft-capped linear map of its "
             "decoder's output, which vdr needs to compute them in chunks; this architecture is not supported"
         )
 
