@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GptOssConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import cache_arguments
 from vdr_cli.rollout import cache as decode_cache
 from vdr_cli.rollout.base import Sampling, pad_prompts
@@ -107,3 +116,43 @@ def test_the_models_own_attention_is_put_back() -> None:
         assert model.config._attn_implementation != before
         raise KeyboardInterrupt
     assert model.config._attn_implementation == before
+
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "layer_types": ["full_attention", "full_attention"],
+}
+SINKS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "needs"),
+    [
+        (Gemma2Config(**SMALL), "Gemma2Attention needs softcap"),
+        (GptOssConfig(**SMALL, **SINKS), "GptOssAttention needs s_aux"),
+    ],
+    ids=["gemma2", "gpt_oss"],
+)
+def test_what_shared_prompts_do_not_compute_is_never_left_out(config: PreTrainedConfig, needs: str) -> None:
+    """As they come such models run eagerly and share no prompt; were one to run under sdpa, it is refused."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    greedy = TransformersRollout(0, [1]).generate(model, PROMPTS, 1, Sampling(2, temperature=0.0), [1, 2, 3])
+    whole = torch.tensor([PROMPTS[0] + greedy.completion_ids[0, :1].tolist()])
+    assert model(input_ids=whole).logits[0, -1].argmax() == greedy.completion_ids[0, 1]
+    ids, mask = pad_prompts(PROMPTS[:1], 0)
+    inner = DynamicCache(config=config)
+    model(input_ids=ids, **cache_arguments(model, inner))
+    model.config._attn_implementation = "sdpa"
+    cache = DecodeCache(model, inner, torch.tensor([0, 0]), mask, 2)
+    refused = f"{needs}, which sampling here does not have; set rollout.backend to vllm"
+    with cache.attention(), pytest.raises(ConfigError, match=refused):
+        model(input_ids=torch.tensor([[7], [8]]), **cache_arguments(model, inner))
