@@ -37,6 +37,16 @@ def test_help_imports_nothing_heavy_and_is_fast():
     assert min(durations) < 1.5, f"{durations}: 0.2 s on an idle machine"
 
 
+def test_a_run_is_checked_before_torch_is_imported():
+    """The process that starts the ranks needs none, and each rank's torch reads what launch.env and the ranks beside
+    it say about threads while it is imported."""
+    code = (
+        "import sys\nfrom vdr_cli.cli.app import run\nassert run(['train', '--num-processes', '2', '--dry-run']) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 @pytest.mark.parametrize("name", list(app.COMMANDS))
 def test_every_help_has_examples(name, capsys):
     assert app.run([name, "--help"]) == 0

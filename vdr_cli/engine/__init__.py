@@ -1,17 +1,12 @@
-"""DeepSpeed: build, gather, step, checkpoint. Nothing else imports deepspeed.
+"""DeepSpeed: build, gather, step, checkpoint. Nothing else imports deepspeed, and here only library.py does.
 
-Importing this package settles what DeepSpeed reads when it is imported itself, and keeps the library's
-notices, which say nothing a user could act on, off the terminal. VDR_DEBUG=1 lets them through.
+Importing this package keeps the library's notices, which say nothing a user could act on, off the terminal.
+VDR_DEBUG=1 lets them through. It imports no torch: what reads a DeepSpeed JSON (ds_config.py) does without.
 """
 
 import logging
 import os
 import warnings
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 if os.environ.get("VDR_DEBUG") != "1":
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -12,18 +12,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vdr_cli.config import Config, TrainConfig
 from vdr_cli.disagreement.layer_major import Lend
-from vdr_cli.engine import collectives
+from vdr_cli.engine import collectives, library
 from vdr_cli.engine.cpu import keep_to_one_thread_each
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
 from vdr_cli.engine.layerwise import Rounds, gathering_by_itself
 from vdr_cli.engine.leaves import fetch_whole, reduce_once
+from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
@@ -235,6 +235,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         deepspeed.zero.register_external_parameter(policy.head_logps, output_head(causal_lm).weight)
         if config.engine.leaf_layers:
             fetch_whole(causal_lm, decoder_layers(causal_lm))
+    library.leave_muon_uncompiled()
     try:
         ds_engine, *_ = deepspeed.initialize(
             model=policy, optimizer=_optimizer(policy, config.train, device), config=ds_config
@@ -323,10 +324,8 @@ class _ZeroInit:
 
 def _check_zero_section(name: str, zero: DsConfig) -> None:
     """DeepSpeed's own schema, before a weight is loaded."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     try:
-        DeepSpeedZeroConfig(**zero)
+        library.module("runtime.zero.config").DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import deepspeed
 from torch import nn
+
+from vdr_cli.engine.library import deepspeed
 
 
 def fetch_whole(causal_lm: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -10,12 +10,13 @@ SHOWN = ("cpu_adam", "fused_adam", "async_io", "transformer_inference")
 
 def operators() -> list[tuple[str, bool, bool]]:
     """Name, whether it is installed, whether it could be compiled when first used."""
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+    from vdr_cli.engine import library
 
+    installed_ops = library.module("git_version_info").installed_ops
+    builders = library.module("ops.op_builder.all_ops").ALL_OPS
     found = []
     for name in SHOWN:
-        builder = ALL_OPS.get(name)
+        builder = builders.get(name)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             compatible = builder is not None and bool(builder.is_compatible(verbose=False))
         found.append((name, bool(installed_ops.get(name, False)), compatible))

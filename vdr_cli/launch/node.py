@@ -30,8 +30,9 @@ def orphans_only(install: Install, parent: int) -> Install:
 
 def main() -> None:
     """Run the launcher with this process's arguments."""
-    from deepspeed.launcher import launch
+    from vdr_cli.engine import library
 
+    launch = library.module("launcher.launch")
     launch.signal.signal = orphans_only(signal.signal, os.getppid())
     launch.main()
 

@@ -20,8 +20,9 @@ class Heard(subprocess.Popen[Any]):
 
 def main() -> None:
     """Run the runner with this process's arguments."""
-    from deepspeed.launcher import runner
+    from vdr_cli.engine import library
 
+    runner = library.module("launcher.runner")
     runner.subprocess.Popen = Heard
     runner.main()
 
