@@ -22,7 +22,6 @@ from transformers import (
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import position_ids
-from vdr_cli.rollout import packed
 from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.sampling import processors
 from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
@@ -72,7 +71,7 @@ def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which matrix products; models as small as those here are not packed otherwise."""
     if request.param == "packed":
-        monkeypatch.setattr(packed, "LEAST_BYTES", 0)
+        monkeypatch.setattr("vdr_cli.models.products.LEAST_BYTES", 0)
     return str(request.param)
 
 

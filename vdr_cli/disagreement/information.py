@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.models.anatomy import Head
+from vdr_cli.models.products import product_into
 
 CACHE_BYTES = 2**20
 """Logits that a CPU thread works on at once: they and two tensors made from them stay in its core's cache."""
@@ -93,7 +94,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     """
     weight = head.weight
     if weight.dtype == torch.float32:
-        torch.mm(hidden.float(), weight.T, out=out)
+        product_into(out, hidden.float(), weight)
     elif weight.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)
     else:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vdr_cli.models.products import product, product_into
+
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of one chunk's (rows, V) buffers: enough rows for a matrix product to run at full speed, and no more."""
 
@@ -96,7 +98,7 @@ class ChunkedLogps(torch.autograd.Function):
             entropy_terms = None if e is None else (e[part], entropy[part])
             grad_z = _logits_gradient(logits, second[:n], targets[part], a[part], entropy_terms, settings)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_z.to(weight.dtype) @ weight
+                grad_hidden[part] = product(grad_z.to(weight.dtype), weight.t())
             if grad_weight is not None:
                 _accumulate_weight_gradient(grad_weight, grad_z, hidden[part], weight.dtype)
             if grad_bias is not None:
@@ -124,7 +126,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: HeadS
     """(n, D) → z/τ (n, V), into out. Matrix product in the weight's dtype, everything after it in out's."""
     hidden = hidden.to(weight.dtype)
     if hidden.dtype == out.dtype:
-        torch.mm(hidden, weight.t(), out=out)
+        product_into(out, hidden, weight)
     elif hidden.is_cuda:  # hands out its float32 accumulator unrounded
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
     else:

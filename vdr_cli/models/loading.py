@@ -15,6 +15,7 @@ from torch import nn
 from vdr_cli.config import ModelConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.products import with_products
 from vdr_cli.starter import paths as starter_paths
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -117,7 +118,7 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None, trust_rem
             f"model {name}: {len(missing)} weights are not in its files ({missing[0]}{', ...' * (len(missing) > 1)}); "
             "give a complete causal language model"
         )
-    return model
+    return with_products(model)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:

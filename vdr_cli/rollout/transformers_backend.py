@@ -13,9 +13,9 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
+from vdr_cli.models.products import packed_linears
 from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, without_holes
-from vdr_cli.rollout.packed import packed_linears
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 
 COMPACT_SHARE = 8
