@@ -1,11 +1,9 @@
-"""Real runs of the real command, on one process or two under DeepSpeed's launcher."""
+"""Real runs: of the real command on two processes under DeepSpeed's launcher, in a fork on one."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,34 +45,23 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def vdr(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does; never raises on a bad exit code."""
-    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "vdr_cli", *arguments], capture_output=True, text=True, timeout=timeout, env=env
-    )
-
-
 @pytest.fixture
-def train(sharded: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train(sharded: str, vdr, forked) -> Callable[..., subprocess.CompletedProcess[str]]:
     """train(output, *flags, processes=1, settings={...}): a small run of the starter; asserts nothing."""
 
     def run(
-        output: Path, *flags: str, processes: int = 1, settings: dict[str, Any] | None = None, timeout: float = 300
+        output: Path, *flags: str, processes: int = 1, settings: dict[str, Any] | None = None
     ) -> subprocess.CompletedProcess[str]:
         values = {**SMALL, "engine.ds_config": sharded, **(settings or {})}
         overrides = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-        several = ["--num-processes", str(processes)] if processes > 1 else []
-        return vdr("train", "--output", str(output), *several, *overrides, *flags, timeout=timeout)
+        arguments = ("train", "--output", str(output), *overrides, *flags)
+        return forked(*arguments) if processes == 1 else vdr(*arguments, "--num-processes", str(processes))
 
     return run
 
 
 class Reading:
     """What a run left behind, for comparing."""
-
-    vdr = staticmethod(vdr)
 
     @staticmethod
     def metrics(run: Path) -> list[dict[str, Any]]:

@@ -15,11 +15,6 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def vdr(read) -> Command:
-    return read.vdr
-
-
-@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Prompts and completions in the starter's alphabet, of many lengths."""
     path = tmp_path / "rows.jsonl"
@@ -33,20 +28,20 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_eval_on_two_processes_is_eval(tmp_path: Path, vdr: Command) -> None:
+def test_eval_on_two_processes_is_eval(tmp_path: Path, vdr: Command, forked: Command) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     flags = ("eval", "starter", "-n", "8", "--prompts", "70")
-    assert vdr(*flags, "--json", str(one)).returncode == 0
+    assert forked(*flags, "--json", str(one)).returncode == 0
     done = vdr(*flags, "--json", str(two), "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     assert two.read_text() == one.read_text()
     assert done.stdout.count("pass@1") == 1, "only the first process shows the table"
 
 
-def test_score_on_two_processes_is_score(tmp_path: Path, rows: Path, vdr: Command) -> None:
+def test_score_on_two_processes_is_score(tmp_path: Path, rows: Path, vdr: Command, forked: Command) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     flags = ("score", str(rows), "--model", "starter", "--members", "2", "--tokens")
-    assert vdr(*flags, "-o", str(one)).returncode == 0
+    assert forked(*flags, "-o", str(one)).returncode == 0
     done = vdr(*flags, "-o", str(two), "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     assert two.read_bytes() == one.read_bytes()

@@ -158,7 +158,7 @@ def signal_all(process: subprocess.Popen[str], number: int) -> None:
 
 
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
-def test_a_signal_saves_and_the_run_goes_on_later(sharded, read, tmp_path: Path, number, processes) -> None:
+def test_a_signal_saves_and_the_run_goes_on_later(sharded, vdr, read, tmp_path: Path, number, processes) -> None:
     output = tmp_path / "run"
     flags = ["--output", str(output), "--ds-config", sharded, "--num-processes", str(processes), "--steps", "400"]
     small = ["--set", "train.prompts_per_step=2", "--set", "rollout.group_size=4"]
@@ -172,7 +172,7 @@ def test_a_signal_saves_and_the_run_goes_on_later(sharded, read, tmp_path: Path,
     assert "Traceback" not in stderr
     done = len(read.metrics(output))
     assert (output / "checkpoints" / f"step_{done:06d}").is_dir()
-    resumed = read.vdr("train", *flags[:-1], str(done + 1), *small, "--resume", "auto")
+    resumed = vdr("train", *flags[:-1], str(done + 1), *small, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert len(read.metrics(output)) == done + 1
 

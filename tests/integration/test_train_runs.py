@@ -61,10 +61,10 @@ def test_resume_is_bit_for_bit(train, read, tmp_path: Path, processes: int, sett
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read.weights(whole).items())
 
 
-def test_written_config_repeats_the_run(train, read, tmp_path: Path) -> None:
+def test_written_config_repeats_the_run(train, vdr, read, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(first, settings={"disagreement.mode": "per_token", "train.eval_every": 1}).returncode == 0
-    ended = read.vdr("train", str(first / "config.yaml"), "--output", str(second))
+    ended = vdr("train", str(first / "config.yaml"), "--output", str(second))
     assert ended.returncode == 0, ended.stderr
     assert read.metrics(first) == read.metrics(second)
     assert (first / "config.yaml").read_text() == (second / "config.yaml").read_text()

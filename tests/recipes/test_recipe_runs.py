@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +32,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.NAMES if name != "starter"])
-def test_one_step(name: str, rows, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_one_step(name: str, forked, rows, tiny_qwen2: Path, tmp_path: Path) -> None:
     settings = dict(SMALL)
     if "scope: last_k" in recipes.recipe_text(name):
         settings["disagreement.last_k"] = 1
@@ -44,14 +41,7 @@ def test_one_step(name: str, rows, tiny_qwen2: Path, tmp_path: Path) -> None:
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     run = tmp_path / "run"
     arguments = ["train", str(recipes.recipe_path(name)), "--model", str(tiny_qwen2), "--data", str(rows(name))]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, "-m", "vdr_cli", *arguments, "--output", str(run), "--set", "data.subset=null", *overrides],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    done = forked(*arguments, "--output", str(run), "--set", "data.subset=null", *overrides)
     assert done.returncode == 0, done.stderr
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["disagreement/mean"] > 0

@@ -1,0 +1,90 @@
+"""`vdr` from the outside, and which tests may run beside each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOSTS = ("tests/cluster/", "tests/rollout/test_vllm_real.py", "tests/integration/test_train_runs.py::test_launchers_")
+"""One after the other: the hosts' addresses, and the port that launchers take when nobody names one, are there once."""
+PROCESSES = (
+    *HOSTS,
+    "tests/integration/options/",
+    "tests/engine/test_layerwise.py",
+    "tests/integration/",
+    "tests/recipes/test_recipe_runs.py",
+)
+"""Tests that start processes and wait for them, longest first. They run before all others, which fill the gaps."""
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((place for place, start in enumerate(PROCESSES) if item.nodeid.startswith(start)), len(PROCESSES))
+
+    items.sort(key=place)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For --dist loadgroup: what shares a fixture of processes, or a file of other tests, stays in one worker."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith(HOSTS):
+                return "hosts"
+            alone = nodeid.startswith("tests/integration/test_train_")
+            return nodeid if alone else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a process that is no rank and has one thread."""
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
+
+
+@pytest.fixture(scope="session")
+def vdr() -> Run:
+    """vdr(*arguments, timeout=300, **environment): the command as a user runs it; never raises on a bad exit code."""
+
+    def run(*arguments: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vdr_cli", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(**more))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """forked(*arguments, **environment): the same for a run of one process, without the seconds of its imports."""
+    said = [tmp_path_factory.mktemp("forks") / name for name in ("stdout", "stderr")]
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    server = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert server.stdin is not None and server.stdout is not None
+
+    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        for path in said:
+            path.write_text("")
+        run = {"arguments": arguments, "environment": environment(**more), "said": [str(path) for path in said]}
+        server.stdin.write(json.dumps(run) + "\n")
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(["vdr", *arguments], code, *(path.read_text() for path in said))
+
+    yield run
+    server.kill()
+    server.wait()
