@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole product on the embedded default: train with the bonus, evaluate beside the start, score the completions.
-#   bash scripts/demo.sh [run directory]          about 4 minutes on 2 cores, after the environment is made
+#   bash scripts/demo.sh [run directory]          about 2 minutes on 2 cores, after the environment is made
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 if [ ! -e .venv ] || ! ls .venv/.made-of-*-test >/dev/null 2>&1; then make_environment ""; else make_environment test; fi
