@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -38,7 +40,11 @@ def tiny() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("owner", [[0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 2, 2], [2, 0, 2, 1, 2, 0], [1, 1]])
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=8))
+@example([0, 0, 1, 1, 2, 2])  # in order
+@example([1, 0])  # out of order, and each in the other's place
+@example([2, 1, 0])
+@example([1, 1])  # prompts without a row
 def test_rows_go_to_their_prompt_and_back(owner: list[int]) -> None:
     grouping = Grouping(torch.tensor(owner), prompts=3)
     x = torch.randn(len(owner), 2, 4, 8)

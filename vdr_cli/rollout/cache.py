@@ -41,8 +41,9 @@ class Grouping:
         self.place = torch.empty_like(owner)  # (R,) slot of each row
         self.place[order] = owner[order] * self.size + rank
         self.slots = owner.new_zeros(prompts * self.size)  # (N * c,) row in each slot, row 0 where there is none
-        self.slots[self.place] = torch.arange(len(owner), device=owner.device)
-        self.in_order = len(owner) == len(self.slots) and bool((self.place == self.slots).all())
+        rows = torch.arange(len(owner), device=owner.device)
+        self.slots[self.place] = rows
+        self.in_order = len(owner) == len(self.slots) and bool((self.place == rows).all())
 
     def by_prompt(self, x: Tensor) -> Tensor:
         """(R, heads, q, E) -> (N, heads, c * q, E)."""
