@@ -1,6 +1,8 @@
-"""One rank that works through several training runs in one process, with faults planted and numbers taken down.
+"""Ranks that work through several training runs in one process each, with faults planted and numbers taken down.
 
-    python options_worker.py JSON    a list of {name, settings, resume, plant}
+    python worker.py FOLDER    its jobs.json is a list of {ranks, runs: a list of {name, settings, resume, plant}}
+
+The ranks are forks of this process, which imports once what they need. Each writes log_<ranks>_<rank>.
 
 Beside what each run writes, rank r leaves `probe_rank<r>.pt`: what every loss was given and returned, gathers
 a step, and logits of the last policy and of its reference.
@@ -11,9 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -25,6 +30,7 @@ from vdr_cli.config.load import load_config
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import VdrError
+from vdr_cli.launch.environment import free_port
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 gathers, gathered_bytes = 0, 0
@@ -111,9 +117,9 @@ finish, run.Run.finish = run.Run.finish, probed_finish
 leave, run._leave_process_group = run._leave_process_group, lambda: None  # the runs share one process group
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for entry in json.loads(Path(sys.argv[1]).read_text()):
+def work_through(runs: list[dict[str, Any]]) -> None:
+    global plant
+    for entry in runs:
         plant = entry["plant"]
         calls.clear()
         gathers_at_advance.clear()
@@ -125,3 +131,45 @@ if __name__ == "__main__":
             ended = f"{type(error).__name__}: {error}"
         print("ended", entry["name"], ended, flush=True)
     leave()
+
+
+def be_rank(rank: int, ranks: int, port: int, runs: list[dict[str, Any]]) -> NoReturn:
+    log = os.open(f"{sys.argv[1]}/log_{ranks}_{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        work_through(runs)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def do(ranks: int, runs: list[dict[str, Any]]) -> bool:
+    """Whether every rank came to its end. The first that does not ends the others."""
+    port = free_port()
+    children = set()
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            be_rank(rank, ranks, port, runs)
+        children.add(child)
+    while children:
+        ended, status = os.wait()
+        children.remove(ended)
+        if status:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1], "jobs.json").read_text())
+    sys.exit(not all(do(**job) for job in jobs))

@@ -1,0 +1,166 @@
+"""One update however it is computed: loss by loss, under every configuration and precision, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from vdr_cli.config.schema import GrpoConfig
+
+pytestmark = pytest.mark.timeout(1800)
+
+Left = Any
+"""What the runs left (conftest.py)."""
+Run = tuple[Any, ...]
+"""(name, what differs from BASE in conftest.py), and in some a third: the fault that is planted."""
+
+STAGES = ("zero1", "zero2", "zero3")
+BY_NAME = (*STAGES, "zero3_offload")
+LOSSES = get_args(GrpoConfig.model_fields["loss"].annotation)
+IN_PROPORTION = {"train.adam_epsilon": 1.0, "train.learning_rate": 1.0}
+"""AdamW's step is then the gradient's multiple. At 1e-8 it is g / |g|, which is rounding wherever g is all but 0."""
+EVERY_TERM = {
+    **IN_PROPORTION,
+    "grpo.beta": 0.1,
+    "grpo.entropy_weight": 0.01,
+    "grpo.mask_truncated": True,
+    "grpo.num_iterations": 2,
+    "train.steps": 2,
+}
+OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
+    "micro1": ({"train.micro_batch_size": 1}, ""),
+    "micro2": ({"train.micro_batch_size": 2}, ""),
+    "micro4": ({"train.micro_batch_size": 4}, ""),
+    "shuffled": ({}, "shuffled"),
+    "padded": ({}, "padded"),
+}
+"""Ways to compute the same update: what differs in the settings, and what is planted."""
+SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "micro1" or loss in ("dapo", "gspo")]
+"""Every loss in other micro-batches; a token's and a sequence's in every way (tests/grpo has all of each)."""
+
+
+def training_runs() -> list[Run]:
+    consulted = {"disagreement.mode": "end_of_sequence", "grpo.beta": 0.1, "grpo.kl_in": "reward", "train.steps": 2}
+    refuse = {"train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
+    return [
+        ("plain", {}),
+        *[(f"by_name_{name}", {"engine.ds_config": name}) for name in BY_NAME],
+        ("checkpointing", {"model.gradient_checkpointing": True, "grpo.beta": 0.1}),
+        ("bfloat16", {"model.dtype": "bfloat16"}),
+        *[
+            (f"{fault}_{stage}_clip{clip}", {"engine.ds_config": stage, "train.max_grad_norm": clip}, fault)
+            for fault, clip in (("nan", 0.0), ("inf", 1.0))
+            for stage in STAGES
+        ],
+        ("refused", refuse, "nan"),
+        *[
+            (f"members{M}", {"train.steps": 3, "disagreement.mode": "per_token", "disagreement.members": M})
+            for M in (2, 8, 32)
+        ],
+        ("members0", {"train.steps": 3}),
+        ("whole_copy", {**consulted, **IN_PROPORTION}),
+        ("by_layers", {**consulted, **IN_PROPORTION, "engine.copy_of_weights": "layers"}),
+        *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
+        *[
+            (f"{loss}_{how}", {**EVERY_TERM, "grpo.loss": loss, **OTHERWISE[how][0]}, OTHERWISE[how][1])
+            for loss, how in SAME_UPDATE
+        ],
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def left(work_through: Callable[..., Left], tmp_path_factory: pytest.TempPathFactory) -> Left:
+    alone = [("alone", {}), *[(f"{loss}_alone", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES]]
+    return work_through(tmp_path_factory.mktemp("same_update"), training_runs(), alone)
+
+
+def test_every_run_ends_well_but_the_endless_refusal(left: Left) -> None:
+    assert {name for name, code in left.ended.items() if code != "0"} == {"refused"}
+
+
+def test_kl_of_the_unchanged_policy_is_zero_with_gradient_checkpointing_too(left: Left) -> None:
+    assert left.metrics("checkpointing")[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize(("loss", "how"), [*SAME_UPDATE, *[(loss, "alone") for loss in LOSSES]])
+def test_the_update_is_the_same_however_it_is_computed(left: Left, loss: str, how: str) -> None:
+    """Of two optimizer steps on one rollout; one rank has 12 rows, the other 8, of unequal lengths."""
+    ours, plain = f"{loss}_{how}", f"{loss}_two"
+    assert left.distance(left.gradient(ours), left.gradient(plain)) <= 1e-5
+    assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
+    for line, other in zip(left.metrics(ours), left.metrics(plain), strict=True):
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("run", [*[f"by_name_{name}" for name in BY_NAME], "alone"])
+def test_the_update_is_the_same_under_every_configuration(left: Left, run: str) -> None:
+    assert left.distance(left.update(run), left.update("plain")) <= 1e-5
+    assert left.metrics(run)[0]["grad_norm"] == pytest.approx(left.metrics("plain")[0]["grad_norm"], rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(left: Left) -> None:
+    assert left.distance(left.gradient("checkpointing"), left.gradient("plain")) <= 1e-5
+
+
+def test_completions_do_not_depend_on_the_number_of_ranks(left: Left) -> None:
+    one, two = left.table("alone"), left.table("plain")
+    assert one["completion_ids"] == two["completion_ids"] and one["row"] == two["row"]
+
+
+def test_bfloat16_trains(left: Left) -> None:
+    (line,) = left.metrics("bfloat16")
+    assert line["refused_steps"] == 0 and line["ratio/max"] == 1.0
+    assert next(iter(left.weights("bfloat16").values())).dtype == torch.bfloat16
+    assert left.update("bfloat16").norm() > 0
+
+
+def test_gathers_do_not_depend_on_the_number_of_members(left: Left) -> None:
+    """Nor their bytes; without a bonus there may be one gather less, of one copy of the weights at most."""
+
+    def last_step(run: str) -> tuple[int, int]:
+        (counts, other) = (probe["gathers"] for probe in left.probes(run))
+        assert counts == other
+        return counts[-1][0] - counts[-2][0], counts[-1][1] - counts[-2][1]
+
+    two, eight, many, none = (last_step(f"members{M}") for M in (2, 8, 32, 0))
+    assert two == eight == many
+    assert none[0] > 0 and many[0] - none[0] <= 1
+    weights = sum(tensor.nbytes for tensor in left.weights("members8").values())
+    assert none[1] > weights and many[1] - none[1] <= 1.1 * weights
+
+
+def test_one_layer_at_a_time_is_the_same_run(left: Left) -> None:
+    """Sampling, ensemble, reference and log-probabilities where no copy of the weights is ever whole."""
+    whole, layers = left.table("whole_copy"), left.table("by_layers")
+    assert layers["completion"] == whole["completion"]
+    torch.testing.assert_close(
+        torch.tensor(layers["advantage"]), torch.tensor(whole["advantage"]), rtol=1e-3, atol=1e-4
+    )
+    assert left.distance(left.gradient("by_layers"), left.gradient("whole_copy")) <= 1e-5
+    assert max(abs(bonus) for bonus in layers["bonus"]) > 0
+    assert left.ended["by_layers"] == "0"
+    assert left.distance(left.update("by_layers"), left.update("whole_copy")) <= 1e-5
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("fault", ["nan_{}_clip0.0", "inf_{}_clip1.0"])
+def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(left: Left, fault: str, stage: str) -> None:
+    run = fault.format(stage)
+    (line,) = left.metrics(run)
+    assert line["refused_steps"] == 1 and line["grad_norm"] is None  # infinite
+    assert left.update(run).norm() == 0.0
+
+
+def test_refusals_without_end_stop_the_run_and_save_the_batch(left: Left) -> None:
+    assert left.ended["refused"].startswith("DataError: 2 steps in a row")
+    assert len(left.metrics("refused")) == 2
+    for rank in range(2):
+        saved = torch.load(left.folder / "refused" / f"refused_batch_rank{rank}.pt", weights_only=False)
+        assert len(saved["batch"]) in (8, 12)
+    assert (left.folder / "refused" / "checkpoints" / "step_000002").is_dir()
