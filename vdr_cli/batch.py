@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.engine import collectives
 from vdr_cli.grpo.losses import LossInputs, LossOutput
 from vdr_cli.rollout.base import Completions, Messages, Prompt
@@ -24,6 +25,8 @@ class Batch:
     """What the reward functions see: a string, or one assistant message when the prompt is a chat."""
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
+    recorder: StemRecorder | None = None
+    """What was seen of these rows, in this order, as they were sampled."""
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vdr_cli.batch import concatenate_completions
+from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.engine import collectives
 from vdr_cli.evaluate import completion_texts
 from vdr_cli.rewards.base import TrainerState
@@ -32,6 +33,7 @@ class Drawing:
     prompts: list[Prompt]  # one a group
     wait: Callable[[], Completions]
     rewards: RewardStream
+    recorder: StemRecorder | None = None
 
 
 def save(drawing: Drawing, folder: Path) -> None:

@@ -21,6 +21,7 @@ from vdr_cli.disagreement import bonus as bonuses
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.recorder import StemRecorder, recorder_of
 from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.drawing import Drawing, reward_stream
 from vdr_cli.engine import collectives
@@ -35,7 +36,7 @@ from vdr_cli.grpo.losses import (
     token_weights,
 )
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, completion_key
+from vdr_cli.rollout.base import Completions, Prompt, completion_key
 from vdr_cli.run import Run, even_shares, open_run
 
 
@@ -72,7 +73,7 @@ def collect(run: Run) -> tuple[Batch, Signal]:
         stems = stem_keeper(run, model, batch)
         knowledge = consult(run, model, batch, stems)
         measured = disagree(run, model, batch, stems)
-        by_token = shown_tokens(run, model, batch, measured)
+        by_token = shown_tokens(run, model, batch, measured, stems)
     return batch, reward_head(run, batch, measured, knowledge, by_token)
 
 
@@ -103,7 +104,8 @@ def begin(run: Run, model: Any, counts: list[int], step: int) -> Drawing:
         prompts = [prompt for _, prompt in drawn]
         keys = [completion_key(cfg.train.seed, 1, position) for position, _ in drawn]
         rewards = reward_stream(run, prompts, step)
-        with run.timer.phase("rollout"):
+        recorder = stem_recorder(run, model, prompts, step)
+        with run.timer.phase("rollout"), recorder.watching() if recorder else nullcontext():
             wait = run.rollout.begin(
                 model,
                 [prompt.token_ids for prompt in prompts],
@@ -111,8 +113,9 @@ def begin(run: Run, model: Any, counts: list[int], step: int) -> Drawing:
                 run.sampling,
                 keys,
                 rewards.finished,
+                recorder,
             )
-        return Drawing([position for position, _ in drawn], prompts, wait, rewards)
+        return Drawing([position for position, _ in drawn], prompts, wait, rewards, recorder)
 
     return collectives.together(here)
 
@@ -131,7 +134,7 @@ def finish(run: Run, drawing: Drawing) -> Batch:
         lengths = completions.completion_mask.sum(1)
         task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
         prompts = [prompt for prompt in drawing.prompts for _ in range(cfg.rollout.group_size)]
-        return Batch(prompts, completions, texts, rewards, task_reward)
+        return Batch(prompts, completions, texts, rewards, task_reward, drawing.recorder)
 
     return collectives.together(here)
 
@@ -146,11 +149,20 @@ def replace_groups(batch: Batch, stalled: Tensor, fresh: Batch, group_size: int,
     return concatenate([batch, fresh], pad_id).select(rows)
 
 
+def stem_recorder(run: Run, model: Any, prompts: list[Prompt], step: int) -> StemRecorder | None:
+    """For the members' lower layers to be read in the sampling of these prompts, where that is done by this model."""
+    if run.ensemble is None or run.engine.by_layers or step != run.step:
+        return None
+    cfg = run.config.rollout
+    tokens = sum(len(prompt.token_ids) + cfg.group_size * cfg.max_new_tokens for prompt in prompts)
+    return recorder_of(model, run.ensemble, tokens)
+
+
 def stem_keeper(run: Run, model: Any, batch: Batch) -> StemKeeper | None:
-    """For the members' lower layers to be read in the pass that gives log-probabilities, if there is to be one."""
+    """For the members' lower layers to be read in a pass that is made anyway: sampling, or for log-probabilities."""
     if run.ensemble is None or run.engine.by_layers:
         return None
-    return StemKeeper(model, run.ensemble, batch.completions, run.config.rollout.group_size)
+    return StemKeeper(model, run.ensemble, batch.completions, run.config.rollout.group_size, batch.recorder)
 
 
 def disagree(run: Run, model: Any, batch: Batch, stems: StemKeeper | None) -> Tensor | None:
@@ -159,7 +171,9 @@ def disagree(run: Run, model: Any, batch: Batch, stems: StemKeeper | None) -> Te
     return None if run.ensemble is None else members_read(run, model, batch.completions, positions, stems)
 
 
-def shown_tokens(run: Run, model: Any, batch: Batch, measured: Tensor | None) -> Tensor | None:
+def shown_tokens(
+    run: Run, model: Any, batch: Batch, measured: Tensor | None, stems: StemKeeper | None
+) -> Tensor | None:
     """(b, T) the measure token by token of the first b rows, for people to look at: all where it was measured so.
 
     At the end of the sequence: this rank's first group, in steps that are shown. It changes no number of the run.
@@ -170,7 +184,7 @@ def shown_tokens(run: Run, model: Any, batch: Batch, measured: Tensor | None) ->
     if not record.shows_tokens(run):
         return None
     first_group = batch.completions.rows(slice(0, run.config.rollout.group_size))
-    return members_read(run, model, first_group, "all", None)
+    return members_read(run, model, first_group, "all", stems)
 
 
 def members_read(run: Run, model: Any, completions: Completions, positions: str, stems: StemKeeper | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the layers below the members' give, kept from a pass that is made anyway: the one for log-probabilities.
+"""What the layers below the members' give, kept from a pass that is made anyway: sampling, or log-probabilities.
 
-With scope last_k these layers read every completion once, undropped. Where the loss needs the policy's own
-log-probabilities as well, they come from the same pass.
+With scope last_k these layers read every completion once, undropped. Sampling in this process has done so already;
+otherwise, where the loss needs the policy's own log-probabilities, they come from the same pass.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ from vdr_cli.disagreement.hooks import first_layer, hooked
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.disagreement.reading import Batch, Stem
+from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.models import anatomy
 from vdr_cli.rollout.base import Completions
 
 
 class StemKeeper:
-    """Fills while `policy.completion_logps` reads a batch's rows, and hands out the stems of any of them."""
+    """Fills while `policy.completion_logps` reads a batch's rows, and hands out the stems of any of them.
 
-    def __init__(self, model: nn.Module, spec: EnsembleSpec, completions: Completions, group_size: int) -> None:
+    recorder: what was seen of them before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: EnsembleSpec,
+        completions: Completions,
+        group_size: int,
+        recorder: StemRecorder | None = None,
+    ) -> None:
         layers = anatomy.decoder_layers(model)
         self.layer = first_layer(len(layers), spec)
         self.below: nn.Module | None = layers[self.layer - 1] if self.layer and shares_prompts(model) else None
@@ -32,6 +43,10 @@ class StemKeeper:
         self.others: int | None = None
         self.prompts: Tensor | None = None  # (B / G, P, D)
         self.read: Tensor | None = None  # (B, T, D)
+        if recorder is not None and recorder.prompts:
+            P, (B, T) = completions.prompt_ids.shape[1], completions.completion_ids.shape
+            self.prompts, self.read = recorder.states(B // group_size, P, B, T)
+            self.others, self.below = recorder.others, None
 
     @property
     def is_full(self) -> bool:

@@ -81,6 +81,18 @@ Finished = Callable[[Sequence[int], Completions], None]
 """Told of prompts all of whose completions are there, by their places in the call, with those completions in order."""
 
 
+class Watcher(Protocol):
+    """Told what a model in this process has just read, for whoever looks into the model while it is sampled from."""
+
+    def prompts_were_read(self, prompts: Tensor) -> None:
+        """prompts (N,): places in the call; one row each, padded left to the widest of them."""
+        ...
+
+    def token_was_read(self, rows: Tensor, t: int) -> None:
+        """rows (r,) of the call; one row each, its completion's token t."""
+        ...
+
+
 class Rollout(Protocol):
     """A sampling backend. The loop does not know which one."""
 
@@ -92,13 +104,15 @@ class Rollout(Protocol):
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Completions:
         """Draw n completions of each prompt.
 
         model: full hook-free weights (the twin). prompts: token ids. keys: one 64-bit number a prompt;
         completion g of a prompt is drawn from a generator seeded by (key, g), so it depends on neither
         batch size, order nor rank. finished: told of every prompt once, while others are still sampled, perhaps
-        from another thread. Returns B = len(prompts) * n rows, prompt-major.
+        from another thread. watcher: told what `model` reads; a server reads elsewhere and tells nothing. Returns
+        B = len(prompts) * n rows, prompt-major.
         """
         ...
 
@@ -110,6 +124,7 @@ class Rollout(Protocol):
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Callable[[], Completions]:
         """`generate`, as far as it needs the model; what is returned waits for the rest.
 

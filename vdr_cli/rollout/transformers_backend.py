@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
 from vdr_cli.models.products import packed_linears
-from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
+from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, without_holes
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 
@@ -64,6 +64,7 @@ class TransformersRollout:
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Completions:
         for index, prompt in enumerate(prompts):
             if not prompt:
@@ -74,7 +75,7 @@ class TransformersRollout:
         with packed_linears(model):
             for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
                 at = torch.tensor([row.prompt * n + row.completion for row in rows])
-                _Decoder(model, self, prompts, rows, sampling, keys).run(collected.taker(at))
+                _Decoder(model, self, prompts, rows, sampling, keys, at, watcher).run(collected.taker(at))
         return collected.out.trimmed()
 
     def begin(
@@ -85,8 +86,9 @@ class TransformersRollout:
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Callable[[], Completions]:
-        completions = self.generate(model, prompts, n, sampling, keys, finished)
+        completions = self.generate(model, prompts, n, sampling, keys, finished, watcher)
         return lambda: completions
 
 
@@ -164,11 +166,16 @@ class _Decoder:
         batch: list[_Row],
         sampling: Sampling,
         keys: Sequence[int],
+        at: Tensor,
+        watcher: Watcher | None,
     ) -> None:
+        """at: (R,) row of the call that each row of the batch is."""
         self.model: Any = model
         self.sampling = sampling
+        self.at, self.watcher = at, watcher
         self.device = next(model.parameters()).device
         groups = [(prompt, len(list(rows))) for prompt, rows in groupby(batch, key=lambda row: row.prompt)]
+        self.prompts = torch.tensor([prompt for prompt, _ in groups])  # (N,) of the call
         ids, mask = pad_prompts([prompts[prompt] for prompt, _ in groups], rollout.pad_id)
         self.prompt_ids, self.prompt_mask = ids.to(self.device), mask.to(self.device)  # (N, P)
         owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([count for _, count in groups]))
@@ -226,6 +233,8 @@ class _Decoder:
         positions = position_ids(self.prompt_mask)
         mask = self.prompt_mask if self.needs_mask else None
         logits = self._logits(cache, self.prompt_ids, mask, positions)  # (N, V)
+        if self.watcher is not None:
+            self.watcher.prompts_were_read(self.prompts)
         T = self.sampling.max_new_tokens
         self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
         self.needs_mask = self.needs_mask and not self.cache.shared
@@ -236,7 +245,10 @@ class _Decoder:
     def _forward(self, token: Tensor, rows: Tensor, t: int) -> Tensor:
         """Read token t of each row; (R, V) logits of token t + 1."""
         mask = self.mask[rows, : self.prompt_ids.shape[1] + t + 1] if self.needs_mask else None
-        return self._logits(self.cache.cache, token[:, None], mask, self.next_position[rows] + t)
+        logits = self._logits(self.cache.cache, token[:, None], mask, self.next_position[rows] + t)
+        if self.watcher is not None:
+            self.watcher.token_was_read(self.at[rows.cpu()], t)
+        return logits
 
     def _logits(self, cache: Cache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """(R, W) ids to the float32 logits after the last of them, (R, V). mask: None where nothing is padding."""

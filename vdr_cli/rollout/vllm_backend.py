@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Finished, Sampling, pad_prompts
+from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, write_model, write_weights
@@ -80,8 +80,9 @@ class VllmRollout:
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Completions:
-        return self.begin(model, prompts, n, sampling, keys, finished)()
+        return self.begin(model, prompts, n, sampling, keys, finished, watcher)()
 
     def begin(
         self,
@@ -91,6 +92,7 @@ class VllmRollout:
         sampling: Sampling,
         keys: Sequence[int],
         finished: Finished | None = None,
+        watcher: Watcher | None = None,
     ) -> Callable[[], Completions]:
         self._push(model, prompts, sampling)
 
