@@ -2,6 +2,7 @@
 """`vdr plan`'s formulas beside what a small run on two processes really moves and holds.
 
     scripts/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing] [--by-layers]
+                          [--new-tokens 8]
 
 Makes a small random model, trains it for a few steps, counts the bytes of every collective of a step by phase, of a
 rank's model states and of its copy of the weights, and prints each beside the formula. Exit code 1 beyond 10 %.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 0.10
-RANKS, PROMPTS, GROUP, NEW_TOKENS = 2, 4, 4, 8
+RANKS, PROMPTS, GROUP = 2, 4, 4
 
 
 def make_model(folder: Path, layers: int, hidden: int) -> None:
@@ -146,7 +147,7 @@ def states(engine: Any) -> dict[str, int]:
     return {"weights": size(shards), "moments": size(inner), "masters": size(masters), "gradients": size(flat)}
 
 
-def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool) -> Path:
+def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, new_tokens: int) -> Path:
     """The configuration of a run in which every parameter is sharded and nothing is kept between uses."""
     zero = {
         "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
@@ -156,7 +157,7 @@ def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers
     settings = {
         "model": {"name": str(folder / "model"), "gradient_checkpointing": checkpointing},
         "data": {"name": "starter"},
-        "rollout": {"group_size": GROUP, "max_new_tokens": NEW_TOKENS},
+        "rollout": {"group_size": GROUP, "max_new_tokens": new_tokens},
         "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": micro_batch_size,
                   "output": str(folder / "run"), "save_model": False},
         "engine": {"ds_config": str(folder / "ds.json"), "copy_of_weights": "layers" if by_layers else "whole"},
@@ -181,14 +182,14 @@ def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
 
 
 def rows(
-    folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, counted: Any
+    folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, new_tokens: int, counted: Any
 ) -> list[tuple[str, float, float]]:
     """What, bytes measured, bytes by formula."""
     from vdr_cli import plan
 
     shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
     work = plan.Work(
-        gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=NEW_TOKENS,
+        gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=new_tokens,
         micro_batch_size=micro_batch_size, checkpointing=checkpointing, by_layers=by_layers, members=8,
     )  # fmt: skip
     moved, states, held = plan.traffic(shape, work), plan.model_states(shape, work), counted["held"]
@@ -212,13 +213,15 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--by-layers", action="store_true", help="engine.copy_of_weights: layers")
+    parser.add_argument("--new-tokens", type=int, default=8, help="65 and more: prompts are read before completions")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank:
         rank(*arguments.rank)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder, how = Path(name), (arguments.micro_batch_size, arguments.checkpointing, arguments.by_layers)
+        folder = Path(name)
+        how = arguments.micro_batch_size, arguments.checkpointing, arguments.by_layers, arguments.new_tokens
         make_model(folder / "model", arguments.layers, arguments.hidden)
         counted = measured(folder, run_yaml(folder, *how))
         table = rows(folder, *how, counted)

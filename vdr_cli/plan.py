@@ -18,6 +18,8 @@ MASTER_AND_MOMENTS = 12
 """Bytes a parameter of float32 master weights and Adam's two moments."""
 MOST_OF_MEMORY = 0.7
 """Of what a GPU has free beside the model states, the largest part that a full copy of the weights may take."""
+TREE_TOKENS = 256
+"""Most tokens of a prompt's completions together for which the update reads them in one row (models/trees.py)."""
 LOGIT_CHUNK = 1 << 31
 """Bytes of the logits of one chunk on a GPU (grpo/logprobs.py)."""
 
@@ -103,6 +105,11 @@ class Work:
         return -(-self.prompts_per_step // self.gpus)
 
     @property
+    def two_passes(self) -> bool:
+        """The update reads prompts first, then all their completions: not with checkpointing, nor as trees."""
+        return not self.checkpointing and self.group_size * self.new_tokens > TREE_TOKENS
+
+    @property
     def micro_batches(self) -> int:
         return -(-self.groups_per_rank * self.group_size // self.micro_batch_size)
 
@@ -174,12 +181,12 @@ def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
 def _whole_in_the_update(shape: Shape, work: Work) -> float:
     """Bytes of weights and gradients that one backward holds unsharded at stage 3.
 
-    Where prompts are read once (not with checkpointing) every layer's gradient waits for the prompts' pass.
+    Where prompts are read before completions every layer's gradient waits for the prompts' pass.
     """
     if work.stage < 3:
         return 0.0
     live = 2 * shape.layer_parameters + shape.embedding_parameters
-    waiting = 0 if work.checkpointing else shape.layers * shape.layer_parameters
+    waiting = shape.layers * shape.layer_parameters if work.two_passes else 0
     return float(work.element_bytes * (live + waiting))
 
 
@@ -227,9 +234,9 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
 
     An all-gather or reduce-scatter of S bytes moves S·(W−1)/W to every GPU, an all-reduce twice that.
     Stage 3: one gather of all weights for rollout, reference and disagreement; in the update each
-    micro-batch gathers the weights for forward and backward and scatters the gradients. Where a prompt is
-    read once for its group (not with checkpointing) the layers run twice, so they are gathered twice as often; their
-    gradients are scattered once. Below stage 3 the weights are whole and only gradients and updated weights travel.
+    micro-batch gathers the weights for forward and backward and scatters the gradients. Where prompts are
+    read before completions the layers run twice, so they are gathered twice as often; their gradients are scattered
+    once. Below stage 3 the weights are whole and only gradients and updated weights travel.
     """
     e, w = work.element_bytes, work.gpus
     n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
@@ -242,7 +249,7 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
         weights = work.num_iterations if work.stage else 0
         return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share}
     layers = n - ends
-    gathered = 2.0 * n if work.checkpointing else 4.0 * layers + 2.5 * ends
+    gathered = 4.0 * layers + 2.5 * ends if work.two_passes else 2.0 * n
     return {
         **{phase: e * numbers * share for phase, numbers in _gathered_before_the_update(shape, work).items()},
         "update": e * (gathered + scatter * n) * micro * share,

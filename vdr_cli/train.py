@@ -262,6 +262,7 @@ def logps_of(run: Run, model: Any, batch: Batch, stems: StemKeeper | None = None
                 part.completion_mask,
                 run.config.rollout.temperature,
                 share_prompts=run.engine.share_prompts,
+                as_trees=run.engine.as_trees,
             )
     return logps, entropy
 

@@ -17,7 +17,9 @@ TOP = EnsembleSpec(members=4, dropout=0.2, seed=5, scope="last_k", last_k=1)
 
 
 @torch.no_grad()
-def kept(model: torch.nn.Module, batch: object, spec: EnsembleSpec, size: int, share: bool | None) -> StemKeeper:
+def kept(
+    model: torch.nn.Module, batch: object, spec: EnsembleSpec, size: int, share: bool | None, as_trees: bool = False
+) -> StemKeeper:
     keeper = StemKeeper(model, spec, batch, 3)
     for start in range(0, len(batch), size):
         rows = slice(start, start + size)
@@ -31,19 +33,22 @@ def kept(model: torch.nn.Module, batch: object, spec: EnsembleSpec, size: int, s
                 part.completion_mask,
                 1.0,
                 share_prompts=share,
+                as_trees=as_trees,
             )
     return keeper
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 9])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("share", [True, False, "trees"])
 def test_kept_stems_are_those_that_would_be_made(
-    size: int, share: bool, tiny_model: Callable, ragged: Callable
+    size: int, share: bool | str, tiny_model: Callable, ragged: Callable
 ) -> None:
-    """Micro-batches that cut groups, in one pass or with prompts first; any division of the ensemble's own."""
+    """Micro-batches that cut groups, each way of reading; any division of the ensemble's own."""
     model, batch, spec = tiny_model(), ragged(groups=3), replace(TOP, last_k=2)
+    if share == "trees":
+        model = tiny_model(sliding_window=None, use_sliding_window=False)
     expected = measure(model, batch, 3, spec, 1, "all", {"bald", "member_logps"})
-    keeper = kept(model, batch, spec, size, share)
+    keeper = kept(model, batch, spec, size, share is True, as_trees=share == "trees")
     assert keeper.is_full
     for budget in (None, 1, 30_000):
         found = measure(model, batch, 3, spec, 1, "all", {"bald", "member_logps"}, budget, stems=keeper)

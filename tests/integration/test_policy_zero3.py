@@ -1,4 +1,4 @@
-"""The policy's gradient under ZeRO-3, plain and with shared prompts, against one process without DeepSpeed."""
+"""The policy's gradient under ZeRO-3 in each way of reading, against one process without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ from vdr_cli.engine.build import build_engine, start_distributed
 from deepspeed.utils import safe_get_full_grad
 
 torch.set_num_threads(1)
-folder, share = sys.argv[1], sys.argv[2] == "share"
+folder, how = sys.argv[1:]
 device = start_distributed()
-config = Config(model={"name": folder, "dtype": "float32"}, engine={"ds_config": folder + "/ds.json"})
+rollout = {"group_size": 4, "max_new_tokens": 4 if how == "trees" else 4000}
+config = Config(
+    model={"name": folder, "dtype": "float32"}, rollout=rollout, engine={"ds_config": folder + "/ds.json"}
+)
 engine = build_engine(config, device)
-engine.ds_engine.module.share_prompts = share
+assert engine.as_trees == (how == "trees")
+engine.ds_engine.module.share_prompts = how == "share"
 parameters = list(engine.causal_lm.parameters())
 held = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters), sum(map(len, parameters))
 torch.save(held, f"{folder}/held{collectives.rank()}.pt")
@@ -118,7 +122,7 @@ def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subp
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.parametrize("how", ["plain", "share"])
+@pytest.mark.parametrize("how", ["plain", "share", "trees"])
 def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_half(folder: Path, how: str) -> None:
     world_size = 2
     with socket.socket() as free:

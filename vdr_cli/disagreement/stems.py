@@ -19,6 +19,7 @@ from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.disagreement.reading import Batch, Stem
 from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.models import anatomy
+from vdr_cli.models.trees import Places, places_of, unfolded
 from vdr_cli.rollout.base import Completions
 
 
@@ -55,7 +56,7 @@ class StemKeeper:
 
     @contextmanager
     def keeping(self, rows: slice, prompt_width: int) -> Iterator[None]:
-        """Inside the block these rows are read, with prompts of this width: in one pass, or the prompts first."""
+        """Inside the block these rows are read, with prompts of this width: apart, as trees, or the prompts first."""
         if self.below is None:
             yield
             return
@@ -67,19 +68,16 @@ class StemKeeper:
 
         with hooked(self.below.register_forward_hook, keep):
             yield
-        if len(passes) == 1:
-            prompts, read = passes[0][:, :prompt_width], passes[0][:, prompt_width:]
-            owner = torch.arange(len(read), device=read.device)
-        else:
-            prompts, read = passes
-            owner = self._owner(rows)
-        self._take(rows, prompts[owner], read)
-
-    def _owner(self, rows: slice) -> Tensor:
-        from vdr_cli.models.policy import distinct_prompts
-
         part = self.completions.rows(rows)
-        return distinct_prompts(part.prompt_ids, part.prompt_mask)[1]
+        width = slice(prompt_width), slice(prompt_width, None)
+        prompts, read = passes if len(passes) == 2 else (passes[0][:, columns] for columns in width)
+        if len(prompts) < len(part):
+            places = self._places(part, prompts.device)
+            prompts, read = prompts[places.owner], read if len(passes) == 2 else unfolded(read, places)
+        self._take(rows, prompts, read)
+
+    def _places(self, part: Completions, device: torch.device) -> Places:
+        return places_of(part.prompt_ids.to(device), part.prompt_mask.to(device))
 
     def _take(self, rows: slice, prompts: Tensor, read: Tensor) -> None:
         """prompts (b, P', D), right-aligned; read (b, T', D)."""

@@ -30,8 +30,9 @@ from vdr_cli.models.adapters import with_adapters
 from vdr_cli.models.anatomy import decoder_layers, output_head, unwrapped
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.models.trees import can_read_trees
 from vdr_cli.observe.speed import peak_of
-from vdr_cli.plan import MOST_OF_MEMORY
+from vdr_cli.plan import MOST_OF_MEMORY, TREE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Engine:
     def share_prompts(self) -> bool:
         """How the policy reads prompts; whoever reads them in the same way gets its numbers to the last bit."""
         return bool(self.ds_engine.module.share_prompts)
+
+    @property
+    def as_trees(self) -> bool:
+        """Likewise: whether a prompt and its completions are one row to the policy."""
+        return bool(self.ds_engine.module.as_trees)
 
     @property
     def num_matrix_parameters(self) -> float:
@@ -230,7 +236,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         causal_lm.enable_input_require_grads()
     if config.model.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(causal_lm)
+    policy = Policy(causal_lm, as_trees=_as_trees(config, causal_lm))
     if zero_stage(ds_config) == 3:
         deepspeed.zero.register_external_parameter(policy.head_logps, output_head(causal_lm).weight)
         if config.engine.leaf_layers:
@@ -246,9 +252,18 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
             "zero3_offload, or model.lora"
         ) from error
     ds_engine.train()
-    if zero_stage(ds_config) == 3 and config.engine.leaf_layers and policy.share_prompts:
+    if zero_stage(ds_config) == 3 and config.engine.leaf_layers and policy.share_prompts and not policy.as_trees:
         reduce_once(policy, decoder_layers(causal_lm))
     return Engine(ds_engine, causal_lm, twin, ds_config, _by_layers(config, ds_config, causal_lm, device))
+
+
+def _as_trees(config: Config, causal_lm: nn.Module) -> bool:
+    """Whether the update reads a prompt and its completions as one row: they are short, and the model takes that.
+
+    The same on all ranks and in all steps: ZeRO-3's gathers must match.
+    """
+    group_tokens = config.rollout.group_size * config.rollout.max_new_tokens
+    return group_tokens <= TREE_TOKENS and can_read_trees(causal_lm)
 
 
 def _by_layers(config: Config, ds_config: DsConfig, causal_lm: nn.Module, device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from vdr_cli.models.anatomy import (
     position_ids,
     unwrapped,
 )
+from vdr_cli.models.trees import distinct_prompts, tree_completion_hidden
 
 NOISE_NAMES = ("drop", "jitter")
 """Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
@@ -43,14 +44,20 @@ class Policy(nn.Module):
 
     share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
     model alone, never on a batch: ranks that choose differently wait for each other forever.
+    as_trees: in one row with all of them, see `trees`; as little a matter of the batch.
     """
 
     def __init__(
-        self, causal_lm: nn.Module, chunk_tokens: int | None = None, share_prompts: bool | None = None
+        self,
+        causal_lm: nn.Module,
+        chunk_tokens: int | None = None,
+        share_prompts: bool | None = None,
+        as_trees: bool = False,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.share_prompts = can_share_prompts(causal_lm) if share_prompts is None else share_prompts
+        self.as_trees = as_trees
         self.head_logps = HeadLogps(chunk_tokens)
 
     def forward(
@@ -63,6 +70,8 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """prompts (B, P), completions (B, T) → log-probabilities (B, T), entropies (B, T), float32, 0 at padding."""
         read = shared_completion_hidden if self.share_prompts else completion_hidden
+        if self.as_trees:
+            read = tree_completion_hidden
         hidden = read(self.causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
         return _at_valid_tokens(
             self.head_logps, output_head(self.causal_lm), hidden, completion_ids, completion_mask, temperature
@@ -78,9 +87,10 @@ def completion_logps(
     temperature: float,
     chunk_tokens: int | None = None,
     share_prompts: bool | None = None,
+    as_trees: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Policy.forward for a model outside the engine: the twin, the reference."""
-    policy = Policy(causal_lm, chunk_tokens, share_prompts)
+    policy = Policy(causal_lm, chunk_tokens, share_prompts, as_trees)
     return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
 
 
@@ -114,13 +124,6 @@ def shared_completion_hidden(
     at_completions = _trunk(causal_lm, completion_ids[:, read], mask, positions, cache)
     first = at_prompts[:, -1:].index_select(0, owner)  # (B, 1, D)
     return torch.cat([first, at_completions[:, : T - 1]], dim=1)  # (B, T, D)
-
-
-def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, P) prompts → the first row of each run of equal ones (U,), and each row's run (B,)."""
-    same = ((prompt_ids[1:] == prompt_ids[:-1]) | ~prompt_mask[1:]) & (prompt_mask[1:] == prompt_mask[:-1])
-    new = torch.cat([same.new_ones(1), ~same.all(dim=1)])
-    return new.nonzero().squeeze(1), new.long().cumsum(0) - 1
 
 
 def can_share_prompts(causal_lm: nn.Module) -> bool:
