@@ -44,6 +44,7 @@ SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "mi
 
 def training_runs() -> list[Run]:
     consulted = {"disagreement.mode": "end_of_sequence", "grpo.beta": 0.1, "grpo.kl_in": "reward", "train.steps": 2}
+    top = {**consulted, **IN_PROPORTION, "disagreement.scope": "last_k", "disagreement.last_k": 2}
     refuse = {"train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
     return [
         ("plain", {}),
@@ -63,6 +64,8 @@ def training_runs() -> list[Run]:
         ("members0", {"train.steps": 3}),
         ("whole_copy", {**consulted, **IN_PROPORTION}),
         ("by_layers", {**consulted, **IN_PROPORTION, "engine.copy_of_weights": "layers"}),
+        ("recorded", top),
+        ("unrecorded", top, "unrecorded"),
         *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
         *[
             (f"{loss}_{how}", {**EVERY_TERM, "grpo.loss": loss, **OTHERWISE[how][0]}, OTHERWISE[how][1])
@@ -143,6 +146,14 @@ def test_one_layer_at_a_time_is_the_same_run(left: Left) -> None:
     assert max(abs(bonus) for bonus in layers["bonus"]) > 0
     assert left.ended["by_layers"] == "0"
     assert left.distance(left.update("by_layers"), left.update("whole_copy")) <= 1e-5
+
+
+def test_states_recorded_while_sampling_are_those_of_a_pass_of_their_own(left: Left) -> None:
+    recorded, again = left.table("recorded"), left.table("unrecorded")
+    assert recorded["completion"] == again["completion"]
+    torch.testing.assert_close(torch.tensor(recorded["bonus"]), torch.tensor(again["bonus"]), rtol=1e-3, atol=1e-4)
+    assert max(abs(bonus) for bonus in recorded["bonus"]) > 0
+    assert left.distance(left.update("recorded"), left.update("unrecorded")) <= 1e-5
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -82,6 +82,10 @@ def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
     return mask & False if plant == "masked" and collectives.rank() == 0 else mask
 
 
+def watched_recorder(*args: Any) -> Any:
+    return None if plant == "unrecorded" else recorder_of(*args)
+
+
 def watched_advance(self: Any, steps: int, tokens: int) -> None:
     gathers_at_advance.append((gathers, gathered_bytes))
     advance(self, steps, tokens)
@@ -111,6 +115,7 @@ for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
 policy_loss, train.policy_loss = train.policy_loss, watched_loss
 micro_batches_of, train.micro_batches_of = train.micro_batches_of, watched_micro_batches
 loss_mask, train.loss_mask = train.loss_mask, watched_mask
+recorder_of, train.recorder_of = train.recorder_of, watched_recorder
 advance, run.Run.advance = run.Run.advance, watched_advance
 step, Engine.step = Engine.step, watched_step
 finish, run.Run.finish = run.Run.finish, probed_finish
