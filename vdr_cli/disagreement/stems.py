@@ -69,15 +69,19 @@ class StemKeeper:
         with hooked(self.below.register_forward_hook, keep):
             yield
         part = self.completions.rows(rows)
-        width = slice(prompt_width), slice(prompt_width, None)
-        prompts, read = passes if len(passes) == 2 else (passes[0][:, columns] for columns in width)
-        if len(prompts) < len(part):
-            places = self._places(part, prompts.device)
-            prompts, read = prompts[places.owner], read if len(passes) == 2 else unfolded(read, places)
+        if len(passes) == 2:
+            prompts, read = passes
+            prompts = prompts[self._places(part, prompts.device).owner]
+        elif len(passes[0]) == len(part):
+            prompts, read = passes[0][:, :prompt_width], passes[0][:, prompt_width:]
+        else:
+            places = self._places(part, passes[0].device)
+            prompts, read = passes[0][places.owner, :prompt_width], unfolded(passes[0], places)[:, 1:]
         self._take(rows, prompts, read)
 
     def _places(self, part: Completions, device: torch.device) -> Places:
-        return places_of(part.prompt_ids.to(device), part.prompt_mask.to(device))
+        part = part.trimmed()
+        return places_of(part.prompt_ids.to(device), part.prompt_mask.to(device), part.completion_mask.to(device))
 
     def _take(self, rows: slice, prompts: Tensor, read: Tensor) -> None:
         """prompts (b, P', D), right-aligned; read (b, T', D)."""

@@ -19,21 +19,23 @@ FULL_ATTENTION = frozenset({"full_attention", "attention"})
 """Entries of a configuration's layer_types that see all tokens before theirs."""
 
 
-class Trees(NamedTuple):
-    """Rows of prompts and completions, folded by prompt: U prompts, c places for completions of T tokens."""
-
-    ids: Tensor  # (U, P + c·T)
-    mask: Tensor  # (U, 1, P + c·T, P + c·T), what attention adds to its scores
-    positions: Tensor  # (U, P + c·T)
-
-
 class Places(NamedTuple):
-    """Where each of B completions is: which tree of U, and which place of all U·c."""
+    """Where the tokens of B completions are in their trees, U of them, S wide: the prompt first, then those tokens of
+    its completions that others follow, without padding between them."""
 
     firsts: Tensor  # (U,) the first row of each prompt
-    owner: Tensor  # (B,)
-    place: Tensor  # (B,)
-    c: int
+    owner: Tensor  # (B,) the tree of each completion
+    columns: Tensor  # (B, T) the column whose hidden state produced each token; the prompt's last one at padding
+    read: Tensor  # (B, T - 1) bool, the tokens that others follow
+    width: int  # S
+
+
+class Trees(NamedTuple):
+    """What the trunk is given."""
+
+    ids: Tensor  # (U, S)
+    positions: Tensor  # (U, S)
+    mask: Tensor  # (U, 1, S, S), what attention adds to its scores
 
 
 def can_read_trees(causal_lm: nn.Module) -> bool:
@@ -55,62 +57,53 @@ def can_read_trees(causal_lm: nn.Module) -> bool:
 def tree_completion_hidden(
     causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> Tensor:
-    """(B, T, D): the hidden states that produced each completion token. Always one pass, whatever the batch.
-
-    Nothing is read off the last token, so it is left out; a completion of one token is read in vain.
-    """
-    P, T = prompt_ids.shape[1], completion_ids.shape[1]
-    read = max(T - 1, 1)
+    """(B, T, D): the hidden states that produced each completion token. Always one pass, whatever the batch."""
+    places = places_of(prompt_ids, prompt_mask, completion_mask)
     dtype = anatomy.output_head(causal_lm).weight.dtype
-    places = places_of(prompt_ids, prompt_mask)
-    trees = folded(prompt_ids, prompt_mask, completion_ids[:, :read], places, dtype)
+    trees = folded(prompt_ids, prompt_mask, completion_ids, places, dtype)
     arguments = {"attention_mask": trees.mask, "position_ids": trees.positions}
-    hidden = anatomy.backbone(causal_lm)(input_ids=trees.ids, use_cache=False, **arguments)[0]
-    first = hidden[:, P - 1].index_select(0, places.owner)[:, None]  # (B, 1, D)
-    others = unfolded(hidden[:, P:], places)  # (B, T', D)
-    return torch.cat([first, others[:, : T - 1]], dim=1)
+    return unfolded(anatomy.backbone(causal_lm)(input_ids=trees.ids, use_cache=False, **arguments)[0], places)
 
 
-def places_of(prompt_ids: Tensor, prompt_mask: Tensor) -> Places:
-    """Rows (B, P) with the same prompt, next to each other, become one tree; c is the largest tree's number of them."""
+def places_of(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> Places:
+    """Rows with the same prompt (B, P), next to each other, become one tree."""
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
-    rank = torch.arange(len(owner), device=owner.device) - firsts[owner]
-    c = int(rank.max()) + 1
-    return Places(firsts, owner, owner * c + rank, c)
-
-
-def unfolded(branches: Tensor, places: Places) -> Tensor:
-    """(U, c·T, D) to (B, T, D)."""
-    return branches.unflatten(1, (places.c, -1)).flatten(0, 1).index_select(0, places.place)
+    P, read = prompt_ids.shape[1], completion_mask[:, 1:].bool()
+    count = read.sum(1)
+    before = count.cumsum(0) - count
+    start = before - before[firsts][owner]  # (B,) where a completion begins behind the prompt
+    columns = P + start[:, None] + torch.arange(read.shape[1], device=read.device)
+    columns = nn.functional.pad(columns.masked_fill(~read, P - 1), (1, 0), value=P - 1)
+    return Places(firsts, owner, columns, read, P + int((start + count).max()))
 
 
 def folded(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, places: Places, dtype: torch.dtype
 ) -> Trees:
-    """prompts (B, P), completions (B, T); places that no completion takes hold token 0."""
-    U, c, T = len(places.firsts), places.c, completion_ids.shape[1]
-    completions = completion_ids.new_zeros(U * c, T).index_copy(0, places.place, completion_ids).view(U, c * T)
-    prompts = prompt_mask[places.firsts]
-    after = prompts.sum(1, keepdim=True) + torch.arange(T, device=prompts.device).repeat(c)  # (U, c·T)
-    return Trees(
-        torch.cat([prompt_ids[places.firsts], completions], dim=1),
-        _mask(prompts, c, T, dtype),
-        torch.cat([anatomy.position_ids(prompts), after], dim=1),
-    )
+    """prompts (B, P), completions (B, T); columns that nothing takes hold token 0."""
+    prompts, behind = prompt_mask[places.firsts], places.width - prompt_ids.shape[1]
+    ids = nn.functional.pad(prompt_ids[places.firsts], (0, behind))
+    positions = nn.functional.pad(anatomy.position_ids(prompts), (0, behind))
+    branch = nn.functional.pad(prompts.long() - 1, (0, behind), value=-1)  # (U, S), 0 in the prompt, -1 at padding
+    row, t = places.read.nonzero(as_tuple=True)  # of each token that is read
+    at = places.owner[row], places.columns[row, t + 1]
+    ids[at] = completion_ids[row, t]
+    positions[at] = prompts.sum(1)[places.owner[row]] + t
+    branch[at] = row + 1
+    return Trees(ids, positions, _mask(branch, dtype))
 
 
-def _mask(prompts: Tensor, c: int, T: int, dtype: torch.dtype) -> Tensor:
-    """(U, P) to (U, 1, S, S): 0 where the token of the row sees that of the column. Padding sees itself alone."""
-    branch = torch.arange(1, c + 1, device=prompts.device).repeat_interleave(T)
-    branch = torch.cat([branch.new_zeros(prompts.shape[1]), branch])  # (S,), 0 in the prompt
-    before = torch.ones(len(branch), len(branch), dtype=torch.bool, device=prompts.device).tril()
-    sees = before & ((branch == 0) | (branch == branch[:, None]))
-    real = torch.cat([prompts, prompts.new_ones(len(prompts), c * T)], dim=1)
-    itself = torch.eye(len(branch), dtype=torch.bool, device=prompts.device)
-    hidden = ~(sees & real[:, None] | itself)
-    return torch.zeros(hidden.shape, dtype=dtype, device=prompts.device).masked_fill_(hidden, torch.finfo(dtype).min)[
-        :, None
-    ]
+def unfolded(hidden: Tensor, places: Places) -> Tensor:
+    """(U, S, D) to (B, T, D)."""
+    at = places.owner[:, None] * places.width + places.columns
+    return hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+def _mask(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """(U, S) to (U, 1, S, S): 0 where the token of the row sees that of the column. Padding sees padding."""
+    of_query, of_key = branch[:, :, None], branch[:, None]
+    sees = ((of_key == 0) | (of_key == of_query)).tril()
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
