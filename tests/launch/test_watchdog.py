@@ -17,6 +17,8 @@ from vdr_cli.errors import DataError
 from vdr_cli.launch import watchdog
 rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 signal.signal(signal.SIGTERM, lambda *_: None)
+if what == "early":  # a pool that ends at once may end a worker that has hardly begun
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 def share(value):  # a broadcast over a socket of its own
     if rank == 0:
@@ -53,6 +55,11 @@ with watchdog.connected(rank, size, share):
                 return pool.map(abs, [-1, -2])
         with ThreadPool(1) as threads:
             print(threads.apply(use_a_pool), flush=True)
+        time.sleep(3)
+        sys.exit(0)
+    if what == "early":
+        child = os.fork() or os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         time.sleep(3)
         sys.exit(0)
     time.sleep(3 if what == "end" else 30)
@@ -132,6 +139,13 @@ def test_signals_of_forked_workers_are_not_the_ranks() -> None:
     ((code, said),) = ends([rank])
     assert code == 0, said
     assert rank.stdout is not None and rank.stdout.read() == "[1, 2]\n"
+
+
+def test_a_fork_that_is_signalled_at_once_ends_and_the_rank_does_not_notice() -> None:
+    (rank,) = start("early", size=1)
+    ((code, said),) = ends([rank])
+    assert code == 0, said
+    assert rank.stdout is not None and rank.stdout.read() == f"{-signal.SIGTERM}\n"
 
 
 def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:

@@ -93,8 +93,8 @@ class Watchdog:
                     os.kill(os.getpid(), number)
             peers = self._peers
             loss = peers.step(POLL) if peers is not None else None
-            if peers is not None and peers.farewell is not None:
-                loss = loss or self._overdue(peers.farewell)
+            if peers is not None and peers.farewell is not None:  # whoever ended since ended for it
+                loss = self._overdue(peers.farewell) if loss is None else peers.farewell
             if loss is not None and not self._ended.is_set():
                 self._lose(loss)
 
@@ -140,7 +140,7 @@ def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> Non
     global _watchdog
     if _watchdog is None:
         _watchdog = Watchdog(Path(directory) if directory else None, timeout)
-        os.register_at_fork(after_in_child=_be_no_rank)
+        os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_through, after_in_child=_be_no_rank)
 
 
 def connect(rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
@@ -175,6 +175,19 @@ def connected(rank: int, world_size: int, share: Callable[[Any], Any]) -> Iterat
     end()
 
 
+_mask = threading.local()
+"""The signals that the thread which forks now had blocked before."""
+
+
+def _hold_signals() -> None:
+    """A fork that is signalled before it is no rank any more would tell us of a signal that is not ours."""
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def _let_signals_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
+
+
 def _be_no_rank() -> None:
     """In what a reward function forks (multiprocessing): its signals are its own, its end and ours are no news.
 
@@ -183,12 +196,12 @@ def _be_no_rank() -> None:
     ours: the terminal sends it to both, and the first one is to let the step, with its rewards, end.
     """
     global _watchdog
-    if _watchdog is None:
-        return
-    _watchdog.close()
-    _watchdog = None
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if _watchdog is not None:
+        _watchdog.close()
+        _watchdog = None
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_signals_through()
 
 
 def _signal_pipe() -> int:
