@@ -33,6 +33,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# Unit tests side by side on the cores, one thread each; then the tests that start processes of their own.
-OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" -m "not integration and not cluster"
-pytest -q -m "integration or cluster" --durations=10
+# Side by side on the cores, one thread each: first what waits for processes of its own, then the rest (tests/conftest.py).
+OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" --dist loadgroup --durations=10

@@ -131,22 +131,22 @@ def test_a_killed_pdsh_is_no_success(hosts: Path, rows: Path, tmp_path: Path) ->
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_score_over_two_hosts_is_score(hosts: Path, rows: Path, tmp_path: Path) -> None:
+def test_score_over_two_hosts_is_score(hosts: Path, rows: Path, forked, tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
-    score = [sys.executable, "-m", "vdr_cli", "score", str(rows), "--model", "starter", "--members", "2", "-o"]
+    score = ["score", str(rows), "--model", "starter", "--members", "2", "-o"]
     places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
-    subprocess.run([*score, str(one)], env=ENVIRONMENT, check=True, timeout=300)
-    over = on_h1(hosts, *score, str(two), *places)
+    assert forked(*score, str(one)).returncode == 0
+    over = on_h1(hosts, sys.executable, "-m", "vdr_cli", *score, str(two), *places)
     subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
     assert two.read_bytes() == one.read_bytes()
 
 
-def test_eval_over_two_hosts_is_eval(hosts: Path, tmp_path: Path) -> None:
+def test_eval_over_two_hosts_is_eval(hosts: Path, forked, tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    evaluate = [sys.executable, "-m", "vdr_cli", "eval", "starter", "-n", "8", "--prompts", "70", "--json"]
+    evaluate = ["eval", "starter", "-n", "8", "--prompts", "70", "--json"]
     places = ["--hostfile", str(hosts / "hostfile"), "--master-addr", "10.77.0.1"]
-    subprocess.run([*evaluate, str(one)], env=ENVIRONMENT, check=True, timeout=300)
-    over = on_h1(hosts, *evaluate, str(two), *places)
+    assert forked(*evaluate, str(one)).returncode == 0
+    over = on_h1(hosts, sys.executable, "-m", "vdr_cli", *evaluate, str(two), *places)
     subprocess.run(over, env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "eth0"}, check=True, timeout=300)
     assert two.read_text() == one.read_text()
 
