@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For --dist loadgroup: what shares a fixture of processes, or a file of other tests, stays in one worker."""
     if config.getvalue("dist") != "loadgroup":
@@ -56,6 +59,15 @@ def environment(**more: str) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
 
 
+def ranks_environments(ranks: int) -> list[dict[str, str]]:
+    """Of each rank, as a launcher sets it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **sizes, **meeting) for rank in range(ranks)]
+
+
 @pytest.fixture(scope="session")
 def vdr() -> Run:
     """vdr(*arguments, timeout=300, **environment): the command as a user runs it; never raises on a bad exit code."""
@@ -69,22 +81,26 @@ def vdr() -> Run:
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """forked(*arguments, **environment): the same for a run of one process, without the seconds of its imports."""
+    """forked(*arguments, ranks=1, **environment): the same without the seconds of imports.
+
+    ranks: so many processes, as torchrun starts them; 1: one that no launcher started.
+    """
     said = [tmp_path_factory.mktemp("forks") / name for name in ("stdout", "stderr")]
     command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
     server = subprocess.Popen(
-        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert server.stdin is not None and server.stdout is not None
 
-    def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
         for path in said:
             path.write_text("")
-        run = {"arguments": arguments, "environment": environment(**more), "said": [str(path) for path in said]}
-        server.stdin.write(json.dumps(run) + "\n")
+        environments = [environment(**more)] if ranks == 1 else ranks_environments(ranks)
+        run = {"arguments": arguments, "environments": environments, "said": [str(path) for path in said]}
+        print(json.dumps(run), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         return subprocess.CompletedProcess(["vdr", *arguments], code, *(path.read_text() for path in said))
 
     yield run
-    server.kill()
+    os.killpg(server.pid, signal.SIGKILL)
     server.wait()

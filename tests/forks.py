@@ -1,7 +1,7 @@
-"""Runs of `vdr`, each in a fork of this process, which has imported once what every run imports: five seconds' work.
+"""Runs of `vdr`, each in forks of this process, which has imported once what every run imports: five seconds' work.
 
-A line on stdin is a run: {"arguments": [...], "environment": {...}, "said": [PATH OF STDOUT, OF STDERR]}. Its answer, a
-line on stdout, is the exit code, negative when a signal ended the run.
+A line on stdin is a run: {"arguments": [...], "environments": [one a rank, ...], "said": [PATH OF STDOUT, OF STDERR]}.
+Its answer, a line on stdout, is the first exit code that is not 0, negative when a signal ended the rank, or 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import NoReturn
 
 IMPORTED = (
     "vdr_cli.train",
@@ -30,13 +30,13 @@ IMPORTED = (
 )
 
 
-def vdr(run: dict[str, Any]) -> NoReturn:
+def vdr(arguments: list[str], environment: dict[str, str], said: list[str]) -> NoReturn:
     """`python -m vdr_cli` in this process, to its end."""
     os.environ.clear()
-    os.environ.update(run["environment"])
-    for descriptor, path in enumerate((os.devnull, *run["said"])):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
-    sys.argv = ["vdr", *run["arguments"]]
+    os.environ.update(environment)
+    for descriptor, path in enumerate((os.devnull, *said)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
+    sys.argv = ["vdr", *arguments]
     try:
         importlib.import_module("vdr_cli.cli.app").main()
     except SystemExit as ended:
@@ -49,12 +49,17 @@ def vdr(run: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
+def run_of(arguments: list[str], environments: list[dict[str, str]], said: list[str]) -> int:
+    for environment in environments:
+        if os.fork() == 0:
+            vdr(arguments, environment, said)
+    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in environments]
+    return next((code for code in codes if code), 0)
+
+
 if __name__ == "__main__":
     importlib.import_module("vdr_cli.engine.library").leave_muon_uncompiled()
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            vdr(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print(run_of(**json.loads(line)), flush=True)

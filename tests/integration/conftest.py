@@ -1,4 +1,4 @@
-"""Real runs: of the real command on two processes under DeepSpeed's launcher, in a fork on one."""
+"""Real runs: of the command as typed where its launcher matters, and elsewhere in forks (tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -47,15 +47,20 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def train(sharded: str, vdr, forked) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """train(output, *flags, processes=1, settings={...}): a small run of the starter; asserts nothing."""
+    """train(output, *flags, settings={...}): a small run of the starter; asserts nothing.
+
+    ranks=N: so many, without a launcher. processes=N: started by the command itself, under DeepSpeed's launcher.
+    """
 
     def run(
-        output: Path, *flags: str, processes: int = 1, settings: dict[str, Any] | None = None
+        output: Path, *flags: str, processes: int = 1, ranks: int = 1, settings: dict[str, Any] | None = None
     ) -> subprocess.CompletedProcess[str]:
         values = {**SMALL, "engine.ds_config": sharded, **(settings or {})}
         overrides = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         arguments = ("train", "--output", str(output), *overrides, *flags)
-        return forked(*arguments) if processes == 1 else vdr(*arguments, "--num-processes", str(processes))
+        if processes > 1:
+            return vdr(*arguments, "--num-processes", str(processes))
+        return forked(*arguments, ranks=ranks)
 
     return run
 

@@ -64,7 +64,7 @@ def test_a_full_disk_costs_a_run_nothing_that_was_complete(
 ) -> None:
     """Full from the third step to the fifth: checkpoints and completions of two steps are missing, nothing else."""
     run, settings = on_a_full_disk(tmp_path, monkeypatch, small_disk, 3, 5)
-    ended = train(run, processes=2, settings=settings)
+    ended = train(run, ranks=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout
     assert "checkpoint under" in said and "the one before is intact; going on" in said
@@ -126,7 +126,7 @@ def lock(monkeypatch: pytest.MonkeyPatch, run: Path, locked: int, opened: int) -
 def test_a_read_only_directory_costs_checkpoints_and_nothing_else(train, read, lockable, monkeypatch) -> None:
     run, settings = lockable
     lock(monkeypatch, run, 3, 5)
-    ended = train(run, processes=2, settings=settings)
+    ended = train(run, ranks=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Read-only file system") == 2
     assert "the one before is intact; going on" in ended.stdout
@@ -175,12 +175,12 @@ def test_a_kill_between_two_steps_on_one_rollout_costs_nothing(train, read, tmp_
     (tmp_path / "mine.py").write_text(BETWEEN_STEPS)
     settings = {"rewards.functions": [{"name": f"{tmp_path}/mine.py:countdown"}], "grpo.num_iterations": 2}
     settings |= {"train.micro_batch_size": 3, "train.checkpoint_every": 2, "train.steps": 6}
-    assert train(tmp_path / "whole", processes=2, settings=settings).returncode == 0
+    assert train(tmp_path / "whole", ranks=2, settings=settings).returncode == 0
     monkeypatch.setenv("KILL_BEFORE", "4")
     assert train(tmp_path / "run", processes=2, settings=settings).returncode == 4
     assert [line["step"] for line in read.metrics(tmp_path / "run")] == [2]
     monkeypatch.delenv("KILL_BEFORE")
-    ended = train(tmp_path / "run", "--resume", "auto", processes=2, settings=settings)
+    ended = train(tmp_path / "run", "--resume", "auto", ranks=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     assert read.metrics(tmp_path / "run") == read.metrics(tmp_path / "whole")
     for ours, theirs in zip(*map(read.completions, (tmp_path / "run", tmp_path / "whole")), strict=True):

@@ -61,20 +61,20 @@ def needs_gold(completions, gold, **_):
 
 
 @pytest.mark.parametrize(
-    ("function", "processes", "says"),
+    ("function", "started", "says"),
     [
-        ("raising_on_rank_1", 2, ["raising_on_rank_1", "row", "ValueError"]),
-        ("exiting_on_rank_1", 2, ["exiting_on_rank_1", "row", "SystemExit: 0"]),
-        ("interrupting_on_rank_1", 2, ["interrupting_on_rank_1", "row", "KeyboardInterrupt"]),
-        ("short", 1, ["short", "returned 1 rewards for"]),
-        ("not_a_number", 1, ["not_a_number", "row", "nan"]),
-        ("hanging", 2, ["hanging", "3 s"]),
+        ("raising_on_rank_1", {"processes": 2}, ["raising_on_rank_1", "row", "ValueError"]),
+        ("exiting_on_rank_1", {"ranks": 2}, ["exiting_on_rank_1", "row", "SystemExit: 0"]),
+        ("interrupting_on_rank_1", {"ranks": 2}, ["interrupting_on_rank_1", "row", "KeyboardInterrupt"]),
+        ("short", {}, ["short", "returned 1 rewards for"]),
+        ("not_a_number", {}, ["not_a_number", "row", "nan"]),
+        ("hanging", {"processes": 2}, ["hanging", "3 s"]),
     ],
 )
-def test_a_bad_reward_function_ends_the_run_with_a_checkpoint(train, tmp_path: Path, function, processes, says) -> None:
+def test_a_bad_reward_function_ends_the_run_with_a_checkpoint(train, tmp_path: Path, function, started, says) -> None:
     (tmp_path / "mine.py").write_text(REWARDS)
     settings = {"rewards.functions": [{"name": f"{tmp_path}/mine.py:{function}"}], "rewards.timeout": 3}
-    ended = train(tmp_path / "run", processes=processes, settings=settings)
+    ended = train(tmp_path / "run", **started, settings=settings)
     assert ended.returncode == 3, ended.stderr
     assert "Traceback" not in ended.stderr
     line = next(line for line in ended.stderr.splitlines() if line.startswith("vdr: error: "))
@@ -143,7 +143,7 @@ def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_p
     prompts = ["1 2 3=6:"] * 9 + ["1 2 3=6:" * 9]
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     settings = {"data.name": str(data), "data.shuffle": False, "rewards.functions": [{"name": "length"}]}
-    ended = train(tmp_path / "run", processes=2, settings=settings)
+    ended = train(tmp_path / "run", ranks=2, settings=settings)
     assert ended.returncode == 3, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
     assert f"{data} line 10: the prompt has 72 tokens; the model's length leaves 57" in line

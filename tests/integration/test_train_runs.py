@@ -45,15 +45,15 @@ def test_one_and_two_processes_give_the_same_update(train, read, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("processes", "settings"), [(1, {}), (2, {"grpo.num_iterations": 2, "train.micro_batch_size": 3})]
+    ("ranks", "settings"), [(1, {}), (2, {"grpo.num_iterations": 2, "train.micro_batch_size": 3})]
 )  # fmt: skip
-def test_resume_is_bit_for_bit(train, read, tmp_path: Path, processes: int, settings) -> None:
+def test_resume_is_bit_for_bit(train, read, tmp_path: Path, ranks: int, settings) -> None:
     """Also with several optimizer steps on one rollout, each accumulated over several micro-batches."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     every = {"train.checkpoint_every": 2, **settings}
-    assert train(whole, processes=processes, settings={**every, "train.steps": 4}).returncode == 0
-    assert train(parts, processes=processes, settings={**every, "train.steps": 2}).returncode == 0
-    ended = train(parts, "--resume", "auto", processes=processes, settings={**every, "train.steps": 4})
+    assert train(whole, ranks=ranks, settings={**every, "train.steps": 4}).returncode == 0
+    assert train(parts, ranks=ranks, settings={**every, "train.steps": 2}).returncode == 0
+    ended = train(parts, "--resume", "auto", ranks=ranks, settings={**every, "train.steps": 4})
     assert ended.returncode == 0, ended.stderr
     assert read.metrics(whole) == read.metrics(parts)
     assert all(a.equals(b) for a, b in zip(read.completions(whole), read.completions(parts), strict=True))
@@ -125,13 +125,13 @@ def test_launchers_that_a_user_types(sharded: str, tmp_path: Path, launcher: lis
 def test_another_number_of_processes_carries_weights_and_moments_exactly(train, read, tmp_path: Path) -> None:
     """2 to 1 to 3: each goes on from the one before in a directory of its own, and saves what it loaded."""
     last, settings = tmp_path / "2", {"train.steps": 1, "train.weight_decay": 0.1}
-    assert train(last, processes=2, settings=settings).returncode == 0
+    assert train(last, ranks=2, settings=settings).returncode == 0
     expected = optimizer_state(last)
     assert len(expected) > 3 and all(tensor.any() for name, tensor in expected.items() if name.name == "exp_avg_sq.pt")
-    for processes in (1, 3):
-        before, last = last, tmp_path / str(processes)
+    for ranks in (1, 3):
+        before, last = last, tmp_path / str(ranks)
         checkpoint = str(before / "checkpoints" / "step_000001")
-        ended = train(last, "--resume", checkpoint, processes=processes, settings=settings)
+        ended = train(last, "--resume", checkpoint, ranks=ranks, settings=settings)
         assert ended.returncode == 0, ended.stderr
         assert all(torch.equal(tensor, expected[name]) for name, tensor in optimizer_state(last).items())
     assert all(torch.equal(t, read.weights(last)[name]) for name, t in read.weights(tmp_path / "2").items())
