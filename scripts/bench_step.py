@@ -1,6 +1,6 @@
 """Whole training steps of vdr and of TRL's GRPOTrainer, in turn, each repetition in a process of its own.
 
-    python scripts/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps 4] [--threads 2]
+    python scripts/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps N] [--threads 2]
 
 Same model, prompts, lengths, group size, optimizer (AdamW), number of threads, loss (dapo) and reward; no
 gradient checkpointing, no KL. --bonus: vdr with its default bonus, TRL without. Printed: medians over
@@ -35,12 +35,14 @@ class Case:
     asked: float
     """Largest ratio of step times that counts as met."""
     micro_batch: int
+    steps: int
+    """Measured in each repetition: of short steps many, or the machine's moods decide."""
 
 
 CASES = {
-    "starter": Case("starter model, 256 completions x up to 7 tokens, G 16", 16, 16, 0, 7, 0.6, 256),
-    "qwen2": Case("66.6M Qwen2, 16 x (128 + 64), G 8", 2, 8, 128, 64, 0.6, 16),
-    "qwen2-long": Case("66.6M Qwen2, 16 x (512 + 64), G 8", 2, 8, 512, 64, 0.45, 16),
+    "starter": Case("starter model, 256 completions x up to 7 tokens, G 16", 16, 16, 0, 7, 0.6, 256, 30),
+    "qwen2": Case("66.6M Qwen2, 16 x (128 + 64), G 8", 2, 8, 128, 64, 0.6, 16, 4),
+    "qwen2-long": Case("66.6M Qwen2, 16 x (512 + 64), G 8", 2, 8, 512, 64, 0.45, 16, 4),
 }
 
 VOCABULARY = 32_000
@@ -238,7 +240,7 @@ def main() -> None:
     parser.add_argument("--case", choices=list(CASES), default="qwen2")
     parser.add_argument("--bonus", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, help="measured in each repetition (default: the case's)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ds-config", default="zero3")
     parser.add_argument("--side", choices=["vdr", "trl"], help=argparse.SUPPRESS)
@@ -249,6 +251,7 @@ def main() -> None:
         work(args)
         return
     case = CASES[args.case]
+    args.steps = args.steps or case.steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, prompts = make_inputs(args.case, folder)
@@ -258,7 +261,7 @@ def main() -> None:
         for _ in range(args.repeats):
             for side, found in runs.items():
                 found.append(repetition(side, args, folder, model))
-                print(side, {name: round(value, 2) for name, value in found[-1].items()}, flush=True)
+                print(side, {name: round(value, 3) for name, value in found[-1].items()}, flush=True)
     print(f"{case.title}; {args.threads} threads, {args.ds_config}, {'default bonus' if args.bonus else 'no bonus'}")
     print(f"{'':10}{'vdr':>10}{'TRL':>10}{'ratio':>10}")
     for phase in ("step", "step_cpu", "rollout", "update", "peak_gb"):
