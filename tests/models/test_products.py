@@ -31,6 +31,12 @@ def drawn(rows: tuple[int, ...], width: int, outputs: int) -> tuple[Tensor, Tens
     return torch.randn(*rows, width), torch.randn(outputs, width), torch.randn(outputs)
 
 
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+
+
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_product_and_its_gradients_are_those_of_float64(shape: tuple[Any, int, int], with_bias: bool) -> None:
@@ -46,6 +52,7 @@ def test_product_and_its_gradients_are_those_of_float64(shape: tuple[Any, int, i
         assert torch.allclose(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.detach().abs().max()))
 
 
+@pytest.mark.usefixtures("any_size")
 def test_only_the_gradients_that_are_wanted_are_computed() -> None:
     x, weight, bias = drawn((5,), 6, 7)
     frozen = product(x.requires_grad_(), weight, bias)
@@ -57,6 +64,7 @@ def test_only_the_gradients_that_are_wanted_are_computed() -> None:
         assert not product(x, weight, bias).requires_grad
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("outputs", [5, SLAB, SLAB + 3, 3 * SLAB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_products_into_a_part_of_a_buffer(outputs: int, dtype: torch.dtype) -> None:
@@ -67,6 +75,7 @@ def test_products_into_a_part_of_a_buffer(outputs: int, dtype: torch.dtype) -> N
     assert bool((buffer[9:] == 7.0).all())
 
 
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_formats_and_nothing_at_all_are_torchs(dtype: torch.dtype) -> None:
     x, weight, bias = (each.to(dtype) for each in drawn((4,), 8, 6))
@@ -74,6 +83,16 @@ def test_other_formats_and_nothing_at_all_are_torchs(dtype: torch.dtype) -> None
     assert product(torch.empty(0, 8), torch.empty(6, 8)).shape == (0, 6)
 
 
+def test_small_products_are_torchs_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = drawn((7,), 96, 160)
+    monkeypatch.setattr(products, "_onednn", None)
+    assert torch.equal(product(x, weight, bias), nn.functional.linear(x, weight, bias))
+    monkeypatch.setattr(products, "LEAST_WORK", 2 * 7 * 96 * 160)
+    with pytest.raises(TypeError):
+        product(x, weight, bias)
+
+
+@pytest.mark.usefixtures("any_size")
 def test_a_model_keeps_its_parameters_and_its_copies_work() -> None:
     plain, x = Small(), torch.randn(3, 96)
     expected, names = plain(x), list(plain.state_dict())

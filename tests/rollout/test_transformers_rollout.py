@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from transformers import (
     AutoModelForCausalLM,
@@ -54,6 +56,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17, 18, 19, 20, 21], [22, 23]]
 KEYS = [101, 202, 303, 404, 505]
+MODELS: dict[str, PreTrainedModel] = {}
 
 
 def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
@@ -115,6 +118,29 @@ def test_logps_equal_a_full_forward(name: str) -> None:
     assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
     assert (out.sampler_logps[~out.completion_mask] == 0).all()
     assert out.completion_mask.any(1).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "qwen2_sliding"])
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    n=st.integers(1, 6),
+    ends=st.integers(1, 20),
+    batch_tokens=st.sampled_from([60, 262_144]),
+    key=st.integers(0, 2**60),
+)
+@settings(max_examples=20, deadline=None)
+def test_logps_equal_a_full_forward_whichever_rows_leave(
+    name: str, lengths: list[int], n: int, ends: int, batch_tokens: int, key: int
+) -> None:
+    """Groups that shrink, vanish and change places in the batch: every token was drawn after its own prompt."""
+    model = MODELS.setdefault(name, tiny(name, spread=1.5))
+    prompts = [[21 + 5 * index + step for step in range(length)] for index, length in enumerate(lengths)]
+    eos = range(1, 1 + ends)
+    out = TransformersRollout(PAD, eos, batch_tokens=batch_tokens).generate(
+        model, prompts, n, Sampling(max_new_tokens=9), [key + index for index in range(len(prompts))]
+    )
+    logps = full_logits(model, out).log_softmax(-1).gather(-1, out.completion_ids[..., None])[..., 0]
+    assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
 
 
 @pytest.mark.usefixtures("products")
