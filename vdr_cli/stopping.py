@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from types import FrameType
 
 from vdr_cli.engine import collectives
+from vdr_cli.rewards.leaving import end_process
 
 ONE_SIGNAL = 1.0
 """Seconds within which several are one: the terminal, Slurm, a launcher and vdr itself may all pass the same one on."""
@@ -39,4 +39,4 @@ class StopSignal:
         if not self._received:
             self._received, self._received_at = number, now
         elif now - self._received_at > ONE_SIGNAL:
-            os._exit(128 + number)
+            end_process(128 + number)

@@ -21,6 +21,7 @@ from vdr_cli.cli import doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.observe.text import visible
+from vdr_cli.rewards.leaving import end_process
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -130,7 +131,7 @@ def leave(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    end_process(code)
 
 
 def _say(error: Exception, message: str) -> None:

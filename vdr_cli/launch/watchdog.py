@@ -29,6 +29,7 @@ from vdr_cli.errors import VdrError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.ancestors import Watched
 from vdr_cli.launch.peers import Loss, Peers
+from vdr_cli.rewards.leaving import end_process
 
 EXIT_CODE = 4
 POLL = 0.5
@@ -129,7 +130,7 @@ class Watchdog:
         try:
             os.write(sys.stderr.fileno(), line.encode())
         finally:
-            os._exit(code)
+            end_process(code)
 
 
 _watchdog: Watchdog | None = None

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NoReturn
 
-_end_process = os._exit
+end_process = os._exit
+"""For vdr itself, which ends the process also while a user's code runs."""
 _inside: ContextVar[int | None] = ContextVar("inside", default=None)
 """The process in which a user's code runs here; a process that it forks ends as it likes."""
 
@@ -31,4 +32,4 @@ def leaving_is_an_error() -> Iterator[None]:
 def _leave(status: int) -> NoReturn:
     if _inside.get() == os.getpid():
         raise SystemExit(f"os._exit({status})")
-    _end_process(status)
+    end_process(status)
