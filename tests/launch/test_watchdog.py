@@ -162,3 +162,22 @@ def test_a_stop_file_is_a_signal(number: signal.Signals, tmp_path: Path) -> None
     (tmp_path / "stop").write_text(str(int(number)))
     ((code, _),) = ends([rank])
     assert code == 128 + number
+
+
+FORKING = """
+import os, signal
+from vdr_cli.launch import watchdog
+for _ in range(2):
+    watchdog.begin()
+    watchdog.end()
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+"""
+
+
+def test_a_fork_after_a_second_watchdog_leaves_no_signal_blocked() -> None:
+    """In the child, which says so first, nor in the parent."""
+    ended = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True, check=True)
+    assert ended.stdout == "set()\nset()\n"

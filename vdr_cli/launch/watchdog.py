@@ -134,13 +134,16 @@ class Watchdog:
 
 
 _watchdog: Watchdog | None = None
+_watches_forks = False  # hooks at a fork stay for the life of the process
 
 
 def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> None:
     """Start watching, from the main thread. directory: the run's; timeout: launch.fault_timeout, seconds."""
-    global _watchdog
+    global _watchdog, _watches_forks
     if _watchdog is None:
         _watchdog = Watchdog(Path(directory) if directory else None, timeout)
+    if not _watches_forks:
+        _watches_forks = True
         os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_through, after_in_child=_be_no_rank)
 
 
