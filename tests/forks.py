@@ -13,6 +13,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+from vdr_cli.rewards.leaving import end_process
+
 IMPORTED = (
     "vdr_cli.train",
     "vdr_cli.cli.app",
@@ -46,7 +48,7 @@ def vdr(arguments: list[str], environment: dict[str, str], said: list[str]) -> N
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    end_process(code)
 
 
 def run_of(arguments: list[str], environments: list[dict[str, str]], said: list[str]) -> int:

@@ -25,7 +25,7 @@ from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.rollout.base import Completions, Prompt
 
 SOURCE = """
-import ctypes, os, re, time
+import ctypes, os, re, threading, time
 import numpy as np
 
 def plain(completions, answer, trainer_state):
@@ -63,6 +63,12 @@ def crashes(answer, **_):
 def where(completions, **_):
     time.sleep(0.3)
     return [float(os.getpid())] * len(completions)
+
+def ends(completions, **_):
+    thread = threading.Thread(target=lambda: os._exit(0))
+    thread.start()
+    thread.join()
+    return [1.0] * len(completions)
 
 fallen = lambda completions, **_: [1.0] * len(completions)
 """
@@ -115,6 +121,7 @@ def test_a_function_shows_its_own_parameters(load: Any) -> None:
 def test_errors_name_the_row_and_the_line(load: Any) -> None:
     assert failure(load("fails")) == "reward fails raised on dataset row 12: KeyError: 120 (mine.py:18)"
     assert "reward leaves raised on dataset row 7: SystemExit: 3 (mine.py:21)" in failure(load("leaves"))
+    assert "reward ends raised on dataset row 7: SystemExit: os._exit(0) (mine.py:42)" in failure(load("ends"))
     assert "reward words returned 'good' for a completion of dataset row 7" in failure(load("words"))
 
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vdr_cli.rewards.base import listed
+from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.loading import find_function, one_line
 
 PR_SET_PDEATHSIG = 1
@@ -39,11 +40,12 @@ def _answer(name: str, arguments: dict[str, Any]) -> bytes:
 
 
 def _value(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    value = function(**arguments)
-    if inspect.iscoroutine(value):
-        value = asyncio.run(value)
-    counts = (len(argument) for argument in arguments.values() if isinstance(argument, list))
-    return listed(value, next(counts, MANY))
+    with leaving_is_an_error():
+        value = function(**arguments)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        counts = (len(argument) for argument in arguments.values() if isinstance(argument, list))
+        return listed(value, next(counts, MANY))
 
 
 def _end_with(parent: int) -> None:

@@ -31,6 +31,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
+from vdr_cli.rewards.leaving import end_process
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 gathers, gathered_bytes = 0, 0
@@ -153,7 +154,7 @@ def be_rank(rank: int, ranks: int, port: int, runs: list[dict[str, Any]]) -> NoR
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        os._exit(code)
+        end_process(code)
 
 
 def do(ranks: int, runs: list[dict[str, Any]]) -> bool:
