@@ -8,7 +8,7 @@ What a run consists of and how it starts, saves and ends is in run.py; what it w
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def collect(run: Run) -> tuple[Batch, Signal]:
             next_step = run.step + run.config.grpo.num_iterations
             run.next_drawing = begin(run, model, even_shares(run.config.train.prompts_per_step), next_step)
         stems = stem_keeper(run, model, batch)
+        batch = replace(batch, recorder=None)  # whose states are to go with the stems, before the update
         knowledge = consult(run, model, batch, stems)
         measured = disagree(run, model, batch, stems)
         by_token = shown_tokens(run, model, batch, measured, stems)
@@ -154,8 +155,8 @@ def stem_recorder(run: Run, model: Any, prompts: list[Prompt], step: int) -> Ste
     if run.ensemble is None or run.engine.by_layers or step != run.step:
         return None
     cfg = run.config.rollout
-    tokens = sum(len(prompt.token_ids) + cfg.group_size * cfg.max_new_tokens for prompt in prompts)
-    return recorder_of(model, run.ensemble, tokens)
+    widest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    return recorder_of(model, run.ensemble, len(prompts) * (widest + cfg.group_size * cfg.max_new_tokens))
 
 
 def stem_keeper(run: Run, model: Any, batch: Batch) -> StemKeeper | None:

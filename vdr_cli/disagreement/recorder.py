@@ -17,9 +17,11 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.models import anatomy
 
-MOST_BYTES = 2**30
-"""Bytes of recorded states on a rank beyond which they are made again instead: from the settings alone, so that a
-resumed run does what the first one did."""
+MOST_BYTES = 2**29
+"""Bytes of recorded states on a rank, which for a moment exist twice, beyond which they are made again instead.
+
+From prompts and settings alone, so that a resumed run does what the first one did.
+"""
 
 
 class StemRecorder:
@@ -55,20 +57,25 @@ class StemRecorder:
         return taken
 
     def states(self, prompts: int, width: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """(prompts, P, D), right-aligned, and (rows, T, D); 0 where nothing was read."""
+        """(prompts, P, D), right-aligned, and (rows, T, D); 0 where nothing was read. To be called once: pieces go."""
         first = self.prompts[0][1]
         of_prompts = first.new_zeros(prompts, width, first.shape[-1])
         of_tokens = first.new_zeros(rows, length, first.shape[-1])
-        for which, states in self.prompts:
+        while self.prompts:
+            which, states = self.prompts.pop(0)
             of_prompts[which.to(first.device), width - states.shape[1] :] = states
-        for which, t, states in self.tokens:
+        while self.tokens:
+            which, t, states = self.tokens.pop(0)
             if t < length:
                 of_tokens[which.to(first.device), t] = states
         return of_prompts, of_tokens
 
 
 def recorder_of(model: nn.Module, spec: EnsembleSpec, tokens: int) -> StemRecorder | None:
-    """For sampling so many tokens, prompts included; None where no layers lie below the members' or it is too much."""
+    """For sampling so many tokens, prompts and padding included.
+
+    None where no layers lie below the members', or where it would be too much.
+    """
     layers = anatomy.decoder_layers(model)
     first = first_layer(len(layers), spec)
     size = tokens * anatomy.text_config(model).hidden_size * anatomy.output_head(model).weight.element_size()

@@ -54,9 +54,9 @@ def training_runs(folder: Path) -> list[Run]:
     return [
         ("plain", {}),
         ("plain2", {"train.steps": 2}),
-        ("lora", {**lora, "train.steps": 3, "train.checkpoint_every": 2}),
-        ("lora_parts", {**lora, "train.steps": 2}),
-        ("lora_parts", {**lora, "train.steps": 3}),
+        ("lora", {**lora, "train.steps": 3, "train.checkpoint_every": 2}, "two_passes"),
+        ("lora_parts", {**lora, "train.steps": 2}, "two_passes"),
+        ("lora_parts", {**lora, "train.steps": 3}, "two_passes"),
         ("synced", {**synced, "train.steps": 4}),
         ("synced_parts", {**synced, "train.steps": 3}),
         ("synced_parts", {**synced, "train.steps": 4}),

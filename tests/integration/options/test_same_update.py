@@ -36,6 +36,9 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "micro4": ({"train.micro_batch_size": 4}, ""),
     "shuffled": ({}, "shuffled"),
     "padded": ({}, "padded"),
+    "two_passes": ({}, "two_passes"),
+    "two_passes4": ({"train.micro_batch_size": 4}, "two_passes"),
+    "onednn": ({}, "onednn"),
 }
 """Ways to compute the same update: what differs in the settings, and what is planted."""
 SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "micro1" or loss in ("dapo", "gspo")]
@@ -45,7 +48,7 @@ SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "mi
 def training_runs() -> list[Run]:
     consulted = {"disagreement.mode": "end_of_sequence", "grpo.beta": 0.1, "grpo.kl_in": "reward", "train.steps": 2}
     top = {**consulted, **IN_PROPORTION, "disagreement.scope": "last_k", "disagreement.last_k": 2}
-    refuse = {"train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
+    refuse = {**top, "train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
     return [
         ("plain", {}),
         *[(f"by_name_{name}", {"engine.ds_config": name}) for name in BY_NAME],
@@ -174,4 +177,5 @@ def test_refusals_without_end_stop_the_run_and_save_the_batch(left: Left) -> Non
     for rank in range(2):
         saved = torch.load(left.folder / "refused" / f"refused_batch_rank{rank}.pt", weights_only=False)
         assert len(saved["batch"]) in (8, 12)
+        assert saved["batch"].recorder is None, "states and a layer of the model are no part of it"
     assert (left.folder / "refused" / "checkpoints" / "step_000002").is_dir()
