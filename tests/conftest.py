@@ -86,21 +86,29 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     ranks: so many processes, as torchrun starts them; 1: one that no launcher started.
     """
     said = [tmp_path_factory.mktemp("forks") / name for name in ("stdout", "stderr")]
-    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
-    server = subprocess.Popen(
-        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert server.stdin is not None and server.stdout is not None
+    server: subprocess.Popen[str] | None = None
+
+    def alive() -> subprocess.Popen[str]:
+        """Tests of the launcher end every process below theirs, this one too."""
+        nonlocal server
+        if server is None or server.poll() is not None:
+            command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            server = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
+        return server
 
     def run(*arguments: str, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
         for path in said:
             path.write_text("")
         environments = [environment(**more)] if ranks == 1 else ranks_environments(ranks)
         run = {"arguments": arguments, "environments": environments, "said": [str(path) for path in said]}
-        print(json.dumps(run), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
+        forks = alive()
+        assert forks.stdin is not None and forks.stdout is not None
+        print(json.dumps(run), file=forks.stdin, flush=True)
+        code = int(forks.stdout.readline())
         return subprocess.CompletedProcess(["vdr", *arguments], code, *(path.read_text() for path in said))
 
     yield run
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    if server is not None and server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
