@@ -87,13 +87,15 @@ def test_arrays_and_tensors_count_as_lists(convert):
 
 
 def test_async_functions_wait_together():
-    async def slow(completions, **_):
-        await asyncio.sleep(0.4)
+    waiting = []
+
+    async def for_the_others(completions, **_):
+        waiting.append(1)
+        while len(waiting) < 3:
+            await asyncio.sleep(0.01)
         return [0.0] * 4
 
-    start = time.monotonic()
-    compute(slow, slow, slow)
-    assert time.monotonic() - start < 1.0
+    assert compute(for_the_others, for_the_others, for_the_others).shape == (4, 3)
 
 
 def test_async_objects_and_partials():
@@ -271,12 +273,14 @@ def test_trainer_state_as_in_trl():
 
 
 def test_hanging_function_is_named():
+    returned = []
+
     def hangs(completions, **_):
         time.sleep(30)
+        returned.append(1)
 
-    start = time.monotonic()
     assert "reward hangs had not returned after 0.2 s on dataset rows 7, 12" in failure(hangs, timeout=0.2)
-    assert time.monotonic() - start < 2
+    assert not returned
 
 
 def test_hanging_async_function_is_named():
