@@ -18,6 +18,7 @@ WORKER = """
 import json, sys
 from contextlib import nullcontext
 import deepspeed, torch
+from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
 from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.layer_major import measure_by_layers
@@ -114,6 +115,7 @@ class NoTokenizer:
 from pathlib import Path
 export_model(layers, NoTokenizer(), Path(folder) / "exported")
 Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+leave(0)  # as `vdr` ends a rank
 """
 
 LAYERS, PARAMETERS = 3, 12

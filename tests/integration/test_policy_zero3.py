@@ -20,6 +20,7 @@ pytestmark = pytest.mark.integration
 WORKER = """
 import sys
 import torch
+from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine, start_distributed
@@ -46,6 +47,7 @@ for index, (tokens, coefficients) in enumerate(batches):
 gradients = {name: safe_get_full_grad(p) for name, p in engine.causal_lm.named_parameters()}
 if collectives.rank() == 0:
     torch.save(gradients, folder + "/gradients.pt")
+leave(0)  # as `vdr` ends a rank
 """
 
 DS_CONFIG = {
