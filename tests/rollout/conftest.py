@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,28 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vdr_cli.rollout.base import Sampling
+from vdr_cli.rollout.in_vllm.vdr_weights import Receiver
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+
+class FakeWorker(Receiver):
+    """What vLLM's worker class has of its own; with two of them each loads all of the model."""
+
+    def __init__(self, server: FakeVllm, rank: int) -> None:
+        self.server, self.rank, self.device = server, rank, torch.device("cpu")
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=server.copies))
+
+    def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:  # type: ignore[override]
+        arrived = {}
+        for name, tensor in weights_iterator:
+            arrived[name] = tensor
+            if self.server.breaks:
+                raise RuntimeError("planted in the middle")
+        self.server.broadcasts += 1
+        if not self.server.stale:
+            kept = ["lm_head.weight"] if self.server.keeps_head else []
+            given = {name: tensor for name, tensor in arrived.items() if name not in kept}
+            assert self.server.model.load_state_dict(given, strict=False).missing_keys == kept
 
 
 class FakeVllm:
@@ -23,7 +46,13 @@ class FakeVllm:
         self.model: Any = None
         self.version = "0.32.0"
         self.max_model_len = 512
-        self.reloads = self.completions = 0
+        self.reloads = self.broadcasts = self.completions = 0
+        self.workers, self.copies = 1, 1
+        self.receives = True
+        """Was started with vdr's worker extension."""
+        self.breaks = False
+        """A worker raises after the first tensor of a broadcast."""
+        self.joined: list[FakeWorker] = []
         self.stale = False
         """Says yes to a reload and keeps the old weights."""
         self.keeps_head = False
@@ -54,6 +83,7 @@ class FakeVllm:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = False  # a stopped server has no thread left
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         self.thread.start()
@@ -78,9 +108,21 @@ class FakeVllm:
             with self.lock:
                 return self.complete(body)
         if path == "/collective_rpc" and self.development:
-            self.reload(body["kwargs"]["weights_path"])
-            return 200, {}
+            return self.call(body["method"], body["kwargs"])
         return (200, {}) if path == "/reset_prefix_cache" else (404, {"detail": "Not Found"})
+
+    def call(self, method: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if method == "reload_weights":
+            self.reload(arguments["weights_path"])
+            return 200, {}
+        if not self.receives:
+            return 500, {"error": f"'Worker' object has no attribute '{method}'"}
+        if not self.joined:
+            self.joined = [FakeWorker(self, rank) for rank in range(self.workers)]
+        with ThreadPoolExecutor(self.workers) as pool:
+            calls = [pool.submit(getattr(worker, method), **arguments) for worker in self.joined]
+        errors = [str(call.exception()) for call in calls if call.exception()]
+        return (500, {"error": errors[0]}) if errors else (200, {"results": [call.result() for call in calls]})
 
     def reload(self, directory: str) -> None:
         self.reloads += 1

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
-from vdr_cli.rollout import vllm_backend
+from vdr_cli.rollout import vllm_backend, weights
 from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import PROBE, VllmRollout, mean_difference
+from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import VllmClient
-from vdr_cli.rollout.weights import WEIGHTS, write_weights
+from vdr_cli.rollout.weights import served_weights
 
 INTERPRETER = os.environ.get("VDR_VLLM_PYTHON", "")
 START = 900.0
@@ -51,9 +51,10 @@ def own_server(directory: Path, **settings: object) -> VllmRollout:
     return VllmRollout(config, tokenizer, tokenizer.pad_token_id, eos_token_ids(model, tokenizer), directory)
 
 
-@pytest.fixture(scope="module")
-def rollout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmRollout]:
-    backend = own_server(tmp_path_factory.mktemp("served"), python=INTERPRETER, urls=[free_url()])
+@pytest.fixture(scope="module", params=["directory", "broadcast"])
+def rollout(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmRollout]:
+    settings = {"python": INTERPRETER, "urls": [free_url()], "push": request.param}
+    backend = own_server(tmp_path_factory.mktemp("served"), **settings)
     yield backend
     backend.close()
 
@@ -79,12 +80,9 @@ def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
     assert torch.equal(alone, together.completion_ids[4:8, : alone.shape[1]])
 
 
-def without_head(model: torch.nn.Module, directory: Path) -> None:
+def without_head(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What save_pretrained writes of a tied model."""
-    write_weights(model, directory)
-    state = load_file(directory / WEIGHTS)
-    del state["lm_head.weight"]
-    save_file(state, directory / WEIGHTS, metadata={"format": "pt"})
+    return {name: tensor for name, tensor in served_weights(model).items() if name != "lm_head.weight"}
 
 
 @pytest.mark.parametrize("fault", ["stale", "head"])
@@ -95,8 +93,10 @@ def test_stale_weights_and_a_head_that_stayed_are_caught(
     rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
     if fault == "stale":
         monkeypatch.setattr(VllmClient, "reload", lambda self, directory: None)
+        monkeypatch.setattr(Broadcast, "send", lambda self, weights: None)
     else:
-        monkeypatch.setattr(vllm_backend, "write_weights", without_head)
+        monkeypatch.setattr(weights, "served_weights", without_head)
+        monkeypatch.setattr(vllm_backend, "served_weights", without_head)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -104,8 +104,8 @@ def test_stale_weights_and_a_head_that_stayed_are_caught(
         rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
 
 
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_ten_steps_with_a_killed_server_and_resume(ahead: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ahead", "push"), [(0, "directory"), (1, "broadcast")])
+def test_ten_steps_with_a_killed_server_and_resume(ahead: int, push: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-m", "vdr_cli", "train", "--output", str(run)]
     for setting in (
@@ -115,6 +115,7 @@ def test_ten_steps_with_a_killed_server_and_resume(ahead: int, tmp_path: Path) -
         "rollout.group_size=4",
         "rollout.backend=vllm",
         f"rollout.ahead={ahead}",
+        f"rollout.vllm.push={push}",
         f"rollout.vllm.python={INTERPRETER}",
         f"rollout.vllm.urls=[{free_url()}]",
         f"rollout.vllm.start_timeout={START}",

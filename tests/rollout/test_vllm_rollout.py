@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.rollout import in_vllm
 from vdr_cli.rollout.base import Rollout, Sampling
 from vdr_cli.rollout.build import open_rollout
+from vdr_cli.rollout.in_vllm.vdr_weights import Receiver, own_address
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import VllmRollout
+from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import VllmClient
-from vdr_cli.rollout.weights import checksum, write_model
+from vdr_cli.rollout.weights import WEIGHTS, checksum, served_weights, write_model
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 KEYS = [2**62 + 11, 22, 33]
@@ -265,3 +268,105 @@ def test_a_wrong_interpreter_is_refused(tmp_path: Path) -> None:
     rollout = VllmRollout(config, NoTokenizer(), 0, [1], tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"rollout.vllm.python: .* is not an interpreter"):
         rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+
+
+# ---- weights by broadcast, over gloo, to workers that are threads here ---------------------------------------------
+
+
+@pytest.fixture
+def servers(fake_vllm: Any) -> Iterator[list[Any]]:
+    """One with two workers, one with one; both hold the model as it begins."""
+    second = type(fake_vllm)()
+    fake_vllm.workers = 2
+    for server in (fake_vllm, second):
+        server.model = tiny()
+    yield [fake_vllm, second]
+    second.stop()
+
+
+def clients_of(servers: list[Any]) -> list[VllmClient]:
+    return [VllmClient(server.url, push_timeout=20.0) for server in servers]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_worker_of_every_server_has_the_trainers_bits(dtype: torch.dtype, servers: list[Any]) -> None:
+    model = tiny(tied=True).to(dtype)
+    for server in servers:
+        server.model = tiny().to(dtype)
+    group = Broadcast(clients_of(servers), on_gpu=False, timeout=20.0)
+    assert group.backend == "gloo"
+    for _ in range(2):
+        change(model)
+        group.send(served_weights(model))
+        for server in servers:
+            held = server.model.state_dict()
+            assert torch.equal(held.pop("lm_head.weight"), model.model.embed_tokens.weight)
+            assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in held.items())
+    assert [server.broadcasts for server in servers] == [4, 2]
+
+
+def test_a_run_that_pushes_by_broadcast_writes_no_weights_after_the_first(servers: list[Any], tmp_path: Path) -> None:
+    model = tiny()
+    urls = [server.url for server in servers]
+    rollout = connect(servers[0], tmp_path, urls=urls, push="broadcast")
+    for step in range(3):
+        out = rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+        own = TransformersRollout(0, [1]).generate(model, PROMPTS, 2, Sampling(6), [key >> 1 for key in KEYS])
+        assert torch.equal(out.completion_ids, own.completion_ids)
+        if step == 0:
+            (tmp_path / WEIGHTS).unlink()
+        change(model)
+    assert not (tmp_path / WEIGHTS).exists()
+    assert servers[0].reloads == servers[1].reloads == 0
+
+
+@pytest.mark.parametrize("fault", ["stale", "keeps_head"])
+def test_wrong_weights_after_a_broadcast_stop_the_run(fault: str, fake_vllm: Any, tmp_path: Path) -> None:
+    model, fake_vllm.model = tiny(), tiny()
+    rollout = connect(fake_vllm, tmp_path, push="broadcast")
+    rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+    setattr(fake_vllm, fault, True)
+    change(model)
+    with pytest.raises(ConfigError, match="differ from the trainer's by"):
+        rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+
+
+def test_a_server_that_fails_in_the_middle_is_named_at_once(servers: list[Any]) -> None:
+    group = Broadcast(clients_of(servers), on_gpu=False, timeout=3.0)
+    servers[1].breaks = True
+    with pytest.raises(
+        MachineError, match=f"{servers[1].url} answered /collective_rpc with 500: .*planted in the middle"
+    ):
+        group.send(served_weights(tiny()))  # and not that the time is over
+
+
+def test_a_server_without_the_extension_or_with_copies_is_refused(fake_vllm: Any) -> None:
+    fake_vllm.copies = 2
+    with pytest.raises(ConfigError, match=f"{fake_vllm.url} holds several copies of the model"):
+        Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
+    fake_vllm.receives = False
+    with pytest.raises(ConfigError, match=r"cannot take it .*--worker-extension-cls vdr_weights.Receiver"):
+        Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
+    fake_vllm.development = False
+    with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
+        Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
+
+
+def test_workers_that_do_not_come_are_not_waited_for_without_end(
+    fake_vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Receiver, "vdr_join", lambda self, **_: None)
+    with pytest.raises(MachineError, match=f"{fake_vllm.url} over gloo: "):
+        Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=1.0)
+
+
+def test_it_stays_on_loopback_where_the_servers_are() -> None:
+    assert own_address("127.0.0.1") == "127.0.0.1"
+    assert own_address("192.0.2.1") != "127.0.0.1"
+
+
+def test_nothing_else_lies_where_vllm_imports_from() -> None:
+    """That directory is the PYTHONPATH of vLLM's processes: a module in it would hide theirs of the same name."""
+    assert in_vllm.__file__ is not None
+    files = {file.name for file in Path(in_vllm.__file__).parent.iterdir()} - {"__pycache__"}
+    assert files == {"__init__.py", "vdr_weights.py"}

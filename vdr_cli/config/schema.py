@@ -94,6 +94,9 @@ class VllmConfig(Section):
     """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers of `urls` run already."""
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Servers; prompts are spread over them. With `python`, the one address that vdr's server listens on."""
+    push: Literal["directory", "broadcast"] = "directory"
+    """How new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer and
+    servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
     directory: PathText | None = None
     """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
     arguments: list[str] = []

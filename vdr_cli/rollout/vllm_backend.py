@@ -17,9 +17,10 @@ from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
+from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
-from vdr_cli.rollout.weights import checksum, write_model, write_weights
+from vdr_cli.rollout.weights import checksum, served_weights, write_model, write_weights
 
 PROBE = Sampling(max_new_tokens=16, temperature=0.5)
 """Drawn to compare log-probabilities; not at temperature 1, so that a server that returns them unscaled is seen."""
@@ -68,6 +69,7 @@ class VllmRollout:
         self.server: VllmServer | None = None
         self.names: list[str] = []
         self.pushed: int | None = None
+        self.broadcast: Broadcast | None = None
         self.noise: float | None = None
         self.sampling: list[Future[list[Answer]]] = []
         """What the servers were asked for last."""
@@ -151,10 +153,11 @@ class VllmRollout:
 
     def _hand_over(self, model: nn.Module) -> None:
         fresh = self.settings.python is not None and self.server is None
+        by_broadcast = self.settings.push == "broadcast"
         try:
             if self.pushed is None:
                 write_model(model, self.tokenizer, self.directory)
-            else:
+            elif not by_broadcast:
                 write_weights(model, self.directory)
         except OSError as fault:
             raise MachineError(f"rollout.vllm.directory {self.directory}: cannot be written ({fault})") from None
@@ -163,15 +166,31 @@ class VllmRollout:
             dtype, on_cpu = str(weight.dtype).removeprefix("torch."), weight.device.type == "cpu"
             assert self.settings.python is not None
             self.server = VllmServer(
-                self.settings.python, self.settings.urls[0], self.directory, dtype, self.settings.arguments, on_cpu
+                self.settings.python,
+                self.settings.urls[0],
+                self.directory,
+                dtype,
+                self.settings.arguments,
+                on_cpu,
+                by_broadcast,
             )
         for client in self.clients:
             if self.pushed is None:
                 client.wait_until_ready(
                     self.settings.start_timeout if fresh else min(10.0, self.settings.start_timeout)
                 )
-            if not fresh:
+            if not fresh and not by_broadcast:
                 client.reload(self.directory)
+        if by_broadcast and not fresh:
+            self._broadcast(model)
+
+    def _broadcast(self, model: nn.Module) -> None:
+        if self.broadcast is None:
+            on_gpu = next(model.parameters()).device.type == "cuda"
+            self.broadcast = Broadcast(self.clients, on_gpu, self.settings.start_timeout)
+        self.broadcast.send(served_weights(model))
+        for client in self.clients:
+            client.forget()
 
     def _announce(self, version: int) -> None:
         file = self.directory / "pushed.json"

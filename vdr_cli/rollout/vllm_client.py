@@ -108,13 +108,21 @@ class VllmClient:
 
     def reload(self, directory: Path) -> None:
         """Take the weights in `directory` and forget what was cached under the old ones."""
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         try:
-            self.post("/collective_rpc", body, self.push_timeout)
+            self.call_workers("reload_weights", {"weights_path": str(directory)})
         except ConfigError as error:
             raise ConfigError(
                 f"rollout.vllm.urls: {self.url} takes no weights ({error}); start it with VLLM_SERVER_DEV_MODE=1"
             ) from None
+        self.forget()
+
+    def call_workers(self, method: str, arguments: dict[str, Any]) -> list[Any]:
+        """A method of every worker of the server; what each returned."""
+        answer = self.post("/collective_rpc", {"method": method, "kwargs": arguments}, self.push_timeout)
+        return list(answer.get("results") or [])
+
+    def forget(self) -> None:
+        """Drop what is cached of prompts: it was computed with the weights of before."""
         self.post("/reset_prefix_cache", {}, self.push_timeout)
 
     def get(self, path: str) -> dict[str, Any]:

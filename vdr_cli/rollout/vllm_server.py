@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.rollout import in_vllm
 
 MODEL_NAME = "vdr"
 PR_SET_PDEATHSIG = 1
@@ -20,8 +21,13 @@ PR_SET_PDEATHSIG = 1
 class VllmServer:
     """The child process, its log, and what to say when it ended."""
 
-    def __init__(self, python: str, url: str, model: Path, dtype: str, arguments: Sequence[str], on_cpu: bool) -> None:
-        """model: a directory in Hugging Face format; the log goes there too. dtype: float32, bfloat16, ..."""
+    def __init__(
+        self, python: str, url: str, model: Path, dtype: str, arguments: Sequence[str], on_cpu: bool, receives: bool
+    ) -> None:
+        """model: a directory in Hugging Face format; the log goes there too. dtype: float32, bfloat16, ...
+
+        receives: its workers can take weights by broadcast.
+        """
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ConfigError(f"rollout.vllm.python: {python} is not an interpreter; scripts/vllm_cpu_env.sh makes one")
         self.log = log = model / "server.log"
@@ -35,6 +41,7 @@ class VllmServer:
             "--dtype",
             dtype,
             *(["--enforce-eager"] if on_cpu else []),
+            *(["--worker-extension-cls", "vdr_weights.Receiver"] if receives else []),
             *arguments,
         ]
         with log.open("ab") as output:
@@ -44,7 +51,7 @@ class VllmServer:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(on_cpu),
+                    env=_environment(on_cpu, receives),
                     start_new_session=True,
                     preexec_fn=_end_with_parent,
                 )
@@ -71,11 +78,13 @@ class VllmServer:
                 continue
 
 
-def _environment(on_cpu: bool) -> dict[str, str]:
+def _environment(on_cpu: bool, receives: bool) -> dict[str, str]:
     """Ours without what tells torch that the child is one of our ranks."""
     ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if name not in ranks}
     env |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if receives:
+        env["PYTHONPATH"] = str(Path(in_vllm.__file__).parent)
     if on_cpu:
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return env

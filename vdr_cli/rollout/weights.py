@@ -39,16 +39,21 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
     write_weights(model, directory)
 
 
-def write_weights(model: nn.Module, directory: Path) -> None:
-    """Replace the weights in `directory` in one move: a reader sees the old file or the new one."""
+def served_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor of the served model under its name, the LM head too where it is the embedding."""
     whole: Any = _merged(model)
     state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in whole.state_dict().items()}
     head = whole.get_output_embeddings()
     names = {id(module): name for name, module in whole.named_modules()}
     if head is not None:
         state[f"{names[id(head)]}.weight"] = head.weight.detach()
+    return state
+
+
+def write_weights(model: nn.Module, directory: Path) -> None:
+    """Replace the weights in `directory` in one move: a reader sees the old file or the new one."""
     partial = directory / f".partial_{WEIGHTS}"
-    save_file(_unshared(state), partial, metadata={"format": "pt"})
+    save_file(_unshared(served_weights(model)), partial, metadata={"format": "pt"})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(directory / WEIGHTS)
