@@ -10,13 +10,13 @@ PROGRAM = """
 import os, torch, torch.distributed as dist
 from vdr_cli.engine.cpu import keep_to_one_thread_each
 
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])  # where one thread of gloo's easily does the work of all
 torch.set_num_threads(3)
-torch.ones(2**18).add(1.0)  # this thread's own team
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
 if {keep}:
     keep_to_one_thread_each()
+large = torch.zeros(2**22).add(1.0)  # this thread's own team
 before = len(os.listdir("/proc/self/task"))
-large = torch.zeros(2**18)
 for work in [dist.all_gather([torch.empty_like(large)], large, async_op=True) for _ in range(16)]:
     work.wait()
 print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before, flush=True)
@@ -34,4 +34,5 @@ def started(keep: bool) -> list[int]:
 
 def test_gloos_threads_copy_alone() -> None:
     assert started(keep=False)[1] > 0, "what the function is for no longer happens: it may go"
-    assert started(keep=True) == [3, 0]
+    for _ in range(3):
+        assert started(keep=True) == [3, 0]

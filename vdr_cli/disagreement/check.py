@@ -36,14 +36,14 @@ def check_members(model: nn.Module, spec: EnsembleSpec) -> None:
     except Exception as error:  # whatever an unknown architecture trips over
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"model.name: members cannot read {name} ({reason or type(error).__name__}); {way_out}"
+            f"model {name}: members cannot read it ({reason or type(error).__name__}); {way_out}"
         ) from error
     assert found is not None
     tolerance = 1e-3 if anatomy.output_head(model).weight.dtype == torch.float32 else 5e-2
     off = (found - expected).abs().mean(-1).amax()  # of the worst row: a wrong position puts all its tokens off
     if off > tolerance * expected.abs().mean():
         raise ConfigError(
-            f"model.name: members that drop nothing do not read a padded prompt of {name} as the model reads it alone "
+            f"model {name}: members that drop nothing do not read a padded prompt as the model reads it alone "
             f"(log-probabilities differ by {float(off):.2g}); {way_out}"
         )
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.distributed as dist
 
-LARGE = 2**16
-"""Elements of a tensor that no thread copies alone if it may have others."""
+LARGE = 2**18
+"""Elements of a tensor that no thread copies alone if it may have others, and that takes a moment to copy."""
 
 ROUNDS = 16
-"""More collectives at once than gloo has threads to take them."""
+"""Collectives begun at once: enough for each of gloo's threads to find one."""
+
+GLOO_THREADS = 2
+"""Of a process group, as torch makes it."""
+
+PATIENCE = 1.0
+"""Seconds that a thread is held for the others, in case there are none."""
 
 
 def keep_to_one_thread_each() -> None:
@@ -18,13 +26,30 @@ def keep_to_one_thread_each() -> None:
     A thread starts an OpenMP team of its own at its first large copy, as large as is allowed at that moment. With more
     OpenMP threads than cores libgomp puts every waiting thread to sleep at once, and each operator of the whole process
     pays for waking its own: sampling took 4.5 s instead of 3.0 s (66M parameters, 2 cores).
+
+    A thread that has copied is held until the others have: one that is quick would do all the work, and the others
+    would start their teams later, which one run in seven did.
     """
+    copied: set[int] = set()
+    all_have = threading.Event()
+    here = threading.get_ident()
+
+    def hold(_: object) -> None:
+        if threading.get_ident() != here:
+            copied.add(threading.get_ident())
+            if len(copied) == GLOO_THREADS or not all_have.wait(PATIENCE):
+                all_have.set()
+
     allowed = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         sent = torch.zeros(LARGE)
         received = [[torch.empty_like(sent) for _ in range(dist.get_world_size())] for _ in range(ROUNDS)]
-        for work in [dist.all_gather(parts, sent, async_op=True) for parts in received]:
+        works = []
+        for parts in received:
+            works.append(dist.all_gather(parts, sent, async_op=True))
+            works[-1].get_future().then(hold)
+        for work in works:
             work.wait()
     finally:
         torch.set_num_threads(allowed)
