@@ -145,6 +145,9 @@ def _config_json(name: str) -> dict[str, Any]:
             return dict(json.loads(path.read_text()))
     if looks_like_path(str(folder)):
         raise ConfigError(f"--model {name}: no config.json there; give a model's directory or {', '.join(SIZES)}")
+    from vdr_cli.hub import settle_on_cache_if_away
+
+    settle_on_cache_if_away()
     from transformers import AutoConfig
 
     try:

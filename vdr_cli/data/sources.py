@@ -9,6 +9,7 @@ from vdr_cli.config import DataConfig
 from vdr_cli.config.preflight import check_data
 from vdr_cli.data.files import SUFFIXES, Row, Table, read_file
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.hub import settle_on_cache_if_away
 from vdr_cli.starter import paths as starter_paths
 
 Role = Literal["train", "eval"]
@@ -78,6 +79,8 @@ def _directory(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
 
 def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
     """A data set by hub id, or a directory in a layout that `datasets` knows."""
+    if not Path(name).exists():
+        settle_on_cache_if_away()
     from datasets import load_dataset
 
     try:

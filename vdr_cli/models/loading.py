@@ -15,6 +15,7 @@ from torch import nn
 from vdr_cli.config import ModelConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.hub import settle_on_cache_if_away
 from vdr_cli.models.products import with_products
 from vdr_cli.starter import paths as starter_paths
 
@@ -144,6 +145,8 @@ def _quiet() -> Iterator[None]:
 
 def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
+    if path == name and not Path(path).exists():
+        settle_on_cache_if_away()
     try:
         with _quiet():
             return factory.from_pretrained(path, **arguments)

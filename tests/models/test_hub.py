@@ -1,0 +1,55 @@
+"""Where the hub does not answer, the cache is looked at without its client's minute of trying."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+LOADING = """
+from huggingface_hub import constants
+from vdr_cli.errors import ConfigError
+from vdr_cli.models.loading import load_model_config
+
+for name in ("runs/nothere", "runs/neither"):
+    try:
+        load_model_config(name)
+    except ConfigError as error:
+        print(error)
+print(constants.HF_HUB_OFFLINE)
+"""
+
+
+class EmptyHub(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(200 if self.path in ("", "/") else 404)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def said(hub: str) -> list[str]:
+    unset = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "http_proxy")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HF_ENDPOINT": hub}
+    program = [sys.executable, "-c", LOADING]
+    return subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again() -> None:
+    *errors, offline = said("http://127.0.0.1:9")
+    assert len(errors) == 2 and all("neither a local directory nor loadable from the hub" in line for line in errors)
+    assert offline == "True"
+
+
+def test_a_hub_that_answers_is_used() -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        *errors, offline = said(f"http://127.0.0.1:{hub.server_address[1]}")
+        hub.shutdown()
+    assert len(errors) == 2 and offline == "False"
