@@ -30,7 +30,7 @@ def test_every_kind_of_member_passes(changes: dict[str, str], tiny_model: Callab
 @pytest.mark.parametrize("kind", ["bart", "pegasus", "recurrent_gemma", "inkling_text", "deepseek_v4", "rwkv"])
 def test_what_members_would_read_wrong_is_refused(kind: str, tiny_model: Callable) -> None:
     """Positions that count padding; memories that are no keys and values; other shapes: nothing of it silently."""
-    with pytest.raises(ConfigError, match=r"model\.name: .*ForCausalLM.*disagreement\.mode to none") as refused:
+    with pytest.raises(ConfigError, match=r"model .*ForCausalLM: members .*disagreement\.mode to none") as refused:
         check_members(tiny_model(kind), SPEC)
     assert "\n" not in str(refused.value)
 
@@ -38,7 +38,7 @@ def test_what_members_would_read_wrong_is_refused(kind: str, tiny_model: Callabl
 def test_a_prompt_that_cannot_be_shared_is_noticed(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if recurrent layers had gone unnoticed."""
     monkeypatch.setattr(reading, "shares_prompts", lambda model: True)
-    with pytest.raises(ConfigError, match=r"model\.name: .*Lfm2ForCausalLM"):
+    with pytest.raises(ConfigError, match=r"model Lfm2ForCausalLM: members cannot read it"):
         check_members(tiny_model("lfm2"), SPEC)
 
 

@@ -308,7 +308,7 @@ def test_every_worker_of_every_server_has_the_trainers_bits(dtype: torch.dtype, 
 def test_a_run_that_pushes_by_broadcast_writes_no_weights_after_the_first(servers: list[Any], tmp_path: Path) -> None:
     model = tiny()
     urls = [server.url for server in servers]
-    rollout = connect(servers[0], tmp_path, urls=urls, push="broadcast")
+    rollout = connect(servers[0], tmp_path, urls=urls, push="broadcast", start_timeout=20)
     for step in range(3):
         out = rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
         own = TransformersRollout(0, [1]).generate(model, PROMPTS, 2, Sampling(6), [key >> 1 for key in KEYS])
@@ -323,7 +323,7 @@ def test_a_run_that_pushes_by_broadcast_writes_no_weights_after_the_first(server
 @pytest.mark.parametrize("fault", ["stale", "keeps_head"])
 def test_wrong_weights_after_a_broadcast_stop_the_run(fault: str, fake_vllm: Any, tmp_path: Path) -> None:
     model, fake_vllm.model = tiny(), tiny()
-    rollout = connect(fake_vllm, tmp_path, push="broadcast")
+    rollout = connect(fake_vllm, tmp_path, push="broadcast", start_timeout=20)
     rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
     setattr(fake_vllm, fault, True)
     change(model)
@@ -332,7 +332,7 @@ def test_wrong_weights_after_a_broadcast_stop_the_run(fault: str, fake_vllm: Any
 
 
 def test_a_server_that_fails_in_the_middle_is_named_at_once(servers: list[Any]) -> None:
-    group = Broadcast(clients_of(servers), on_gpu=False, timeout=3.0)
+    group = Broadcast(clients_of(servers), on_gpu=False, timeout=6.0)
     servers[1].breaks = True
     with pytest.raises(
         MachineError, match=f"{servers[1].url} answered /collective_rpc with 500: .*planted in the middle"
