@@ -145,7 +145,8 @@ def _quiet() -> Iterator[None]:
 
 def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
-    if path == name and not Path(path).exists():
+    from_hub = path == name and not Path(path).exists()
+    if from_hub:
         settle_on_cache_if_away()
     try:
         with _quiet():
@@ -155,7 +156,7 @@ def _load(factory: Any, name: str, path: str, **arguments: Any) -> Any:
     except Exception as error:  # torn or foreign files make transformers, safetensors and pickle raise anything
         lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines[:2])[:300] or type(error).__name__
-        if path == name and not Path(path).exists():
+        if from_hub:
             raise ConfigError(
                 f"model {name}: neither a local directory nor loadable from the hub ({reason})"
             ) from error

@@ -49,9 +49,10 @@ class Receiver:
 
 
 def open_group(store: Store, address: str, rank: int, size: int, backend: str, timeout: float) -> Backend:
-    """A process group beside torch's default one; returns when all ranks are there. address: gloo's, of this host.
+    """A process group beside torch's default one. address: of this host, where gloo listens.
 
-    Raises RuntimeError (DistStoreError) when they are not within `timeout` seconds.
+    gloo returns when all ranks are there, NCCL meets them in the first broadcast. RuntimeError when they are not
+    within `timeout` seconds.
     """
     seconds = timedelta(seconds=timeout)
     if backend == "nccl":
@@ -81,14 +82,10 @@ def own_address(peer: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def described(weights: dict[str, Tensor]) -> dict[str, Sequence[Any]]:
     """What `vdr_receive` needs to know of tensors that will be broadcast in this order."""
     return {
         "names": list(weights),
-        "dtypes": [dtype_name(tensor.dtype) for tensor in weights.values()],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()],
         "shapes": [list(tensor.shape) for tensor in weights.values()],
     }
