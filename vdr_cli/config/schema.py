@@ -136,6 +136,9 @@ class RolloutConfig(Section):
     2 unless it is given). 0: from the newest weights."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay token steps from CUDA graphs, with the transformers backend: one launch per step instead of about a
+    thousand. auto: on a GPU, for models with plain attention."""
     vllm: VllmConfig = VllmConfig()
     """Read with backend vllm."""
 

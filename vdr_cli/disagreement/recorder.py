@@ -32,7 +32,7 @@ class StemRecorder:
         self.others: int | None = None
         self.prompts: list[tuple[Tensor, Tensor]] = []  # prompts of the call (N,), their states (N, P', D)
         self.tokens: list[tuple[Tensor, int, Tensor]] = []  # rows of the call (r,), token t, its states (r, D)
-        self._last: Tensor | None = None
+        self.seen: Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -40,7 +40,7 @@ class StemRecorder:
 
         def keep(module: nn.Module, arguments: object, output: Any) -> None:
             self.others = len(output) - 1 if isinstance(output, tuple) else None
-            self._last = output[0] if isinstance(output, tuple) else output
+            self.seen = output[0] if isinstance(output, tuple) else output
 
         with hooked(self.below.register_forward_hook, keep):
             yield
@@ -52,8 +52,8 @@ class StemRecorder:
         self.tokens.append((rows, t, self._taken()[:, 0]))
 
     def _taken(self) -> Tensor:
-        assert self._last is not None
-        taken, self._last = self._last, None
+        assert self.seen is not None
+        taken, self.seen = self.seen, None
         return taken
 
     def states(self, prompts: int, width: int, rows: int, length: int) -> tuple[Tensor, Tensor]:

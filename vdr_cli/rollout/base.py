@@ -84,6 +84,9 @@ Finished = Callable[[Sequence[int], Completions], None]
 class Watcher(Protocol):
     """Told what a model in this process has just read, for whoever looks into the model while it is sampled from."""
 
+    seen: Tensor | None
+    """What the watched layer gave in the newest pass; a pass replayed from a CUDA graph sets it from outside."""
+
     def prompts_were_read(self, prompts: Tensor) -> None:
         """prompts (N,): places in the call; one row each, padded left to the widest of them."""
         ...

@@ -21,7 +21,7 @@ def open_rollout(
     run_directory: holds vllm/ unless rollout.vllm.directory says otherwise. main: rank 0.
     """
     if config.backend == "transformers":
-        yield TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, config.batch_tokens)
+        yield TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, config.batch_tokens, config.cuda_graphs)
         return
     from vdr_cli.rollout.vllm_backend import VllmRollout
 

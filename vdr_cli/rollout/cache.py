@@ -150,15 +150,20 @@ def shared_prompt_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; query (R, Hq, 1, E), result (R, 1, Hq, E)."""
-    unknown = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    refuse_special_scores(module, kwargs)
+    layer: SharedPromptLayer = key.shared_prompt_layer  # type: ignore[attr-defined]
+    out = layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out.transpose(1, 2), None
+
+
+def refuse_special_scores(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError for attention whose scores need more than a scale and a mask."""
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if arguments.get(name) is not None]
     if unknown:
         raise ConfigError(
             f"model.name: {type(module).__name__} needs {unknown[0]}, which sampling here does not have; set "
             "rollout.backend to vllm"
         )
-    layer: SharedPromptLayer = key.shared_prompt_layer  # type: ignore[attr-defined]
-    out = layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return out.transpose(1, 2), None
 
 
 AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
@@ -210,17 +215,23 @@ class DecodeCache:
 
 
 def _can_share(model: nn.Module, cache: Cache) -> bool:
-    """Float32, plain full attention in every layer, through transformers' exchangeable attention function.
+    """Float32, and attention that another function can take over.
 
-    Half precision keeps the fused kernel, which holds its scores in float32. Without position ids the
-    positions are in the mask (ALiBi), which shared prompts do not read.
+    Half precision keeps the fused kernel, which holds its scores in float32.
+    """
+    return has_plain_attention(model, cache) and all(layer.keys.dtype == torch.float32 for layer in cache.layers)
+
+
+def has_plain_attention(model: nn.Module, cache: Cache) -> bool:
+    """Plain full attention in every layer, through transformers' exchangeable attention function.
+
+    Without position ids the positions are in the mask (ALiBi), which such a function does not read.
     """
     return (
         "position_ids" in inspect.signature(backbone(model).forward).parameters
         and bool(getattr(model, "_supports_attention_backend", False))
         and text_config(model)._attn_implementation == "sdpa"
         and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
-        and all(layer.keys.dtype == torch.float32 for layer in cache.layers)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,18 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
 from vdr_cli.models.products import packed_linears
 from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
-from vdr_cli.rollout.cache import DecodeCache, without_holes
+from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
+from vdr_cli.rollout.cuda_graphs import GraphedForward
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
+from vdr_cli.rollout.static_cache import StaticCache
 
 COMPACT_SHARE = 8
 """Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""
+
+GRAPHS_COMPACT_SHARE = 2
+"""The same with CUDA graphs, which are captured again for every number of rows."""
+
+CudaGraphs = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,18 @@ class TransformersRollout:
         eos_ids: Sequence[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
         batch_tokens: int = 262_144,
+        cuda_graphs: CudaGraphs = "auto",
     ) -> None:
-        """tokenizer: needed for stop strings. batch_tokens: most tokens, at full length, decoded at once."""
+        """tokenizer: needed for stop strings. batch_tokens: most tokens, at full length, decoded at once.
+
+        cuda_graphs: whether token steps are replayed from CUDA graphs; auto: on a GPU, where the model allows it. With
+        "on" a CPU uses the same cache without graphs.
+        """
         self.pad_id = pad_id
         self.eos_ids = tuple(eos_ids)
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
+        self.cuda_graphs = cuda_graphs
 
     @torch.no_grad()
     def generate(
@@ -75,7 +88,10 @@ class TransformersRollout:
         with packed_linears(model):
             for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
                 at = torch.tensor([row.prompt * n + row.completion for row in rows])
-                _Decoder(model, self, prompts, rows, sampling, keys, at, watcher).run(collected.taker(at))
+                decoder = _Decoder(model, self, prompts, rows, sampling, keys, at, watcher)
+                decoder.run(collected.taker(at))
+                if decoder.graphed is not None and decoder.graphed.has_failed:
+                    self.cuda_graphs = "off"
         return collected.out.trimmed()
 
     def begin(
@@ -191,6 +207,8 @@ class _Decoder:
             streams = [(keys[row.prompt], row.completion) for row in batch]
             self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
         self.pad_id = rollout.pad_id
+        self.cuda_graphs = rollout.cuda_graphs
+        self.graphed: GraphedForward | None = None
 
     def run(self, take: Take) -> None:
         """Sample to the end; rows are taken as they leave the batch."""
@@ -219,7 +237,7 @@ class _Decoder:
             finished = int(done.sum())
             if finished == len(rows) or t + 1 == T:
                 break
-            if finished * COMPACT_SHARE >= len(rows):
+            if finished * self.compact_share >= len(rows):
                 leave(rows[done], t + 1, torch.zeros_like(done[done]))
                 keep = without_holes(done)
                 self.cache.select(keep)
@@ -236,19 +254,41 @@ class _Decoder:
         if self.watcher is not None:
             self.watcher.prompts_were_read(self.prompts)
         T = self.sampling.max_new_tokens
-        self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
-        self.needs_mask = self.needs_mask and not self.cache.shared
+        self.compact_share = COMPACT_SHARE
+        self.cache: DecodeCache | StaticCache
+        if self._is_static(cache):
+            self.cache = StaticCache(self.model, cache, self.owner, self.prompt_mask, T)
+            self.compact_share, self.needs_mask = GRAPHS_COMPACT_SHARE, False
+            if self.device.type == "cuda":
+                self.graphed = GraphedForward(self._read, self.cache.columns, self.watcher)
+        else:
+            self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
+            self.needs_mask = self.needs_mask and not self.cache.shared
         self.next_position = positions[self.owner, -1:] + 1  # (R, 1)
         self.mask = nn.functional.pad(self.prompt_mask[self.owner], (0, T), value=True)  # (R, P + T)
         return logits[self.owner]
 
     def _forward(self, token: Tensor, rows: Tensor, t: int) -> Tensor:
         """Read token t of each row; (R, V) logits of token t + 1."""
-        mask = self.mask[rows, : self.prompt_ids.shape[1] + t + 1] if self.needs_mask else None
-        logits = self._logits(self.cache.cache, token[:, None], mask, self.next_position[rows] + t)
+        positions = self.next_position[rows] + t
+        if isinstance(self.cache, StaticCache):
+            self.cache.columns.advance(t)
+            logits = (self.graphed or self._read)(token[:, None], positions)
+        else:
+            mask = self.mask[rows, : self.prompt_ids.shape[1] + t + 1] if self.needs_mask else None
+            logits = self._logits(self.cache.cache, token[:, None], mask, positions)
         if self.watcher is not None:
             self.watcher.token_was_read(self.at[rows.cpu()], t)
         return logits
+
+    def _is_static(self, cache: Cache) -> bool:
+        """Whether token steps run on a cache at fixed addresses, as CUDA graphs need it."""
+        wanted = self.cuda_graphs == "on" or (self.cuda_graphs == "auto" and self.device.type == "cuda")
+        return wanted and has_plain_attention(self.model, cache)
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """(R, 1) ids and positions, on a static cache, to (R, V) logits."""
+        return self._logits(self.cache.cache, ids, None, positions)
 
     def _logits(self, cache: Cache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """(R, W) ids to the float32 logits after the last of them, (R, V). mask: None where nothing is padding."""

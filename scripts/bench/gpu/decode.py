@@ -74,16 +74,22 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, bandwidth: flo
     ids = torch.randint(300, 1000, (case.prompts, case.prompt_tokens), device=device)
     prompts, keys = ids.tolist(), list(range(case.prompts))
     sampling = Sampling(max_new_tokens=case.new_tokens)
-    rollout = TransformersRollout(0, [])
+    rollout, eager = (TransformersRollout(0, [], cuda_graphs=graphs) for graphs in ("on", "off"))
     ours = median_seconds(lambda: rollout.generate(model, prompts, case.group, sampling, keys), device, case.repeats)
+    without = median_seconds(lambda: eager.generate(model, prompts, case.group, sampling, keys), device, case.repeats)
     theirs = median_seconds(lambda: generate(model, ids, case), device, case.repeats)
     prefill = seconds_of(lambda: rollout.generate(model, prompts, case.group, Sampling(max_new_tokens=1), keys), device)
     limit = bytes_read(case, torch.finfo(dtype).bits // 8) / bandwidth
     tokens = case.prompts * case.group * case.new_tokens
     return {
         "case": vars(case),
-        "seconds": {"vdr": ours, "generate": theirs, "first token": prefill, "limit": limit},
-        "tokens_per_second": {"vdr": tokens / ours, "generate": tokens / theirs, "limit": tokens / limit},
+        "seconds": {"vdr": ours, "without graphs": without, "generate": theirs, "first token": prefill, "limit": limit},
+        "tokens_per_second": {
+            "vdr": tokens / ours,
+            "without graphs": tokens / without,
+            "generate": tokens / theirs,
+            "limit": tokens / limit,
+        },
         "ratio_to_generate": ours / theirs,
         "times_the_limit": ours / limit,
     }
@@ -100,8 +106,9 @@ def main() -> None:
         result["cases"].append(found)
         result["headlines"].append(
             f"{case.shape} {case.prompts * case.group} x ({case.prompt_tokens} + {case.new_tokens}): "
-            f"{rates['vdr']:.0f} tokens/s, generate {rates['generate']:.0f} (ratio of times "
-            f"{found['ratio_to_generate']:.2f}), {found['times_the_limit']:.1f} times the bandwidth limit"
+            f"{rates['vdr']:.0f} tokens/s, without graphs {rates['without graphs']:.0f}, "
+            f"generate {rates['generate']:.0f} (ratio of times {found['ratio_to_generate']:.2f}), "
+            f"{found['times_the_limit']:.1f} times the bandwidth limit"
         )
         write_result(args.json, result)
 
