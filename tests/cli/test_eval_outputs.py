@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vdr_cli.cli import app
-from vdr_cli.cli.eval import as_markdown, show
+from vdr_cli.cli.comparison import as_markdown, show
 
 
 def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

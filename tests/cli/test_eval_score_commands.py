@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from vdr_cli import evaluate, score
-from vdr_cli.cli import app
-from vdr_cli.cli import eval as eval_command
+from vdr_cli.cli import app, comparison
 from vdr_cli.cli import score as score_command
 from vdr_cli.cli.score import ProgressLines
 from vdr_cli.config import load
@@ -121,9 +120,7 @@ def test_eval_takes_the_settings_of_the_run(asked):
 
 def test_eval_shows_differences_and_names_as_text(capsys):
     records = [{"model": "[red]a", "prompts": 1, "samples": 1, "reward": 12.5, "entropy": None}]
-    eval_command.show(
-        records, [{"model": "b", "minus": "[red]a", "reward": -0.5, "reward_low": -1.0, "reward_high": 0}]
-    )
+    comparison.show(records, [{"model": "b", "minus": "[red]a", "reward": -0.5, "reward_low": -1.0, "reward_high": 0}])
     shown = capsys.readouterr().out
     assert "[red]a" in shown and "b - [red]a" in shown and "-0.500 [-1.000, 0.000]" in shown
 

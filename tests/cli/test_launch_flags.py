@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vdr_cli.cli import app
-from vdr_cli.cli.options import ds_configs, values_of
+from vdr_cli.cli.options import completion, ds_configs
 from vdr_cli.config import LaunchConfig
 from vdr_cli.config.load import dump_run_record, load_config
 from vdr_cli.launch import reexec
@@ -63,8 +63,11 @@ def test_mistakes_are_one_line(command, flags, expected, started, capsys):
 
 
 def test_words_that_the_shell_completes():
-    assert values_of("disagreement.mode")("p") == ["per_token"]
-    assert values_of("launch.launcher")("") == ["pdsh", "openmpi", "slurm"]
+    offered = {key: completion(key) for key in ("disagreement.mode", "launch.launcher", "train.steps")}
+    assert offered["disagreement.mode"]("p") == ["per_token"]
+    assert offered["launch.launcher"]("") == ["pdsh", "openmpi", "slurm"]
+    assert offered["train.steps"] is None, "the shell offers what it offers anyway"
+    assert completion("engine.ds_config") is ds_configs
     Path("zero_mine.json").write_text("{}")
     assert ds_configs("zero3") == ["zero3", "zero3_offload"]
     assert ds_configs("zero_") == ["zero_mine.json"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from vdr_cli.cli import app
 from vdr_cli.config import Config
 from vdr_cli.config.load import load_config, starter_recipe
 from vdr_cli.config.messages import dotted_keys
+from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.prompts import load_prompts
 from vdr_cli.rewards.base import check_columns
 from vdr_cli.rewards.calling import compute_rewards
@@ -51,8 +54,22 @@ def test_every_key_is_a_setting_and_every_line_fits(name):
     given = [key for key in set_keys(yaml.safe_load(recipes.recipe_text(name))) if not key.startswith(free)]
     assert set(given) <= known and len(given) > 10
     assert config.disagreement.mode != "none", "what this product is for is on"
-    assert all(len(line) <= 120 for line in recipes.recipe_text(name).splitlines())
+    assert all(len(line) <= 120 for line in recipes.recipe_path(name).read_text(encoding="utf-8").splitlines())
     assert recipes.summary(name) and recipes.recipe_text(name).startswith("# ")
+
+
+@pytest.mark.parametrize("name", recipes.NAMES)
+def test_an_editor_finds_the_schema_and_has_nothing_to_underline(name):
+    jsonschema = pytest.importorskip("jsonschema")
+    (named,) = re.findall(r"^# yaml-language-server: \$schema=file://(.+)$", recipes.recipe_text(name), re.MULTILINE)
+    schema = json.loads(Path(named).read_text(encoding="utf-8"))
+    (relative,) = re.findall(r"\$schema=(.+)$", recipes.recipe_path(name).read_text(encoding="utf-8"), re.MULTILINE)
+    assert (recipes.recipe_path(name).parent / relative).resolve() == Path(named)
+    settings = parse_document(recipes.recipe_text(name), name).tree
+    jsonschema.validate(settings, schema)
+    settings["train"]["stepz"] = 3
+    with pytest.raises(jsonschema.ValidationError, match="stepz"):
+        jsonschema.validate(settings, schema)
 
 
 def test_the_starters_recipe_says_what_the_starter_gets_anyway():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vdr_cli.cli.options import SetOption, config_from
+from vdr_cli.cli.options import LAUNCH, SetOption, Typed, config_from, panel, takes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,28 +26,20 @@ PROBLEMS = 4
 GIB = 1 << 30
 
 
+HOST_KEYS = ("hostfile", "include", "exclude", "master_addr", "master_port", "ssh_port")
+FLAGS = panel(LAUNCH, *(f"launch.{key}" for key in HOST_KEYS))
+
+
+@takes(FLAGS)
 def command(
+    typed: Typed,
     config_file: Annotated[
         str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run, to check what it needs.")
     ] = None,
-    hostfile: Annotated[str | None, typer.Option(help="Lines such as: node1 slots=8.")] = None,
-    include: Annotated[str | None, typer.Option(help="Only these: host1@host2:0,2.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="All but these.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Where rank 0 will listen.")] = None,
-    master_port: Annotated[int | None, typer.Option(help="Its port.")] = None,
-    ssh_port: Annotated[int | None, typer.Option()] = None,
     overrides: SetOption = None,
 ) -> None:
     """Check this machine, and every host of a hostfile: software, files, network, accelerators."""
-    flags: dict[tuple[str, str], Any] = {
-        ("--hostfile", "launch.hostfile"): hostfile,
-        ("--include", "launch.include"): include,
-        ("--exclude", "launch.exclude"): exclude,
-        ("--master-addr", "launch.master_addr"): master_addr,
-        ("--master-port", "launch.master_port"): master_port,
-        ("--ssh-port", "launch.ssh_port"): ssh_port,
-    }
-    config = config_from(config_file, overrides, flags)
+    config = config_from(config_file, overrides, typed)
     raise typer.Exit(examine(config, config_file))
 
 

@@ -1,17 +1,24 @@
-"""What several commands share: --set, --reward, and the flags that stand for settings.
+"""Options that stand for settings, and those that several commands share.
+
+An option that stands for a setting takes its type, default, help and completion from the schema of the settings
+(config/described.py), so `--help` and docs/configuration.md cannot differ.
 
 Commands import pydantic, torch and the like inside their functions: `vdr --help` waits for none of them.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vdr_cli.config.described import setting
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,15 +28,112 @@ RUN_CONFIG = "config.yaml"
 LAUNCH = "Processes and hosts"
 
 
-def values_of(key: str) -> Callable[[str], list[str]]:
-    """Shell completion: the values that the schema allows for a dotted key, read when the shell asks."""
+@dataclass(frozen=True)
+class Flag:
+    """An option that stands for a setting."""
 
-    def complete(incomplete: str) -> list[str]:
-        from vdr_cli.config.messages import allowed_values
+    name: str
+    """As typed: `--steps`."""
+    key: str
+    """Dotted: `train.steps`."""
+    panel: str | None = None
+    """Heading of the help page under which it stands; None: the first."""
+    note: str = ""
+    """What this command adds to the setting's description."""
+    default: str | int | None = None
+    """The command's own default; None: the value of the file, the recipe or the schema."""
+    required: bool = False
 
-        return [value for value in allowed_values(key) if value.startswith(incomplete)]
+    @property
+    def help(self) -> str:
+        """The setting's description, the values it does not name, and its default, as Rich markup."""
+        of = setting(self.key)
+        unnamed = any(choice not in of.description for choice in of.choices)
+        words = [of.description, self.note, f"One of {', '.join(of.choices)}." if unnamed else ""]
+        text = " ".join(filter(None, words)).replace("[", r"\[")
+        shown = self.default is None and not self.required and of.type is not bool and of.default not in ("null", "")
+        return f"{text} [dim]\\[default: {of.default}][/dim]" if shown else text
 
-    return complete
+    def parameter(self) -> inspect.Parameter:
+        """The keyword argument from which Typer makes the option."""
+        of = setting(self.key)
+        option = typer.Option(
+            self.name,
+            help=self.help,
+            rich_help_panel=self.panel,
+            autocompletion=None if of.type is bool else completion(self.key),
+        )
+        return inspect.Parameter(
+            parameter_name(self.name),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if self.required else self.default,
+            annotation=Annotated[of.type if self.required else of.type | None, option],
+        )
+
+
+def panel(title: str, *keys: str) -> tuple[Flag, ...]:
+    """Options under one heading, each named after its key: `train.steps` becomes `--steps`."""
+    return tuple(Flag(f"--{key.rpartition('.')[2].replace('_', '-')}", key, title) for key in keys)
+
+
+LAUNCH_FLAGS = panel(
+    LAUNCH, "launch.num_processes", "launch.hostfile", "launch.include", "launch.exclude", "launch.master_addr",
+    "launch.master_port", "launch.ssh_port", "launch.launcher", "launch.no_ssh", "launch.node_rank",
+)  # fmt: skip
+"""How processes are started, on every command that starts some."""
+
+
+def parameter_name(flag: str) -> str:
+    """The Python name of an option: `--group-size` becomes `group_size`."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What the user typed for the options that stand for settings."""
+
+    values: Mapping[str, Any]
+    """Dotted key to value; None: not given."""
+    names: Mapping[str, str]
+    """Dotted key to the option's name, for error messages."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def also(self, name: str, key: str, value: Any) -> Typed:
+        """The same, with one more value; `name` is what the user typed it as."""
+        return Typed({**self.values, key: value}, {**self.names, key: name})
+
+    def section(self, name: str, *, inside: bool = True) -> Typed:
+        """Only the keys of one section; all others with inside=False."""
+        kept = {key: value for key, value in self.values.items() if key.startswith(f"{name}.") is inside}
+        return replace(self, values=kept)
+
+
+def takes(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the command's parameter `typed` stands for one option per flag."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            values = {flag.key: given.pop(parameter_name(flag.name)) for flag in flags}
+            command(typed=Typed(values, {flag.key: flag.name for flag in flags}), **given)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        spread = [[flag.parameter() for flag in flags] if one.name == "typed" else [one] for one in own]
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for several in spread for one in several]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
+
+
+def completion(key: str) -> Callable[[str], list[str]] | None:
+    """What a shell offers for the value of a setting; None: whatever it offers for a file."""
+    if key == "engine.ds_config":
+        return ds_configs
+    choices = setting(key).choices
+    return (lambda incomplete: [value for value in choices if value.startswith(incomplete)]) if choices else None
 
 
 def ds_configs(incomplete: str) -> list[str]:
@@ -55,57 +159,23 @@ RewardOption = Annotated[
     ),
 ]
 
-NumProcesses = Annotated[int | None, typer.Option(help="Processes on this machine.", rich_help_panel=LAUNCH)]
-Hostfile = Annotated[str | None, typer.Option(help="Lines such as: node1 slots=8.", rich_help_panel=LAUNCH)]
-Include = Annotated[str | None, typer.Option(help="Only these: host1@host2:0,2.", rich_help_panel=LAUNCH)]
-Exclude = Annotated[str | None, typer.Option(help="All but these.", rich_help_panel=LAUNCH)]
-MasterAddr = Annotated[
-    str | None, typer.Option(help="Where rank 0 listens. Default: the first host.", rich_help_panel=LAUNCH)
-]
-MasterPort = Annotated[
-    int | None, typer.Option(help="Default: a free one here, 29500 over a hostfile.", rich_help_panel=LAUNCH)
-]
-SshPort = Annotated[int | None, typer.Option(help="Of the other hosts' sshd.", rich_help_panel=LAUNCH)]
-Launcher = Annotated[
-    str | None,
-    typer.Option(help="pdsh, openmpi or slurm.", rich_help_panel=LAUNCH, autocompletion=values_of("launch.launcher")),
-]
-NoSsh = Annotated[
-    bool | None,
-    typer.Option("--no-ssh", help="Started once on every host, with --node-rank.", rich_help_panel=LAUNCH),
-]
-NodeRank = Annotated[int | None, typer.Option(help="This host's number, from 0 (--no-ssh).", rich_help_panel=LAUNCH)]
 
-LAUNCH_FLAGS = (
-    "num_processes", "hostfile", "include", "exclude", "master_addr", "master_port", "ssh_port", "launcher", "no_ssh",
-    "node_rank",
-)  # fmt: skip
-"""The parameters of the flags above, and the keys of the launch section that they set."""
-
-
-def config_from(
-    path: str | Path | None, overrides: Sequence[str] | None, flags: Mapping[tuple[str, str], Any]
-) -> Config:
-    """The configuration of flags named ("--steps", "train.steps"), on --set, on a file."""
+def config_from(path: str | Path | None, overrides: Sequence[str] | None, typed: Typed) -> Config:
+    """The configuration: what was typed, over --set, over the file. Raises ConfigError."""
     from vdr_cli.config.load import load_config
 
-    values = {key: value for (_, key), value in flags.items()}
-    names = {key: flag for flag, key in flags}
-    return load_config(path, overrides or (), values, names)
+    return load_config(path, overrides or (), typed.values, typed.names)
 
 
-def launch_from(context: typer.Context, overrides: Sequence[str] | None = None) -> LaunchConfig:
-    """How processes are started: the flags above, by parameter name, over --set launch.x."""
+def launch_from(typed: Typed, overrides: Sequence[str] | None = None) -> LaunchConfig:
+    """How processes are started: the options of the launch section over --set launch.x. Raises ConfigError."""
     from vdr_cli.config.load import load_launch
 
-    typed = {name: context.params.get(name) for name in LAUNCH_FLAGS}
-    values = {f"launch.{name}": value for name, value in typed.items()}
-    names = {f"launch.{name}": f"--{name.replace('_', '-')}" for name in typed}
-    return load_launch(overrides or (), values, names)
+    return load_launch(overrides or (), typed.section("launch").values, typed.names)
 
 
 def reward_settings(given: Sequence[str] | None) -> list[dict[str, Any]] | None:
-    """rewards.functions from `name` or `name=weight`; None when no --reward was given."""
+    """rewards.functions from `name` or `name=weight`; None when no --reward was given. Raises ConfigError."""
     if not given:
         return None
     functions: list[dict[str, Any]] = []
@@ -124,7 +194,7 @@ def reward_settings(given: Sequence[str] | None) -> list[dict[str, Any]] | None:
 
 
 def run_config_of(directory: str | Path) -> Path | None:
-    """config.yaml of a run directory, when `directory` is one."""
+    """config.yaml of a run directory; None when `directory` is no run."""
     # os.path says no, where pathlib raises, to what no file system can hold.
     path = os.path.join(os.path.expanduser(directory), RUN_CONFIG)  # noqa: PTH111, PTH118
     return Path(path) if os.path.isfile(path) else None  # noqa: PTH113

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.options import SetOption, config_from
+from vdr_cli.cli.options import Flag, SetOption, Typed, config_from, takes
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,29 +29,30 @@ FITS = 0.9
 """Share of a GPU's memory that may be planned for: kernels, NCCL and fragmentation need the rest."""
 
 
+FLAGS = (
+    Flag("--model", "model.name", note="Here also a size: 0.5B, 7B, 32B or 70B."),
+    Flag("--ds-config", "engine.ds_config"),
+    Flag("--hostfile", "launch.hostfile", note="Its slots are the GPUs."),
+)
+
+
+@takes(FLAGS)
 def command(
-    config_file: Annotated[str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; flags go over it.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="0.5B, 7B, 32B, 70B, a directory with a config.json, or a hub id.")
+    typed: Typed,
+    config_file: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; options go over it.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs over all hosts.")] = None,
-    hostfile: Annotated[str | None, typer.Option(help="Count the GPUs of its slots.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 512,
     gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU, to say whether it fits.")] = None,
     bandwidth: Annotated[float, typer.Option(min=0.1, help="Gbit/s of one GPU's share of the network.")] = 100.0,
-    ds_config: Annotated[str | None, typer.Option(help="zero3, zero2, zero1, or a DeepSpeed JSON.")] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Memory a GPU and network bytes a step, by the formulas of docs/cluster.md."""
+    """Memory per GPU and network bytes per step, by the formulas of docs/cluster.md."""
     from vdr_cli.launch.reexec import world_size
     from vdr_cli.plan import wants_layers
 
-    flags: dict[tuple[str, str], Any] = {
-        ("--model", "model.name"): model,
-        ("--hostfile", "launch.hostfile"): hostfile,
-        ("--ds-config", "engine.ds_config"): ds_config,
-    }
-    config = config_from(config_file, overrides, flags)
+    config = config_from(config_file, overrides, typed)
     shape = find_shape(config.model.name)
     work = work_of(config, gpus or world_size(config.launch), prompt_tokens)
     gpu_bytes = None if gpu_memory is None else gpu_memory * GIB

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vdr_cli.cli.eval import check_writable_file
+from vdr_cli.cli.checks import check_writable_file
 from vdr_cli.errors import ConfigError
 
 EXAMPLES = (

@@ -5,30 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.eval import check_writable_file
-from vdr_cli.cli.options import (
-    Exclude,
-    Hostfile,
-    Include,
-    Launcher,
-    MasterAddr,
-    MasterPort,
-    NodeRank,
-    NoSsh,
-    NumProcesses,
-    SshPort,
-    launch_from,
-)
+from vdr_cli.cli.checks import check_writable_file, one_of
+from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, Typed, launch_from, panel, takes
 from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdr_cli.config import DisagreementConfig
     from vdr_cli.score import Progress
     from vdr_cli.scoring.request import ScoreRequest, ScoreResult
 
@@ -46,84 +34,79 @@ ENSEMBLE = "Ensemble"
 ROWS = "Rows"
 
 
+FLAGS = (
+    Flag("--model", "model.name", required=True),
+    Flag("--dtype", "model.dtype"),
+    Flag("--revision", "model.revision"),
+    Flag("--trust-remote-code", "model.trust_remote_code"),
+    Flag("--members", "disagreement.members", ENSEMBLE, note="0: likelihood and entropy only."),
+    Flag("--dropout", "disagreement.dropout", ENSEMBLE),
+    Flag("--scope", "disagreement.scope", ENSEMBLE, default="full"),
+    *panel(ENSEMBLE, "disagreement.last_k", "disagreement.mask_sharing"),
+    Flag("--prompt-column", "data.prompt_column", ROWS),
+    *LAUNCH_FLAGS,
+)
+
+Inputs = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="JSONL, CSV, Parquet, globs, a run, or - (JSONL on stdin).")
+]
+Output = Annotated[
+    str | None, typer.Option("--output", "-o", help="OUT.parquet, .jsonl or .csv. Default: FILE.scored.<kind>.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the masks.", rich_help_panel=ENSEMBLE)]
+CompletionColumn = Annotated[
+    str, typer.Option(help="Column of completions: strings or one assistant message.", rich_help_panel=ROWS)
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of labels: 1 right, 0 wrong, or a quality. Measures are ranked by it.", rich_help_panel=ROWS
+    ),
+]
+GroupColumn = Annotated[
+    str | None, typer.Option(help="Column that groups rows. Default: rows of one prompt.", rich_help_panel=ROWS)
+]
+Tokens = Annotated[bool, typer.Option("--tokens", help="Add arrays with one value per token.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")]
+AppendEos = Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens per forward; memory and speed, never the scores. Default: by the device."),
+]
+OnError = Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip it and report it.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue where a killed scoring stopped.")]
+
+
+@takes(FLAGS)
 def command(
     context: typer.Context,
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="FILE...", help="JSONL, CSV, Parquet, globs, a run, or - (JSONL on stdin).")
-    ],
-    model: Annotated[str, typer.Option(help="starter, a local directory, a run, or a hub id.")],
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="OUT.parquet, .jsonl or .csv. Default: FILE.scored.<kind>.")
-    ] = None,
-    members: Annotated[
-        int, typer.Option(min=0, help="M, dropout members; 0: likelihood and entropy only.", rich_help_panel=ENSEMBLE)
-    ] = 8,
-    dropout: Annotated[float, typer.Option(help="p of the members' masks.", rich_help_panel=ENSEMBLE)] = 0.1,
-    scope: Annotated[str, typer.Option(help="full, or last_k: top layers alone.", rich_help_panel=ENSEMBLE)] = "full",
-    last_k: Annotated[
-        int | None, typer.Option(help="Layers of scope last_k. Default: a quarter.", rich_help_panel=ENSEMBLE)
-    ] = None,
-    mask_sharing: Annotated[
-        str, typer.Option(help="member, or token: new masks at every position.", rich_help_panel=ENSEMBLE)
-    ] = "member",
-    seed: Annotated[int, typer.Option(min=0, help="Of the masks.", rich_help_panel=ENSEMBLE)] = 0,
-    prompt_column: Annotated[str, typer.Option(help="String or chat messages.", rich_help_panel=ROWS)] = "prompt",
-    completion_column: Annotated[
-        str, typer.Option(help="String or one assistant message.", rich_help_panel=ROWS)
-    ] = "completion",
-    label_column: Annotated[
-        str | None,
-        typer.Option(help="1 right, 0 wrong, or a quality: measures are ranked by it.", rich_help_panel=ROWS),
-    ] = None,
-    group_column: Annotated[
-        str | None, typer.Option(help="Rows of one group; default: of one prompt.", rich_help_panel=ROWS)
-    ] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also an array with a value a token.")] = False,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")] = None,
-    append_eos: Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")] = False,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of one forward; memory and speed only. Default: by the device.")
-    ] = None,
-    on_error: Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip it and say so.")] = "stop",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed scoring stopped.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
-    num_processes: NumProcesses = None,
-    hostfile: Hostfile = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    master_addr: MasterAddr = None,
-    master_port: MasterPort = None,
-    ssh_port: SshPort = None,
-    launcher: Launcher = None,
-    no_ssh: NoSsh = None,
-    node_rank: NodeRank = None,
+    inputs: Inputs,
+    typed: Typed,
+    output: Output = None,
+    seed: Seed = 0,
+    completion_column: CompletionColumn = "completion",
+    label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
+    tokens: Tokens = False,
+    max_tokens: MaxTokens = None,
+    append_eos: AppendEos = False,
+    batch_tokens: BatchTokens = None,
+    on_error: OnError = "stop",
+    resume: Resume = False,
 ) -> None:
     """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
-    from vdr_cli.config.preflight import check_model
-    from vdr_cli.scoring.request import Fields, ScoreRequest
-
-    check_model(model, "--model")
-    request = ScoreRequest(
-        inputs=tuple(inputs),
-        model=model,
-        output=output or default_output(inputs),
-        disagreement=ensemble_settings(members, dropout, scope, last_k, mask_sharing),
+    request = replace(
+        request_from(typed, inputs, output or default_output(inputs)),
         seed=seed,
-        fields=Fields(prompt_column, completion_column, label=label_column, group=group_column),
         tokens=tokens,
         max_tokens=max_tokens,
         append_eos=append_eos,
         batch_tokens=batch_tokens,
         on_error=one_of(on_error, ("stop", "skip"), "--on-error"),  # type: ignore[arg-type]
         resume=resume,
-        dtype=one_of(dtype, ("auto", "float32", "bfloat16"), "--dtype"),  # type: ignore[arg-type]
-        revision=revision,
-        trust_remote_code=trust_remote_code,
     )
+    columns = {"completion": completion_column, "label": label_column, "group": group_column}
+    request = replace(request, fields=replace(request.fields, **columns))  # type: ignore[arg-type]
     check_writable_file(request.output, "-o")
 
     def score() -> None:
@@ -131,7 +114,32 @@ def command(
         if is_first():
             show(result)
 
-    on_ranks(launch_from(context), context.obj, score)
+    on_ranks(launch_from(typed), context.obj, score)
+
+
+def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreRequest:
+    """The model, the ensemble and the prompts' column that were typed, over the schema's defaults. Raises ConfigError.
+
+    `--members 0` means no ensemble, which is not a number of members in the schema.
+    """
+    from vdr_cli.config.load import settings_typed
+    from vdr_cli.config.preflight import check_model
+    from vdr_cli.scoring.request import Fields, ScoreRequest
+
+    check_model(typed["model.name"], "--model")
+    typed = typed.section("launch", inside=False)
+    alone = typed["disagreement.members"] == 0
+    config = settings_typed((typed.section("disagreement", inside=False) if alone else typed).values, typed.names)
+    return ScoreRequest(
+        inputs=tuple(inputs),
+        model=config.model.name,
+        output=output,
+        disagreement=None if alone else config.disagreement,
+        fields=Fields(prompt=config.data.prompt_column),
+        dtype=config.model.dtype,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def score_with_progress(request: ScoreRequest) -> ScoreResult:
@@ -179,32 +187,6 @@ def default_output(inputs: Sequence[str]) -> str:
         return str(first / "scores.parquet")
     kind = first.suffix if first.suffix.lower() in (".csv", ".parquet") else ".jsonl"
     return str(first.with_name(f"{first.stem}.scored{kind}"))
-
-
-def ensemble_settings(
-    members: int, dropout: float, scope: str, last_k: int | None, mask_sharing: str
-) -> DisagreementConfig | None:
-    """The ensemble of the flags; None with --members 0."""
-    from vdr_cli.config.load import validate
-
-    if members == 0:
-        return None
-    keys: dict[str, Any] = {
-        "members": members,
-        "dropout": dropout,
-        "scope": scope,
-        "last_k": last_k,
-        "mask_sharing": mask_sharing,
-    }
-    places = {("disagreement", key): f"--{key.replace('_', '-')}" for key in keys}
-    return validate({"disagreement": keys}, places).disagreement  # type: ignore[arg-type]
-
-
-def one_of(value: str, allowed: Sequence[str], flag: str) -> str:
-    """The value, if it is allowed."""
-    if value not in allowed:
-        raise ConfigError(f"{flag} {value}: give one of {', '.join(allowed)}")
-    return value
 
 
 def show(result: ScoreResult) -> None:

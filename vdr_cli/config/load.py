@@ -48,6 +48,13 @@ def load_config(
     return validate(tree, places)
 
 
+def settings_typed(flags: Mapping[str, Any], flag_names: Mapping[str, str]) -> Config:
+    """What was typed over the schema's defaults, without a file or a recipe. Raises ConfigError."""
+    places: dict[KeyPath, str] = {}
+    tree = _typed((), flags, flag_names, places)
+    return validate(tree, places)
+
+
 class _OnlyLaunch(Section):
     launch: LaunchConfig = LaunchConfig()
 

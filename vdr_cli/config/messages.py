@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,15 +34,6 @@ def dotted_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
         inner = section_of(info.annotation)
         if inner is not None and get_origin(info.annotation) is not list:
             yield from dotted_keys(inner, f"{prefix}{name}.")
-
-
-def allowed_values(key: str) -> list[str]:
-    """The values of a dotted key that takes one of a few words; empty for any other."""
-    model: Any = Config
-    for part in key.split("."):
-        annotation = model.model_fields[part].annotation
-        model = section_of(annotation)
-    return [str(value) for value in get_args(annotation)] if get_origin(annotation) is Literal else []
 
 
 def nearest_key(path: KeyPath) -> str | None:

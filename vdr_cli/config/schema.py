@@ -42,11 +42,11 @@ class LoraConfig(Section):
     """Low-rank adapters through PEFT (extra: lora)."""
 
     rank: Positive = 16
-    """Of the two factors that an adapter adds to a weight."""
+    """Rank of the low-rank update that an adapter adds to a weight."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
-    """The product of the factors is added alpha / rank times."""
+    """The update is scaled by alpha / rank."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """Module names that get an adapter, as PEFT's target_modules."""
+    """Names of the modules that get an adapter, as PEFT's target_modules."""
 
 
 class ModelConfig(Section):
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype. auto: bfloat16 on an accelerator that has it, float32 on CPU (bf16 is slower there)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. It can do anything that you can."""
+    """Run the Python code that comes with the model. It has all your permissions."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about a third more time."""
     lora: LoraConfig | None = None
@@ -76,15 +76,15 @@ class DataConfig(Section):
     eval_split: str = "test"
     """Split of the held-out prompts."""
     prompt_column: str = "prompt"
-    """A string or chat messages. Every other column goes to the reward functions."""
+    """Column of the prompts: strings or chat messages."""
     as_chat: bool = False
     """Prompts that are strings become one user message, in the format of the model's chat template."""
     system_prompt: str | None = None
-    """Put before the messages of every prompt (chat prompts only)."""
+    """System message at the start of every prompt (chat prompts only)."""
     max_prompt_tokens: Positive | None = None
     """Longer prompts keep their last tokens, with a warning that counts them; None: no limit."""
     shuffle: bool = True
-    """A new order each epoch, from train.seed."""
+    """Shuffle the prompts in each epoch, from train.seed."""
 
 
 class VllmConfig(Section):
@@ -93,7 +93,7 @@ class VllmConfig(Section):
     python: PathText | None = None
     """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers of `urls` run already."""
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
-    """Servers; prompts are spread over them. With `python`, the one address that vdr's server listens on."""
+    """Addresses of the servers, which share the prompts. With `python`: the one on which vdr's server listens."""
     push: Literal["directory", "broadcast"] = "directory"
     """How new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer and
     servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
@@ -106,7 +106,7 @@ class VllmConfig(Section):
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds one prompt's completions may take."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Times a request is repeated when a server does not answer."""
+    """Retries of a request when a server does not answer."""
     tolerance: Annotated[float, Field(gt=0)] = 0.1
     """Nats; largest mean difference between the server's and the trainer's log-probabilities after a push."""
 
@@ -115,19 +115,19 @@ class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
     """What samples: the model in this process, or vLLM servers."""
     group_size: Positive = 8
-    """G, completions of one prompt."""
+    """G, completions per prompt."""
     max_new_tokens: Positive = 256
-    """T_max, longest completion in tokens."""
+    """T_max, the longest completion in tokens."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of sampling, and of all log-probabilities in the loss."""
+    """Temperature of sampling and of all log-probabilities in the loss."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Keep the k likeliest tokens; 0: all."""
+    """Sample from the k likeliest tokens; 0: from all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Keep the smallest set of tokens with this much probability."""
+    """Sample from the smallest set of tokens with this much probability."""
     min_p: Fraction = 0.0
-    """Keep tokens with at least this share of the likeliest one's probability."""
+    """Sample from tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the scores of tokens that occurred already; 1: off."""
+    """Divisor of the scores of tokens that occurred already; 1: off."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """A completion ends after any of these strings."""
     ahead: Literal[0, 1] = 0
@@ -140,19 +140,20 @@ class RolloutConfig(Section):
     """Replay token steps from CUDA graphs, with the transformers backend: one launch per step instead of about a
     thousand. auto: on a GPU, for models with plain attention."""
     vllm: VllmConfig = VllmConfig()
-    """Read with backend vllm."""
+    """Servers of backend vllm."""
 
 
 class RewardFunction(Section):
     name: str
     """A built-in, `module:function`, or `file.py:function`."""
     weight: float = 1.0
-    """Of this function in the sum."""
+    """Weight of this function's reward in the sum."""
 
 
 class RewardsConfig(Section):
     functions: list[RewardFunction] = []
-    """Empty: the data's own (`countdown` for the starter); otherwise refused."""
+    """Reward functions; each gets every column of the data by name. Empty: the data's own, `countdown` for the
+    starter; refused for other data."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds one call of one function may take before the run stops and names it."""
     processes: Annotated[int, Field(ge=0)] = 0
@@ -170,9 +171,9 @@ class DisagreementConfig(Section):
     measure: Literal["bald", "rmi"] = "bald"
     """bald: mutual information of the next token and the weights; rmi: its share for the sampled token."""
     members: Annotated[int, Field(ge=2)] = 8
-    """M, dropout members."""
+    """M, the number of dropout members."""
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """p of the Bernoulli masks on the residual branches."""
+    """Dropout probability p of the members' masks."""
     scope: Literal["full", "last_k"] | None = None
     """Layers that members differ in: all, or the top last_k (the others are read once for all members). None: last_k
     with mode end_of_sequence, where it ranks completions no worse at a third of the cost; otherwise full."""
@@ -196,11 +197,11 @@ class DisagreementConfig(Section):
     shape: Literal["additive", "reward", "multiplicative", "quality"] = "additive"
     """How the bonus enters the advantage; formulas in docs/disagreement.md."""
     weight: Annotated[float, Field(ge=0)] = 0.1
-    """λ (additive, reward) or β (multiplicative, quality) at the first step."""
+    """Weight of the bonus at the first step: λ (additive, reward) or β (multiplicative, quality)."""
     clip: Annotated[float, Field(gt=0)] = 3.0
     """c or cap: largest |standardised disagreement|."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
-    """How the weight falls from `weight` to 0."""
+    """How the weight falls from `weight` to 0; constant: it does not."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the run after which the weight is 0 (not with constant)."""
 
@@ -231,11 +232,11 @@ class GrpoConfig(Section):
     delta: Annotated[float, Field(gt=1)] | None = None
     """Two-sided clip: the ratio never counts above delta; None: off."""
     sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
-    """Loss sapo: of the gate where the advantage is positive."""
+    """Loss sapo: temperature of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
-    """Loss sapo: of the gate where the advantage is negative."""
+    """Loss sapo: temperature of the gate where the advantage is negative."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the group's standard deviation, the step's, or nothing."""
+    """What advantages are divided by: the group's standard deviation, the batch's (the whole step's), or none."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """Several reward functions: advantages of the weighted sum, or the weighted sum of advantages (GDPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
@@ -243,13 +244,13 @@ class GrpoConfig(Section):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimator of the KL: log-ratio, half its square, or the unbiased non-negative one."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL acts: added to the loss, or taken off the reward."""
+    """Where the KL acts: added to the loss, or subtracted from the reward."""
     sync_reference_every: Positive | None = None
     """Steps after which the reference becomes the policy; None: never."""
     entropy_weight: float = 0.0
-    """Added to the objective, times the mean token entropy."""
+    """Weight of the mean token entropy in the objective."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the step's tokens, those of highest entropy, that make the loss (0.2 in Wang et al. 2025)."""
+    """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
     """μ, updates from one rollout."""
     mask_truncated: bool = False
@@ -279,33 +280,33 @@ class TrainConfig(Section):
     steps: Positive = 500
     """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Of the order of prompts, the samples and the members."""
+    """Seed of the prompts' order, the samples and the members."""
     output: PathText | None = None
-    """Run directory; None: a new one, runs/<date>-<time>-<4 hex digits>."""
+    """Run directory. None: a new one, runs/<date>-<time>-<4 hex digits>."""
     prompts_per_step: Positive = 8
-    """Groups of one step over all ranks; times rollout.group_size = completions of a step."""
+    """Groups per step over all ranks; times rollout.group_size, the completions per step."""
     micro_batch_size: Positive = 8
-    """Completions in one forward and backward of one rank; memory, never the result."""
+    """Completions in one forward and backward pass of a rank; changes memory, never the result."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
-    """Of AdamW, after the warm-up."""
+    """AdamW's learning rate after the warm-up."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """From learning_rate to 0 at train.steps, unless constant."""
+    """How the learning rate falls from learning_rate to 0 at train.steps; constant: it does not."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises to its value."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay of the mean of the gradient and of its square."""
+    """Decay rates of the means of the gradient and of its square."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the mean square; where gradients are far below it, weights move in proportion to them."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's, of matrices; norms and biases do not decay."""
+    """AdamW's weight decay of matrices; norms and biases do not decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Global norm the gradient is clipped to; 0: not clipped."""
     max_refused_steps: Positive = 5
     """Steps in a row with a non-finite loss or gradient before the run stops and saves the batch."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
-    """Steps; 0: only at the end."""
+    """Steps between checkpoints; 0: only one, at the end."""
     keep_last: Positive = 2
-    """Complete checkpoints kept."""
+    """Number of complete checkpoints to keep."""
     keep_best: bool = False
     """Also keep the checkpoint with the best held-out pass@1 (needs eval_every)."""
     save_model: bool = True
@@ -315,12 +316,12 @@ class TrainConfig(Section):
     eval_prompts: Positive = 64
     """Held-out prompts of one evaluation."""
     eval_samples: Positive = 8
-    """Completions a prompt in an evaluation."""
+    """Completions per prompt in an evaluation."""
 
 
 class EngineConfig(Section):
     ds_config: PathText = "zero3"
-    """A name in ds_configs/ (zero1, zero2, zero3, zero3_offload) or a path to a DeepSpeed JSON."""
+    """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, or a path to a JSON file."""
     leaf_layers: bool = True
     """Under ZeRO-3 a decoder layer is fetched as one unit: fewer, larger gathers."""
     copy_of_weights: Literal["auto", "whole", "layers"] = "auto"
@@ -333,33 +334,33 @@ class LaunchConfig(Section):
     """How the ranks are started. Never part of what a run computes."""
 
     num_processes: Positive | None = None
-    """Processes on this machine; None: one, or every slot of the hostfile."""
+    """Processes on this machine. None: one, or every slot of the hostfile."""
     hostfile: PathText | None = None
-    """File with a line a host: `node1 slots=8`; None: this machine."""
+    """File with one line per host, such as `node1 slots=8`. None: this machine."""
     include: str | None = None
-    """Hosts and slots to use, DeepSpeed's syntax: host1@host2:0,2."""
+    """Hosts and slots to use, in DeepSpeed's syntax: host1@host2:0,2."""
     exclude: str | None = None
     """Hosts and slots to leave out, in the same syntax."""
     master_addr: str | None = None
-    """Where rank 0 listens; None: the first host."""
+    """Address where rank 0 listens. None: the first host."""
     master_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """None: a free port (local), 29500 (hostfile)."""
+    """Port where rank 0 listens. None: a free one on this machine, 29500 with a hostfile."""
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """Of the hosts' sshd; None: ssh's own settings."""
+    """Port of the hosts' sshd. None: as ssh is configured."""
     launcher: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
-    """What starts processes on the hosts."""
+    """How processes are started on the hosts."""
     no_ssh: bool = False
-    """vdr is started once on every host, with node_rank; nothing goes over ssh."""
+    """Do not use ssh: you start vdr once on every host, with node_rank."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
-    """This host's place in the hostfile, from 0 (no_ssh)."""
+    """This host's position in the hostfile, from 0 (with no_ssh)."""
     env: dict[str, str] = {}
     """Environment variables that every rank gets; a whole number counts as its text."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
-    """Times a run that a fault ended is started again from its newest checkpoint."""
+    """Times a run is restarted from its newest checkpoint after a fault."""
     drop_lost_hosts: bool = False
-    """A restart leaves out hosts that do not answer any more and goes on with fewer processes."""
+    """Restart without hosts that do not answer, with fewer processes."""
     fault_timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds within which every process ends after a fault was noticed."""
+    """Seconds within which every process ends after a fault is noticed."""
     check_hosts: bool = True
     """With a hostfile: every host reachable, same versions, before anything starts."""
 
@@ -373,13 +374,13 @@ class LaunchConfig(Section):
 
 class ObserveConfig(Section):
     live: Literal["auto", "on", "off"] = "auto"
-    """auto: a live view on a terminal, a line a step elsewhere."""
+    """Live view. auto: on a terminal; elsewhere one line per step."""
     completions_every: Annotated[int, Field(ge=0)] = 10
-    """Steps between completions/step_*.parquet; 0: none."""
+    """Steps between files completions/step_*.parquet; 0: none."""
     tensorboard: bool = True
     """Write events for TensorBoard."""
     wandb: bool = False
-    """Weights & Biases (extra: wandb)."""
+    """Log to Weights & Biases (extra: wandb)."""
     report: bool = True
     """Write report.html at the end."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from vdr_cli.config.described import SCHEMA_FILE
 from vdr_cli.errors import ConfigError
 
 NAMES = ("starter", "tldr", "gsm8k", "7b", "32b")
@@ -21,8 +22,9 @@ def recipe_path(name: str) -> Path:
 
 
 def recipe_text(name: str) -> str:
-    """The file as it is."""
-    return recipe_path(name).read_text(encoding="utf-8")
+    """The file, its path to the settings' JSON schema made absolute: a copy lies somewhere else."""
+    text = recipe_path(name).read_text(encoding="utf-8")
+    return text.replace("$schema=../config/schema.json", f"$schema={SCHEMA_FILE.as_uri()}")
 
 
 def summary(name: str) -> str:

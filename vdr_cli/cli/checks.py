@@ -1,0 +1,37 @@
+"""Checks of what was typed, before hours of work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vdr_cli.errors import ConfigError, MachineError
+
+
+def one_of(value: str, allowed: Sequence[str], flag: str) -> str:
+    """The value, when it is allowed. Raises ConfigError otherwise."""
+    if value not in allowed:
+        raise ConfigError(f"{flag} {value}: give one of {', '.join(allowed)}")
+    return value
+
+
+def refuse_unread(overrides: Sequence[str] | None, sections: Sequence[str], name: str) -> None:
+    """Refuse a --set of a section that the command does not read: it would silently do nothing. Raises ConfigError."""
+    from vdr_cli.config import Config
+
+    for override in overrides or ():
+        section = override.partition("=")[0].partition(".")[0].strip()
+        if section in Config.model_fields and section not in sections:
+            raise ConfigError(f"--set {override}: {name} does not read {section}; it reads {', '.join(sections)}")
+
+
+def check_writable_file(path: str, flag: str) -> None:
+    """Check that the file's directory exists and is writable. Raises ConfigError or MachineError."""
+    parent = Path(path).expanduser().absolute().parent
+    if Path(path).expanduser().is_dir():
+        raise ConfigError(f"{flag} {path}: a directory; give a file")
+    if not parent.is_dir():
+        raise ConfigError(f"{flag} {path}: no directory {parent}; make it first")
+    if not os.access(parent, os.W_OK):
+        raise MachineError(f"{flag} {path}: no permission to write in {parent}")
