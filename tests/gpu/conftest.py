@@ -1,0 +1,43 @@
+"""Every test here has two devices: CUDA, marked gpu, and the CPU, so that on a GPU the test itself is not what fails.
+
+On a machine with a GPU: pytest tests/gpu -m gpu. Elsewhere the same functions run on the CPU with the other tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # gpu_reference.py, which the tests share
+
+MARKS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=MARKS)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The model's weights."""
+    return getattr(torch, request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """Float32 products keep float32."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = cudnn
