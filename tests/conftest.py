@@ -20,6 +20,7 @@ PROCESSES = (
     *HOSTS,
     "tests/integration/options/",
     "tests/engine/test_layerwise.py",
+    "tests/gpu/test_gpu_engine.py",
     "tests/integration/",
     "tests/recipes/test_recipe_runs.py",
 )

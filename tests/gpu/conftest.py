@@ -14,13 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # gpu_reference.py, which the tests share
 
-MARKS = [
+CUDA = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=MARKS)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=CUDA)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The device under test."""
     return torch.device(request.param)
@@ -30,6 +30,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """The model's weights."""
     return getattr(torch, request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(
+    scope="module",
+    params=["cpu-float32", *(pytest.param(f"cuda-{name}", marks=CUDA) for name in ("float32", "bfloat16"))],
+)
+def place(request: pytest.FixtureRequest) -> tuple[torch.device, str]:
+    """(device, dtype) of whole runs, which are too slow for the CPU to make them in both."""
+    where, name = request.param.split("-")
+    return torch.device(where), name
 
 
 @pytest.fixture(autouse=True)

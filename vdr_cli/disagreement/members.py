@@ -72,10 +72,16 @@ def measure(
 
 
 def default_budget(model: nn.Module, completions: Completions, group_size: int) -> int:
-    """Bytes: half of what the device has free; on a CPU a fixed amount, or what one member and one group need."""
+    """Bytes: about half of what a GPU has free; on a CPU a fixed amount, or what one member and one group need.
+
+    On a GPU a power of two: the division of the work decides the last bits, and a resumed run finds about as much
+    memory as the first one, never exactly as much. What the allocator keeps for later is free.
+    """
     device = completions.prompt_ids.device
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        half = (torch.cuda.mem_get_info(device)[0] + kept) // 2
+        return 1 << max(half.bit_length() - 1, 0)
     row, prompt = bytes_per_row(model, completions)
     return min(max(CPU_BUDGET, group_size * row + prompt), psutil.virtual_memory().available // 2)
 

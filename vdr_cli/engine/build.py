@@ -20,6 +20,7 @@ from vdr_cli.config import Config, TrainConfig
 from vdr_cli.disagreement.layer_major import Lend
 from vdr_cli.engine import collectives, library
 from vdr_cli.engine.cpu import keep_to_one_thread_each
+from vdr_cli.engine.determinism import fixed_kernels, in_fixed_order
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
 from vdr_cli.engine.layerwise import Rounds, gathering_by_itself
 from vdr_cli.engine.leaves import fetch_whole, reduce_once
@@ -27,7 +28,7 @@ from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
-from vdr_cli.models.anatomy import decoder_layers, output_head, unwrapped
+from vdr_cli.models.anatomy import decoder_layers, has_experts, output_head
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
 from vdr_cli.models.trees import can_read_trees
@@ -120,10 +121,8 @@ class Engine:
 
     def peak_flops(self) -> float | None:
         """Of this rank's device in bfloat16; None on a CPU, in float32, for GPUs not known and models of experts."""
-        config = unwrapped(self.causal_lm).config
-        experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
         dtype = next(self.causal_lm.parameters()).dtype
-        if self.device.type != "cuda" or dtype is not torch.bfloat16 or experts:
+        if self.device.type != "cuda" or dtype is not torch.bfloat16 or has_experts(self.causal_lm):
             return None
         return peak_of(torch.cuda.get_device_name(self.device))
 
@@ -146,7 +145,8 @@ class Engine:
         """
         self.ds_engine.set_gradient_accumulation_boundary(last)
         finite = torch.where(loss.isfinite(), 1.0, torch.nan).to(loss.device)
-        self.ds_engine.backward(loss * finite * collectives.world_size(), scale_wrt_gas=False)
+        with in_fixed_order(self.causal_lm, self.device):
+            self.ds_engine.backward(loss * finite * collectives.world_size(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> StepResult:
         """One optimizer update. Refused on all ranks alike when the gradient is not finite."""
@@ -189,6 +189,7 @@ def start_distributed() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        fixed_kernels()
         return device
     keep_to_one_thread_each()
     return torch.device("cpu")

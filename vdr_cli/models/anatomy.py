@@ -81,6 +81,12 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def has_experts(model: nn.Module) -> bool:
+    """A mixture of experts: a token goes through some of the MLPs only."""
+    config = text_config(model)
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without LM head; called, its first output is the hidden state after the final norm."""
     causal_lm: Any = unwrapped(model)
