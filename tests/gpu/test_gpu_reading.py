@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from gpu_reference import (
-    bald_error,
+    LAYERS,
     logits_by_hand,
     logp_error,
+    measure_error,
     model_on,
     ragged,
     relative,
@@ -42,16 +43,15 @@ WAYS = {
 
 
 def check(found: Statistics, model: nn.Module, batch: Completions, spec: EnsembleSpec, dtype: torch.dtype) -> None:
-    """Against the definition, and closer to what is measured without the shortcut in float32."""
+    """Against the definition, and against what is measured without the shortcut."""
     valid = batch.completion_mask
     exact = logits_by_hand(model, batch, spec, 1)
     error = logp_error(dtype, exact[:, valid])
     at_target = exact.log_softmax(-1).gather(-1, batch.completion_ids.expand(len(exact), -1, -1)[..., None])[..., 0]
     torch.testing.assert_close(found.member_logps.double(), at_target * valid, rtol=1e-4, atol=error)
     plain = measure(model, batch, len(batch) // 2, spec, 1, "all", ASKED)
-    atol = 1e-6 if dtype == torch.float32 else 2 * bald_error(error, exact[:, valid])
-    torch.testing.assert_close(found.bald, plain.bald, rtol=1e-4, atol=atol)
-    assert plain.bald[valid].max() > 1e-3
+    torch.testing.assert_close(found.bald, plain.bald, rtol=1e-4, atol=measure_error(dtype, plain.bald))
+    assert plain.bald.max() > 1e-2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -132,8 +132,8 @@ def test_each_way_to_read_a_prompt(device: torch.device, dtype: torch.dtype, way
     torch.testing.assert_close(logps.double(), expected * valid, rtol=1e-5, atol=error)
     of_entropy = -(log_p.exp() * log_p).sum(-1)
     torch.testing.assert_close(entropy.double(), of_entropy * valid, rtol=1e-5, atol=4 * error)
-    # Each of the 4 L + 1 roundings on the way back is of another number: they add up like random steps.
-    tolerance = 1e-4 if dtype == torch.float32 else 2.0**-8 * 4 * 13**0.5
+    # bfloat16 rounds as often on the way back as on the way there.
+    tolerance = 1e-4 if dtype == torch.float32 else 2.0**-8 * (8 * LAYERS + 2)
     assert relative(gradient(model, batch, WAYS[way]), gradient(model.double(), batch, WAYS["plain"])) < tolerance
 
 
