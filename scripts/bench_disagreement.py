@@ -31,7 +31,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.models import anatomy
 from vdr_cli.models.products import product, with_products
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 
 @dataclass(frozen=True)

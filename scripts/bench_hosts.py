@@ -68,7 +68,7 @@ def received(wire: Path) -> dict[str, float]:
 
 def by_formula() -> dict[str, float]:
     """Bytes that one of two processes receives in a step."""
-    from vdr_cli import plan
+    from vdr_cli.planning import resources as plan
     from vdr_cli.starter.paths import model_path
 
     shape = plan.shape_of(json.loads((Path(model_path()) / "config.json").read_text()))

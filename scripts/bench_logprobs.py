@@ -17,7 +17,7 @@ import time
 import torch
 from torch import Tensor
 
-from vdr_cli.grpo.logprobs import chunked_logps
+from vdr_cli.models.logprobs import chunked_logps
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from vdr_cli.config import RewardsConfig
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.stream import RewardStream
-from vdr_cli.rollout.base import Completions, Prompt, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Completions, Prompt, Sampling
 
 VOCABULARY, PROMPT, NEW = 32_000, 128, 64
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from vdr_cli.models.anatomy import decoder_layers, output_head
-from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Sampling
 
 PAD = 0
 

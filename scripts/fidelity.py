@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vdr_cli.config.schema import DataConfig
 from vdr_cli.data.prompts import load_prompts
-from vdr_cli.disagreement.bonus import reduce
 from vdr_cli.disagreement.information import at_last
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
+from vdr_cli.exploration.bonus import reduce
 from vdr_cli.models import anatomy
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
-from vdr_cli.rollout.base import Completions, Sampling, completion_key
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Completions, Sampling, completion_key
 
 REFERENCE_MEMBERS = 128
 """Of the reference: its own noise is then a quarter of an 8-member ensemble's."""

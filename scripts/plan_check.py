@@ -94,7 +94,8 @@ def rank(config_path: str, out: str) -> None:
     from vdr_cli.launch import watchdog
 
     watchdog.phase = say  # type: ignore[assignment]
-    from vdr_cli import record, run, train
+    from vdr_cli import train
+    from vdr_cli.training import record, run
 
     copied = count_copy()
     snapshots: list[dict[str, int]] = []
@@ -185,7 +186,7 @@ def rows(
     folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, new_tokens: int, counted: Any
 ) -> list[tuple[str, float, float]]:
     """What, bytes measured, bytes by formula."""
-    from vdr_cli import plan
+    from vdr_cli.planning import resources as plan
 
     shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
     work = plan.Work(

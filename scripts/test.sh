@@ -33,5 +33,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 # Side by side on the cores, one thread each: first what waits for processes of its own, then the rest (tests/conftest.py).
 OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" --dist loadgroup --durations=10

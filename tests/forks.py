@@ -13,13 +13,13 @@ import sys
 import traceback
 from typing import NoReturn
 
-from vdr_cli.rewards.leaving import end_process
+from vdr_cli.system.processes import end_process
 
 IMPORTED = (
     "vdr_cli.train",
     "vdr_cli.cli.app",
     "vdr_cli.cli.training",
-    "vdr_cli.observe.live",
+    "vdr_cli.training.live",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.ops.op_builder.all_ops",
     "transformers.models.qwen2.modeling_qwen2",

@@ -2,7 +2,7 @@
 
     prompts ─ rollout ─ rewards ─ disagreement ─ advantages ─ update ─ (metrics, completions, checkpoint)
 
-What a run consists of and how it starts, saves and ends is in run.py; what it writes down in record.py.
+How a run starts, saves and ends is in training/run.py; what it writes down, in training/record.py.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdr_cli import record
-from vdr_cli.batch import Batch, Signal, Updates, concatenate, micro_batches_of, to_device
 from vdr_cli.config import Config
-from vdr_cli.disagreement import bonus as bonuses
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.members import measure
 from vdr_cli.disagreement.recorder import StemRecorder, recorder_of
 from vdr_cli.disagreement.stems import StemKeeper
-from vdr_cli.drawing import Drawing, reward_stream
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import learning_rate_at
+from vdr_cli.exploration import bonus as bonuses
 from vdr_cli.grpo import advantages as grpo_advantages
 from vdr_cli.grpo.losses import (
     Totals,
@@ -36,8 +33,11 @@ from vdr_cli.grpo.losses import (
     token_weights,
 )
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Prompt, completion_key
-from vdr_cli.run import Run, even_shares, open_run
+from vdr_cli.samples import Completions, Prompt, completion_key, to_device
+from vdr_cli.training import record
+from vdr_cli.training.batch import Batch, Signal, Updates, concatenate, micro_batches_of
+from vdr_cli.training.pending_rollout import Drawing, reward_stream
+from vdr_cli.training.run import Run, even_shares, open_run
 
 
 def train(config: Config, resume: str | None = None) -> int:
@@ -104,7 +104,7 @@ def begin(run: Run, model: Any, counts: list[int], step: int) -> Drawing:
         drawn = run.next_prompts(counts)  # each with its position in the stream
         prompts = [prompt for _, prompt in drawn]
         keys = [completion_key(cfg.train.seed, 1, position) for position, _ in drawn]
-        rewards = reward_stream(run, prompts, step)
+        rewards = reward_stream(cfg, run.rewards, run.tokenizer, prompts, step)
         recorder = stem_recorder(run, model, prompts, step)
         with run.timer.phase("rollout"), recorder.watching() if recorder else nullcontext():
             wait = run.rollout.begin(

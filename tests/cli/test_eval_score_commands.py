@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from vdr_cli import evaluate, score
 from vdr_cli.cli import app, comparison
 from vdr_cli.cli import score as score_command
 from vdr_cli.cli.score import ProgressLines
 from vdr_cli.config import load
 from vdr_cli.config.load import dump_run_record, load_config
+from vdr_cli.evaluation import evaluate
+from vdr_cli.scoring import score
 from vdr_cli.scoring.request import ScoreResult
 
 

@@ -108,7 +108,7 @@ def test_output_is_decided_once_and_handed_to_the_ranks(started):
 
 
 def test_runs_of_the_same_second_do_not_meet():
-    from vdr_cli.config.preflight import default_output
+    from vdr_cli.checks import default_output
 
     assert len({default_output() for _ in range(3)}) == 3
 

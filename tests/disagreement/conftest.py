@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 SMALL = {
     "vocab_size": 61,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vdr_cli.disagreement import information
-from vdr_cli.disagreement.bonus import reduce, token_credit
 from vdr_cli.disagreement.information import MEASURES
+from vdr_cli.exploration.bonus import reduce, token_credit
 from vdr_cli.models.anatomy import Head
 
 
@@ -328,12 +328,10 @@ def test_padding_and_what_lies_in_it_change_nothing(lengths: list[int], extra: i
         torch.testing.assert_close(wide[:, :6], token_credit(values, mask, measure, 0.9))
 
 
-def test_at_last_and_last_tokens() -> None:
+def test_at_last() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
     values = torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
     assert information.at_last(values, mask).tolist() == [2.0, 3.0, 0.0]
-    assert information.last_tokens(mask, 1).tolist() == [[False, True, False], [True, False, False], [False] * 3]
-    assert torch.equal(information.last_tokens(mask, None), mask)
 
 
 def test_combinations_are_consistent() -> None:

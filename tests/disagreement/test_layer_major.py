@@ -10,13 +10,14 @@ from torch import nn
 
 from vdr_cli.disagreement import hooks, information
 from vdr_cli.disagreement.information import MEASURES
-from vdr_cli.disagreement.layer_major import Lend, measure_by_layers
+from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.models.anatomy import Lend
+from vdr_cli.samples import Completions
 
 SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
 SPECS = {

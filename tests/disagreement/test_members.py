@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vdr_cli.disagreement import information, masks, members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 EVERYTHING = frozenset({"total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "member_logps"})
 

@@ -11,7 +11,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.errors import MachineError
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
 TOP = EnsembleSpec(members=4, dropout=0.2, seed=5, scope="last_k", last_k=1)

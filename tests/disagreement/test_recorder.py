@@ -15,8 +15,8 @@ from vdr_cli.disagreement.members import measure
 from vdr_cli.disagreement.recorder import StemRecorder, recorder_of
 from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Completions, Sampling
 
 TOP = EnsembleSpec(members=4, dropout=0.2, seed=5, scope="last_k", last_k=1)
 PROMPTS = [[7, 8, 9], [4, 5, 6, 7, 8], [9], [11, 12, 13, 14]]

@@ -14,7 +14,7 @@ import torch
 
 from vdr_cli.config import Config
 from vdr_cli.engine.build import Engine, build_engine, start_distributed
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 
 @pytest.fixture(scope="session")

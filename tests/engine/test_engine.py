@@ -19,7 +19,7 @@ from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 LORA = {"model": {"lora": {"rank": 4, "alpha": 8}}}
 Build = Callable[..., Engine]
@@ -278,7 +278,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_a_rank_with_other_settings_is_refused(config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vdr_cli import run
+    from vdr_cli.training import run
 
     same = config()
     other = same.model_copy(update={"grpo": same.grpo.model_copy(update={"beta": 0.1})})

@@ -27,7 +27,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine, start_distributed
 from vdr_cli.engine.export import export_model
 from vdr_cli.models.anatomy import decoder_layers
-from vdr_cli.rollout.base import Completions, Sampling
+from vdr_cli.samples import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdr_cli.engine.build import Engine, build_engine
 from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 
 @pytest.fixture

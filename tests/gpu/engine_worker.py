@@ -30,8 +30,8 @@ from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine.build import Engine, build_engine, start_distributed
 from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rewards.leaving import end_process
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
+from vdr_cli.system.processes import end_process
 
 RATE, EPSILON = 1e-2, 1e-2
 """An epsilon as large as the gradients: the first update of Adam is then a smooth function of them."""

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from vdr_cli.disagreement import masks
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 VOCABULARY, LAYERS = 61, 3
 SMALL = {

@@ -29,8 +29,8 @@ from vdr_cli.disagreement.recorder import recorder_of
 from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.engine.twin import Twin
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Completions, Sampling
 
 FULL = EnsembleSpec(members=4, dropout=0.2, seed=5)
 TOP = replace(FULL, scope="last_k", last_k=1)

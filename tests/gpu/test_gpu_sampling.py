@@ -8,9 +8,9 @@ from gpu_reference import ARCHITECTURES, VOCABULARY, logits_by_hand, logp_error,
 from torch import Tensor
 
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.sampling import inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Completions, Sampling
 
 PROMPTS, KEYS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]], [101, 202, 303]
 SAMPLINGS = [

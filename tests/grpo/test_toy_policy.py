@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.config import GrpoConfig
-from vdr_cli.disagreement.bonus import shaped_advantages
+from vdr_cli.exploration.bonus import shaped_advantages
 from vdr_cli.grpo.advantages import group_advantages
 from vdr_cli.grpo.losses import VARIANTS, LossInputs, Totals, policy_loss, token_weights
 

@@ -110,7 +110,7 @@ from vdr_cli.rewards import calling
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.config import Config
-from vdr_cli.rollout.base import Prompt
+from vdr_cli.samples import Prompt
 calling.SEARCH_SECONDS = 0.5
 config = Config.model_validate({"rewards": {"functions": [{"name": sys.argv[1]}]}})
 rewards = load_rewards(config.rewards, "rows.jsonl")

@@ -8,9 +8,9 @@ import pytest
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import preflight
+from vdr_cli.launch.arguments import decode, encode
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
 from vdr_cli.launch.preflight import Answer
-from vdr_cli.launch.rank import decode, encode
 from vdr_cli.launch.reexec import hosts_of, make_plan, remaining
 
 ARGUMENTS = ("train", "--set", "rewards.functions=[{name: 'a;b $(x)'}]")
@@ -29,7 +29,7 @@ def test_node_command() -> None:
 def test_runner_command_has_nothing_that_a_shell_reads() -> None:
     launch = LaunchConfig(hostfile="h", master_addr="10.0.0.1", ssh_port=2222)
     command = runner_command(Target(ARGUMENTS, "/py"), {"h1": [0], "h2": [1]}, Path("/tmp/x/hostfile"), launch)
-    assert decode(command[-1]) == list(ARGUMENTS)
+    assert decode(command[-1:]) == list(ARGUMENTS)
     assert not set("".join(command)) & set(" ;$`'\"[](){}&|<>\\")
     options = dict(itertools.pairwise(command))
     assert options["--include"] == "h1:0@h2:1"
@@ -51,7 +51,8 @@ def test_picked_slots_need_pdsh() -> None:
 @pytest.mark.parametrize("arguments", [[], ["train"], ["--set", "a='é \n$x'"]])
 def test_arguments_travel_unread(arguments: list[str]) -> None:
     code = encode(arguments)
-    assert decode(code) == arguments
+    assert decode([code]) == arguments
+    assert decode(arguments) == arguments
     assert code.replace("-", "").replace("_", "").replace("=", "").isalnum()
 
 

@@ -62,12 +62,12 @@ def test_a_signal_to_every_process_lets_the_rank_save(tmp_path: Path) -> None:
 
 STOPPING = """
 import os, signal, sys, time
-from vdr_cli import stopping
+from vdr_cli.system import stopping
 with stopping.StopSignal() as stop:
     for pause in map(float, sys.argv[1:]):
         time.sleep(pause)
         os.kill(os.getpid(), signal.SIGTERM)
-    sys.exit(stop.agreed())
+    sys.exit(stop.received)
 """
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vdr_cli.launch import outcome, processes, supervisor
+from vdr_cli.launch import outcome, supervisor
+from vdr_cli.launch.processes import ranks_below
 from vdr_cli.launch.supervisor import Plan, Signals, resuming, run_once, supervise
+from vdr_cli.system import processes
 
 FINISH = "import pathlib, sys; pathlib.Path(sys.argv[1], 'finished.json').write_text('{}')"
 
@@ -48,7 +50,7 @@ def test_what_a_rank_started_is_no_rank() -> None:
     try:
         while not psutil.Process(rank.pid).children():
             time.sleep(0.02)
-        assert [process.pid for process in processes.ranks_below()] == [rank.pid]
+        assert [process.pid for process in ranks_below()] == [rank.pid]
     finally:
         processes.end_descendants(5.0)
         rank.wait()
@@ -203,7 +205,7 @@ TETHERED = """
 import subprocess, sys, pathlib, time
 tether = [sys.executable, "-m", "vdr_cli.launch.tether"]
 command = [*tether, sys.executable, "-c", sys.argv[1], "vdr_cli.launch.runner"]
-from vdr_cli.launch import processes
+from vdr_cli.system import processes
 import os
 processes.start([*command, sys.argv[2]], os.environ)
 time.sleep(60)

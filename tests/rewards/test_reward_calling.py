@@ -17,7 +17,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards import leaving
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
-from vdr_cli.rollout.base import Prompt
+from vdr_cli.samples import Prompt
 
 ROWS = [7, 7, 12, 12]
 TEXTS = ["a", "bb", "ccc", "dddd"]

@@ -22,7 +22,7 @@ from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.stream import RewardStream
-from vdr_cli.rollout.base import Completions, Prompt
+from vdr_cli.samples import Completions, Prompt
 
 SOURCE = """
 import ctypes, os, re, threading, time

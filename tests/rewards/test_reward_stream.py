@@ -12,7 +12,7 @@ import torch
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.stream import RewardStream
-from vdr_cli.rollout.base import Completions, Prompt
+from vdr_cli.samples import Completions, Prompt
 
 G = 2
 PROMPTS = [Prompt(row, f"prompt {row}", [1], {"answer": row * 10}) for row in (4, 7, 9)]

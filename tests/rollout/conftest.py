@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Sampling
 
 
 class FakeWorker(Receiver):

@@ -19,9 +19,9 @@ from transformers import (
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import cache_arguments
 from vdr_cli.rollout import cache as decode_cache
-from vdr_cli.rollout.base import Sampling, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, ExpandedLayer, Grouping, SharedPromptLayer, without_holes
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Sampling, pad_prompts
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 

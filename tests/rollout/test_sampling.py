@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows, uniforms
+from vdr_cli.samples import Sampling
 
 SAMPLINGS = [
     Sampling(1),

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from vdr_cli.rollout import static_cache
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.static_cache import Columns
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
+from vdr_cli.samples import Completions, Sampling
 
 PROMPTS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]]
 SHAPE = {

@@ -24,9 +24,9 @@ from transformers import (
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import position_ids
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.sampling import processors
 from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
+from vdr_cli.samples import Completions, Sampling
 
 PAD, EOS = 0, 1
 V = 40

@@ -19,12 +19,12 @@ from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
 from vdr_cli.rollout import vllm_backend, weights
-from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import PROBE, VllmRollout, mean_difference
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import VllmClient
 from vdr_cli.rollout.weights import served_weights
+from vdr_cli.samples import Sampling
 
 INTERPRETER = os.environ.get("VDR_VLLM_PYTHON", "")
 START = 900.0

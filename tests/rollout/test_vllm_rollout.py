@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout import in_vllm
-from vdr_cli.rollout.base import Rollout, Sampling
+from vdr_cli.rollout.base import Rollout
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver, own_address
 from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -23,6 +23,7 @@ from vdr_cli.rollout.vllm_backend import VllmRollout
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import VllmClient
 from vdr_cli.rollout.weights import WEIGHTS, checksum, served_weights, write_model
+from vdr_cli.samples import Sampling
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 KEYS = [2**62 + 11, 22, 33]

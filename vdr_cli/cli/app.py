@@ -20,8 +20,8 @@ from vdr_cli import __version__
 from vdr_cli.cli import doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.errors import MachineError, VdrError
-from vdr_cli.observe.text import visible
-from vdr_cli.rewards.leaving import end_process
+from vdr_cli.system.processes import end_process
+from vdr_cli.system.text import visible
 
 COMMANDS: dict[str, Any] = {
     "train": train,

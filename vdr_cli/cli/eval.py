@@ -28,7 +28,7 @@ from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdr_cli.config import Config, DisagreementConfig
-    from vdr_cli.evaluate import EvalRequest, EvalResult
+    from vdr_cli.evaluation.evaluate import EvalRequest, EvalResult
 
 EXAMPLES = (
     "vdr eval starter runs/wide                     # before and after",
@@ -101,7 +101,7 @@ def command(
     files.check()
 
     def evaluate() -> None:
-        from vdr_cli.evaluate import run_eval
+        from vdr_cli.evaluation.evaluate import run_eval
 
         request = build_request(config, models, on_data=typed["data.name"] is not None)
         ensemble = ensemble_settings(members) if members else None
@@ -115,7 +115,8 @@ def command(
 
 def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str] | None) -> Config:
     """The settings of the first run among the models, under what was typed. Raises ConfigError or DataError."""
-    from vdr_cli.config.preflight import check_data, check_model, check_rewards
+    from vdr_cli.checks import check_model, check_rewards
+    from vdr_cli.data.sources import check_data
 
     for name in models:
         check_model(name, "MODEL")
@@ -141,7 +142,7 @@ def launch_overrides(overrides: Sequence[str] | None) -> list[str]:
 
 def build_request(config: Config, models: Sequence[str], *, on_data: bool) -> EvalRequest:
     """The models on the held-out prompts of the configuration; with on_data, on those of data.name."""
-    from vdr_cli.evaluate import EvalRequest
+    from vdr_cli.evaluation.evaluate import EvalRequest
 
     held_out = config.data.name if on_data else config.data.eval_name or config.data.name
     return EvalRequest(
@@ -184,7 +185,7 @@ class Files:
     def write(self, results: Sequence[EvalResult]) -> None:
         """Print the tables and write the files, on rank 0."""
         from vdr_cli.cli.comparison import as_markdown, show
-        from vdr_cli.evaluate import paired_differences
+        from vdr_cli.evaluation.evaluate import paired_differences
         from vdr_cli.scoring.parts import plain
 
         records = [result.record() for result in results]
@@ -203,7 +204,7 @@ class Files:
 
 def save_samples(path: Path, results: Sequence[EvalResult]) -> None:
     """Every completion of every model, a row each."""
-    from vdr_cli.observe.completions import write_columns
+    from vdr_cli.data.completions import write_columns
 
     columns: dict[str, list[Any]] = {}
     for result in results:

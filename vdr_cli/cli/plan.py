@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vdr_cli.config import Config
-    from vdr_cli.plan import Shape, Work
+    from vdr_cli.planning.resources import Shape, Work
 
 EXAMPLES = (
     "vdr plan --model 7B --gpus 8                    a size, on 8 GPUs",
@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Memory per GPU and network bytes per step, by the formulas of docs/cluster.md."""
     from vdr_cli.launch.reexec import world_size
-    from vdr_cli.plan import wants_layers
+    from vdr_cli.planning.resources import wants_layers
 
     config = config_from(config_file, overrides, typed)
     shape = find_shape(config.model.name)
@@ -64,7 +64,7 @@ def command(
 
 def find_shape(name: str) -> Shape:
     """A size by name, a config.json in a directory, or the hub's."""
-    from vdr_cli.plan import SIZES, shape_of
+    from vdr_cli.planning.resources import SIZES, shape_of
 
     if name in SIZES:
         return SIZES[name]
@@ -74,7 +74,7 @@ def find_shape(name: str) -> Shape:
 def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
     """One step of a run on this many GPUs, in bfloat16 unless the configuration says float32."""
     from vdr_cli.engine.ds_config import read_ds_config, zero_stage
-    from vdr_cli.plan import Work
+    from vdr_cli.planning.resources import Work
 
     return Work(
         gpus=gpus,
@@ -97,7 +97,7 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
     """The tables, and what they amount to."""
     from rich.console import Console
 
-    from vdr_cli.plan import model_states, peak_memory, phase_memory, traffic
+    from vdr_cli.planning.resources import model_states, peak_memory, phase_memory, traffic
 
     console = Console()
     print(f"{name}: {shape.parameters:,} parameters, {work.gpus} GPUs, ZeRO stage {work.stage}, {_dtype(work)}")
@@ -136,8 +136,8 @@ def _dtype(work: Work) -> str:
 
 
 def _config_json(name: str) -> dict[str, Any]:
-    from vdr_cli.config.preflight import looks_like_path
-    from vdr_cli.plan import SIZES
+    from vdr_cli.config.paths import looks_like_path
+    from vdr_cli.planning.resources import SIZES
     from vdr_cli.starter.paths import model_path
 
     folder = Path(model_path() if name == "starter" else name).expanduser()
@@ -146,7 +146,7 @@ def _config_json(name: str) -> dict[str, Any]:
             return dict(json.loads(path.read_text()))
     if looks_like_path(str(folder)):
         raise ConfigError(f"--model {name}: no config.json there; give a model's directory or {', '.join(SIZES)}")
-    from vdr_cli.hub import settle_on_cache_if_away
+    from vdr_cli.models.hub import settle_on_cache_if_away
 
     settle_on_cache_if_away()
     from transformers import AutoConfig

@@ -50,7 +50,7 @@ def command(
     if output is not None:
         check_writable_file(output, "-o")
 
-    from vdr_cli.observe.report import write_pictures, write_report
+    from vdr_cli.report.page import write_pictures, write_report
 
     typer.echo(write_report(source, output, compare or (), members))
     if png is not None:

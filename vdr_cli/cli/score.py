@@ -17,8 +17,8 @@ from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vdr_cli.score import Progress
     from vdr_cli.scoring.request import ScoreRequest, ScoreResult
+    from vdr_cli.scoring.score import Progress
 
 EXAMPLES = (
     "vdr score runs/wide --model runs/wide -o scores.parquet",
@@ -122,8 +122,8 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
 
     `--members 0` means no ensemble, which is not a number of members in the schema.
     """
+    from vdr_cli.checks import check_model
     from vdr_cli.config.load import settings_typed
-    from vdr_cli.config.preflight import check_model
     from vdr_cli.scoring.request import Fields, ScoreRequest
 
     check_model(typed["model.name"], "--model")
@@ -147,7 +147,7 @@ def score_with_progress(request: ScoreRequest) -> ScoreResult:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vdr_cli.score import run_score
+    from vdr_cli.scoring.score import run_score
 
     if not is_first():
         return run_score(request)
@@ -166,7 +166,7 @@ class ProgressLines:
         self._said = 0.0
 
     def __call__(self, done: Progress) -> None:
-        from vdr_cli.observe.live import duration
+        from vdr_cli.system.text import duration
 
         first = self._first = self._first or done
         if done.seconds - self._said < LINE_EVERY:
@@ -196,7 +196,7 @@ def show(result: ScoreResult) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from vdr_cli.observe.text import visible
+    from vdr_cli.system.text import visible
 
     console = Console()
     rate = result.rows / result.seconds if result.seconds > 0 else float("nan")

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vdr_cli.checks import check_before_start, check_output, check_processes, default_output
 from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, with_output
-from vdr_cli.config.plan import batch_plan
-from vdr_cli.config.preflight import check_before_start, check_output, check_processes, default_output
 from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.preflight import question
 from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
+from vdr_cli.planning.batches import batch_plan
 
 
 def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:

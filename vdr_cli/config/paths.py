@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from vdr_cli.errors import ConfigError
+
 LONGEST_NAME = 255  # bytes between two slashes, on every file system in use
 
 
@@ -27,3 +29,16 @@ def path_text(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(path_text)]
+
+
+def checked_path(text: str, key: str) -> Path:
+    """The text as a path. ConfigError, naming the key, for text that no file system can hold."""
+    try:
+        return Path(path_text(text))
+    except ValueError as error:
+        raise ConfigError(f"{key} {error}") from None
+
+
+def looks_like_path(name: str) -> bool:
+    """True for what can only be meant as a file or directory, not as a hub id (owner/name)."""
+    return name.startswith(("/", ".", "~")) or Path(name).exists() or name.count("/") > 1

@@ -1,1 +1,1 @@
-"""Datasets to prompts: columns, chat template, order."""
+"""Datasets to prompts, and the files that a run keeps: saved completions and metrics."""

@@ -11,7 +11,7 @@ from vdr_cli.config import DataConfig
 from vdr_cli.data.files import Row, Table, no_column
 from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.rollout.base import Messages, Prompt
+from vdr_cli.samples import Messages, Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from vdr_cli.config import DataConfig
-from vdr_cli.config.preflight import check_data
-from vdr_cli.data.files import SUFFIXES, Row, Table, read_file
-from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.hub import settle_on_cache_if_away
+from vdr_cli.config.paths import checked_path, looks_like_path
+from vdr_cli.data.files import SUFFIXES, Row, Table, check_column, read_file
+from vdr_cli.errors import ConfigError, DataError, MachineError
+from vdr_cli.models.hub import settle_on_cache_if_away
 from vdr_cli.starter import paths as starter_paths
 
 Role = Literal["train", "eval"]
 
 STARTER = "starter"
 STARTER_SPLITS = ("train", "test")
+
+
+def check_data(name: str, key: str, column: str | None = None) -> None:
+    """Data that look like a local file or directory must be there and be of a kind that can be read.
+
+    column: of a file, must be there too.
+    """
+    path = checked_path(name, key)
+    if name == STARTER or not (looks_like_path(name) or path.suffix in SUFFIXES):
+        return
+    if not path.exists():
+        raise ConfigError(f"{key} {name}: no such file or directory; give `starter`, a local file or a hub id")
+    if not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{key} {name}: neither a file nor a directory; save the data in a file and name it")
+    if path.is_file() and path.suffix not in SUFFIXES:
+        raise ConfigError(f"{key} {name}: a file must end in one of {', '.join(SUFFIXES)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{key} {name}: the file is empty")
+    if not os.access(path, os.R_OK):
+        raise MachineError(f"{key} {name}: no permission to read it")
+    if path.is_file() and column is not None:
+        check_column(path, column)
 
 
 def open_table(cfg: DataConfig, role: Role) -> Table:

@@ -1,1 +1,1 @@
-"""The heart: dropout members, information measures, bonus."""
+"""The ensemble of dropout members and the information measures of their predictions."""

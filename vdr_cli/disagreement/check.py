@@ -11,7 +11,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 WIDTHS = (7, 3)
 """Of the prompt and of the completions in the trial; one prompt is shorter."""

@@ -253,12 +253,3 @@ def at_last(statistic: Tensor, mask: Tensor) -> Tensor:
     """The value at each row's last valid token, 0 for a row without any: (B, T) to (B,). bald_eos is at_last(bald)."""
     last = (mask.long().sum(-1, keepdim=True) - 1).clamp_min(0)
     return statistic.gather(-1, last).squeeze(-1) * mask.any(-1)
-
-
-def last_tokens(mask: Tensor, n: int | None) -> Tensor:
-    """(B, T) bool: the last n valid tokens of each row; None: all valid tokens."""
-    valid = mask.bool()
-    if n is None:
-        return valid
-    remaining = valid.long().flip(-1).cumsum(-1).flip(-1)  # valid tokens from here to the row's end
-    return valid & (remaining <= n)

@@ -12,7 +12,6 @@ that fails goes on gathering with the others and raises at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import ensemble, evaluating, first_layer
-from vdr_cli.disagreement.information import Statistics, last_tokens
+from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import (
     Results,
@@ -33,14 +32,12 @@ from vdr_cli.disagreement.members import (
     plan,
     too_little_memory,
 )
-from vdr_cli.disagreement.prefix import layers_stand_alone
 from vdr_cli.disagreement.reading import Batch, Reading, passes_of
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
-
-Lend = Callable[[int], AbstractContextManager[Any]]
-"""A layer's number to a block inside which its weights are whole."""
+from vdr_cli.models.anatomy import Lend
+from vdr_cli.models.prefix import layers_stand_alone
+from vdr_cli.samples import Completions, last_tokens
 
 Result = TypeVar("Result")
 

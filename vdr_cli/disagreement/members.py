@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import ensemble
-from vdr_cli.disagreement.information import Statistics, last_tokens, token_statistics
+from vdr_cli.disagreement.information import Statistics, token_statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reading import Batch, prepare
 from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.errors import MachineError
 from vdr_cli.models import anatomy
 from vdr_cli.models.anatomy import Head
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions, last_tokens
 
 __all__ = ["EnsembleSpec", "ensemble", "measure"]
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import Members, ensemble, evaluating, first_layer, hooked
 from vdr_cli.disagreement.masks import EnsembleSpec, prompt_keys, row_keys
-from vdr_cli.disagreement.prefix import PrefixCache, shares_prompts
 from vdr_cli.models import anatomy
-from vdr_cli.rollout.base import Completions
+from vdr_cli.models.prefix import PrefixCache, shares_prompts
+from vdr_cli.samples import Completions
 
 
 @dataclass(frozen=True)

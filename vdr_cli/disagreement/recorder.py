@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import first_layer, hooked
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.models import anatomy
+from vdr_cli.models.prefix import shares_prompts
 
 MOST_BYTES = 2**29
 """Bytes of recorded states on a rank, which for a moment exist twice, beyond which they are made again instead.

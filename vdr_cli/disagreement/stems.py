@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import first_layer, hooked
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.disagreement.reading import Batch, Stem
 from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.models import anatomy
+from vdr_cli.models.prefix import shares_prompts
 from vdr_cli.models.trees import Places, places_of, unfolded
-from vdr_cli.rollout.base import Completions
+from vdr_cli.samples import Completions
 
 
 class StemKeeper:

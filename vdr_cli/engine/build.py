@@ -17,23 +17,22 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from vdr_cli.config import Config, TrainConfig
-from vdr_cli.disagreement.layer_major import Lend
 from vdr_cli.engine import collectives, library
 from vdr_cli.engine.cpu import keep_to_one_thread_each
 from vdr_cli.engine.determinism import fixed_kernels, in_fixed_order
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
+from vdr_cli.engine.gpu import peak_of
 from vdr_cli.engine.layerwise import Rounds, gathering_by_itself
 from vdr_cli.engine.leaves import fetch_whole, reduce_once
 from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
-from vdr_cli.models.anatomy import decoder_layers, has_experts, output_head
+from vdr_cli.models.anatomy import Lend, decoder_layers, has_experts, output_head
+from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
 from vdr_cli.models.trees import can_read_trees
-from vdr_cli.observe.speed import peak_of
-from vdr_cli.plan import MOST_OF_MEMORY, TREE_TOKENS
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.models.anatomy import has_experts
+from vdr_cli.models.prefix import shares_prompts
 
 
 def fixed_kernels() -> None:

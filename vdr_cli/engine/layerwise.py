@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from vdr_cli.disagreement.layer_major import Lend
 from vdr_cli.engine import collectives
-from vdr_cli.models.anatomy import backbone, decoder_layers
+from vdr_cli.models.anatomy import Lend, backbone, decoder_layers
 
 
 class Rounds:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vdr_cli.disagreement.layer_major import Lend
-from vdr_cli.models.anatomy import decoder_layers
+from vdr_cli.models.anatomy import Lend, decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 

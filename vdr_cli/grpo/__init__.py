@@ -1,1 +1,1 @@
-"""GRPO as pure functions: advantages, losses, log-probabilities."""
+"""GRPO as pure functions: advantages and losses."""

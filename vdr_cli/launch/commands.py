@@ -10,10 +10,10 @@ from pathlib import Path
 
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError
+from vdr_cli.launch.arguments import encode
 from vdr_cli.launch.environment import DEFAULT_PORT, is_plain
 from vdr_cli.launch.hostfile import Hosts, include_text, is_host_name
 from vdr_cli.launch.processes import RUNNER
-from vdr_cli.launch.rank import encode
 
 NODE_LAUNCHER = "vdr_cli.launch.node"
 LOG_LEVEL = "--log_level=warning"
@@ -51,7 +51,7 @@ def runner_command(target: Target, hosts: Hosts, hostfile: Path, launch: LaunchC
     command += ["--master_port", str(launch.master_port or DEFAULT_PORT)]
     if launch.ssh_port is not None:
         command += ["--ssh_port", str(launch.ssh_port)]
-    return [*command, "--module", "vdr_cli.launch.rank", encode(list(target.arguments))]
+    return [*command, "--module", "vdr_cli", encode(list(target.arguments))]
 
 
 def srun_command(target: Target, hosts: Hosts) -> list[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vdr_cli.config import Config
-from vdr_cli.config.preflight import looks_like_path
+from vdr_cli.config.paths import looks_like_path
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import MachineError
 from vdr_cli.launch import probe

@@ -1,63 +1,13 @@
-"""Starting a process so that it never outlives us, and ending everything below us."""
+"""The processes of a launch: DeepSpeed's runner, and the ranks below this process."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import signal
-import subprocess
-from collections.abc import Mapping, Sequence
 
 import psutil
 
-PR_SET_PDEATHSIG = 1
-PR_SET_CHILD_SUBREAPER = 36
 RUNNER = "vdr_cli.launch.runner"
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """A child in a session of its own (Ctrl-C in the terminal reaches only us) that gets SIGTERM when we die.
-
-    stderr: subprocess.PIPE to read it here; None: ours.
-    """
-    parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def follow_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return subprocess.Popen(
-        command, env=dict(environment), stderr=stderr, start_new_session=True, preexec_fn=follow_parent
-    )
-
-
-def adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent dies, so that none of them gets away (Linux)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def end_descendants(patience: float) -> int:
-    """SIGTERM to everything below this process, SIGKILL after `patience` seconds; how many needed that.
-
-    DeepSpeed's runner gets SIGKILL at once (tether.py says why).
-    """
-    below = psutil.Process().children(recursive=True)
-    for process in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if RUNNER in process.cmdline():
-                process.kill()
-    for process in below:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(below, timeout=patience)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
-    return len(alive)
+"""The module that runs DeepSpeed's runner. It must never get SIGTERM (tether.py says why)."""
 
 
 def ranks_below() -> list[psutil.Process]:

@@ -21,7 +21,9 @@ from typing import IO
 
 import psutil
 
-from vdr_cli.launch import outcome, processes
+from vdr_cli.launch import outcome
+from vdr_cli.launch.processes import RUNNER, ranks_below
+from vdr_cli.system import processes
 
 POLL = 0.2
 BUG = 1
@@ -132,7 +134,7 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
     try:
         launcher_code = _wait(child, plan, signals, hosts)
     finally:
-        left = processes.end_descendants(min(5.0, plan.fault_timeout))
+        left = processes.end_descendants(min(5.0, plan.fault_timeout), killed_first=RUNNER)
     return exit_code(plan, launcher_code or hosts.code, signals, left)
 
 
@@ -177,7 +179,7 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
 def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:
     """Whether there is anybody who heard: not while the ranks are still being started, nor in a command without a
     run directory on other hosts."""
-    ranks = processes.ranks_below()
+    ranks = ranks_below()
     for process in ranks:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)

@@ -12,7 +12,8 @@ import subprocess
 import sys
 from types import FrameType
 
-from vdr_cli.launch import processes
+from vdr_cli.launch.processes import RUNNER
+from vdr_cli.system import processes
 
 
 class _EndError(Exception):
@@ -35,7 +36,7 @@ def main() -> int:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        processes.end_descendants(3.0)
+        processes.end_descendants(3.0, killed_first=RUNNER)
     return code if code >= 0 else 128 - code
 
 

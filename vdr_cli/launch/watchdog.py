@@ -29,7 +29,7 @@ from vdr_cli.errors import VdrError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.ancestors import Watched
 from vdr_cli.launch.peers import Loss, Peers
-from vdr_cli.rewards.leaving import end_process
+from vdr_cli.system.processes import end_process
 
 EXIT_CODE = 4
 POLL = 0.5

@@ -1,1 +1,1 @@
-"""What we know about Hugging Face decoders: loading, anatomy, log-probabilities."""
+"""What we know about Hugging Face decoders: anatomy, loading, log-probabilities, the prompt cache."""

@@ -7,6 +7,8 @@ needs no entry here. What is found is checked against the model itself by `check
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +44,9 @@ MLP_NAMES = (
 
 OUTPUT_PROJECTIONS = ("dense", "dense_4h_to_h", "out_proj", "down_proj")
 """Last linear map of a block that adds the residual itself (Bloom, MPT): its output is the branch."""
+
+Lend = Callable[[int], AbstractContextManager[Any]]
+"""A layer's number to a block inside which its weights are whole."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from vdr_cli.config import ModelConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.hub import settle_on_cache_if_away
+from vdr_cli.models.hub import settle_on_cache_if_away
 from vdr_cli.models.products import with_products
 from vdr_cli.starter import paths as starter_paths
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement.prefix import PrefixCache, shares_prompts
-from vdr_cli.grpo.logprobs import chunked_logps
 from vdr_cli.models.anatomy import (
     Head,
     backbone,
@@ -17,6 +15,8 @@ from vdr_cli.models.anatomy import (
     position_ids,
     unwrapped,
 )
+from vdr_cli.models.logprobs import chunked_logps
+from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.models.trees import distinct_prompts, tree_completion_hidden
 
 NOISE_NAMES = ("drop", "jitter")

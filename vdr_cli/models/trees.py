@@ -1,7 +1,7 @@
 """A prompt and all its completions as one row: every layer is called once, and reads the prompt once.
 
 The mask lets a completion see its prompt and itself, not its neighbours. Attention goes through the scores between
-neighbours all the same, so this pays where the completions of a prompt are short (`plan.TREE_TOKENS`).
+neighbours all the same, so this pays where the completions of a prompt are short (`limits.TREE_TOKENS`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement.prefix import shares_prompts
 from vdr_cli.models import anatomy
+from vdr_cli.models.prefix import shares_prompts
 
 FULL_ATTENTION = frozenset({"full_attention", "attention"})
 """Entries of a configuration's layer_types that see all tokens before theirs."""

@@ -22,7 +22,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.loading import one_line
-from vdr_cli.rollout.base import Messages, Prompt
+from vdr_cli.samples import Completions, Messages, Prompt
 
 LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
@@ -80,6 +80,15 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
     return loop
+
+
+def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Completions) -> list[str] | list[Messages]:
+    """What reward functions see of each row: a string, or one assistant message when the prompt is a chat."""
+    rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
+    texts = tokenizer.batch_decode([ids[:count] for ids, count in rows], skip_special_tokens=True)
+    if any(not isinstance(prompt.value, str) for prompt in prompts):
+        return [[{"role": "assistant", "content": text}] for text in texts]
+    return texts  # type: ignore[no-any-return]
 
 
 def compute_rewards(

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
 
-end_process = os._exit
-"""For vdr itself, which ends the process also while a user's code runs."""
+from vdr_cli.system.processes import end_process
+
 _process = 0
 """The process in which a user's code runs; one that it forks ends as it likes."""
 _called: SystemExit | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
-from vdr_cli.rollout.base import Completions, Messages, Prompt
+from vdr_cli.samples import Completions, Messages, Prompt
 
 Texts = list[str] | list[Messages]
 

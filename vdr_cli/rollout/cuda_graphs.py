@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdr_cli.rollout.base import Watcher
 from vdr_cli.rollout.static_cache import Columns
+from vdr_cli.samples import Watcher
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(R, 1) ids and positions to (R, V) logits."""

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vdr_cli.rollout.base import Sampling
+from vdr_cli.samples import Sampling
 
 BLOCK = 256
 """Tokens summed in float32 before float64 takes over: 1e-7 of a block's mass, and one cheap pass over V."""

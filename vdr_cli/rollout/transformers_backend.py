@@ -14,11 +14,11 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
 from vdr_cli.models.products import packed_linears
-from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.static_cache import StaticCache
+from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
 
 COMPACT_SHARE = 8
 """Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""

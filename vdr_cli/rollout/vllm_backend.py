@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import Completions, Finished, Sampling, Watcher, pad_prompts
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, served_weights, write_model, write_weights
+from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
 
 PROBE = Sampling(max_new_tokens=16, temperature=0.5)
 """Drawn to compare log-probabilities; not at temperature 1, so that a server that returns them unscaled is seen."""

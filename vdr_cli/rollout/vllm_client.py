@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.rollout.base import Sampling
+from vdr_cli.samples import Sampling
 
 OLDEST = (0, 11)
 """First version whose completions return token ids; older ones cannot be used."""

@@ -1,1 +1,1 @@
-"""The parts of `vdr score`: reading rows, tokens, batches, columns, writing parts that survive a kill."""
+"""`vdr score`: reading rows, tokens, batches, columns, writing parts that survive a kill."""

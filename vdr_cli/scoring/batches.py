@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from vdr_cli.rollout.base import Completions, pad_prompts
+from vdr_cli.samples import Completions, pad_prompts
 from vdr_cli.scoring.tokens import Item
 
 Group = list[Item]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.errors import ConfigError, DataError, MachineError
-from vdr_cli.observe.text import storable
+from vdr_cli.system.text import storable
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 METADATA_KEY = b"vdr"

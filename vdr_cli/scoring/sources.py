@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.observe.text import is_text
+from vdr_cli.system.text import is_text
 
 WINDOW_ROWS = 1024
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}

@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vdr_cli.data.prompts import encode
-from vdr_cli.observe.text import is_text
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
+from vdr_cli.system.text import is_text
 
 
 @dataclass(slots=True)

@@ -23,8 +23,8 @@ from common import (
 )
 from torch import Tensor
 
-from vdr_cli.rollout.base import Sampling
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Sampling
 
 
 @dataclass(frozen=True)

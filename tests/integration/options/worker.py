@@ -25,14 +25,15 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.nn.functional import pad
 
-from vdr_cli import plan, run, train
+from vdr_cli import train
 from vdr_cli.config.load import load_config
 from vdr_cli.engine import build, collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
-from vdr_cli.models import products
-from vdr_cli.rewards.leaving import end_process
+from vdr_cli.models import limits, products
+from vdr_cli.system.processes import end_process
+from vdr_cli.training import run
 
 LEAST_WORK = products.LEAST_WORK
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
@@ -132,7 +133,7 @@ def work_through(runs: list[dict[str, Any]]) -> None:
         calls.clear()
         gathers_at_advance.clear()
         gradient.clear()
-        build.TREE_TOKENS = 0 if plant == "two_passes" else plan.TREE_TOKENS
+        build.TREE_TOKENS = 0 if plant == "two_passes" else limits.TREE_TOKENS
         products.LEAST_WORK = 1 if plant == "onednn" else LEAST_WORK
         overrides = [f"{key}={json.dumps(value)}" for key, value in entry["settings"].items()]
         try:

@@ -1,0 +1,219 @@
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vdr_cli.config import DataConfig, DisagreementConfig, RewardsConfig, RolloutConfig
+from vdr_cli.config.schema import RewardFunction
+from vdr_cli.engine import collectives
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.evaluation.evaluate import EvalRequest, EvalResult, evaluate_model, paired_differences, run_eval
+from vdr_cli.models.loading import load_causal_lm, load_tokenizer
+from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.samples import Prompt, Sampling
+from vdr_cli.stats.bootstrap import resampled_counts
+
+
+@cache
+def starter() -> tuple[Any, Any]:
+    return load_causal_lm("starter"), load_tokenizer("starter")
+
+
+def prompts(count: int) -> list[Prompt]:
+    tokenizer = starter()[1]
+    return [
+        Prompt(row, text, tokenizer(text)["input_ids"], {"answer": row})
+        for row, text in enumerate(f"{a} 2 3={a + 5}:" for a in range(1, count + 1))
+    ]
+
+
+def rewards(*functions: Any) -> list[LoadedReward]:
+    return [LoadedReward(function.__name__, 1.0, function) for function in functions]
+
+
+def long(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text) >= 5) for text in completions]
+
+
+def evaluate(count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), **more: Any) -> EvalResult:
+    model, tokenizer = starter()
+    rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
+    sampling = Sampling(max_new_tokens=12)
+    return evaluate_model(
+        model, tokenizer, rollout, prompts(count), rewards(*functions), n, (1, n), 0, sampling, **more
+    )
+
+
+def test_numbers_follow_from_the_samples() -> None:
+    result = evaluate()
+    expected = np.array([[float(len(text) >= 5) for text in row] for row in result.texts])
+    metrics = result.metrics()
+    assert metrics["pass@1"] == pytest.approx(expected.mean())
+    assert metrics["pass@4"] == pytest.approx(expected.any(1).mean())
+    assert metrics["reward"] == metrics["rewards/long/mean"] == pytest.approx(expected.mean())
+    assert metrics["pass@1_low"] <= metrics["pass@1"] <= metrics["pass@1_high"]
+    assert metrics["mean_length"] == pytest.approx(result.length.mean())
+    assert result.record() | metrics == result.record()
+    assert result.record()["prompts"] == 6
+
+
+def test_entropy_is_that_of_the_models_own_distributions() -> None:
+    model, tokenizer = starter()
+    result = evaluate(count=2, n=2)
+    sums = []
+    for prompt, row in zip(result.prompts, result.texts, strict=True):
+        for text in row:
+            ids = prompt.token_ids + tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids])).logits[0, len(prompt.token_ids) - 1 : -1].double()
+            sums.append(torch.distributions.Categorical(logits=logits).entropy().sum().item())
+    assert result.entropy_sum.ravel() == pytest.approx(sums, rel=1e-4)
+    assert result.metrics()["entropy"] == pytest.approx(sum(sums) / result.length.sum(), rel=1e-4)
+
+
+def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vdr_cli.evaluation.evaluate.CHUNK_COMPLETIONS", 4)
+    alone = evaluate(count=5)
+    shares: list[Any] = []
+
+    def keep(value: Any) -> list[Any]:
+        shares.append(value)
+        raise StopIteration
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    monkeypatch.setattr(collectives, "agree", lambda error: None)
+    monkeypatch.setattr(collectives, "gather_objects", keep)
+    for rank in range(3):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        with pytest.raises(StopIteration):
+            evaluate(count=5)
+    assert [len(rows) for rows, _ in shares] == [2, 2, 1]
+    monkeypatch.setattr(collectives, "gather_objects", lambda value: shares)
+    together = evaluate(count=5)
+    assert together.texts == alone.texts
+    assert together.metrics() == pytest.approx(alone.metrics())
+
+
+def test_none_rewards_leave_a_completion_out() -> None:
+    def sometimes(completions: list[str], **_: Any) -> list[float | None]:
+        return [None if index % 2 else 1.0 for index in range(len(completions))]
+
+    result = evaluate(count=2, n=2, functions=(sometimes,))
+    assert np.isnan(result.task_reward).sum() == 2
+    assert result.metrics()["reward"] == 1.0
+    assert result.metrics()["pass@1"] == 0.5
+
+
+def test_weights_and_several_functions() -> None:
+    def half(completions: list[str], **_: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    model, tokenizer = starter()
+    rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
+    weighted = [LoadedReward("half", 2.0, half), LoadedReward("long", -1.0, long)]
+    result = evaluate_model(model, tokenizer, rollout, prompts(3), weighted, 2, (1,), 0, Sampling(12), solved_at=1.0)
+    assert result.task_reward == pytest.approx(1.0 - result.rewards["long"])
+    assert (result.solved == (result.rewards["long"] == 0)).all()
+
+
+def test_paired_differences() -> None:
+    first, second = evaluate(), evaluate(functions=(lambda completions, **_: [1.0] * len(completions),))
+    (row,) = paired_differences([first, second])
+    assert row["pass@1"] == pytest.approx(1.0 - first.metrics()["pass@1"])
+    assert row["pass@1_low"] <= row["pass@1"] <= row["pass@1_high"]
+    (same,) = paired_differences([first, first])
+    assert same["pass@1"] == same["pass@1_low"] == same["pass@1_high"] == 0.0
+
+
+def test_intervals_and_differences_of_everything_against_a_plain_resampling() -> None:
+    def characters(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    first, second = evaluate(count=5), evaluate(count=5, functions=(characters,))
+    counts = np.concatenate(list(resampled_counts(5, 2000, 0)))
+    rows = [np.repeat(np.arange(5), times) for times in counts]  # the prompts of each resample
+
+    def plain(result: EvalResult, name: str, drawn: Any) -> float:
+        if name == "entropy":
+            return float(result.entropy_sum[drawn].sum() / result.length[drawn].sum())
+        whole = {"reward": result.task_reward, "mean_length": result.length, "truncated_share": result.truncated}
+        return float(result.task_reward[drawn].std() if name == "reward_std" else whole[name][drawn].mean())
+
+    (row,) = paired_differences([first, second])
+    for name in ("reward", "reward_std", "mean_length", "truncated_share", "entropy"):
+        assert first.metrics()[name] == pytest.approx(plain(first, name, slice(None)))
+        draws = np.array([[plain(result, name, drawn) for result in (first, second)] for drawn in rows])
+        ends = np.quantile(draws[:, 0], [0.025, 0.975])
+        assert [first.metrics()[f"{name}_{end}"] for end in ("low", "high")] == pytest.approx(ends, abs=1e-9)
+        ends = np.quantile(draws[:, 1] - draws[:, 0], [0.025, 0.975])
+        assert [row[f"{name}_{end}"] for end in ("low", "high")] == pytest.approx(ends, abs=1e-9)
+
+
+def test_a_reward_that_raises_is_named_and_stops() -> None:
+    def broken(completions: list[str], **_: Any) -> list[float]:
+        raise RuntimeError("no")
+
+    with pytest.raises(DataError, match="broken"):
+        evaluate(functions=(broken,))
+
+
+def test_the_whole_job_sampled_and_greedy() -> None:
+    request = EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), prompts=4, samples=2)
+    (sampled,) = run_eval(request)
+    assert sampled.record()["model"] == "starter"
+    assert sampled.solved.shape == (4, 2)
+    assert {"pass@1", "pass@2", "rewards/countdown/mean"} <= sampled.record().keys()
+    greedy = EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), prompts=4, samples=2, greedy=True)
+    assert run_eval(greedy)[0].solved.shape == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"ks": (1, 9), "samples": 8}, "each k lies between 1 and --samples 8"),
+        ({"ks": (0,)}, "each k"),
+        ({"samples": 0}, "at least one completion"),
+        ({"prompts": 0}, "at least one prompt"),
+        ({"models": ("./nowhere",)}, "no such directory"),
+        ({"rewards": RewardsConfig(functions=[RewardFunction(name="nonsense")])}, "nonsense"),
+        ({"data": DataConfig(eval_split="dev")}, "dev"),
+    ],
+)
+def test_usage_errors(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_eval(EvalRequest(**({"models": ("starter",), "rollout": RolloutConfig(max_new_tokens=8)} | more)))
+
+
+def test_no_prompts() -> None:
+    with pytest.raises(DataError, match="no prompts"):
+        evaluate(count=0)
+
+
+def test_diversity_reference_and_disagreement_are_measured_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = EvalRequest(
+        ("starter",),
+        rollout=RolloutConfig(max_new_tokens=8),
+        prompts=3,
+        samples=3,
+        diversity=True,
+        reference="target",
+        disagreement=DisagreementConfig(members=2),
+    )
+    (result,) = run_eval(request)
+    record = result.record()
+    assert {"distinct-1", "distinct-2", "self_bleu", "rouge_l", "rouge_l_low", "disagreement"} <= record.keys()
+    assert 0 < record["disagreement"] < np.log(2)
+    columns = result.samples()
+    assert {len(values) for values in columns.values()} == {9}
+    assert np.mean(columns["disagreement"]) == pytest.approx(record["disagreement"])
+    with pytest.raises(ConfigError, match="--reference nothing"):
+        run_eval(EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), reference="nothing"))
+
+
+def test_distinct_solutions_are_counted_once() -> None:
+    result = evaluate(count=1, n=4, functions=(lambda completions, **_: [1.0] * len(completions),))
+    assert result.metrics()["distinct_solved"] == len(set(result.texts[0]))

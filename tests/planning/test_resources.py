@@ -1,0 +1,183 @@
+"""The formulas against what was measured, and against what must hold."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vdr_cli.errors import ConfigError
+from vdr_cli.planning.resources import (
+    SIZES,
+    Shape,
+    Work,
+    activations,
+    copy_of_weights,
+    model_states,
+    peak_memory,
+    phase_memory,
+    shape_of,
+    traffic,
+    wants_layers,
+)
+
+SMALL = Shape(
+    hidden=128, layers=4, intermediate=384, heads=4, kv_heads=2, head_dim=32, vocabulary=2048, attention_bias=True
+)
+TWO = Work(gpus=2, element_bytes=4, prompts_per_step=4, group_size=4, prompt_tokens=8, new_tokens=8, micro_batch_size=4)
+
+
+def config_of(shape: Shape) -> dict[str, object]:
+    return {
+        "model_type": "qwen2",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "vocab_size": shape.vocabulary,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+def small_model(shape: Shape = SMALL) -> torch.nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**config_of(shape), attn_implementation="sdpa"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_exactly(tied: bool) -> None:
+    shape = dataclasses.replace(SMALL, tied=tied)
+    assert shape.parameters == sum(parameter.numel() for parameter in small_model(shape).parameters())
+    assert shape_of(config_of(shape)) == shape
+
+
+@pytest.mark.parametrize(("name", "billions"), [("0.5B", 0.494), ("7B", 7.616), ("32B", 32.764), ("70B", 70.554)])
+def test_sizes_are_the_published_ones(name: str, billions: float) -> None:
+    assert SIZES[name].parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_a_config_without_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        shape_of({"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9})
+
+
+def test_traffic_is_what_a_run_of_two_processes_moved() -> None:
+    """scripts/plan_check.py, DeepSpeed 0.19.8, persistence and reuse thresholds 0: payload bytes of the collectives."""
+    moved = traffic(SMALL, TWO)
+    assert moved["rollout and disagreement"] * 2 == pytest.approx(5_251_584, rel=0.001)
+    assert moved["update"] * 2 == pytest.approx(21_006_336 + 10_503_168, rel=0.001)
+    two_passes = traffic(SMALL, dataclasses.replace(TWO, new_tokens=80))
+    assert two_passes["update"] * 2 == pytest.approx(35_721_216 + 10_503_168, rel=0.001)
+    checkpointed = dataclasses.replace(TWO, checkpointing=True, micro_batch_size=8)
+    assert traffic(SMALL, checkpointed)["update"] * 2 == pytest.approx(10_503_168 + 5_251_584, rel=0.001)
+    layered = traffic(SMALL, dataclasses.replace(TWO, by_layers=True, members=8))
+    assert (layered["rollout, at most"] + layered["reference and disagreement"]) * 2 == pytest.approx(
+        30_483_112, rel=0.001
+    )
+
+
+def test_model_states_are_what_a_rank_held() -> None:
+    """The same run; at float32 DeepSpeed keeps master weights beside the weights all the same."""
+    states = model_states(SMALL, TWO)
+    assert states["weights"] == pytest.approx(2_625_792, rel=0.001)
+    assert states["gradients"] == pytest.approx(2_625_792, rel=0.001)
+    assert states["master weights, moments"] == pytest.approx(2_625_792 + 5_251_588, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wide", [SMALL, dataclasses.replace(SMALL, intermediate=1024, heads=8, kv_heads=4)])
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype, wide: Shape) -> None:
+    """A layer's share: the difference between models of 4 and 3 layers."""
+    wide = dataclasses.replace(wide, head_dim=wide.hidden // wide.heads)
+
+    def kept(layers: int) -> int:
+        trunk = small_model(dataclasses.replace(wide, layers=layers)).to(dtype).train().model
+        own = {parameter.untyped_storage().data_ptr() for parameter in trunk.parameters()}
+        storages: dict[int, int] = {}
+        alive = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            ids = torch.zeros(4, 16, dtype=torch.long)
+            trunk(input_ids=ids, use_cache=False)
+        return sum(storages.values())
+
+    work = dataclasses.replace(TWO, element_bytes=dtype.itemsize, prompt_tokens=0, new_tokens=16)
+    one = activations(dataclasses.replace(wide, layers=1), work)
+    assert kept(4) - kept(3) == pytest.approx(one, rel=0.1)
+
+
+def test_more_gpus_need_less_memory_each_and_stages_in_order() -> None:
+    seven = SIZES["7B"]
+    by_gpus = [peak_memory(seven, Work(gpus=gpus, prompts_per_step=512)) for gpus in (8, 64, 512)]
+    assert by_gpus == sorted(by_gpus, reverse=True)
+    by_stage = [sum(model_states(seven, Work(gpus=8, stage=stage)).values()) for stage in (0, 1, 2, 3)]
+    assert by_stage == sorted(by_stage, reverse=True)
+    assert by_stage[0] == pytest.approx(16 * seven.parameters)
+    assert by_stage[3] == pytest.approx(16 * seven.parameters / 8)
+
+
+def test_one_gpu_moves_nothing() -> None:
+    assert set(traffic(SIZES["0.5B"], Work(gpus=1)).values()) == {0.0}
+
+
+def test_without_reduce_scatter_gradients_travel_twice() -> None:
+    plain, gloo = traffic(SMALL, TWO), traffic(SMALL, dataclasses.replace(TWO, gloo=True))
+    scattered = SMALL.parameters * 4 / 2
+    assert gloo["update"] - plain["update"] == pytest.approx(TWO.micro_batches * scattered, rel=1e-3)
+
+
+def test_layer_by_layer_no_full_copy_is_counted() -> None:
+    layered = dataclasses.replace(TWO, by_layers=True, members=8)
+    whole = dataclasses.replace(layered, by_layers=False)
+    rest = SMALL.parameters - SMALL.layers * SMALL.layer_parameters
+    assert copy_of_weights(SMALL, whole) == 4 * SMALL.parameters
+    assert copy_of_weights(SMALL, layered) == 4 * (rest + SMALL.layer_parameters)
+    saved = 4 * (SMALL.layers - 1) * SMALL.layer_parameters
+    assert phase_memory(SMALL, whole)["rollout"] - phase_memory(SMALL, layered)["rollout"] == saved
+    assert copy_of_weights(SMALL, dataclasses.replace(layered, stage=2)) == 0
+
+
+def test_layer_by_layer_every_forward_gathers() -> None:
+    """One prefill and new_tokens - 1 forwards for each batch decoded at once; the members gather every layer once."""
+    moved = traffic(SMALL, dataclasses.replace(TWO, by_layers=True, members=8, cached_tokens=64))
+    layers = 4 * SMALL.layers * SMALL.layer_parameters
+    assert moved["rollout, at most"] == layers * 2 * 8 / 2  # 8 completions of 16 tokens, 64 at once
+    assert moved["reference and disagreement"] == 4 * SMALL.parameters / 2
+
+
+def test_a_reference_is_a_second_copy() -> None:
+    two_copies = phase_memory(SMALL, dataclasses.replace(TWO, reference=True))["reference"]
+    assert two_copies > 2 * copy_of_weights(SMALL, TWO)
+
+
+def test_auto_is_what_the_engine_would_choose() -> None:
+    work = Work(gpus=64, prompts_per_step=64)
+    seventy = SIZES["70B"]
+    assert wants_layers("auto", seventy, work, 80 * 2**30)
+    assert not wants_layers("auto", seventy, work, 512 * 2**30)
+    assert not wants_layers("auto", seventy, work, None)
+    assert not wants_layers("whole", seventy, work, 80 * 2**30)
+    assert wants_layers("layers", seventy, work, None)
+    assert not wants_layers("layers", seventy, dataclasses.replace(work, stage=2), None)
+
+
+def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    from vdr_cli.cli.plan import command
+
+    asked = {"model": "70B", "gpus": 64, "gpu_memory": 80.0, "prompt_tokens": 512, "bandwidth": 100.0}
+    command(None, **asked, overrides=["engine.copy_of_weights=layers"])
+    assert "one decoder layer at a time (engine.copy_of_weights)" in capsys.readouterr().out
+    command(None, **asked, overrides=["engine.copy_of_weights=whole"])
+    told = capsys.readouterr().out
+    assert "model.lora" not in told
+    command(None, **asked, overrides=["model.lora.rank=8"])
+    assert "model.lora: counted as if all parameters were trained" in capsys.readouterr().out
+    assert "a full copy of the weights (engine.copy_of_weights)" in told and "does not fit" in told

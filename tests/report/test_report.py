@@ -1,0 +1,233 @@
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from vdr_cli.errors import ConfigError, DataError, MachineError
+from vdr_cli.report import data as report_data
+from vdr_cli.report import page as report
+from vdr_cli.report.data import load_run, over_seeds, pieces, run_groups
+from vdr_cli.report.page import write_pictures, write_report
+
+MakeRun = Callable[..., Path]
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and the text of the data script."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.data = ""
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = dict(attrs).get("id") == "data"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.data += data
+
+
+def tags_of(path: Path) -> Tags:
+    tags = Tags()
+    tags.feed(path.read_text(encoding="utf-8"))
+    return tags
+
+
+def test_a_page_of_its_own_without_any_request(make_run: MakeRun) -> None:
+    page = write_report(make_run())
+    assert page.name == "report.html"
+    tags = tags_of(page)
+    assert not [
+        tag for tag, attributes in tags.tags if tag in ("link", "img", "iframe", "object") or "src" in attributes
+    ]
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", page.read_text())
+    policy = next(a["content"] for _, a in tags.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in str(policy)
+
+
+def test_hostile_completions_are_data(make_run: MakeRun) -> None:
+    page = write_report(make_run())
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script") == 2
+    assert "hacked=1</script>" not in text
+    assert not re.search(r"[\x00\x1b\u202e]", text)
+    groups = json.loads(tags_of(page).data)["groups"]
+    texts = [one["text"] for one in groups[0]["completions"]]
+    assert texts[0] == "<script>window.hacked=1</script>"
+    assert len(texts[1]) == 100_000
+    assert texts[2].startswith("שלום")
+    assert "<U+202E>" in texts[2]
+    assert texts[4] == "nul ␀ here"
+    assert texts[5] == "␛[31mred␛[0m"
+
+
+def test_tokens_with_their_disagreement(make_run: MakeRun) -> None:
+    data = json.loads(tags_of(write_report(make_run())).data)
+    one = data["groups"][1]["completions"][0]
+    assert len(one["tokens"]) == len(one["heat"]) == 6
+    assert len(data["levels"]) == 4
+    assert one["numbers"].keys() == {"reward", "bonus", "advantage", "bald"}
+
+
+def test_groups_that_the_run_measured_come_first_where_not_all_fit(make_run: MakeRun) -> None:
+    page = write_report(make_run())
+    assert "4 groups were measured token by token. <code>vdr report RUN --members 8</code>" in page.read_text()
+    groups = [[0, 1], [2, 3], [4, 5]]
+    columns = {"bald_tokens": [None, None, None, None, [0.1], [0.2]]}
+    assert [report_data._chosen(columns, groups, wanted) for wanted in (1, 2, 3)] == [[2], [1, 2], [0, 1, 2]]
+    assert report_data._chosen({}, groups, 2) == [0, 2]
+
+
+def test_scores_without_members_are_coloured_by_entropy(tmp_path: Path) -> None:
+    from vdr_cli.scoring.request import ScoreRequest
+    from vdr_cli.scoring.score import run_score
+
+    given, scored = tmp_path / "in.jsonl", tmp_path / "scores.jsonl"
+    given.write_text('{"prompt": "1 2 3=6:", "completion": "1+2+3"}\n')
+    run_score(ScoreRequest((str(given),), "starter", str(scored), disagreement=None, tokens=True))
+    page = write_report(scored)
+    data = json.loads(tags_of(page).data)
+    assert data["heat"] == "entropy"
+    assert len(data["groups"][0]["completions"][0]["heat"]) == 5
+    assert "the model is unsure" in page.read_text()
+
+
+def test_charts_are_those_that_were_measured(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text()
+    captions = re.findall("<figcaption>(.*?) <span", text)
+    assert captions == [
+        "Reward",
+        "Held-out pass@1",
+        "Held-out pass@8",
+        "Disagreement",
+        "Groups whose rewards are all equal",
+        "Reward against disagreement",
+    ]
+
+
+def test_seeds_become_a_band_and_other_settings_a_curve(make_run: MakeRun) -> None:
+    runs = [load_run(make_run(f"s{seed}", seed)) for seed in range(3)] + [load_run(make_run("none", 0, weight=0.0))]
+    band, curve = over_seeds(runs, "reward")
+    assert band.name == "s0 (3 seeds)"
+    values = [run.metrics["reward"][1][7] for run in runs[:3]]
+    assert band.low is not None
+    assert band.high is not None
+    assert (band.low[7], band.y[7], band.high[7]) == (min(values), pytest.approx(sum(values) / 3), max(values))
+    assert (curve.name, curve.low) == ("none", None)
+    del runs[0].metrics["kl"], runs[1].metrics["kl"], runs[2].metrics["kl"]
+    empty, other = over_seeds(runs, "kl")  # keeps its place, so that the other keeps its colour
+    assert (empty.name, list(empty.x), other.name) == ("s0", [], "none")
+    (own,) = over_seeds(runs[:1], "eval/pass@1")
+    assert own.low == [0.4] * 4
+
+
+def test_a_page_stays_small(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run(make_run())
+    monkeypatch.setattr(report_data, "CHARACTERS_SHOWN", 1000)
+    groups, saved = run_groups(run, None)
+    assert len(groups) < saved == 6 or len(groups) <= 2
+    monkeypatch.setattr(report_data, "CHARACTERS_SHOWN", 10**9)
+    monkeypatch.setattr(report_data, "GROUPS_SHOWN", 2)
+    groups, saved = run_groups(run, None)
+    assert (len(groups), saved) == (2, 6)
+
+
+def test_bytes_that_make_one_character_stay_together() -> None:
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    decode = pieces(Bytes())
+    assert decode([*b"a", *"é".encode(), *b"b"]) == ["a", "é", "", "b"]
+    assert decode([0xFF, 0x61]) == ["\ufffda", ""] or decode([0xFF, 0x61])[0].startswith("\ufffd")
+
+
+def test_scores_with_labels(tmp_path: Path) -> None:
+    from vdr_cli.scoring.request import ScoreRequest
+    from vdr_cli.scoring.score import run_score
+
+    rows = [{"prompt": f"1 2 {index}=6:", "completion": f"1+2+{index}", "label": index % 2} for index in range(6)]
+    given = tmp_path / "in.jsonl"
+    given.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = tmp_path / "scores.parquet"
+    run_score(ScoreRequest((str(given),), "starter", str(scored), tokens=True))
+    page = write_report(scored)
+    assert page.name == "scores.parquet.html"
+    text = page.read_text()
+    assert "Risk against coverage" in text
+    assert "bald_mean</th>" in text
+    assert 'aria-label="AUROC with 95 % intervals: ' in text
+    assert "auroc_with_95_intervals.png" in {path.name for path in write_pictures(scored, tmp_path / "figures")}
+    data = json.loads(tags_of(page).data)
+    assert "".join(data["groups"][0]["completions"][0]["tokens"]) == "1+2+0"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_scores_in_other_formats(tmp_path: Path, suffix: str) -> None:
+    from vdr_cli.scoring.request import ScoreRequest
+    from vdr_cli.scoring.score import run_score
+
+    given = tmp_path / "in.csv"
+    rows = "".join(f"1 2 3=6:,1+2+{index},{index == 3}\n" for index in range(4))
+    given.write_text(f"prompt,completion,label\n{rows}")
+    scored = tmp_path / f"scores.{suffix}"
+    run_score(ScoreRequest((str(given),), "starter", str(scored), tokens=True))
+    page = write_report(scored)
+    assert "Risk against coverage" in page.read_text()
+    one = json.loads(tags_of(page).data)["groups"][0]["completions"][0]
+    assert "".join(one["tokens"]) == "1+2+0"
+    assert len(one["heat"]) == 5
+    assert one["numbers"]["bald_mean"] > 0
+
+
+def test_a_nested_quality_has_its_curve() -> None:
+    chart = report._risk_chart({"doc": [{"score": 3.0}, {"score": 1.0}], "nll_mean": [0.1, 0.9]}, "doc.score")
+    assert chart.y_label == "mean of -doc.score"
+    assert list(chart.series[0].y) == [-3.0, -2.0]
+
+
+def test_pictures(make_run: MakeRun, tmp_path: Path) -> None:
+    paths = write_pictures(make_run(), tmp_path / "figures")
+    assert {path.name for path in paths} >= {"reward.png", "held_out_pass_1.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_errors_in_one_line(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no metrics.jsonl"):
+        write_report(tmp_path)
+    broken = make_run("broken")
+    (broken / "config.yaml").write_text("a: [1")
+    with pytest.raises(DataError, match=r"config.yaml: not valid YAML"):
+        write_report(broken)
+    (broken / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="no model to measure with"):
+        write_report(broken, members=2)
+    other = tmp_path / "rows.jsonl"
+    other.write_text('{"prompt": "a"}\n')
+    with pytest.raises(DataError, match="not a file that vdr score wrote"):
+        write_report(other)
+    with pytest.raises(MachineError, match="cannot be written"):
+        write_report(make_run(), tmp_path / "no" / "report.html")
+
+
+def test_tokens_are_measured_when_asked(make_run: MakeRun) -> None:
+    import pyarrow.parquet as pq
+
+    run = make_run()
+    for file in (run / "completions").iterdir():
+        pq.write_table(pq.read_table(file).drop_columns(["bald_tokens"]), file)
+    bare = json.loads(tags_of(write_report(run)).data)
+    assert bare["groups"][0]["completions"][0]["heat"] is None
+    measured = json.loads(tags_of(write_report(run, members=2)).data)
+    heat = measured["groups"][0]["completions"][0]["heat"]
+    assert len(heat) == 6
+    assert all(0 < value < 0.7 for value in heat)

@@ -1,0 +1,89 @@
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+from vdr_cli.config import ObserveConfig
+from vdr_cli.data.metrics import read_metrics
+from vdr_cli.errors import ConfigError, DataError, MachineError
+from vdr_cli.training.metrics import MetricsWriter
+
+PLAIN = ObserveConfig(tensorboard=False)
+
+
+def test_a_line_a_step_and_non_finite_is_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        writer.log(1, {"reward": 0.5, "kl": math.nan})
+        writer.log(2, {"reward": math.inf})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # flushed before close
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "reward": 0.5, "kl": None},
+        {"step": 2, "reward": None},
+    ]
+    read = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert read[0]["reward"] == 0.5
+    assert math.isnan(read[0]["kl"])
+
+
+def test_truncate_drops_later_and_torn_lines(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        for step in range(1, 6):
+            writer.log(step, {"reward": step})
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 3, "rew')
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        writer.truncate(3)
+        writer.log(4, {"reward": 40.0})
+    read = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [(line["step"], line["reward"]) for line in read] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_reading_leaves_out_a_torn_end_and_names_a_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2')
+    assert len(list(read_metrics(path))) == 1
+    path.write_text('{"step": 1, "a": 1}\nrubbish\n')
+    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+        list(read_metrics(path))
+
+
+def test_tensorboard_purges_what_a_resumed_run_writes_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, ObserveConfig()) as writer:
+        for step in range(1, 5):
+            writer.log(step, {"reward": step})
+    with MetricsWriter(tmp_path, ObserveConfig()) as writer:
+        writer.truncate(2)
+        writer.log(3, {"reward": 30})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_wandb_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"vdr-cli\[wandb\]"):
+        MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False))
+
+
+def test_a_full_disk_costs_no_line(tmp_path: Path) -> None:
+    """The limit of a file's size cuts a write in the middle, as a full disk does."""
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        writer.log(1, {"reward": 0.5})
+        whole = path.read_bytes()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 5, hard))
+        try:
+            for step in (2, 3):
+                with pytest.raises(MachineError, match=r"metrics cannot be written"):
+                    writer.log(step, {"reward": 0.5})
+                assert path.read_bytes() == whole
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.log(4, {"reward": 0.5})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]

@@ -1,0 +1,212 @@
+"""Checks of the whole configuration, before a process is started or a weight is loaded. No torch, no files left."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
+from vdr_cli.config.paths import checked_path, looks_like_path
+from vdr_cli.config.schema import Config
+from vdr_cli.config.yaml_text import parse_document
+from vdr_cli.data.sources import check_data
+from vdr_cli.engine.ds_config import read_ds_config
+from vdr_cli.errors import ConfigError, MachineError, VdrError
+from vdr_cli.rewards.loading import check_name
+
+CHANGEABLE_ON_RESUME = {
+    "train.steps",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_best",
+    "train.save_model",
+    "train.eval_every",
+    "train.eval_prompts",
+    "train.eval_samples",
+    "train.max_refused_steps",
+    "train.micro_batch_size",
+    "rollout.batch_tokens",
+    "rewards.timeout",
+    "data.eval_name",
+    "data.eval_split",
+}
+"""What a resumed run may do differently: how long, how often, in which pieces; never what a step computes."""
+
+
+def default_output() -> str:
+    """runs/<date>-<time>-<4 hex digits>, to be decided once for all processes of a run.
+
+    The digits keep runs apart that a script starts in the same second.
+    """
+    return time.strftime("runs/%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+
+
+def check_before_start(config: Config, resume: str | None) -> None:
+    """Everything below that is the same on every process. Raises VdrError, one line."""
+    check_model(config.model.name)
+    check_data(config.data.name, "data.name", config.data.prompt_column)
+    if config.train.eval_every:
+        check_data(config.data.eval_name or config.data.name, "data.eval_name", config.data.prompt_column)
+        check_held_out(config)
+    read_ds_config(config.engine.ds_config)
+    check_rewards(config)
+    check_extras(config)
+    check_resume(config, resume)
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Every rank must hold at least one group of a step."""
+    if config.train.prompts_per_step < processes:
+        raise ConfigError(
+            f"train.prompts_per_step {config.train.prompts_per_step} is below {processes} processes: a group lives on "
+            f"one rank, so some would have none; give at least {processes} or start fewer processes"
+        )
+
+
+def check_model(name: str, key: str = "model.name") -> None:
+    """A model that looks like a path must be a directory with a config.json, its own or its model/'s.
+
+    key: what the user gave it as.
+    """
+    path = checked_path(name, key)
+    if name == STARTER or not looks_like_path(name):
+        return
+    if not path.is_dir():
+        raise ConfigError(
+            f"{key} {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+        )
+    if not any((folder / "config.json").is_file() for folder in (path, path / "model")):
+        raise ConfigError(
+            f"{key} {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
+            "format or a finished run"
+        )
+
+
+def check_held_out(config: Config) -> None:
+    """One file has no splits, so held-out prompts need a place of their own."""
+    if config.data.eval_name is None and Path(config.data.name).is_file():
+        raise ConfigError(
+            f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} is one file without "
+            "splits; give data.eval_name, the file with the held-out prompts"
+        )
+
+
+def check_resume(config: Config, resume: str | None) -> None:
+    """A checkpoint given by path must be there, and of this model and engine; `auto` may find none."""
+    if resume in (None, "auto"):
+        return
+    path = checked_path(str(resume), "--resume").absolute()
+    if not path.is_dir():
+        raise ConfigError(f"--resume {resume}: no such checkpoint directory; give its path, or auto for the newest one")
+    theirs = path.parent.parent / "config.yaml"
+    if theirs.is_file():
+        changed = differing_keys(_computed_by(theirs), computed_settings(config))
+        other = [key for key in changed if key.startswith(("model.", "engine."))]
+        if other:
+            raise ConfigError(f"--resume {resume}: {_few(other)} in its run ({theirs}); a checkpoint fits no other")
+
+
+def check_rewards(config: Config) -> None:
+    """Every name can be one of a function, files are there; only the starter's data bring a reward of their own."""
+    for function in config.rewards.functions:
+        check_name(function.name)
+    if not config.rewards.functions and config.data.name != STARTER:
+        raise ConfigError(
+            f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
+            "give --reward a built-in, module:function or file.py:function"
+        )
+
+
+def check_extras(config: Config) -> None:
+    """What is asked for and comes with an extra of the package must be installed."""
+    needed = {"wandb": config.observe.wandb, "peft": config.model.lora is not None}
+    keys = {"wandb": ("observe.wandb", "wandb"), "peft": ("model.lora", "lora")}
+    for package, wanted in needed.items():
+        key, extra = keys[package]
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs the package {package}: pip install 'vdr-cli[{extra}]'")
+
+
+def check_output(config: Config, resume: str | None) -> None:
+    """The run directory can be written and does not hold another run, nor this one without --resume.
+
+    For one process alone: once a run has started, its directory holds it.
+    """
+    if config.train.output is None:
+        return
+    directory = Path(config.train.output)
+    _check_writable(directory)
+    earlier = directory / "config.yaml"
+    if not earlier.is_file():
+        _refuse_leftovers(directory, resume)
+        return
+    changed = differing_keys(_computed_by(earlier), computed_settings(config))
+    hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME]
+    if resume is None:
+        whose = f"another run ({_few(changed)})" if changed else "this run already"
+        help_text = "give another --output" if hard else "continue it with --resume auto, or give another --output"
+        raise ConfigError(f"train.output {directory} holds {whose}; {help_text}")
+    if hard:
+        raise ConfigError(
+            f"train.output {directory} holds a run with other settings ({_few(hard)}); resume with those in "
+            f"{earlier}, or give another --output"
+        )
+
+
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two trees of settings."""
+    keys: list[str] = []
+    for name in dict.fromkeys((*ours, *theirs)):
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += differing_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _refuse_leftovers(directory: Path, resume: str | None) -> None:
+    """A run's results without its settings: nothing says whose they are."""
+    left = [name for name in ("metrics.jsonl", "checkpoints", "completions") if (directory / name).exists()]
+    if left and resume is None:
+        raise ConfigError(
+            f"train.output {directory} holds {' and '.join(left)} of a run whose config.yaml is gone; "
+            "give another --output"
+        )
+
+
+def _computed_by(path: Path) -> Mapping[str, Any]:
+    """The settings in a run's config.yaml; a file that is not one counts as another run's."""
+    try:
+        tree = parse_document(path.read_text(encoding="utf-8"), str(path)).tree
+        return computed_settings(validate(deep_merge({}, tree)))
+    except (OSError, UnicodeDecodeError, VdrError, yaml.YAMLError):
+        return {}
+
+
+def _few(keys: list[str]) -> str:
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return ", ".join(keys[:3]) + more + (" differ" if len(keys) > 1 else " differs")
+
+
+def _check_writable(directory: Path) -> None:
+    """Without creating it: the directory, or the nearest parent that exists, must let us write."""
+    existing = directory.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise MachineError(f"train.output {directory}: {existing} is a file; give a directory")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise MachineError(
+            f"train.output {directory}: cannot write in {existing} ({error.strerror}); choose another --output"
+        ) from None

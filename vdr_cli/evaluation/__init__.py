@@ -1,0 +1,1 @@
+"""`vdr eval`, and the held-out evaluations of a training run."""

@@ -1,0 +1,1 @@
+"""Bonus sources and how a bonus becomes an advantage."""

@@ -1,0 +1,14 @@
+"""Sizes that decide how the model is read. They are apart from the code that reads it, so that `vdr plan` computes with
+the same numbers and imports no torch.
+"""
+
+from __future__ import annotations
+
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""Bytes of the (rows, V) buffers of one chunk of logits: enough rows for a matrix product to run at full speed."""
+
+TREE_TOKENS = 256
+"""Most tokens of a prompt's completions together for which the update reads them in one row (trees.py)."""
+
+MOST_OF_MEMORY = 0.7
+"""Largest part of a GPU's free memory, beside the model states, that a full copy of the weights may take."""

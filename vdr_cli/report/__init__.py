@@ -1,0 +1,1 @@
+"""`vdr report`: one HTML page of a run or of scored completions, and its charts."""

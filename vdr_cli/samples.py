@@ -1,0 +1,127 @@
+"""The types that every part of a step shares: prompts, how to sample, completions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One dataset row: what the model reads and what the reward functions get."""
+
+    row: int
+    """Row number in the dataset, from 0; errors name it."""
+    value: str | Messages
+    token_ids: list[int]
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Every other column of the row."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. temperature 0 means greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Completions:
+    """A batch of completions with their prompts; groups are contiguous rows."""
+
+    prompt_ids: Tensor  # (B, P) int64, left-padded
+    prompt_mask: Tensor  # (B, P) bool
+    completion_ids: Tensor  # (B, T) int64, right-padded
+    completion_mask: Tensor  # (B, T) bool, True on valid tokens, EOS included
+    sampler_logps: Tensor  # (B, T) float32, log-probability under the sampling distribution; 0 at padding
+    truncated: Tensor  # (B,) bool, hit max_new_tokens without an end
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+    def rows(self, index: slice | Tensor) -> Completions:
+        """The same batch with only these rows, at the same widths."""
+        return Completions(
+            self.prompt_ids[index],
+            self.prompt_mask[index],
+            self.completion_ids[index],
+            self.completion_mask[index],
+            self.sampler_logps[index],
+            self.truncated[index],
+        )
+
+    def trimmed(self) -> Completions:
+        """The same rows without the columns that are padding in every row."""
+        prompt_width = max(int(self.prompt_mask.sum(1).max()), 1) if len(self) else 1
+        width = max(int(self.completion_mask.sum(1).max()), 1) if len(self) else 1
+        return Completions(
+            self.prompt_ids[:, -prompt_width:],
+            self.prompt_mask[:, -prompt_width:],
+            self.completion_ids[:, :width],
+            self.completion_mask[:, :width],
+            self.sampler_logps[:, :width],
+            self.truncated,
+        )
+
+
+Finished = Callable[[Sequence[int], Completions], None]
+"""Told of prompts all of whose completions are there, by their places in the call, with those completions in order."""
+
+
+class Watcher(Protocol):
+    """Told what a model in this process has just read, for whoever looks into the model while it is sampled from."""
+
+    seen: Tensor | None
+    """What the watched layer gave in the newest pass; a pass replayed from a CUDA graph sets it from outside."""
+
+    def prompts_were_read(self, prompts: Tensor) -> None:
+        """prompts (N,): places in the call; one row each, padded left to the widest of them."""
+        ...
+
+    def token_was_read(self, rows: Tensor, t: int) -> None:
+        """rows (r,) of the call; one row each, its completion's token t."""
+        ...
+
+
+def completion_key(seed: int, step: int, prompt_row: int) -> int:
+    """The 63-bit seed of one prompt's completions at one step: a hash, so no two coincide by design."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{prompt_row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Left-pad token id lists to (B, P) ids and mask."""
+    width = max((len(ids) for ids in prompts), default=1)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
+    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
+    for row, tokens in enumerate(prompts):
+        ids[row, width - len(tokens) :] = torch.as_tensor(tokens, dtype=torch.int64)
+        mask[row, width - len(tokens) :] = True
+    return ids, mask
+
+
+def to_device(completions: Completions, device: torch.device) -> Completions:
+    moved = {entry.name: getattr(completions, entry.name).to(device) for entry in fields(completions)}
+    return replace(completions, **moved)
+
+
+def last_tokens(mask: Tensor, n: int | None) -> Tensor:
+    """(B, T) bool: the last n valid tokens of each row; None: all valid tokens."""
+    valid = mask.bool()
+    if n is None:
+        return valid
+    remaining = valid.long().flip(-1).cumsum(-1).flip(-1)  # valid tokens from here to the row's end
+    return valid & (remaining <= n)

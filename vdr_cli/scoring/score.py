@@ -1,0 +1,270 @@
+"""`vdr score`: the uncertainty of completions that exist already.
+
+Reads rows window by window, tokenises, scores batches of similar length, writes every window as a part that survives a
+kill, joins the parts in order. A row's numbers depend on the row, the model and the ensemble alone: not on the batch,
+the order of the rows or the number of processes, because members' masks come from (seed, member, layer, site).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vdr_cli
+from vdr_cli.disagreement.check import check_members
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.members import measure
+from vdr_cli.engine import collectives
+from vdr_cli.errors import ConfigError, DataError, VdrError
+from vdr_cli.launch.joining import everywhere, join_processes
+from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
+from vdr_cli.models.policy import Policy
+from vdr_cli.samples import to_device
+from vdr_cli.scoring.batches import batches, collate
+from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
+from vdr_cli.scoring.layout import make_layout, score_columns
+from vdr_cli.scoring.parts import Layout, Parts
+from vdr_cli.scoring.ranking import check_labels, save_ranking
+from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
+from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
+from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
+
+PLACES_SHOWN = 20
+STEP = 0  # of the masks: there is one ensemble
+
+
+@dataclass(frozen=True)
+class Progress:
+    rows: int
+    """Rows scored by this process since it started."""
+    fraction: float
+    """Share of the input that lies behind."""
+    seconds: float
+
+
+def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None = None) -> ScoreResult:
+    """Score every row of the inputs into request.output; a collective when there are several processes."""
+    started = time.monotonic()
+    device = join_processes(request.device)
+    spool = Path(request.output + SPOOL)
+    if STDIN in request.inputs and collectives.world_size() > 1:
+        raise ConfigError("- (stdin) is read by one process: give a file to score with several")
+    try:
+        sources = find_sources(request.inputs, spool)
+        _check_output(sources, request.output)
+        summary = _scored(request, sources, device, progress, started)
+    finally:
+        spool.unlink(missing_ok=True)
+    seconds = time.monotonic() - started
+    ranking = everywhere(lambda: save_ranking(request.output, request.fields) if collectives.is_main() else ())
+    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
+
+
+def _scored(
+    request: ScoreRequest,
+    sources: Sequence[Source],
+    device: torch.device,
+    progress: Callable[[Progress], None] | None,
+    started: float,
+) -> dict[str, Any]:
+    """Write the output, unless it is there as the answer to this very request; its summary."""
+    parts = Parts(request.output, describe(request, sources))
+    summary = parts.finished() if request.resume else None
+    if summary is None:
+        parts.check(request.resume)
+        sample = first_rows(sources)
+        check_labels(sample, request.fields)
+        layout = make_layout(request, sources, sample)
+        scorer = Scorer.load(request, device, sample)
+        replaced = [name for name in scorer.names if any(name in (row.values or ()) for row in sample)]
+        everywhere(lambda: parts.begin() if collectives.is_main() else None)
+        try:
+            count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
+        except VdrError:
+            if collectives.is_main():
+                parts.leave()
+            raise
+        summary = everywhere(lambda: _finish(parts, count, layout, scorer, replaced) if collectives.is_main() else None)
+        summary = collectives.broadcast_object(summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The model with all that turns rows into columns."""
+
+    model: Any
+    tokeniser: Tokeniser
+    spec: EnsembleSpec | None
+    names: tuple[str, ...]  # the columns
+    batch_tokens: int
+    device: torch.device
+    pad_id: int
+
+    @classmethod
+    def load(cls, request: ScoreRequest, device: torch.device, sample: Sequence[Row]) -> Scorer:
+        """sample: some rows, to see whether their token ids are this tokenizer's."""
+        tokenizer = load_tokenizer(request.model, request.revision, request.trust_remote_code)
+        if request.append_eos and tokenizer.eos_token_id is None:
+            raise ConfigError(f"--append-eos: the tokenizer of {request.model} has no EOS token")
+        dtype = resolve_dtype(request.dtype)
+        model = load_causal_lm(request.model, dtype, request.revision, request.trust_remote_code, device)
+        tokeniser = Tokeniser(
+            tokenizer=tokenizer,
+            fields=request.fields,
+            vocabulary=model.get_input_embeddings().weight.shape[0],
+            max_tokens=request.max_tokens,
+            append_eos=request.append_eos,
+            longest=getattr(model.config, "max_position_embeddings", None),
+            use_ids=ids_fit(sample, request.fields, tokenizer),
+        )
+        spec = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
+        if spec is not None:
+            check_members(model, spec)
+        names = score_columns(request)
+        batch_tokens = request.batch_tokens or BATCH_TOKENS.get(device.type, OTHER_BATCH_TOKENS)
+        return cls(model, tokeniser, spec, names, batch_tokens, device, tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def score(self, items: Sequence[Item]) -> dict[int, dict[str, Any]]:
+        """Position in the window to columns; null for a completion without tokens."""
+        found = {item.at: {**dict.fromkeys(self.names), "n_tokens": 0} for item in items if not item.completion_ids}
+        for group_size, batch in batches(items, self.batch_tokens):
+            columns = self._columns(group_size, batch)
+            for index, item in enumerate(batch):
+                found[item.at] = {name: columns[name][index] for name in self.names}
+        return found
+
+    def _columns(self, group_size: int, batch: Sequence[Item]) -> dict[str, list[Any]]:
+        c = to_device(collate(batch, self.pad_id), self.device)
+        mask = c.completion_mask
+        policy = Policy(self.model, share_prompts=None if group_size > 1 else False)  # alone: one pass is quicker
+        logps, entropy = policy(c.prompt_ids, c.prompt_mask, c.completion_ids, mask, temperature=1.0)  # (B, T)
+        columns = base_columns(logps, entropy, mask)
+        statistics = None
+        if self.spec is not None:
+            statistics = measure(self.model, c, group_size, self.spec, STEP, "all", MEASURES)
+            columns |= ensemble_columns(statistics, mask)
+        as_lists: dict[str, list[Any]] = {name: values.tolist() for name, values in columns.items()}
+        if "token_ids" in self.names:
+            as_lists |= token_columns(c.completion_ids, logps, entropy, statistics, mask)
+        return as_lists
+
+
+def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]:
+    """Everything that the output depends on: its metadata, and what a resumed scoring must have in common."""
+    ensemble = None
+    if request.disagreement is not None:
+        keys = ("members", "dropout", "last_k", "mask_sharing", "site", "blocks")
+        ensemble = {key: getattr(request.disagreement, key) for key in keys}
+        ensemble["scope"] = request.disagreement.effective_scope
+    return {
+        "version": vdr_cli.__version__,
+        "model": request.model,
+        "revision": request.revision,
+        "weights": _weights_stamp(request.model),
+        "dtype": str(resolve_dtype(request.dtype)).removeprefix("torch."),
+        "seed": request.seed,
+        "ensemble": ensemble,
+        "fields": asdict(request.fields),
+        "tokens": request.tokens,
+        "max_tokens": request.max_tokens,
+        "append_eos": request.append_eos,
+        "on_error": request.on_error,
+        "inputs": [source.stamp for source in sources],
+    }
+
+
+def _score_share(
+    request: ScoreRequest,
+    sources: Sequence[Source],
+    parts: Parts,
+    layout: Layout,
+    scorer: Scorer,
+    progress: Callable[[Progress], None] | None,
+    started: float,
+) -> int:
+    """Score this rank's windows that are not there yet; returns how many windows there are in all."""
+    rank, world = collectives.rank(), collectives.world_size()
+    windows = Windows(sources, lambda index: index % world == rank and not parts.has(index))
+    done = 0
+    for window in windows:
+        rows, note = _score_window(window, scorer, request.on_error)
+        parts.write(window.index, rows, note, layout)
+        done += len(window.rows)
+        if progress is not None:
+            progress(Progress(done, window.fraction, time.monotonic() - started))
+    return windows.count
+
+
+def _score_window(window: Window, scorer: Scorer, on_error: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The output rows of a window, and counts of what happened in it."""
+    items = scorer.tokeniser.items(window.rows)
+    bad = [f"{row.place}: {row.error}" for row in window.rows if row.error is not None]
+    if bad and on_error == "stop":
+        raise DataError(f"{bad[0]}; --on-error skip leaves such rows out")
+    columns = scorer.score(items)
+    rows = [{**(window.rows[at].values or {}), **columns[at]} for at in sorted(columns)]
+    note = {
+        "rows": len(rows),
+        "skipped": len(bad),
+        "skipped_rows": bad[:PLACES_SHOWN],
+        "cut": sum(item.is_cut for item in items),
+        "empty": sum(not item.completion_ids for item in items),
+    }
+    return rows, note
+
+
+def _finish(parts: Parts, count: int, layout: Layout, scorer: Scorer, replaced: Sequence[str]) -> dict[str, Any]:
+    """Join the parts; returns the summary of all windows."""
+    notes = parts.notes(count)
+    summary: dict[str, Any] = {key: sum(note[key] for note in notes) for key in ("rows", "skipped", "cut", "empty")}
+    summary["skipped_rows"] = [place for note in notes for place in note["skipped_rows"]][:PLACES_SHOWN]
+    summary["ids_ignored"] = not scorer.tokeniser.use_ids
+    summary["replaced"] = list(replaced)
+    parts.join(count, layout, summary)
+    return summary
+
+
+def _as_result(summary: dict[str, Any]) -> dict[str, Any]:
+    notes = []
+    if summary["skipped"]:
+        notes.append(f"{summary['skipped']} rows could not be used and were left out")
+    if summary["cut"]:
+        notes.append(f"{summary['cut']} completions were longer than --max-tokens: scored on their first tokens")
+    if summary["empty"]:
+        notes.append(f"{summary['empty']} completions have no tokens: their measures are null")
+    if summary["ids_ignored"]:
+        notes.append("the token ids in the file are another tokenizer's: the text was tokenised anew")
+    if summary["replaced"]:
+        notes.append(f"columns of the input gave way to ours of the same name: {', '.join(summary['replaced'])}")
+    return {
+        "rows": summary["rows"],
+        "skipped": summary["skipped"],
+        "truncated": summary["cut"],
+        "empty": summary["empty"],
+        "skipped_rows": tuple(summary["skipped_rows"]),
+        "notes": tuple(notes),
+    }
+
+
+def _check_output(sources: Sequence[Source], output: str) -> None:
+    target = Path(output)
+    if any(target.resolve() == Path(source.path).resolve() for source in sources):
+        raise ConfigError(f"-o {output}: this is an input file: give another name")
+    if not target.absolute().parent.is_dir():
+        raise ConfigError(f"-o {output}: the directory {target.parent} is not there")
+
+
+def _weights_stamp(model: str) -> str | None:
+    """Sizes and times of local weights: another model under the same path is another request."""
+    folder = Path(resolve_model_path(model))
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
+    return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)

@@ -1,0 +1,1 @@
+"""The lowest layer: child processes, signals, and text that is safe to show."""

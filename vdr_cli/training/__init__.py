@@ -1,0 +1,1 @@
+"""Everything that `vdr train` needs around the algorithm in train.py."""

@@ -1,0 +1,188 @@
+"""One rank's share of a step, as it grows from prompts to advantages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdr_cli.disagreement.recorder import StemRecorder
+from vdr_cli.engine import collectives
+from vdr_cli.grpo.losses import LossInputs, LossOutput
+from vdr_cli.samples import Completions, Messages, Prompt, to_device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Groups of completions with what is known of each; groups are contiguous rows."""
+
+    prompts: list[Prompt]  # one a completion, length B
+    completions: Completions
+    texts: list[str] | list[Messages]
+    """What the reward functions see: a string, or one assistant message when the prompt is a chat."""
+    rewards: Tensor  # (B, F) float32, NaN where a function returned None
+    task_reward: Tensor  # (B,) float32, the weighted sum
+    recorder: StemRecorder | None = None
+    """What was seen of these rows, in this order, as they were sampled."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Tensor) -> Batch:
+        """The rows with these indices, in that order."""
+        chosen = rows.tolist()
+        return Batch(
+            [self.prompts[row] for row in chosen],
+            self.completions.rows(rows),
+            [self.texts[row] for row in chosen],  # type: ignore[arg-type]
+            self.rewards[rows],
+            self.task_reward[rows],
+        )
+
+
+def concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
+    """Rows of all batches in order; prompts padded left and completions right to the widest."""
+    return Batch(
+        [prompt for batch in batches for prompt in batch.prompts],
+        concatenate_completions([batch.completions for batch in batches], pad_id),
+        [text for batch in batches for text in batch.texts],  # type: ignore[arg-type]
+        torch.cat([batch.rewards for batch in batches]),
+        torch.cat([batch.task_reward for batch in batches]),
+    )
+
+
+def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Completions:
+    prompt_width = max(part.prompt_ids.shape[1] for part in parts)
+    width = max(part.completion_ids.shape[1] for part in parts)
+
+    def widened(name: str, target: int, left: bool, fill: Any) -> Tensor:
+        padded = []
+        for part in parts:
+            tensor = getattr(part, name)
+            missing = target - tensor.shape[1]
+            padded.append(torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=fill))
+        return torch.cat(padded)
+
+    return Completions(
+        prompt_ids=widened("prompt_ids", prompt_width, True, pad_id),
+        prompt_mask=widened("prompt_mask", prompt_width, True, False),
+        completion_ids=widened("completion_ids", width, False, pad_id),
+        completion_mask=widened("completion_mask", width, False, False),
+        sampler_logps=widened("sampler_logps", width, False, 0.0),
+        truncated=torch.cat([part.truncated for part in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the update multiplies the log-probability gradient with, and where it came from."""
+
+    advantages: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool, tokens that give gradient
+    task_advantages: Tensor  # (B,)
+    reduced: Tensor | None = None
+    """(B,) the measure of each completion; None without disagreement."""
+    bonus: Tensor | None = None
+    """(B,) or (B, T) as added to the advantage."""
+    token_measure: Tensor | None = None
+    """(b, T) the measure per token of the first b rows, to be shown; all rows with mode per_token."""
+    ref_logps: Tensor | None = None  # (B, T)
+    selected: Tensor | None = None  # (B, T) bool
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows that go through one forward and backward, on the engine's device, without their common padding."""
+
+    tokens: tuple[Tensor, Tensor, Tensor, Tensor]
+    """prompt ids and mask (b, P), completion ids and mask (b, T)."""
+    advantages: Tensor  # (b, T)
+    mask: Tensor  # (b, T) bool
+    weights: Tensor  # (b, T)
+    sampler_logps: Tensor  # (b, T)
+    ref_logps: Tensor | None  # (b, T)
+    selected: Tensor | None  # (b, T) bool
+    entropy_weights: Tensor  # (b, T)
+
+    def inputs(self, logps: Tensor, old_logps: Tensor, entropy: Tensor) -> LossInputs:
+        return LossInputs(
+            logps=logps,
+            advantages=self.advantages,
+            mask=self.mask,
+            old_logps=old_logps,
+            entropy=entropy,
+            ref_logps=self.ref_logps,
+            sampler_logps=self.sampler_logps,
+            selected=self.selected,
+            entropy_weights=self.entropy_weights,
+        )
+
+
+def micro_batches_of(
+    batch: Batch, signal: Signal, weights: Tensor, entropy_weights: Tensor, size: int, device: torch.device
+) -> list[MicroBatch]:
+    """The rank's rows, `size` at a time. Collective: all ranks get the same number of micro-batches.
+
+    ZeRO's collectives are matched backward by backward, so a rank with fewer rows ends with micro-batches of
+    one row whose mask is empty and whose weights are 0.
+    """
+    own = [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+    count = int(collectives.all_reduce_max([len(own)])[0])
+    parts = [_micro_batch(batch, signal, weights, entropy_weights, rows, device) for rows in own]
+    return parts + [_emptied(parts[-1]) for _ in range(count - len(parts))]
+
+
+def _micro_batch(
+    batch: Batch, signal: Signal, weights: Tensor, entropy_weights: Tensor, rows: slice, device: torch.device
+) -> MicroBatch:
+    completions = batch.completions.rows(rows).trimmed()
+    T = completions.completion_ids.shape[1]
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[rows, :T].to(device)
+
+    moved = to_device(completions, device)
+    return MicroBatch(
+        tokens=(moved.prompt_ids, moved.prompt_mask, moved.completion_ids, moved.completion_mask),
+        advantages=cut(signal.advantages),
+        mask=cut(signal.mask),
+        weights=cut(weights),
+        sampler_logps=moved.sampler_logps,
+        ref_logps=None if signal.ref_logps is None else cut(signal.ref_logps),
+        selected=None if signal.selected is None else cut(signal.selected),
+        entropy_weights=cut(entropy_weights),
+    )
+
+
+def _emptied(micro: MicroBatch) -> MicroBatch:
+    """Its first row, with nothing valid in it."""
+    one = {entry.name: value[:1] for entry in fields(micro) if isinstance(value := getattr(micro, entry.name), Tensor)}
+    for name in ("mask", "weights", "entropy_weights"):
+        one[name] = torch.zeros_like(one[name])
+    *tokens, completion_mask = (tensor[:1] for tensor in micro.tokens)
+    return replace(micro, **one, tokens=(*tokens, torch.zeros_like(completion_mask)))
+
+
+@dataclass
+class Updates:
+    """What the optimizer steps of one rollout did; loss, pairs and maxima are this rank's share."""
+
+    loss: float = 0.0
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
+    learning_rate: float = 0.0
+    refused: list[bool] = field(default_factory=list)
+    """Whether each of the optimizer steps was refused, in order."""
+
+    def add(self, output: LossOutput) -> None:
+        """Count one micro-batch."""
+        self.loss += float(output.loss.detach())
+        for name, (top, bottom) in output.metrics.items():
+            old_top, old_bottom = self.pairs.get(name, (0.0, 0.0))
+            self.pairs[name] = (old_top + float(top), old_bottom + float(bottom))
+        for name, value in output.maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))

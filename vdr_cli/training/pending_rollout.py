@@ -1,0 +1,84 @@
+"""Groups on their way from prompts to rewarded completions, and those that a checkpoint carries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdr_cli.config import Config
+from vdr_cli.disagreement.recorder import StemRecorder
+from vdr_cli.engine import collectives
+from vdr_cli.rewards.base import LoadedReward, TrainerState
+from vdr_cli.rewards.calling import completion_texts
+from vdr_cli.rewards.stream import RewardStream
+from vdr_cli.samples import Completions, Prompt
+from vdr_cli.training.batch import concatenate_completions
+
+AHEAD = "ahead.pt"
+"""In a checkpoint, when completions of the next step are drawn already."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Groups that are being sampled; their rewards are computed as they finish."""
+
+    positions: list[int]
+    """Of the prompts in the stream."""
+    prompts: list[Prompt]  # one a group
+    wait: Callable[[], Completions]
+    rewards: RewardStream
+    recorder: StemRecorder | None = None
+
+
+def save(drawing: Drawing, folder: Path) -> None:
+    """The completions of all ranks, in the order of the stream. Collective; rank 0 writes."""
+    completions = collectives.together(drawing.wait)
+    shares = collectives.gather_objects((drawing.positions, asdict(completions)))
+    if collectives.is_main():
+        torch.save(shares, folder / AHEAD)
+
+
+def load(
+    folder: Path,
+    share: Callable[[int], list[int]],
+    prompt_at: Callable[[int], Prompt],
+    stream: Callable[[list[Prompt]], RewardStream],
+    pad_id: int,
+) -> Drawing | None:
+    """This rank's part of what `save` wrote, None when it wrote nothing. Rewards are computed again. Collective.
+
+    share: splits a number of groups over the ranks. prompt_at: the prompt at a position of the stream. stream: the
+    reward stream for a list of prompts.
+    """
+    if not collectives.broadcast_object((folder / AHEAD).is_file()):
+        return None
+    saved: Sequence[tuple[list[int], dict[str, Any]]] = torch.load(folder / AHEAD, weights_only=True)
+    everywhere = [position for positions, _ in saved for position in positions]
+    whole = concatenate_completions([Completions(**parts) for _, parts in saved], pad_id)
+    counts, G = share(len(everywhere)), len(whole) // len(everywhere)
+    first = sum(counts[: collectives.rank()])
+    end = first + counts[collectives.rank()]
+    completions = whole.rows(slice(first * G, end * G)).trimmed()
+    prompts = [prompt_at(position) for position in everywhere[first:end]]
+    rewards = stream(prompts)
+    if prompts:
+        rewards.finished(range(len(prompts)), completions)
+    return Drawing(everywhere[first:end], prompts, lambda: completions, rewards)
+
+
+def reward_stream(
+    config: Config, rewards: list[LoadedReward], tokenizer: Any, prompts: list[Prompt], step: int
+) -> RewardStream:
+    """Computes the rewards of these prompts' groups at this step, each group as it is sampled."""
+    return RewardStream(
+        rewards,
+        prompts,
+        config.rollout.group_size,
+        config.rewards.timeout,
+        TrainerState(step, config.train.steps),
+        lambda each, completions: completion_texts(tokenizer, each, completions),
+    )
