@@ -33,12 +33,13 @@ CLOCKED = ("time/", "step_time", "tokens_per_second", "mfu/")
 """Metrics of which the clock is a part."""
 
 
-def environment(device: torch.device, **more: str) -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """Of a process on this device, on no rank yet."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # on a machine with a GPU the CPU's processes must not see it
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device.type == "cpu" else {}
-    return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hidden, **more}
+    found = os.pathsep.join([str(HERE.parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": found, **hidden}
 
 
 def ended(command: list[str], env: dict[str, str]) -> None:
@@ -63,7 +64,7 @@ def train(output: Path, device: torch.device, dtype: str, *flags: str) -> Path:
     settings = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     ended(
         [sys.executable, "-m", "vdr_cli", "train", "--output", str(output), *settings, *flags],
-        environment(device, PYTHONPATH=os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])),
+        environment(device),
     )
     return output
 

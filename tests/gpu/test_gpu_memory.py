@@ -19,6 +19,8 @@ from vdr_cli.engine.twin import Twin
 from vdr_cli.models.anatomy import Head
 
 V = 151_936
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512, "initializer_range": 0.06}
+"""A model whose ensemble needs gigabytes for 64 completions."""
 
 
 def peak_of(device: torch.device, work: Any) -> int | None:
@@ -48,7 +50,7 @@ def test_log_probabilities_never_hold_all_logits(device: torch.device, dtype: to
 
     peak = peak_of(device, work)
     assert bool(hidden.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
-    assert peak is None or peak < 0.3 * 4 * N * V
+    assert peak is None or peak < 0.5 * 4 * N * V
 
 
 def test_measures_never_hold_all_logits(device: torch.device) -> None:
@@ -59,7 +61,7 @@ def test_measures_never_hold_all_logits(device: torch.device) -> None:
     budget, found = 2**30, []
     peak = peak_of(device, lambda: found.append(token_statistics(hidden, targets, head, ("bald", "rmi"), budget)))
     assert bool(found[0].bald.isfinite().all())
-    assert peak is None or peak < 1.5 * budget < 4 * M * N * V
+    assert peak is None or peak < 2 * budget < 4 * M * N * V
 
 
 @contextmanager
@@ -94,8 +96,7 @@ def test_an_ensemble_without_room_splits_its_work(
     device: torch.device, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpu = device.type == "cuda"
-    shape = {"hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512} if on_gpu else {}
-    model = model_on(device, **shape)
+    model = model_on(device, **LARGE) if on_gpu else model_on(device)
     batch = ragged(device, groups=8, group_size=8, prompt=64, length=192) if on_gpu else ragged(device)
     size, room, plenty = (8, 300 * 2**20, 2**34) if on_gpu else (3, 2**18, 2**21)
     spec = EnsembleSpec(members=8, dropout=0.2, seed=5, scope=scope, last_k=2 if scope == "last_k" else None)
@@ -112,7 +113,7 @@ def test_an_ensemble_without_room_splits_its_work(
 def test_layers_without_room_split_their_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type != "cuda":
         pytest.skip("a CPU's allocator has no cap; tests/disagreement/test_layer_major.py plants the fault")
-    model = model_on(device, hidden_size=256, intermediate_size=2048, max_position_embeddings=512)
+    model = model_on(device, **LARGE)
     batch = ragged(device, groups=8, group_size=8, prompt=64, length=192)
     spec = EnsembleSpec(members=8, dropout=0.2, seed=5)
     truth = measure(model, batch, 8, spec, 1).bald
