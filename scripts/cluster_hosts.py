@@ -8,7 +8,7 @@
     sudo scripts/cluster_hosts.py status | down
 
 `up` is idempotent and leaves DIR/hostfile; `down` removes everything it made. Files are shared by all
-hosts, as on a cluster with a shared file system. Linux, root. Missing programs are installed with apt.
+hosts, as on a cluster with a shared file system. Linux, root. scripts/install_test_tools.sh installs the programs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 NETWORK = "10.77.0"
 BRIDGE = "vdrbr0"
 PORT = 22
-PACKAGES = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh"}
+PROGRAMS = ("ip", "sshd", "ssh", "pdsh")
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -50,22 +50,15 @@ def existing() -> list[str]:
     return sorted((name.removeprefix("vdr-") for name in listed if name.startswith("vdr-h")), key=lambda h: int(h[1:]))
 
 
-def install_missing() -> None:
+def check_programs() -> None:
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
-    if not missing:
-        return
-    if shutil.which("apt-get") is None:
-        sys.exit(f"cluster_hosts: install {', '.join(missing)} first")
-    quiet = {"stdout": subprocess.DEVNULL}
-    subprocess.run(["apt-get", "update"], check=True, **quiet)
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-    subprocess.run(command, check=True, env=environment, **quiet)
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    if missing:
+        sys.exit(f"cluster_hosts: {', '.join(missing)} not found; bash scripts/install_test_tools.sh installs them")
 
 
 def up(hosts: list[str], slots: int, directory: Path) -> None:
-    install_missing()
+    check_programs()
     directory.mkdir(parents=True, exist_ok=True)
     Path("/run/sshd").mkdir(exist_ok=True)
     write_keys(directory)

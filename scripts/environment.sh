@@ -10,14 +10,22 @@ make_environment() {
         echo "vdr needs Python 3.11 or newer; $python is $("$python" -V 2>&1). Set PYTHON=/path/to/python3.11" >&2
         exit 4
     }
-    stamp=.venv/.made-of-$( (cat pyproject.toml scripts/environment.sh; "$python" -V) | sha256sum | cut -c1-16)-${extras:-plain}
+    stamp=.venv/.made-of-$( (cat pyproject.toml constraints.txt scripts/environment.sh; "$python" -V) | sha256sum | cut -c1-16)-${extras:-plain}
     if [ ! -e "$stamp" ]; then
         echo "making .venv (a few minutes, once)"
         "$python" -m venv --clear .venv
-        # Without a GPU a CPU build is enough; with one, pip's default brings CUDA.
-        .venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-        .venv/bin/pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+        # torch first: without a GPU a CPU build is enough; with one, pip's default brings CUDA.
+        install_tested "torch>=2.6"
+        install_tested --editable ".${extras:+[$extras]}"
         touch "$stamp"
     fi
     export PATH="$root/.venv/bin:$PATH"
+}
+
+# pip install, at the versions of constraints.txt; at the newest allowed ones where those cannot be had (another Python).
+install_tested() {
+    local pip=(.venv/bin/pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" --constraint constraints.txt "$@" && return
+    echo "the versions of constraints.txt cannot be had for $(.venv/bin/python -V): installing the newest allowed ones"
+    "${pip[@]}" "$@"
 }

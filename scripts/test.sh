@@ -1,28 +1,26 @@
 #!/usr/bin/env bash
 # Everything that this machine can check: lint, types, unit tests, two-process tests, cluster tests (as root).
 #   bash scripts/test.sh [pytest arguments]       e.g. bash scripts/test.sh tests/grpo -k gspo
+# Changes nothing but .venv. `scripts/install_test_tools.sh` installs the tools that some tests need; without them they are
+# skipped, and the end of the output says which and why.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 make_environment test
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+axe=$root/.test-tools/node_modules/axe-core/axe.min.js
+[ -e "$axe" ] && export AXE_CORE="$axe"
+
 if [ $# -gt 0 ]; then exec pytest "$@"; fi
 
-# The tests skip, with the reason, what is not here: hosts need root and ssh tools, the report needs Chromium and axe-core.
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    missing=$(for tool in ip:iproute2 sshd:openssh-server pdsh:pdsh chromium:chromium; do
-        [ -n "$(PATH="$PATH:/usr/sbin:/sbin" command -v "${tool%%:*}")" ] || echo "${tool##*:}"; done)
-    if [ -n "$missing" ]; then
-        echo "installing" $missing
-        (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $missing) >/dev/null 2>&1 ||
-            echo "could not be installed: the tests that need them will be skipped"
-    fi
+missing=()
+for tool in ip sshd pdsh chromium; do
+    PATH="$PATH:/usr/sbin:/sbin" command -v "$tool" >/dev/null || missing+=("$tool")
+done
+[ -e "$axe" ] || missing+=(axe-core)
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "not on this machine: ${missing[*]}. Tests that need them are skipped; scripts/install_test_tools.sh installs them"
 fi
-axe=.venv/axe/node_modules/axe-core/axe.min.js
-if [ ! -e "$axe" ] && command -v npm >/dev/null; then
-    npm install --silent --no-audit --no-fund --prefix .venv/axe axe-core >/dev/null 2>&1 || echo "no axe-core"
-fi
-[ -e "$axe" ] && export AXE_CORE="$root/$axe"
 
 # A real vLLM server: its environment takes 2 minutes and 3.4 GB, its tests 4 minutes more than the rest may take.
 if [ "${VDR_VLLM:-0}" = 1 ]; then

@@ -27,11 +27,10 @@ def missing() -> str | None:
     """Why two hosts cannot be made here."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux (network namespaces)"
-    programs = [
-        name for name in ("ip", "sshd", "pdsh") if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None
-    ]
-    if programs and shutil.which("apt-get") is None:
-        return f"needs {', '.join(programs)}"
+    path = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    programs = [name for name in ("ip", "sshd", "ssh", "pdsh") if shutil.which(name, path=path) is None]
+    if programs:
+        return f"needs {', '.join(programs)}: bash scripts/install_test_tools.sh"
     probe = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
     return "may not make network namespaces" if probe.returncode else None
 

@@ -14,7 +14,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install one or set CHROMIUM"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: bash scripts/install_test_tools.sh, or set CHROMIUM"),
 ]
 
 
@@ -94,7 +94,10 @@ def test_find_filter_sort_and_numbers(open_page: Any) -> None:
     assert complaints == []
 
 
-@pytest.mark.skipif("AXE_CORE" not in os.environ, reason="set AXE_CORE to axe.min.js of the npm package axe-core")
+@pytest.mark.skipif(
+    "AXE_CORE" not in os.environ,
+    reason="no axe-core: bash scripts/install_test_tools.sh, or set AXE_CORE to its axe.min.js",
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_no_serious_accessibility_finding(open_page: Any, scheme: str) -> None:
     page, _ = open_page(scheme)

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.network,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not INTERPRETER, reason="VDR_VLLM_PYTHON names no interpreter"),
+    pytest.mark.skipif(not INTERPRETER, reason="VDR_VLLM_PYTHON names no interpreter: VDR_VLLM=1 bash scripts/test.sh"),
 ]
 
 PROMPTS = [[2, 3, 4, 5], [6, 7], [8, 9, 10]]
