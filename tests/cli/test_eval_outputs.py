@@ -1,6 +1,8 @@
 """What `vdr eval` writes beside its table, end to end on the starter; `vdr report` and its errors."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -50,6 +52,20 @@ def test_one_line_and_exit_code_two(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vdr: error:")]
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_need_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert app.run(["report", str(tmp_path), "--png", "figures"]) == 2
+    assert "--png needs the package matplotlib: pip install 'vdr-cli[plots]'" in capsys.readouterr().err
+
+
+def test_reports_do_without_matplotlib() -> None:
+    """Its import is left to --png: the package is an extra."""
+    imports = "vdr_cli.observe.report, vdr_cli.train, vdr_cli.score, vdr_cli.evaluate, vdr_cli.cli.training"
+    code = f"import sys, {imports}; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "False"
 
 
 def test_markdown_has_a_column_a_model_and_survives_bars_in_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,3 +36,9 @@ def check_writable_file(path: str, flag: str) -> None:
         raise ConfigError(f"{flag} {path}: no directory {parent}; make it first")
     if not os.access(parent, os.W_OK):
         raise MachineError(f"{flag} {path}: no permission to write in {parent}")
+
+
+def check_package(package: str, extra: str, flag: str) -> None:
+    """Check that an optional package is installed. Raises ConfigError with the command that installs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{flag} needs the package {package}: pip install 'vdr-cli[{extra}]'")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vdr_cli.cli.checks import check_writable_file
+from vdr_cli.cli.checks import check_package, check_writable_file
 from vdr_cli.errors import ConfigError
 
 EXAMPLES = (
@@ -31,7 +31,8 @@ def command(
         typer.Option(help="Measure the tokens that the run did not, by this many members of its final model; 0: not."),
     ] = 0,
     png: Annotated[
-        str | None, typer.Option("--png", metavar="DIR", help="Also every chart as a picture for a paper.")
+        str | None,
+        typer.Option("--png", metavar="DIR", help="Also write every chart as a PNG, for papers (extra: plots)."),
     ] = None,
 ) -> None:
     """One self-contained HTML page: learning curves, disagreement, completions token by token.
@@ -49,6 +50,8 @@ def command(
         raise ConfigError(f"--members {members}: disagreement needs at least 2; 0: not measured")
     if output is not None:
         check_writable_file(output, "-o")
+    if png is not None:
+        check_package("matplotlib", "plots", "--png")
 
     from vdr_cli.report.page import write_pictures, write_report
 
