@@ -12,9 +12,10 @@ help:  ## list the targets
 environment:  ## make .venv with everything for the tests
 	bash -c 'source scripts/environment.sh && make_environment test'
 
-lint:  ## ruff
+lint:  ## ruff, and imports between packages
 	ruff check .
 	ruff format --check .
+	lint-imports
 
 types:  ## mypy
 	mypy

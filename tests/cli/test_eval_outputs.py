@@ -62,7 +62,9 @@ def test_pictures_need_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 def test_reports_do_without_matplotlib() -> None:
     """Its import is left to --png: the package is an extra."""
-    imports = "vdr_cli.observe.report, vdr_cli.train, vdr_cli.score, vdr_cli.evaluate, vdr_cli.cli.training"
+    imports = (
+        "vdr_cli.train, vdr_cli.scoring.score, vdr_cli.report.page, vdr_cli.evaluation.evaluate, vdr_cli.cli.training"
+    )
     code = f"import sys, {imports}; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "False"
