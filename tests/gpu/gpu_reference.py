@@ -49,16 +49,16 @@ SMALL = {
 ARCHITECTURES = ["qwen2", "llama", "gpt2", "gemma2", "mixtral", "opt", "bloom"]
 
 
-def sibling(path: str) -> Any:
-    """The module of another test file, for the loops that it compares with. path: relative to tests/."""
-    name = f"gpu_sibling_{Path(path).stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
+@functools.cache
+def sibling(name: str) -> Any:
+    """The module of another test file, for the loops that it compares with."""
+    (path,) = Path(__file__).parent.parent.rglob(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"gpu_sibling_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses look for their own
+    spec.loader.exec_module(module)
+    return module
 
 
 @functools.cache
@@ -108,11 +108,12 @@ def tokens(completions: Completions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_by_hand(model: nn.Module, completions: Completions, spec: EnsembleSpec | None, step: int) -> Tensor:
-    """(M, B, T, V) float64: one whole row, one member at a time, masks multiplied in by hooks written here.
+    """(M, B, T, V) float64 on the model's device: one whole row, one member at a time, masks multiplied in by hooks written here.
 
     spec: None reads the plain model, M = 1. The weights are the model's, in float64.
     """
     exact: Any = copy.deepcopy(model).double()
+    completions = moved(completions, next(exact.parameters()).device)
     layers, width = anatomy.decoder_layers(exact), anatomy.text_config(exact).hidden_size
     first = len(layers) - ((spec.last_k if spec else None) or len(layers))
     members = spec.members if spec else 1

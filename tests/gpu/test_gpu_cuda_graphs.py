@@ -10,8 +10,8 @@ from gpu_reference import logits_by_hand, logp_error, model_on
 from torch import Tensor, nn
 
 from vdr_cli.rollout import static_cache
-from vdr_cli.rollout.base import Completions, Sampling
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
+from vdr_cli.samples import Completions, Sampling
 
 PROMPTS, KEYS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]], [101, 202, 303]
 
