@@ -108,7 +108,7 @@ def tokens(completions: Completions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def logits_by_hand(model: nn.Module, completions: Completions, spec: EnsembleSpec | None, step: int) -> Tensor:
-    """(M, B, T, V) float64 on the model's device: one whole row, one member at a time, masks multiplied in by hooks written here.
+    """(M, B, T, V) float64 on the model's device: one whole row and one member at a time, masks multiplied in by hooks.
 
     spec: None reads the plain model, M = 1. The weights are the model's, in float64.
     """
