@@ -21,7 +21,7 @@ from typing import Any
 
 MODES = ("end_of_sequence", "per_token", "none")
 PROCESSES = (1, 2)
-TIMES = ("time/", "step_time", "tokens_per_second/", "step_time_share/", "mfu/")
+TIMES = ("time/", "step_time", "tokens_per_second", "step_time_share/", "mfu/")
 """Beginnings of the names of metrics that measure the machine."""
 SMALL = (
     "--set", "train.prompts_per_step=4", "--group-size", "4", "--set", "train.eval_every=2",
