@@ -19,7 +19,18 @@ import check as gpu_check  # noqa: E402
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "part", ["machine", "starter-float32", "step-plain", "step-bonus", "step-trl", "decode", "disagreement", "profile"]
+    "part",
+    [
+        "machine",
+        "starter-float32",
+        "step-plain",
+        "step-bonus",
+        "step-trl",
+        "step-zero2-micro64",
+        "decode",
+        "disagreement",
+        "profile",
+    ],
 )
 def test_every_part_runs_at_toy_size(part: str, tmp_path: Path) -> None:
     command = ["bash", "scripts/gpu_check.sh", "--dry-run", "--only", part, "--out", str(tmp_path)]

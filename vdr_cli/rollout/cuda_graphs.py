@@ -41,8 +41,7 @@ class GraphedForward:
         self.forward, self.columns, self.watcher = forward, columns, watcher
         self.has_failed = False
         self._captured: dict[int, _Captured] = {}
-        self._rows = columns.rows
-        self._pool = torch.cuda.graph_pool_handle()
+        self._rows, self._pool = columns.rows, torch.cuda.graph_pool_handle()
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The logits stay valid until the next call."""
@@ -50,7 +49,7 @@ class GraphedForward:
             return self.forward(ids, positions)
         if self._rows != len(ids):
             self._captured.clear()
-            self._rows = len(ids)
+            self._rows, self._pool = len(ids), torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         if self.columns.length not in self._captured:
             try:
                 self._captured[self.columns.length] = self._capture(ids, positions)

@@ -56,6 +56,8 @@ STAGES: tuple[tuple[Part, ...], ...] = (
     (step("step-plain", "--side", "vdr", "--mode", "none"),),
     (step("step-bonus", "--side", "vdr", "--mode", "end_of_sequence"),),
     (step("step-trl", "--side", "trl", needs=("trl", "datasets")),),
+    (step("step-zero2", "--side", "vdr", "--mode", "none", "--ds-config", "zero2"),),
+    (step("step-zero2-micro64", "--side", "vdr", "--mode", "none", "--ds-config", "zero2", "--micro-batch", "64"),),
     (Part("decode", "decode.py", (), 120),),
     (Part("disagreement", "disagreement.py", (), 120),),
     (Part("profile", "profile_step.py", (), 90),),
@@ -149,17 +151,17 @@ def write_failure(
 
 def report(check: Check, parts: Sequence[Part]) -> str:
     """One table: status, seconds and headline numbers of each part."""
-    lines = [f"{'part':18}{'status':9}{'s':>6}  numbers"]
+    lines = [f"{'part':20}{'status':9}{'s':>6}  numbers"]
     for part in parts:
         path = check.result_path(part)
         if not path.is_file():
-            lines.append(f"{part.name:18}{'not run':9}")
+            lines.append(f"{part.name:20}{'not run':9}")
             continue
         result = json.loads(path.read_text())
         status = "ok" if result["ok"] else "FAILED"
         first, *rest = headlines(result) or [result.get("reason", "")]
-        lines.append(f"{part.name:18}{status:9}{result['part_seconds']:6.0f}  {first}")
-        lines += [f"{'':35}{line}" for line in rest]
+        lines.append(f"{part.name:20}{status:9}{result['part_seconds']:6.0f}  {first}")
+        lines += [f"{'':37}{line}" for line in rest]
     return "\n".join(lines)
 
 

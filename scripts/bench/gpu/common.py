@@ -125,9 +125,10 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of `repeats` timed calls after one that warms up."""
-    call()
+def median_seconds(call: Callable[[], object], device: torch.device, repeats: int, warm_up: bool = True) -> float:
+    """Median of `repeats` timed calls, after one that warms up."""
+    if warm_up:
+        call()
     return statistics.median(seconds_of(call, device) for _ in range(repeats))
 
 

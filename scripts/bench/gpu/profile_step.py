@@ -57,8 +57,7 @@ def profiled(call: Callable[..., Any], found: list[dict[str, Any]], on_gpu: bool
         seen += 1
         if seen == 1:
             return call(*args, **kwargs)
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=activities) as recorded:
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
             began = time.perf_counter()
             result = call(*args, **kwargs)
             if on_gpu:
@@ -73,7 +72,7 @@ def profiled(call: Callable[..., Any], found: list[dict[str, Any]], on_gpu: bool
 def main() -> None:
     args = parser_of(__doc__).parse_args()
     device = device_of(args.toy)
-    case = TOY if args.toy else replace(FULL, new_tokens=48, steps=1)
+    case = TOY if args.toy else replace(FULL, prompts=2, new_tokens=32, steps=1)
     model = model_directory(case.shape, args.work, device, dtype_of(args.toy))
     prompts, output = args.work / "profile-prompts.jsonl", args.work / "profile-run"
     write_prompts(case, prompts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ def write_prompts(case: Case, path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_vdr(case: Case, model: Path, prompts: Path, output: Path, mode: str, dtype: str) -> list[dict[str, float]]:
+def run_vdr(
+    case: Case, model: Path, prompts: Path, output: Path, mode: str, dtype: str, ds_config: str = "zero3"
+) -> list[dict[str, float]]:
     """The metrics of each step, without the first."""
     from vdr_cli.config import Config
     from vdr_cli.train import train
@@ -71,6 +73,7 @@ def run_vdr(case: Case, model: Path, prompts: Path, output: Path, mode: str, dty
                 "checkpoint_every": 0,
                 "save_model": False,
             },
+            "engine": {"ds_config": ds_config},
             "observe": {"tensorboard": False, "report": False, "completions_every": 0, "live": "off"},
         }
     )
@@ -96,6 +99,7 @@ def run_trl(case: Case, model: Path, prompts: Path, output: Path, device: torch.
             steps.append({"step_time": seconds, "time/rollout": sampled[-1], "time/update": seconds - sampled[-1]})
 
     on_gpu = device.type == "cuda"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     arguments = GRPOConfig(
         output_dir=str(output),
         use_cpu=not on_gpu,
@@ -120,7 +124,8 @@ def run_trl(case: Case, model: Path, prompts: Path, output: Path, device: torch.
         model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype_of(not on_gpu)),
         reward_funcs=digits,
         args=arguments,
-        train_dataset=datasets.Dataset.from_list([json.loads(line) for line in prompts.read_text().splitlines()]),
+        # A given fingerprint: hashing the table pickles it, which fails where dill cannot find pyarrow's types.
+        train_dataset=datasets.Dataset(datasets.table.InMemoryTable.from_pylist(rows), fingerprint="prompts"),
         processing_class=AutoTokenizer.from_pretrained(model),
         callbacks=[Steps()],
     )
@@ -171,17 +176,21 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--side", choices=["vdr", "trl"], required=True)
     parser.add_argument("--mode", choices=["none", "end_of_sequence", "per_token"], default="none")
+    parser.add_argument("--ds-config", default="zero3", help="vdr's engine.ds_config")
+    parser.add_argument("--micro-batch", type=int, help="completions in one forward and backward")
     args = parser.parse_args()
     device, case = device_of(args.toy), TOY if args.toy else FULL
+    if args.micro_batch:
+        case = replace(case, micro_batch=min(args.micro_batch, case.prompts * case.group))
     dtype = "float32" if args.toy else "bfloat16"
     model = model_directory(case.shape, args.work, device, dtype_of(args.toy))
-    prompts, output = args.work / "prompts.jsonl", args.work / f"step-{args.side}-{args.mode}"
+    prompts, output = args.work / "prompts.jsonl", args.work / args.json.stem
     write_prompts(case, prompts)
     if args.side == "vdr":
-        steps = run_vdr(case, model, prompts, output, args.mode, dtype)
+        steps = run_vdr(case, model, prompts, output, args.mode, dtype, args.ds_config)
     else:
         steps = run_trl(case, model, prompts, output, device)
-    result = {"case": vars(case), "side": args.side, "mode": args.mode}
+    result = {"case": vars(case), "side": args.side, "mode": args.mode, "ds_config": args.ds_config}
     write_result(args.json, result | summary(case, steps, peak_gigabytes(device)))
 
 
