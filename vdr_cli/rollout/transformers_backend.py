@@ -67,6 +67,9 @@ class TransformersRollout:
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
         self.cuda_graphs = cuda_graphs
+        # A model that cannot be captured stays on the cache at fixed addresses. Another one rounds otherwise, and a
+        # resumed run, which has yet to find out, would not be the same run.
+        self.can_capture = True
 
     @torch.no_grad()
     def generate(
@@ -91,7 +94,7 @@ class TransformersRollout:
                 decoder = _Decoder(model, self, prompts, rows, sampling, keys, at, watcher)
                 decoder.run(collected.taker(at))
                 if decoder.graphed is not None and decoder.graphed.has_failed:
-                    self.cuda_graphs = "off"
+                    self.can_capture = False
         return collected.out.trimmed()
 
     def begin(
@@ -207,7 +210,7 @@ class _Decoder:
             streams = [(keys[row.prompt], row.completion) for row in batch]
             self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
         self.pad_id = rollout.pad_id
-        self.cuda_graphs = rollout.cuda_graphs
+        self.cuda_graphs, self.can_capture = rollout.cuda_graphs, rollout.can_capture
         self.graphed: GraphedForward | None = None
 
     def run(self, take: Take) -> None:
@@ -259,7 +262,7 @@ class _Decoder:
         if self._is_static(cache):
             self.cache = StaticCache(self.model, cache, self.owner, self.prompt_mask, T)
             self.compact_share, self.needs_mask = GRAPHS_COMPACT_SHARE, False
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and self.can_capture:
                 self.graphed = GraphedForward(self._read, self.cache.columns, self.watcher)
         else:
             self.cache = DecodeCache(self.model, cache, self.owner, self.prompt_mask, T)
