@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class _BranchHook:
         self.site: Site = site
         self.kept: Tensor | None = None
 
-    def __call__(self, module: nn.Module, arguments: object, output: object) -> object:
+    def __call__(self, module: nn.Module, arguments: object, output: Tensor | tuple[Any, ...]) -> object:
         if isinstance(output, tuple):
             return (self.masked(output[0]), *output[1:])
         return self.masked(output)
@@ -128,7 +129,7 @@ def ensemble(
 def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
     """(layer, site, module) of every mask of the ensemble."""
     if spec.site == "embedding":
-        return [(0, "embedding", anatomy.unwrapped(model).get_input_embeddings())]
+        return [(0, "embedding", anatomy.input_embeddings(model))]
     sites: list[tuple[int, Site, nn.Module]] = []
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):

@@ -45,7 +45,7 @@ class Statistics:
 
     def get(self, measure: str) -> Tensor:
         """The tensor of one measure; KeyError when it was not asked for."""
-        value = getattr(self, measure, None)
+        value: Tensor | None = getattr(self, measure, None)
         if value is None:
             raise KeyError(f"measure {measure!r} was not computed")
         return value
@@ -95,7 +95,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
     weight = head.weight
     if weight.dtype == torch.float32:
         product_into(out, hidden.float(), weight)
-    elif weight.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
+    elif weight.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():  # type: ignore[no-untyped-call]
         torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)
     else:
         exact = hidden.float()

@@ -160,7 +160,8 @@ class Reading:
             if shared is not None:
                 context.enter_context(for_one(shared, count))
             arguments |= anatomy.cache_arguments(self.model, cache)
-            return anatomy.backbone(self.model)(input_ids=each.ids.repeat(count, 1), **arguments)[0]
+            hidden: Tensor = anatomy.backbone(self.model)(input_ids=each.ids.repeat(count, 1), **arguments)[0]
+            return hidden
 
     def shared_attention(self, count: int) -> nn.Module | None:
         """The attention of the first layer that members differ in, where all give it the same input: masks come after.

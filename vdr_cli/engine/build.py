@@ -28,7 +28,7 @@ from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
-from vdr_cli.models.anatomy import Lend, decoder_layers, has_experts, output_head
+from vdr_cli.models.anatomy import Lend, decoder_layers, has_experts, input_embeddings, output_head
 from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
@@ -114,7 +114,7 @@ class Engine:
     def num_matrix_parameters(self) -> float:
         """Parameters that every token is multiplied with: all but the embeddings, unless they are the head too."""
         sizes = {id(p): getattr(p, "ds_numel", p.numel()) for p in self.causal_lm.parameters()}
-        table = self.causal_lm.get_input_embeddings().weight  # type: ignore[operator]
+        table = input_embeddings(self.causal_lm).weight
         tied = output_head(self.causal_lm).weight is table
         return float(sum(sizes.values()) - (0 if tied else sizes[id(table)]))
 
@@ -272,7 +272,7 @@ def _by_layers(config: Config, ds_config: DsConfig, causal_lm: nn.Module, device
     if zero_stage(ds_config) < 3 or asked == "whole" or (asked == "auto" and device.type != "cuda"):
         return False
     if asked == "auto":
-        needed = sum(parameter.ds_numel * parameter.element_size() for parameter in causal_lm.parameters())
+        needed = sum(p.ds_numel * p.element_size() for p in causal_lm.parameters())  # type: ignore[attr-defined]
         free = torch.cuda.mem_get_info(device)[0]
         if not collectives.all_reduce_max([float(needed > MOST_OF_MEMORY * free)])[0]:
             return False

@@ -36,7 +36,7 @@ class Moments:
         if self.count < 2:
             return 0.0
         variance = (self.squares - self.total**2 / self.count) / (self.count - 1)
-        return max(variance, 0.0) ** 0.5
+        return float(max(variance, 0.0) ** 0.5)
 
 
 def combine_rewards(rewards: Tensor, weights: Tensor) -> Tensor:

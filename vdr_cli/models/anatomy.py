@@ -76,13 +76,19 @@ class Head:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The causal LM inside a PEFT wrapper, or the model itself."""
-    inner = getattr(model, "get_base_model", None)
+    inner: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
+
+
+def input_embeddings(model: nn.Module) -> nn.Embedding:
+    """The table that turns token ids into vectors."""
+    find: Callable[[], nn.Embedding] = unwrapped(model).get_input_embeddings  # type: ignore[assignment]
+    return find()
 
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language part (multimodal models keep it one level down)."""
-    config = unwrapped(model).config
+    config: Any = unwrapped(model).config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

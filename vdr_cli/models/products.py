@@ -7,7 +7,7 @@ in other formats the products are torch's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,10 @@ class Linear(nn.Linear):
         return product(x, self.weight, self.bias)
 
 
+PLAIN = (nn.Linear, Linear)
+"""Linear maps with no forward of their own; a subclass may compute something else."""
+
+
 def with_products(model: nn.Module) -> nn.Module:
     """The same model, its linear maps working with `product`."""
     for module in model.modules():
@@ -109,12 +113,12 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
     A decode step takes as long as reading the weights does: packed ones are read at nearly the memory's speed. A row
     has the same bits whatever the number of rows beside it.
     """
-    linears = [module for module in model.modules() if type(module) in (nn.Linear, Linear)]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear) and type(module) in PLAIN]
     if not _pays([linear.weight for linear in linears]):
         yield
         return
     for linear in linears:
-        linear.forward = _on_packed(linear)
+        linear.forward = _on_packed(linear)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -122,7 +126,7 @@ def packed_linears(model: nn.Module) -> Iterator[None]:
             del linear.forward
 
 
-def _pays(weights: list[nn.Parameter]) -> bool:
+def _pays(weights: Sequence[Tensor]) -> bool:
     """Not on a GPU, in other formats, or where a model's layers are whole one at a time only."""
     plain = all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights)
     size = sum(weight.numel() * weight.element_size() for weight in weights)

@@ -234,9 +234,10 @@ class VllmRollout:
 def mean_difference(model: nn.Module, sampled: Completions, temperature: float) -> float:
     """Mean |sampler - trainer| log-probability over the tokens of the completions."""
     device = next(model.parameters()).device
-    parts = (sampled.prompt_ids, sampled.prompt_mask, sampled.completion_ids, sampled.completion_mask)
+    prompts = sampled.prompt_ids.to(device), sampled.prompt_mask.to(device)
+    answers = sampled.completion_ids.to(device), sampled.completion_mask.to(device)
     with torch.no_grad():
-        logps, _ = completion_logps(model, *(part.to(device) for part in parts), temperature)  # type: ignore[call-arg]
+        logps, _ = completion_logps(model, *prompts, *answers, temperature)
     mask = sampled.completion_mask
     return float((logps.cpu() - sampled.sampler_logps).abs()[mask].mean())
 

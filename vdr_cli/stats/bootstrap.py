@@ -35,7 +35,9 @@ def resampled_ratios(
     """
     drawn = [(times @ sums, times @ counts) for times in resampled_counts(len(sums), resamples, seed)]
     totals, weights = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    return np.divide(totals, weights, out=np.full(totals.shape, np.nan), where=(weights > 0) & (len(sums) > 1))
+    ratios: NDArray[np.float64] = np.full(totals.shape, np.nan)
+    np.divide(totals, weights, out=ratios, where=(weights > 0) & (len(sums) > 1))
+    return ratios
 
 
 def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def rouge_l(texts: Sequence[str], reference: str) -> list[float]:
 
 def _bleu() -> Any:
     try:
-        from sacrebleu.metrics import BLEU
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise ConfigError("self-BLEU needs sacrebleu: pip install 'vdr-cli[metrics]'") from None
     return BLEU(effective_order=True, tokenize="none")

@@ -93,7 +93,9 @@ def prr(ranked: Ranked, weights: Array | None = None) -> Array:
 def _ratio(top: Array, bottom: Array, otherwise: float = np.nan) -> Array:
     """top / bottom where bottom is above rounding, else `otherwise`."""
     top, bottom = np.asarray(top), np.asarray(bottom)
-    return np.divide(top, bottom, out=np.full(top.shape, otherwise), where=bottom > 1e-12)
+    ratio: Array = np.full(top.shape, otherwise)
+    np.divide(top, bottom, out=ratio, where=bottom > 1e-12)
+    return ratio
 
 
 def expected_calibration_error(confidence: Array, right: Array, bins: int = 10) -> float:

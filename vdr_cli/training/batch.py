@@ -162,8 +162,9 @@ def _emptied(micro: MicroBatch) -> MicroBatch:
     one = {entry.name: value[:1] for entry in fields(micro) if isinstance(value := getattr(micro, entry.name), Tensor)}
     for name in ("mask", "weights", "entropy_weights"):
         one[name] = torch.zeros_like(one[name])
-    *tokens, completion_mask = (tensor[:1] for tensor in micro.tokens)
-    return replace(micro, **one, tokens=(*tokens, torch.zeros_like(completion_mask)))
+    prompt_ids, prompt_mask, completion_ids, completion_mask = (tensor[:1] for tensor in micro.tokens)
+    tokens = prompt_ids, prompt_mask, completion_ids, torch.zeros_like(completion_mask)
+    return replace(micro, **one, tokens=tokens)
 
 
 @dataclass

@@ -9,11 +9,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Backend, BroadcastOptions, ProcessGroupGloo, Store, TCPStore, Work
+from torch.distributed import BroadcastOptions, ProcessGroupGloo, Store, TCPStore, Work
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Backend  # torch.distributed.Backend is a class of names
 
 
 class Receiver:
@@ -71,7 +74,7 @@ def broadcast(group: Backend, tensor: Tensor) -> Work:
     """Rank 0's bytes into every rank's tensor, which is contiguous. Begun, not awaited."""
     options = BroadcastOptions()
     options.rootRank = 0
-    return group.broadcast([tensor.view(-1).view(torch.uint8)], options)
+    return group.broadcast([tensor.view(-1).view(torch.uint8)], options)  # type: ignore[attr-defined,no-any-return]
 
 
 def own_address(peer: str) -> str:
