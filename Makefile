@@ -27,7 +27,7 @@ all:  ## what CI runs: lint, types, every test that this machine allows
 	bash scripts/test.sh
 
 generated:  ## write every file that is made from another one
-	python scripts/config_reference.py
+	python scripts/build/config_reference.py
 	python tests/cli/test_options.py
 
 format:  ## ruff, writing

@@ -24,7 +24,7 @@ fi
 
 # A real vLLM server: its environment takes 2 minutes and 3.4 GB, its tests 4 minutes more than the rest may take.
 if [ "${VDR_VLLM:-0}" = 1 ]; then
-    bash scripts/vllm_cpu_env.sh .venv-vllm
+    bash scripts/build/vllm_cpu_env.sh .venv-vllm
     export VDR_VLLM_PYTHON="$root/.venv-vllm/bin/python"
 fi
 

@@ -1,4 +1,4 @@
-"""Two hosts on this machine (scripts/cluster_hosts.py): launches, equality with one host, a lost host."""
+"""Two hosts on this machine (scripts/verify/cluster_hosts.py): launches, equality with one host, a lost host."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HOSTS = ROOT / "scripts" / "cluster_hosts.py"
+HOSTS = ROOT / "scripts" / "verify" / "cluster_hosts.py"
 SMALL = [
     "train", "--steps", "4", "--set", "train.prompts_per_step=4", "--group-size", "4", "--members", "2",
     "--set", "train.checkpoint_every=1", "--set", "observe.tensorboard=false", "--set", "observe.report=false",

@@ -16,7 +16,7 @@ from vdr_cli.config.load import dump_config, load_config
 from vdr_cli.config.messages import dotted_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "config_reference.py"
+SCRIPT = ROOT / "scripts" / "build" / "config_reference.py"
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,12 @@ def script() -> dict[str, Any]:
 
 
 def test_the_schema_is_up_to_date(script: dict[str, Any]) -> None:
-    assert SCHEMA_FILE.read_text(encoding="utf-8") == script["schema_text"](), "run python scripts/config_reference.py"
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == script["schema_text"](), "run make generated"
 
 
 def test_the_page_is_up_to_date(script: dict[str, Any]) -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert written == script["page"](), "run python scripts/config_reference.py"
+    assert written == script["page"](), "run make generated"
 
 
 def test_every_key_is_described(script: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def test_a_config_without_layers_is_refused() -> None:
 
 
 def test_traffic_is_what_a_run_of_two_processes_moved() -> None:
-    """scripts/plan_check.py, DeepSpeed 0.19.8, persistence and reuse thresholds 0: payload bytes of the collectives."""
+    """Payload bytes of the collectives by scripts/verify/plan_check.py; DeepSpeed 0.19.8, both thresholds 0."""
     moved = traffic(SMALL, TWO)
     assert moved["rollout and disagreement"] * 2 == pytest.approx(5_251_584, rel=0.001)
     assert moved["update"] * 2 == pytest.approx(21_006_336 + 10_503_168, rel=0.001)
@@ -170,14 +170,14 @@ def test_auto_is_what_the_engine_would_choose() -> None:
 
 
 def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    from vdr_cli.cli.plan import command
+    from vdr_cli.cli import app
 
-    asked = {"model": "70B", "gpus": 64, "gpu_memory": 80.0, "prompt_tokens": 512, "bandwidth": 100.0}
-    command(None, **asked, overrides=["engine.copy_of_weights=layers"])
+    asked = ["plan", "--model", "70B", "--gpus", "64", "--gpu-memory", "80"]
+    assert app.run([*asked, "--set", "engine.copy_of_weights=layers"]) == 0
     assert "one decoder layer at a time (engine.copy_of_weights)" in capsys.readouterr().out
-    command(None, **asked, overrides=["engine.copy_of_weights=whole"])
+    assert app.run([*asked, "--set", "engine.copy_of_weights=whole"]) == 0
     told = capsys.readouterr().out
     assert "model.lora" not in told
-    command(None, **asked, overrides=["model.lora.rank=8"])
+    assert app.run([*asked, "--set", "model.lora.rank=8"]) == 0
     assert "model.lora: counted as if all parameters were trained" in capsys.readouterr().out
     assert "a full copy of the weights (engine.copy_of_weights)" in told and "does not fit" in told

@@ -1,4 +1,4 @@
-"""A real vLLM server: VDR_VLLM_PYTHON names the interpreter of its environment (scripts/vllm_cpu_env.sh makes one)."""
+"""A real vLLM server. VDR_VLLM_PYTHON names the interpreter of its environment: scripts/build/vllm_cpu_env.sh."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every setting as data, read from schema.json: its type, values, default and description.
 
 The command line's options and docs/configuration.md are made from this. It needs no pydantic, so `vdr --help` and a
-shell's TAB wait for none. `scripts/config_reference.py` writes schema.json from schema.py.
+shell's TAB wait for none. `scripts/build/config_reference.py` writes schema.json from schema.py.
 """
 
 from __future__ import annotations

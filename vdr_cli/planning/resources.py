@@ -1,7 +1,7 @@
 """What a run needs: memory a GPU and bytes over the network a step, by formula. Pure arithmetic, no torch.
 
 The formulas follow the code (engine/twin.py, engine/build.py, models/policy.py) and are held against
-measurements by scripts/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
+measurements by scripts/verify/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
 fragmentation come on top: leave a tenth of the memory free.
 """
 

@@ -29,7 +29,9 @@ class VllmServer:
         receives: its workers can take weights by broadcast.
         """
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
-            raise ConfigError(f"rollout.vllm.python: {python} is not an interpreter; scripts/vllm_cpu_env.sh makes one")
+            raise ConfigError(
+                f"rollout.vllm.python: {python} is not an interpreter; scripts/build/vllm_cpu_env.sh installs one"
+            )
         self.log = log = model / "server.log"
         address = urlsplit(url)
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]

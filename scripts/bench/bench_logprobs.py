@@ -2,7 +2,7 @@
 
 Runs each way in a process of its own and compares peak memory over the start, wall time and results. Default: the
 16 × 512 completion tokens, D 896 and V 151,936 of a Qwen2.5-0.5B.
-    python scripts/bench_logprobs.py [--tokens 8192] [--hidden 896] [--vocabulary 151936] [--device cpu]
+    python scripts/bench/bench_logprobs.py [--tokens 8192] [--hidden 896] [--vocabulary 151936] [--device cpu]
 """
 
 from __future__ import annotations

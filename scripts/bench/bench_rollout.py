@@ -1,6 +1,6 @@
 """Sampling time of our transformers backend against transformers' own generate, in turn, in one run.
 
-    python scripts/bench_rollout.py [--prompt 128] [--new 64] [--prompts 2] [--group 8] [--repeats 5]
+    python scripts/bench/bench_rollout.py [--prompt 128] [--new 64] [--prompts 2] [--group 8] [--repeats 5]
 
 The default case is a 66.6M-parameter Qwen2 (d 512, 12 layers, vocabulary 32,000), random weights, 16
 completions of 64 tokens after 128. No completion ends early, so both sides decode the same number of tokens.

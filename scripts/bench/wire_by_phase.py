@@ -1,4 +1,4 @@
-"""The embedded task's reward for scripts/bench_hosts.py: a reward function, so that it is loaded in every rank.
+"""The embedded task's reward for scripts/bench/bench_hosts.py: a reward function, so that it is loaded in every rank.
 
 In rank 1 each phase's name is noted together with what the network interface has received so far: a line of JSON a
 step in the file WIRE, bytes by phase. `step` is what lies between two phases: the weights' gather before the rollout.

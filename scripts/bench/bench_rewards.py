@@ -1,8 +1,8 @@
 """Sampling with a reward function that computes in Python: on a thread of the process, or in a process of its own.
 
-    python scripts/bench_rewards.py [--prompts 8] [--group 8] [--seconds 0.25] [--repeats 3]
+    python scripts/bench/bench_rewards.py [--prompts 8] [--group 8] [--seconds 0.25] [--repeats 3]
 
-The model of scripts/bench_rollout.py; a completion ends at one token in sixteen. The function takes --seconds of a
+The model of bench_rollout.py; a completion ends at one token in sixteen. The function takes --seconds of a
 processor for each group. Printed: median seconds until completions and rewards are there.
 """
 

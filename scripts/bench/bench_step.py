@@ -1,6 +1,6 @@
 """Whole training steps of vdr and of TRL's GRPOTrainer, in turn, each repetition in a process of its own.
 
-    python scripts/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps N] [--threads 2]
+    python scripts/bench/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps N]
 
 Same model, prompts, lengths, group size, optimizer (AdamW), number of threads, loss (dapo) and reward; no
 gradient checkpointing, no KL. --bonus: vdr with its default bonus, TRL without. Printed: medians over

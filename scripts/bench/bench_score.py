@@ -1,6 +1,6 @@
 """Rows per second, peak memory and kill -9 survival of `vdr score` on the starter.
 
-    python scripts/bench_score.py --rows 1000000 --tokens 16 --members 0 --kills 5
+    python scripts/bench/bench_score.py --rows 1000000 --tokens 16 --members 0 --kills 5
 
 Makes a file of random expressions, scores it in a process of its own, kills that process at random moments, resumes,
 and checks that the output has every row once, in order.

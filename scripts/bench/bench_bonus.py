@@ -1,6 +1,6 @@
 """A whole training step of `vdr train` with the default bonus beside one without.
 
-    python scripts/bench_bonus.py [--rounds 3] [--threads 2]
+    python scripts/bench/bench_bonus.py [--rounds 3] [--threads 2]
 
 The model and shapes of bench_step.py: 66.6M parameters, 2 prompts x 8 completions of 64 tokens after 128, every other
 setting at its default. Each run is a process of its own, the two take turns; medians, and their ratio.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Hosts that vanish and networks that are cut, in a run over two hosts made by scripts/cluster_hosts.py.
+"""Hosts that vanish and networks that are cut, in a run over two hosts made by scripts/verify/cluster_hosts.py.
 
-    sudo scripts/fault_test.py [--output /tmp/vdr-faults] [--timeout 10]
+    sudo scripts/verify/fault_test.py [--output /tmp/vdr-faults] [--timeout 10]
 
-Each fault in each of rollout, reward, backward and checkpoint: the ranks stop in the phase (scripts/fault_phases.py),
+Each fault in each of rollout, reward, backward and checkpoint: the ranks stop in the phase (fault_phases.py),
 the fault is made, and they go on into it. Shown are where the fault was noticed, the exit code, how long until no
 process of the run was left on any host, and whether the run that went on, or was resumed, ended with the weights of
 one that nobody disturbed. A cut of 10 s is to be survived (launch.fault_timeout is 30 s there). Prints a Markdown

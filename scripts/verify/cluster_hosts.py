@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Several hosts on this machine, for tests: network namespaces with own addresses, sshd, keys and pdsh.
 
-    sudo scripts/cluster_hosts.py up [--hosts 2] [--slots 1] [--dir /tmp/vdr-hosts]
-    sudo scripts/cluster_hosts.py exec h1 COMMAND...      # inside host h1, with ssh and pdsh to the others
-    sudo scripts/cluster_hosts.py cut h2 | join h2        # the network cable of h2
-    sudo scripts/cluster_hosts.py lose h2                 # h2 vanishes: cable out and every process killed
-    sudo scripts/cluster_hosts.py status | down
+    sudo scripts/verify/cluster_hosts.py up [--hosts 2] [--slots 1] [--dir /tmp/vdr-hosts]
+    sudo scripts/verify/cluster_hosts.py exec h1 COMMAND...      # inside host h1, with ssh and pdsh to the others
+    sudo scripts/verify/cluster_hosts.py cut h2 | join h2        # the network cable of h2
+    sudo scripts/verify/cluster_hosts.py lose h2                 # h2 vanishes: cable out and every process killed
+    sudo scripts/verify/cluster_hosts.py status | down
 
 `up` is idempotent and leaves DIR/hostfile; `down` removes everything it made. Files are shared by all
 hosts, as on a cluster with a shared file system. Linux, root. scripts/install_test_tools.sh installs the programs.

@@ -1,7 +1,7 @@
 """What disagreement costs, side by side with the way the original code computed it.
 
-    python scripts/bench_disagreement.py --table docs/bench_disagreement.md     the asked cases beside the measured ones
-    python scripts/bench_disagreement.py --curves docs/images/disagreement_cost.png    cost against M, T, G and P
+    python scripts/bench/bench_disagreement.py --table TABLE.md     the asked cases beside the measured
+    python scripts/bench/bench_disagreement.py --curves docs/images/disagreement_cost.png    cost against M, T, G and P
 
 Every case runs in a process of its own, so that its peak memory is its own. Times are the least of the repeats, ours
 and the original's taken in turns. The matrix rate is measured in the same process, between the repeats. Wall time and

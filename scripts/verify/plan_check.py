@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`vdr plan`'s formulas beside what a small run on two processes really moves and holds.
 
-    scripts/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing] [--by-layers]
+    scripts/verify/plan_check.py [--layers 4] [--hidden 128] [--micro-batch-size 4] [--checkpointing] [--by-layers]
                           [--new-tokens 8]
 
 Makes a small random model, trains it for a few steps, counts the bytes of every collective of a step by phase, of a

@@ -1,6 +1,6 @@
 """Build the embedded model: a small Qwen2 that knows Countdown's format and some of its answers.
 
-    python scripts/build_starter.py --output vdr_cli/starter/model
+    python scripts/build/starter.py --output vdr_cli/starter/model
 
 Pretraining never reads a held-out problem. It has two phases: first every completion is a right
 answer, then the share of right ones falls to `--right` and the others are random expressions of the

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """SIGKILL to a random process of a run at a random moment, again and again; then resume and compare.
 
-    scripts/kill_test.py --kills 30 [--processes 2] [--output /tmp/vdr-kills] [--seed 0] [-- vdr train flags]
-    sudo scripts/kill_test.py --kills 30 --two-hosts      # half of them over hosts of scripts/cluster_hosts.py
+    scripts/verify/kill_test.py --kills 30 [--processes 2] [--output /tmp/vdr-kills] [--seed 0] [-- vdr train flags]
+    sudo scripts/verify/kill_test.py --kills 30 --two-hosts      # half of them over hosts of cluster_hosts.py
 
 The run that is killed would go on for many more steps than the undisturbed one makes, so one that does not notice is
 not saved by its own end. Every second kill waits for a checkpoint that is being written; every step is one of two on

@@ -1,11 +1,11 @@
 """Training steps that sample in the trainer, on a vLLM server, and on the server one step ahead.
 
-    python scripts/bench_vllm.py [--python .venv-vllm/bin/python] [--case qwen2|starter]
+    python scripts/bench/bench_vllm.py [--python .venv-vllm/bin/python] [--case qwen2|starter]
                                  [--kinds transformers vllm ahead] [--repeats 2] [--steps 5] [--threads 2]
 
-The models and shapes of scripts/bench_step.py; `vdr train` starts the server beside itself, on the same processors.
+The models and shapes of bench_step.py; `vdr train` starts the server beside itself, on the same processors.
 Kinds take turns. Printed: medians over all steps but a run's first, and ratios to sampling in the trainer.
-scripts/vllm_cpu_env.sh makes the server's environment.
+scripts/build/vllm_cpu_env.sh makes the server's environment.
 """
 
 from __future__ import annotations
