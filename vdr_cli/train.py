@@ -357,14 +357,16 @@ def update(run: Run, batch: Batch, signal: Signal) -> Updates:
     entropy_weights = token_weights("dapo", signal.mask, totals, cfg.rollout.max_new_tokens)
     size, device = cfg.train.micro_batch_size, run.engine.device
     micro_batches = micro_batches_of(batch, signal, weights, entropy_weights, size, device)
-    old_logps: dict[int, Tensor] = {}  # by micro-batch: the policy's own, of the first iteration
     updates = Updates()
     with run.timer.phase("update"):
         for iteration in range(cfg.grpo.num_iterations):
             for index, micro in enumerate(micro_batches):
                 logps, entropy = run.engine.forward(*micro.tokens, cfg.rollout.temperature)
-                old = old_logps.setdefault(index, logps.detach())
-                output = policy_loss(micro.inputs(logps, old, entropy), micro.weights, cfg.corrected_grpo)
+                if iteration == 0:
+                    updates.first_logps.append(logps.detach())
+                    updates.first_entropies.append(entropy.detach())
+                inputs = micro.inputs(logps, updates.first_logps[index], entropy)
+                output = policy_loss(inputs, micro.weights, cfg.corrected_grpo)
                 run.engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)
             updates.learning_rate = learning_rate_at(run.step + iteration, cfg.train)

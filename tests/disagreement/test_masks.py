@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from vdr_cli.audit import streams
 from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.disagreement import masks
 from vdr_cli.disagreement.hooks import first_layer
@@ -34,6 +35,14 @@ def test_every_part_of_the_key_matters() -> None:
     ]
     assert all(not torch.equal(one, other) for other in others)
     assert torch.equal(one, masks.member_mask(SPEC, 5, 1, 2, "mlp", 64))
+
+
+def test_masks_are_those_that_the_docs_define() -> None:
+    """docs/audit.md, "Random numbers", written a second time."""
+    found = masks.member_mask(SPEC, 5, 1, 2, "mlp", 65)
+    assert found.tolist() == pytest.approx(streams.mask(3, "5/1/2/mlp", 65, 0.1).tolist())
+    by_token = masks.token_mask(SPEC, 5, 1, 2, "attention", "ab", 4, 9)
+    assert by_token.flatten().tolist() == pytest.approx(streams.mask(3, "5/1/2/attention/ab", 36, 0.1).tolist())
 
 
 def test_another_process_draws_the_same() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +190,22 @@ def test_weights_and_moments_come_back_bit_for_bit(build: Build, completions, on
     assert all(map(torch.equal, weights_of(engine), weights_of(other)))
     one_step(fresh, completions)
     assert not all(map(torch.equal, weights_of(engine), weights_of(fresh)))
+
+
+def test_random_states_go_on_where_they_were(build: Build, tmp_path: Path) -> None:
+    """Reward functions draw from these."""
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    engine = build(3)
+    checkpoints.save(engine, tmp_path / "checkpoints", 1, {"loop": {}})
+    found, _ = checkpoints.newest_complete(tmp_path / "checkpoints")
+    assert found is not None
+    expected = draw()
+    draw()
+    checkpoints.load(engine, found)
+    assert draw() == expected
 
 
 def weights_of(engine: Engine) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from vdr_cli.errors import ConfigError
-from vdr_cli.models.loading import load_causal_lm, load_model_config, load_tokenizer
+from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_model_config, load_tokenizer
 from vdr_cli.starter.paths import model_path
 
 WEIGHTS = "model.safetensors"
@@ -68,3 +68,12 @@ def test_loading_leaves_the_loudness_of_transformers_alone() -> None:
     before = transformers.utils.logging.get_verbosity()
     load_causal_lm("starter")
     assert transformers.utils.logging.get_verbosity() == before
+
+
+def test_a_completion_ends_at_every_end_token_of_generation_config_and_tokenizer() -> None:
+    model, tokenizer = load_causal_lm("starter"), load_tokenizer("starter")
+    assert eos_token_ids(model, tokenizer) == [1]
+    model.generation_config.eos_token_id = [7, 5]
+    assert eos_token_ids(model, tokenizer) == [1, 5, 7]
+    model.generation_config.eos_token_id = 6
+    assert eos_token_ids(model, tokenizer) == [1, 6]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vdr_cli import __version__
-from vdr_cli.cli import doctor, plan, recipes, report, score, train
+from vdr_cli.cli import audit, doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.system.processes import end_process
@@ -28,6 +28,7 @@ COMMANDS: dict[str, Any] = {
     "eval": eval_command,
     "score": score,
     "report": report,
+    "audit": audit,
     "doctor": doctor,
     "plan": plan,
     "recipes": recipes,

@@ -377,6 +377,9 @@ class ObserveConfig(Section):
     """Live view. auto: on a terminal; elsewhere one line per step."""
     completions_every: Annotated[int, Field(ge=0)] = 10
     """Steps between files completions/step_*.parquet; 0: none."""
+    audit_every: Annotated[int, Field(ge=0)] | None = None
+    """Steps between audit/step_*.parquet, from which `vdr audit` recomputes a step; the first step is always included.
+    None: the first step alone, which needs no checkpoint and costs at most a few MB; 0: none."""
     tensorboard: bool = True
     """Write events for TensorBoard."""
     wandb: bool = False

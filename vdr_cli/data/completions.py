@@ -40,7 +40,11 @@ def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"columns of unequal length: {lengths}")
-    table = pa.table({name: _column(name, values) for name, values in columns.items()})
+    return write_table(path, pa.table({name: _column(name, values) for name, values in columns.items()}))
+
+
+def write_table(path: Path, table: pa.Table) -> Path:
+    """A Parquet file, whole or not at all. Raises MachineError when it cannot be written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

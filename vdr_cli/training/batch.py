@@ -178,6 +178,9 @@ class Updates:
     learning_rate: float = 0.0
     refused: list[bool] = field(default_factory=list)
     """Whether each of the optimizer steps was refused, in order."""
+    first_logps: list[Tensor] = field(default_factory=list)
+    """(b, T) of each micro-batch, under the policy that the rollout began with."""
+    first_entropies: list[Tensor] = field(default_factory=list)  # likewise
 
     def add(self, output: LossOutput) -> None:
         """Count one micro-batch."""

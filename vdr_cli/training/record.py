@@ -13,7 +13,7 @@ from vdr_cli.errors import DataError, MachineError
 from vdr_cli.evaluation.evaluate import evaluate_model
 from vdr_cli.exploration.bonus import has_spread
 from vdr_cli.grpo.advantages import zero_variance
-from vdr_cli.training import speed
+from vdr_cli.training import audit_record, speed
 from vdr_cli.training.batch import Batch, Signal, Updates
 from vdr_cli.training.live import Sample
 from vdr_cli.training.run import Run
@@ -26,6 +26,7 @@ def end_step(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
     """Count the steps of one rollout, write down what they were, evaluate and checkpoint when due. Collective."""
     cfg, before = run.config, run.step
     metrics = step_metrics(run, batch, signal, updates)
+    audit_record.save(run, batch, signal, updates)
     run.advance(cfg.grpo.num_iterations, int(metrics["step_tokens"]))
     metrics["num_tokens"] = float(run.state.tokens)
     last = run.step >= cfg.train.steps
@@ -72,7 +73,8 @@ def step_metrics(run: Run, batch: Batch, signal: Signal, updates: Updates) -> di
     pairs: Pairs = reward_pairs(batch.rewards, batch.task_reward, stalled, G, names)
     pairs |= completion_pairs(batch.completions.completion_mask, batch.completions.truncated)
     if signal.reduced is not None and signal.bonus is not None:
-        pairs |= disagreement_pairs(signal.reduced, signal.bonus, has_spread(signal.reduced, G), G)
+        added = signal.bonus if signal.bonus.dim() == 1 else signal.bonus[batch.completions.completion_mask]
+        pairs |= disagreement_pairs(signal.reduced, added, has_spread(signal.reduced, G), G)
     pairs["advantage_abs"] = (float(signal.task_advantages.abs().sum()), float(len(batch)))
     pairs |= updates.pairs
     tokens = float(batch.completions.completion_mask.sum())

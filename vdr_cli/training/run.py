@@ -41,6 +41,7 @@ from vdr_cli.rollout.base import Rollout
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.samples import Prompt, Sampling
 from vdr_cli.system.stopping import StopSignal
+from vdr_cli.training import audit_record
 from vdr_cli.training import pending_rollout as drawings
 from vdr_cli.training.live import LiveView
 from vdr_cli.training.metrics import MetricsWriter
@@ -63,7 +64,8 @@ class LoopState:
     best: float | None = None
     """Best held-out pass@1."""
     best_step: int | None = None
-    rms: dict[str, Any] = field(default_factory=dict)
+    rms: dict[str, Any] = field(default_factory=lambda: RunningRms().state_dict())
+    """The bonus's running RMS after the steps done."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ class Run:
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     exit_code: int = 0
     saved_step: int | None = None
-    _drawn_this_step: int = 0
+    drawn_this_step: int = 0
+    """Prompts taken from the stream in this step, over all ranks."""
     drawing: Drawing | None = None
     """This step's groups, when they were drawn in the step before (rollout.ahead)."""
     next_drawing: Drawing | None = None
@@ -118,8 +121,8 @@ class Run:
         The step's end moves `state.drawn` on, so a step that is abandoned draws the same prompts again.
         """
         rank = collectives.rank()
-        first = self.state.drawn + self._drawn_this_step + sum(counts[:rank])
-        self._drawn_this_step += sum(counts)
+        first = self.state.drawn + self.drawn_this_step + sum(counts[:rank])
+        self.drawn_this_step += sum(counts)
         return [(position, self.prompt_at(position)) for position in range(first, first + counts[rank])]
 
     def prompt_at(self, position: int) -> Prompt:
@@ -132,8 +135,9 @@ class Run:
         """These optimizer steps are done: what they used is used."""
         self.state.step += steps
         self.state.tokens += tokens
-        self.state.drawn += self._drawn_this_step
-        self._drawn_this_step = 0
+        self.state.drawn += self.drawn_this_step
+        self.state.rms = self.rms.state_dict()
+        self.drawn_this_step = 0
         self.drawing, self.next_drawing = self.next_drawing, None
         every = self.config.grpo.sync_reference_every
         if isinstance(self.reference, FrozenCopy) and every and self.step // every > (self.step - steps) // every:
@@ -156,7 +160,6 @@ class Run:
             return
         watchdog.phase("checkpoint")
         folder = self.directory / "checkpoints"
-        self.state.rms = self.rms.state_dict()
         state = {"loop": vars(self.state), "config_hash": config_hash(self.config)}
         checkpoints.save(self.engine, folder, self.step, state, also=self._save_more)
         self.saved_step = self.step
@@ -259,7 +262,7 @@ def _read_inputs(config: Config) -> _Inputs:
 
 def refuse_other_settings(config: Config) -> None:
     """Every rank has read its own file and flags; with other ones it would leave the rest waiting. Collective."""
-    own = config_hash(config), config.observe.completions_every
+    own = config_hash(config), config.observe.completions_every, config.observe.audit_every
     (first, expected), *others = collectives.gather_objects((socket.gethostname(), own))
     for host, theirs in others:
         if theirs != expected:
@@ -358,6 +361,7 @@ def _go_on(run: Run, found: checkpoints.Checkpoint | None) -> None:
     if run.writer is not None:
         run.writer.truncate(run.step or -1)  # what was measured before the first step is measured again
         remove_after(run.directory, run.step)
+        audit_record.remove_from(run.directory, run.step)
 
 
 def _saved_drawing(run: Run, folder: Path) -> Drawing | None:

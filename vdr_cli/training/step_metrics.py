@@ -40,7 +40,7 @@ def completion_pairs(completion_mask: Tensor, truncated: Tensor) -> Pairs:
 
 
 def disagreement_pairs(reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:
-    """reduced (B,) measure of each completion, bonus (B,) or (B, T) as added, spread (groups,) bool."""
+    """reduced (B,) measure of each completion, bonus as added (B,), or (N,) of the valid tokens, spread (groups,)."""
     return {
         "disagreement/mean": _sum_and_count(reduced),
         "disagreement/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),

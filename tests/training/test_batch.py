@@ -1,0 +1,58 @@
+"""Rows of a batch go everywhere together; micro-batches hold what belongs to their rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vdr_cli.grpo.losses import LossOutput
+from vdr_cli.samples import Completions, Prompt
+from vdr_cli.training.batch import Batch, Signal, Updates, concatenate, micro_batches_of
+
+
+def batch_of(rows: list[int], width: int) -> Batch:
+    """Row r: its number in every token, text and reward."""
+    numbers = torch.tensor(rows)
+    ids = numbers[:, None].repeat(1, width)
+    mask = torch.arange(width)[None] < (numbers % width + 1)[:, None]
+    completions = Completions(ids, torch.ones_like(mask), ids, mask, -ids / 10, numbers % 2 == 1)
+    prompts = [Prompt(row, f"p{row}", [row]) for row in rows]
+    return Batch(prompts, completions, [f"t{row}" for row in rows], numbers[:, None].float(), numbers.float())
+
+
+def check(batch: Batch, rows: list[int]) -> None:
+    assert [prompt.row for prompt in batch.prompts] == rows
+    assert batch.texts == [f"t{row}" for row in rows]
+    assert batch.completions.completion_ids[:, 0].tolist() == rows
+    assert batch.completions.truncated.tolist() == [row % 2 == 1 for row in rows]
+    assert batch.rewards[:, 0].tolist() == rows == batch.task_reward.tolist()
+
+
+def test_selected_rows_keep_everything_of_theirs() -> None:
+    whole = concatenate([batch_of([0, 1, 2], 3), batch_of([3, 4], 5)], pad_id=9)
+    check(whole, [0, 1, 2, 3, 4])
+    check(whole.select(torch.tensor([4, 1, 3])), [4, 1, 3])
+    assert whole.completions.completion_ids[0].tolist() == [0, 0, 0, 9, 9]
+    assert whole.completions.prompt_ids[0].tolist() == [9, 9, 0, 0, 0]
+
+
+def test_a_micro_batch_holds_its_rows_numbers() -> None:
+    batch = batch_of([0, 1, 2, 3, 4], 5)
+    advantages, weights = torch.arange(25.0).view(5, 5), torch.arange(25.0).view(5, 5) + 100
+    signal = Signal(advantages, batch.completions.completion_mask, torch.zeros(5))
+    first, second, third = micro_batches_of(batch, signal, weights, weights + 100, 2, torch.device("cpu"))
+    assert second.tokens[2].tolist() == [[2] * 4, [3] * 4]  # without the column that is padding in both
+    assert torch.equal(second.advantages, advantages[2:4, :4]) and torch.equal(second.weights, weights[2:4, :4])
+    assert torch.equal(second.entropy_weights, weights[2:4, :4] + 100)
+    assert second.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert torch.equal(second.sampler_logps, batch.completions.sampler_logps[2:4, :4])
+    assert len(first.advantages) == 2 and len(third.advantages) == 1
+
+
+def test_updates_add_up_pairs_and_keep_the_largest() -> None:
+    updates = Updates()
+    for loss, top, largest in ((1.0, 3.0, 0.5), (2.0, 4.0, 0.25)):
+        pair = torch.tensor(top), torch.tensor(2.0)
+        updates.add(LossOutput(torch.tensor(loss), {"x": pair}, {"y": torch.tensor(largest)}))
+    assert updates.loss == pytest.approx(3.0)
+    assert updates.pairs == {"x": (7.0, 4.0)} and updates.maxima == {"y": 0.5}

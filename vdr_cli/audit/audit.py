@@ -1,0 +1,94 @@
+"""The audit of a run: steps, in sections, to lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.audit import inputs, metrics, numbers, signal
+from vdr_cli.audit.files import Record, RunFiles, open_run
+from vdr_cli.audit.lines import Judge, Line
+from vdr_cli.audit.weights import Models
+from vdr_cli.errors import ConfigError, MachineError
+
+SECTIONS = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics")
+"""What --only takes, in the order of a step."""
+
+
+def audit_run(
+    path: str | Path,
+    steps: Sequence[int] | None = None,
+    only: Iterable[str] = SECTIONS,
+    tell: Callable[[str], None] | None = None,
+) -> list[Line]:
+    """Every line of these steps; None: all that have a record. tell: what is being done, for a person who waits.
+
+    Raises ConfigError when the run or a step cannot be audited, DataError when its files are damaged.
+    """
+    run = open_run(Path(path))
+    chosen = run.steps if steps is None else list(steps)
+    missing = [step for step in chosen if step not in run.steps]
+    if missing:
+        there = ", ".join(map(str, run.steps))
+        raise ConfigError(f"{path}: step {missing[0]} has no audit record; there are {there}")
+    lines: list[Line] = []
+    models: Models | None = None
+    for step in sorted(chosen):
+        record = run.record(step)
+        if models is None or models.dtype != record.state["dtype"]:
+            models = Models(run, record.state["dtype"])
+        lines += audit_step(run, record, models, set(only), tell or (lambda text: None))
+    return lines
+
+
+def audit_step(
+    run: RunFiles, record: Record, models: Models, only: set[str], tell: Callable[[str], None]
+) -> list[Line]:
+    """The lines of one step."""
+    cfg, judge = run.config, Judge(record.step, record.state["dtype"])
+    stride = cfg.grpo.num_iterations
+    on_file = run.metrics.get(record.step + stride, {})
+    before = run.record(record.step - stride) if record.step - stride in run.steps else None
+    of_update: dict[str, float] = {}
+
+    def updated() -> list[Line]:
+        lines, found = numbers.audit_update(judge, record, cfg, models, on_file)
+        of_update.update(found)
+        return lines
+
+    def logged() -> list[Line]:
+        saved = run.completions(record.step + stride)
+        lines = metrics.audit(judge, record, cfg, on_file, of_update)
+        return lines + metrics.audit_completions(judge, record, cfg, saved)
+
+    sections: dict[str, Callable[[], list[Line]]] = {
+        "inputs": lambda: inputs.audit(judge, record, cfg, models),
+        "rewards": lambda: inputs.audit_rewards(judge, record, cfg),
+        "sampling": lambda: numbers.audit_sampling(judge, record, cfg, models),
+        "members": lambda: numbers.audit_members(judge, record, cfg, models),
+        "advantages": lambda: signal.audit(judge, record, cfg, before),
+        "policy": lambda: numbers.audit_policy(judge, record, cfg, models),
+        "update": updated,
+        "metrics": logged,
+    }
+    lines: list[Line] = []
+    for name, section in sections.items():
+        if name in only:
+            tell(f"step {record.step}: {name}")
+            lines += section()
+    return lines
+
+
+def write_json(lines: Sequence[Line], path: Path, run: str) -> None:
+    """All lines as one JSON object. MachineError when it cannot be written."""
+    content: dict[str, Any] = {
+        "run": run,
+        "within": not any(line.within is False for line in lines),
+        "lines": [line.as_json() for line in lines],
+    }
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error

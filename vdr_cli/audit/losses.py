@@ -1,0 +1,112 @@
+"""Policy losses in float64, from docs/losses.md, one completion at a time. Vectors (T,) over its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vdr_cli.config import GrpoConfig
+
+MEAN_OF_MEANS = ("grpo", "gspo", "sapo")
+"""Losses whose tokens weigh 1/(B·|y|)."""
+TOKEN_MEAN = ("dapo", "bnpo", "cispo")
+"""Losses whose tokens weigh 1/N."""
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Counts of the whole optimizer step, over all ranks."""
+
+    completions: int
+    tokens: int
+    """Tokens that give gradient."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion. Everything is (T,)."""
+
+    logps: Tensor
+    entropy: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    trained: Tensor
+    """Bool: the token gives gradient."""
+    sampler_logps: Tensor
+    """NaN: unknown."""
+    ref_logps: Tensor | None = None
+    selected: Tensor | None = None
+    """Bool: the token's policy term counts; None: every token's."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The policy term of each token and the tokens whose ratio is clipped; None: this loss does not clip."""
+
+    value: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+def weight_of(loss: str, length: int, totals: Denominators, longest: int) -> float:
+    """What a token of a completion with `length` trained tokens weighs; longest: rollout.max_new_tokens."""
+    if loss == "dr_grpo":
+        return 1.0 / (totals.completions * longest)
+    if loss in MEAN_OF_MEANS:
+        return 1.0 / (max(length, 1) * totals.completions)
+    if loss in TOKEN_MEAN:
+        return 1.0 / max(totals.tokens, 1)
+    raise ValueError(f"unknown loss {loss}")
+
+
+def policy_terms(row: Row, cfg: GrpoConfig) -> Terms:
+    """l_t of docs/losses.md and the clipped tokens."""
+    A, ratio = row.advantages, torch.exp(row.logps - row.old_logps)
+    low, high = 1.0 - cfg.epsilon_low, 1.0 + cfg.epsilon_high
+    if cfg.loss == "cispo":
+        capped = torch.clamp(ratio.detach(), max=high)
+        return Terms(-capped * A * row.logps, torch.zeros_like(row.trained), ratio.detach() > high)
+    if cfg.loss == "sapo":
+        tau = torch.where(A > 0, cfg.sapo_temperature_positive, cfg.sapo_temperature_negative)
+        return Terms(-4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * A)
+    if cfg.loss == "gspo":
+        log_ratio = (row.logps - row.old_logps).detach()[row.trained]
+        mean = log_ratio.mean() if len(log_ratio) else torch.zeros((), dtype=torch.float64)
+        ratio = torch.exp(mean) * torch.exp(row.logps - row.logps.detach())
+    first = ratio if cfg.delta is None else torch.clamp(ratio, max=cfg.delta)
+    value = -torch.minimum(first * A, torch.clamp(ratio, low, high) * A)
+    return Terms(value, (ratio < low) & (A < 0), (ratio > high) & (A > 0))
+
+
+def kl(logps: Tensor, ref_logps: Tensor, kind: str) -> Tensor:
+    """k1, k2 or k3 of x = log π - log π_ref."""
+    x = logps - ref_logps
+    if kind == "k1":
+        return x
+    return x**2 / 2.0 if kind == "k2" else torch.exp(-x) + x - 1.0
+
+
+def row_loss(row: Row, terms: Terms, cfg: GrpoConfig, totals: Denominators, longest: int) -> Tensor:
+    """This completion's share of the step's loss."""
+    value = terms.value
+    if row.selected is not None:
+        value = torch.where(row.selected, value, 0.0)
+    if cfg.importance_cap is not None:
+        difference = torch.nan_to_num(row.old_logps - row.sampler_logps, nan=0.0)
+        value = value * torch.clamp(torch.exp(difference), max=cfg.importance_cap)
+    if cfg.beta and cfg.kl_in == "loss":
+        assert row.ref_logps is not None
+        value = value + cfg.beta * kl(row.logps, row.ref_logps, cfg.kl)
+    weight = weight_of(cfg.loss, int(row.trained.sum()), totals, longest)
+    loss = weight * torch.where(row.trained, value, 0.0).sum()
+    entropy = torch.where(row.trained, row.entropy, 0.0).sum() / max(totals.tokens, 1)
+    return loss - cfg.entropy_weight * entropy
+
+
+def selection_threshold(entropies: Sequence[float], share: float) -> float:
+    """The entropy that the `share` of the step's trained tokens with the highest entropy reaches."""
+    count = max(round(share * len(entropies)), 1)
+    return sorted(entropies, reverse=True)[count - 1] if entropies else -float("inf")

@@ -1,0 +1,139 @@
+"""A step's line of metrics.jsonl from its record: every number but the clock's."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vdr_cli.audit import bonus, optimizer, rewards
+from vdr_cli.audit.files import Record
+from vdr_cli.audit.lines import Judge, Line
+from vdr_cli.config import Config
+
+Array = NDArray[np.float64]
+
+OF_THE_CLOCK = ("time/", "step_time", "tokens_per_second", "memory", "mfu")
+"""Beginnings of names that a run does not repeat."""
+ELSEWHERE = ("loss", "grad_norm")
+"""Compared where the update is made again."""
+KINDS = {"kl": "kl", "learning_rate": "rate", "sampling/": "logp", "ratio/": "logp"}
+
+
+def audit(
+    judge: Judge, record: Record, cfg: Config, on_file: dict[str, float], of_update: dict[str, float]
+) -> list[Line]:
+    """A line a metric; of_update: what the update made again says."""
+    names = list(record.state["rewards"])
+    ours = expected(record, cfg, names) | of_update
+    lines = []
+    for name in sorted(on_file):
+        if name.startswith(OF_THE_CLOCK) or name in ELSEWHERE:
+            continue
+        if name in ours:
+            lines.append(judge.compare(name, on_file[name], ours[name], _kind(name)))
+        else:
+            why = "an evaluation's samples are not on file" if name.startswith("eval/") else "not recomputed here"
+            lines.append(judge.skipped(name, why))
+    missing = sorted(set(ours) - set(on_file))
+    return lines + [Line(judge.step, name, None, ours[name], within=False, note="not on file") for name in missing]
+
+
+def _kind(name: str) -> str:
+    return next((kind for start, kind in KINDS.items() if name.startswith(start)), "mean")
+
+
+def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
+    """Metrics that need no model. A mean over nothing is absent."""
+    G, task = cfg.rollout.group_size, record.numbers("task_reward")
+    found = {
+        "reward": _mean(task),
+        "reward_std": _mean(_known_std(task, G)),
+        "frac_reward_zero_std": _mean(rewards.stalled(task, G)),
+        "advantage_abs": _mean(np.abs(record.numbers("task_advantage"))),
+        "learning_rate": optimizer.learning_rate(
+            record.step + cfg.grpo.num_iterations - 1,
+            cfg.train.learning_rate,
+            cfg.train.warmup_steps,
+            cfg.train.lr_schedule,
+            cfg.train.steps,
+        ),
+    }
+    for index, name in enumerate(names):
+        found[f"rewards/{name}/mean"] = _mean(record.rewards[:, index])
+        found[f"rewards/{name}/std"] = _mean(_known_std(record.rewards[:, index], G))
+    found |= _of_lengths(record)
+    if cfg.disagreement.mode != "none":
+        found |= _of_disagreement(record, cfg)
+    return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def _of_lengths(record: Record) -> dict[str, float]:
+    lengths = record.lengths.astype(np.float64)
+    tokens = float(lengths.sum())
+    return {
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/mean_terminated_length": _mean(lengths[~record.truncated]),
+        "completions/clipped_ratio": _mean(record.truncated),
+        "step_tokens": tokens,
+        "num_tokens": record.state["tokens"] + tokens,
+    }
+
+
+def _of_disagreement(record: Record, cfg: Config) -> dict[str, float]:
+    G, reduced = cfg.rollout.group_size, record.numbers("reduced")
+    every = np.ones((len(record), 1), dtype=bool)
+    added = np.abs(
+        record.tokens("bonus")[record.mask] if cfg.disagreement.credit == "token" else record.numbers("bonus")
+    )
+    return {
+        "disagreement/mean": _mean(reduced),
+        "disagreement/group_std": _mean(reduced.reshape(-1, G).std(1, ddof=1)),
+        "disagreement/groups_with_spread": _mean(bonus.spread(reduced[:, None], every, G)),
+        "disagreement/bonus_abs": _mean(added),
+    }
+
+
+def _known_std(values: Array, G: int) -> Array:
+    """(groups,) ddof 1 over the known values; NaN below two."""
+    known = [group[~np.isnan(group)] for group in values.reshape(-1, G)]
+    return np.array([group.std(ddof=1) if len(group) > 1 else np.nan for group in known])
+
+
+def _mean(values: Array | NDArray[np.bool_]) -> float:
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str, list[object]] | None) -> list[Line]:
+    """The columns of completions/ against the record."""
+    if saved is None:
+        return []
+    texts = record.decoded("text")
+    mask = record.mask
+    measure = cfg.disagreement.measure
+    columns: dict[str, Array] = {
+        "reward": record.numbers("task_reward"),
+        "advantage": (record.tokens("advantages") * mask).sum(1) / np.maximum(mask.sum(1), 1),
+    }
+    columns |= {f"rewards/{name}": record.rewards[:, index] for index, name in enumerate(record.state["rewards"])}
+    if cfg.disagreement.mode != "none":
+        per_token = cfg.disagreement.credit == "token"
+        tokens = record.tokens("bonus").sum(1) / np.maximum(mask.sum(1), 1) if per_token else record.numbers("bonus")
+        columns |= {"bonus": tokens, measure: record.numbers("reduced")}
+    lines = [
+        judge.compare(f"completions/ {name}", _floats(saved.get(name, [])), values, "advantage")
+        for name, values in columns.items()
+    ]
+    ids = [list(row) for row in saved["completion_ids"]]  # type: ignore[call-overload]
+    lines.append(
+        judge.equal("completions/ completion_ids", ids, [list(row) for row in record.columns["completion_ids"]])
+    )
+    lines.append(judge.equal("completions/ completion", saved["completion"], texts))
+    return lines
+
+
+def _floats(values: list[object]) -> Array:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -1,0 +1,204 @@
+"""What the models say of a step: how tokens were drawn, the members' measures, log-probabilities, the update."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vdr_cli.audit import losses, members, model, optimizer, sampling, streams, update
+from vdr_cli.audit.files import Record
+from vdr_cli.audit.inputs import places_of
+from vdr_cli.audit.lines import Judge, Line
+from vdr_cli.audit.weights import Models, copied
+from vdr_cli.config import Config
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+def no_weights(step: int) -> str:
+    return f"no checkpoint after step {step}: train.checkpoint_every, keep_last"
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
+    """The sampler's log-probabilities, and each token from the completion's own uniforms."""
+    if cfg.rollout.backend != "transformers":
+        return [judge.skipped("tokens drawn", "vLLM's random numbers are its own")]
+    stride = cfg.grpo.num_iterations
+    step = max(record.step - stride, 0) if cfg.rollout.ahead else record.step
+    policy = models.at(step)
+    if policy is None:
+        return [judge.skipped("tokens drawn", no_weights(step))]
+    logps, distance = _drawn(record, cfg, policy)
+    on_file = np.where(record.mask, record.tokens("sampler_logps"), 0.0)
+    return [
+        judge.compare("sampler log-probabilities", on_file, logps, "logp"),
+        judge.compare("tokens drawn: distance from u", np.zeros_like(distance), distance, "draw"),
+    ]
+
+
+@torch.no_grad()
+def _drawn(record: Record, cfg: Config, policy: torch.nn.Module) -> tuple[Array, Array]:
+    """(B, T) log-probabilities of the filtered distribution, and distances of the uniforms from their tokens."""
+    G = cfg.rollout.group_size
+    positions = places_of(record, cfg).positions
+    prompts, completions = record.columns["prompt_ids"], record.columns["completion_ids"]
+    logps, distance = np.zeros(record.mask.shape), np.zeros(record.mask.shape)
+    for rows in model.alike(prompts, completions):
+        logits = model.logits_of(policy, prompts, completions, rows).numpy()
+        for row, each in zip(rows, logits, strict=True):
+            position, ids = positions[row // G], completions[row]
+            place = -1 if position is None else position
+            uniforms = streams.completion_uniforms(cfg.train.seed, place, row % G, len(ids))
+            for t, token in enumerate(ids):
+                scores = sampling.filtered(each[t], [*prompts[row], *ids[:t]], cfg.rollout)
+                drawn = sampling.draw(scores, token, float(uniforms[t]))
+                logps[row, t], distance[row, t] = drawn.logp, drawn.distance
+    return logps, distance
+
+
+# ---- members -----------------------------------------------------------------------------------------------------
+
+
+def audit_members(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
+    """The members' measure, of every token and of completions at their end."""
+    d = cfg.disagreement
+    if d.mode == "none":
+        return []
+    policy = models.at(record.step)
+    if policy is None:
+        return [judge.skipped(d.measure, no_weights(record.step))]
+    try:
+        found = members.measures(policy, cfg, record.step, *_ids(record))[d.measure]
+    except members.CannotReadError as why:
+        return [judge.skipped(d.measure, str(why))]
+    lines = []
+    if d.mode == "end_of_sequence":
+        last = np.maximum(record.lengths - 1, 0)
+        at_end = found[np.arange(len(record)), last]
+        lines.append(judge.compare(f"{d.measure} at the end", record.numbers("reduced"), at_end, "measure"))
+    shown = [row for row, values in enumerate(record.columns["measure_tokens"]) if values is not None]
+    if shown:
+        kept = _counted(record, cfg) if d.mode == "per_token" else record.mask
+        theirs = np.zeros(record.mask.shape)
+        for row in shown:
+            values = record.columns["measure_tokens"][row]
+            theirs[row, : len(values)] = values
+        compared = [values[shown] * kept[shown] for values in (theirs, found)]
+        lines.append(judge.compare(f"{d.measure} of tokens", compared[0], compared[1], "measure"))
+    return lines
+
+
+def _counted(record: Record, cfg: Config) -> Flags:
+    from vdr_cli.audit.bonus import counted
+
+    return counted(record.mask, cfg.disagreement.last_n)
+
+
+def _ids(record: Record) -> tuple[list[list[int]], list[list[int]]]:
+    return record.columns["prompt_ids"], record.columns["completion_ids"]
+
+
+# ---- policy and reference ----------------------------------------------------------------------------------------
+
+
+def trained_tokens(record: Record, cfg: Config) -> Flags:
+    """(B, T) tokens that give gradient."""
+    return record.mask & ~record.truncated[:, None] if cfg.grpo.mask_truncated else record.mask
+
+
+def audit_policy(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
+    """Log-probabilities of policy and reference at the sampling temperature; the tokens of highest entropy."""
+    policy = models.at(record.step)
+    lines = []
+    if policy is None:
+        lines.append(judge.skipped("log-probabilities", no_weights(record.step)))
+    else:
+        logps, entropy = model.token_numbers(policy, *_ids(record), cfg.rollout.temperature)
+        lines.append(judge.compare("log-probabilities", record.tokens("logps"), logps, "logp"))
+        lines.append(judge.compare("entropies", record.tokens("entropies"), entropy, "logp"))
+        if cfg.grpo.top_entropy_quantile < 1.0:
+            lines.append(_selection(judge, record, cfg, entropy))
+    if cfg.grpo.beta:
+        with models.reference(record.step) as reference:
+            if reference is None:
+                lines.append(judge.skipped("reference log-probabilities", no_weights(record.step)))
+            else:
+                theirs, _ = model.token_numbers(reference, *_ids(record), cfg.rollout.temperature)
+                on_file = record.tokens("ref_logps")
+                lines.append(judge.compare("reference log-probabilities", on_file, theirs, "logp"))
+    return lines
+
+
+def _selection(judge: Judge, record: Record, cfg: Config, entropy: Array) -> Line:
+    """Selected tokens; those within rounding of the threshold may be either."""
+    trained = trained_tokens(record, cfg)
+    threshold = losses.selection_threshold(entropy[trained].tolist(), cfg.grpo.top_entropy_quantile)
+    near = np.abs(entropy - threshold) < 1e-4
+    compared = trained & ~near
+    on_file = record.tokens("selected")[compared]
+    return judge.compare("tokens of highest entropy", on_file, (entropy >= threshold)[compared], "exact")
+
+
+# ---- update ------------------------------------------------------------------------------------------------------
+
+
+def audit_update(
+    judge: Judge, record: Record, cfg: Config, models: Models, metrics: dict[str, float]
+) -> tuple[list[Line], dict[str, float]]:
+    """The optimizer steps made again: (lines, the means and maxima that metrics.jsonl has of them)."""
+    saved = models.saved(record.step)
+    if saved is None:
+        return [judge.skipped("loss, gradient, update", no_weights(record.step))], {}
+    if metrics.get("refused_steps", 0.0):
+        return [judge.skipped("loss, gradient, update", "the step was refused: its gradient was not finite")], {}
+    if cfg.grpo.num_iterations > 1 and record.step > 0 and not saved.first:
+        return [judge.skipped("loss, gradient, update", "the optimizer's moments are not on file")], {}
+    weights = copied(saved.weights)
+    moments = copied(saved.first), copied(saved.second)
+    adam = optimizer.AdamW(cfg.train.adam_betas, cfg.train.adam_epsilon, cfg.train.weight_decay, saved.count, *moments)
+    outcome = update.make(models.policy, weights, adam, _given(record, cfg), cfg, record.step, models.dtype)
+    lines = [
+        judge.compare("loss", metrics.get("loss", math.nan), outcome.loss / cfg.grpo.num_iterations, "loss"),
+        judge.compare("grad_norm", metrics.get("grad_norm", math.nan), outcome.norm, "norm"),
+    ]
+    after = models.saved(record.step + cfg.grpo.num_iterations)
+    if after is None:
+        lines.append(judge.skipped("update of the weights", no_weights(record.step + cfg.grpo.num_iterations)))
+    else:
+        lines.append(_relative(judge, "mean of the gradient (Adam)", after.first, adam.first))
+        lines.append(_relative(judge, "mean of its square (Adam)", after.second, adam.second))
+        pair = [_minus(after.weights, saved.weights), _minus(weights, saved.weights)]
+        lines.append(_relative(judge, "update of the weights", *pair))
+    return lines, outcome.means() | outcome.maxima | {"refused_steps": 0.0}
+
+
+def _given(record: Record, cfg: Config) -> update.Given:
+    """The update's inputs, from the record."""
+    return update.Given(
+        *_ids(record),
+        record.tokens("advantages"),
+        trained_tokens(record, cfg),
+        record.tokens("sampler_logps"),
+        record.tokens("ref_logps") if cfg.grpo.beta else None,
+        record.tokens("selected") > 0 if cfg.grpo.top_entropy_quantile < 1.0 else None,
+    )
+
+
+def _minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: a[name].double() - b[name].double() for name in b}
+
+
+def _relative(judge: Judge, quantity: str, on_file: dict[str, Tensor], ours: dict[str, Tensor]) -> Line:
+    """Norms of all parameters together; the difference is the norm of the difference, over ours."""
+    theirs, own = (optimizer.norm_of(values.values()) for values in (on_file, ours))
+    apart = optimizer.norm_of(_minus(on_file, ours).values()) / max(own, 1e-300)
+    line = judge.compare(quantity, own * (1.0 + apart), own, "change")
+    return Line(line.step, quantity, theirs, own, apart, f"{line.allowed}", line.within, note="norm over all weights")

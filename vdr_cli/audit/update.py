@@ -1,0 +1,156 @@
+"""A rollout's optimizer steps again, in float64: loss, gradient, clipping, AdamW, and the numbers logged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vdr_cli.audit import losses, model, optimizer
+from vdr_cli.config import Config, GrpoConfig
+
+Array = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the update is made of. Arrays are (B, T), 0 at padding."""
+
+    prompts: Sequence[Sequence[int]]
+    completions: Sequence[Sequence[int]]
+    advantages: Array
+    trained: Flags
+    sampler_logps: Array
+    ref_logps: Array | None = None
+    selected: Flags | None = None
+
+
+@dataclass
+class Outcome:
+    """What the steps were; sums and counts over all of them."""
+
+    loss: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    norm: float = 0.0
+    """Of the last step's gradient, before clipping."""
+    norms: list[float] = field(default_factory=list)
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Count these values into a mean."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.counts[name] = self.counts.get(name, 0.0) + values.numel()
+
+    def reach(self, name: str, values: Tensor) -> None:
+        """Count these values into a maximum."""
+        if values.numel():
+            self.maxima[name] = max(self.maxima.get(name, 0.0), float(values.max()))
+
+    def means(self) -> dict[str, float]:
+        """The logged means; none where nothing was counted."""
+        return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+
+def settings_of(cfg: Config) -> GrpoConfig:
+    """`grpo` with the cap that completions of older weights bring (docs/rollout.md)."""
+    capped = cfg.grpo.importance_cap is None and cfg.rollout.ahead
+    return cfg.grpo.model_copy(update={"importance_cap": 2.0}) if capped else cfg.grpo
+
+
+def make(
+    policy: nn.Module,
+    weights: dict[str, Tensor],
+    adam: optimizer.AdamW,
+    given: Given,
+    cfg: Config,
+    step: int,
+    dtype: str,
+) -> Outcome:
+    """num_iterations updates from these weights (float64, changed in place), with what they log."""
+    outcome = Outcome()
+    old: dict[int, Tensor] = {}
+    train = cfg.train
+    for iteration in range(cfg.grpo.num_iterations):
+        model.put(policy, weights, dtype)
+        policy.zero_grad(set_to_none=True)
+        _backward(policy, given, cfg, old, outcome)
+        found = {name: p.grad for name, p in model.trained(policy).items() if p.grad is not None}
+        outcome.norm = optimizer.norm_of(found.values())
+        outcome.norms.append(outcome.norm)
+        factor = optimizer.clip_factor(outcome.norm, train.max_grad_norm)
+        rate = optimizer.learning_rate(
+            step + iteration, train.learning_rate, train.warmup_steps, train.lr_schedule, train.steps
+        )
+        everything = {name: found.get(name, torch.zeros_like(weight)) * factor for name, weight in weights.items()}
+        with torch.no_grad():
+            adam.update(weights, everything, rate)
+    policy.zero_grad(set_to_none=True)
+    return outcome
+
+
+def _backward(policy: nn.Module, given: Given, cfg: Config, old: dict[int, Tensor], outcome: Outcome) -> None:
+    """The step's gradient; `old` gets each row's first log-probabilities."""
+    settings = settings_of(cfg)
+    totals = losses.Denominators(len(given.prompts), int(given.trained.sum()))
+    for rows in model.alike(given.prompts, given.completions):
+        logps, entropy = model.logps_and_entropies(
+            policy, given.prompts, given.completions, rows, cfg.rollout.temperature
+        )
+        share = torch.zeros((), dtype=torch.float64)
+        for index, number in enumerate(rows):
+            old.setdefault(number, logps[index].detach())
+            row = _row(given, number, logps[index], entropy[index], old[number])
+            terms = losses.policy_terms(row, settings)
+            share = share + losses.row_loss(row, terms, settings, totals, cfg.rollout.max_new_tokens)
+            _log(outcome, row, terms, settings)
+        outcome.loss += float(share.detach())
+        share.backward()  # type: ignore[no-untyped-call]
+
+
+def _row(given: Given, number: int, logps: Tensor, entropy: Tensor, old: Tensor) -> losses.Row:
+    T = len(logps)
+
+    def cut(values: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values[number, :T]))
+
+    return losses.Row(
+        logps,
+        entropy,
+        old,
+        cut(given.advantages),
+        cut(given.trained),
+        cut(given.sampler_logps),
+        None if given.ref_logps is None else cut(given.ref_logps),
+        None if given.selected is None else cut(given.selected),
+    )
+
+
+@torch.no_grad()
+def _log(outcome: Outcome, row: losses.Row, terms: losses.Terms, cfg: GrpoConfig) -> None:
+    """One completion's part of the step's metrics, over its trained tokens."""
+    on = row.trained
+    ratio = torch.exp(row.logps - row.old_logps)[on]
+    outcome.add("ratio/mean", ratio)
+    outcome.reach("ratio/max", ratio)
+    outcome.add("entropy", row.entropy[on])
+    if terms.low is not None and terms.high is not None:
+        outcome.add("clip_ratio/low_mean", terms.low[on])
+        outcome.add("clip_ratio/high_mean", terms.high[on])
+        outcome.add("clip_ratio/region_mean", (terms.low | terms.high)[on])
+    if row.ref_logps is not None:
+        outcome.add("kl", losses.kl(row.logps, row.ref_logps, cfg.kl)[on])
+    known = on & ~row.sampler_logps.isnan()
+    difference = (row.old_logps - row.sampler_logps)[known]
+    outcome.add("sampling/sampling_logp_difference/mean", difference.abs())
+    outcome.reach("sampling/sampling_logp_difference/max", difference.abs())
+    cap = cfg.importance_cap
+    outcome.add(
+        "sampling/importance_sampling_ratio/mean",
+        difference.exp() if cap is None else difference.exp().clamp(max=cap),
+    )

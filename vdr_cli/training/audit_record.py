@@ -1,0 +1,156 @@
+"""audit/step_000000.parquet: what `vdr audit` needs to compute a step again, a row a completion.
+
+Columns and the step's own numbers are described in docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from torch import Tensor
+
+from vdr_cli.data.completions import write_table
+from vdr_cli.engine import collectives
+from vdr_cli.errors import MachineError
+from vdr_cli.training.batch import Batch, Signal, Updates
+
+if TYPE_CHECKING:
+    from vdr_cli.training.run import Run
+
+STATE = b"vdr_audit"
+"""Key of the step's own numbers in the file's metadata, as JSON."""
+
+IDS, NUMBERS = pa.list_(pa.int32()), pa.list_(pa.float32())
+TYPES = {
+    "prompt_ids": IDS,
+    "completion_ids": IDS,
+    "rewards": NUMBERS,
+    "sampler_logps": NUMBERS,
+    "logps": NUMBERS,
+    "entropies": NUMBERS,
+    "ref_logps": NUMBERS,
+    "advantages": NUMBERS,
+    "measure_tokens": NUMBERS,
+    "task_reward": pa.float32(),
+    "task_advantage": pa.float32(),
+    "reduced": pa.float32(),
+}
+
+
+def is_due(run: Run) -> bool:
+    """Whether the rollout at the run's step leaves a record (observe.audit_every)."""
+    every, before = run.config.observe.audit_every, run.step - run.config.grpo.num_iterations
+    if every is None:
+        return run.step == 0
+    return every > 0 and (run.step == 0 or run.step // every > before // every)
+
+
+def save(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
+    """Write the step's record when it is due, before the step is counted. Collective; rank 0 writes.
+
+    A full disk is reported, and the training goes on without the record.
+    """
+    if not is_due(run):
+        return
+    parts = collectives.gather_objects(_columns(run, batch, signal, updates))
+    if not collectives.is_main():
+        return
+    columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    lost = sorted({name for names in columns.pop("lost") for name in names})
+    state = _state(run) | {"lost_columns": lost, "ranks": [len(part["row"]) for part in parts]}
+    try:
+        _write(run.directory / "audit" / f"step_{run.step:06d}.parquet", columns, state)
+    except MachineError as error:
+        run.note(f"{error}; going on")
+
+
+def remove_from(directory: Path, step: int) -> None:
+    """Delete the records of this step and later ones: a resumed run writes them again."""
+    for path in (directory / "audit").glob("step_*.parquet"):
+        if int(path.stem.removeprefix("step_")) >= step:
+            path.unlink()
+
+
+def _state(run: Run) -> dict[str, Any]:
+    """What the step began with, and the RMS that it ended with."""
+    return {
+        "step": run.step,
+        "drawn": run.state.drawn,
+        "drawn_now": run.drawn_this_step,
+        "tokens": run.state.tokens,
+        "dataset_rows": len(run.prompts),
+        "rms": run.state.rms,
+        "rms_after": run.rms.state_dict(),
+        "members": None if run.ensemble is None else asdict(run.ensemble),
+        "rewards": [reward.name for reward in run.rewards],
+        "dtype": str(next(run.engine.causal_lm.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _columns(run: Run, batch: Batch, signal: Signal, updates: Updates) -> dict[str, list[Any]]:
+    """This rank's rows; numbers of tokens as lists without padding, None where a step has none of them."""
+    completions, count = batch.completions, len(batch)
+    lengths = completions.completion_mask.sum(1).tolist()
+
+    def tokens(values: Tensor | None) -> list[Any]:
+        if values is None:
+            return [None] * count
+        rows = [row[:length].tolist() for row, length in zip(values, lengths, strict=False)]
+        return rows + [None] * (count - len(rows))
+
+    prompts = zip(completions.prompt_ids, completions.prompt_mask, strict=True)
+    saved = [_as_json(prompt.columns) for prompt in batch.prompts]
+    bonus = signal.bonus
+    return {
+        "row": [prompt.row for prompt in batch.prompts],
+        "prompt": [json.dumps(prompt.value) for prompt in batch.prompts],
+        "columns": [text for text, _ in saved],
+        "lost": [names for _, names in saved],
+        "text": [json.dumps(text) for text in batch.texts],
+        "prompt_ids": [ids[mask].tolist() for ids, mask in prompts],
+        "completion_ids": tokens(completions.completion_ids),
+        "truncated": completions.truncated.tolist(),
+        "sampler_logps": tokens(completions.sampler_logps),
+        "rewards": batch.rewards.tolist(),
+        "task_reward": batch.task_reward.tolist(),
+        "task_advantage": signal.task_advantages.tolist(),
+        "advantages": tokens(signal.advantages),
+        "reduced": [None] * count if signal.reduced is None else signal.reduced.tolist(),
+        "measure_tokens": tokens(signal.token_measure),
+        "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
+        "ref_logps": tokens(signal.ref_logps),
+        "selected": tokens(signal.selected),
+        "logps": _of_micro_batches(updates.first_logps, lengths),
+        "entropies": _of_micro_batches(updates.first_entropies, lengths),
+    }
+
+
+def _of_micro_batches(parts: list[Tensor], lengths: list[int]) -> list[list[float]]:
+    """Rows of (b, T) tensors, one a micro-batch, cut to their own lengths; a rank's empty ones at the end are left."""
+    rows = [row for part in parts for row in part.float().cpu()]
+    return [row[:length].tolist() for row, length in zip(rows, lengths, strict=False)]
+
+
+def _as_json(columns: dict[str, Any]) -> tuple[str, list[str]]:
+    """A row's columns as JSON, and the names of those that JSON does not give back as they are."""
+    kept, lost = {}, []
+    for name, value in columns.items():
+        try:
+            same = json.loads(json.dumps(value)) == value
+        except (TypeError, ValueError):
+            same = False
+        if same:
+            kept[name] = value
+        else:
+            lost.append(name)
+    return json.dumps(kept), lost
+
+
+def _write(path: Path, columns: dict[str, list[Any]], state: dict[str, Any]) -> None:
+    """The file, whole or not at all. MachineError when the disk refuses."""
+    table = pa.table({name: pa.array(values, TYPES.get(name)) for name, values in columns.items()})
+    write_table(path, table.replace_schema_metadata({STATE: json.dumps(state)}))
