@@ -14,6 +14,14 @@ Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
+class Undecoded:
+    """A cell of a column of images, audio or video: decoded only where a function asks for the column by name."""
+
+    decode: Callable[[], Any]
+    """Raises what the decoder raises: a package that is missing, a file that is broken."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One dataset row: what the model reads and what the reward functions get."""
 
@@ -22,7 +30,7 @@ class Prompt:
     value: str | Messages
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
-    """Every other column of the row."""
+    """Every other column of the row; `Undecoded` where it is an image, audio or video."""
 
 
 @dataclass(frozen=True)

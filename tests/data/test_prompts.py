@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 from pathlib import Path
 
@@ -93,9 +96,10 @@ def test_every_source_gives_the_same_prompts(source: Path, tokenizer, monkeypatc
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     prompts = load(source, tokenizer)
     assert len(prompts) == 2 and prompts.columns == ("answer",)
+    typed = str if "csv" in str(source) else int  # a CSV file tells no types
     assert [(p.row, p.value, text(tokenizer, p.token_ids), p.columns) for p in prompts] == [
-        (0, "1+1=", "1+1=", {"answer": 2}),
-        (1, "2+3=", "2+3=", {"answer": 5}),
+        (0, "1+1=", "1+1=", {"answer": typed(2)}),
+        (1, "2+3=", "2+3=", {"answer": typed(5)}),
     ]
     assert prompts[-1].row == 1 and [p.row for p in prompts[:1]] == [0]
 
@@ -228,7 +232,61 @@ def test_csv_rows_of_any_size_and_prompts_that_are_numbers(tmp_path, tokenizer):
     (tmp_path / "a.csv").write_text(f'prompt,answer\n12,1\n"{long}",2.5\n007,3\n')
     prompts = load(tmp_path / "a.csv", tokenizer, max_prompt_tokens=3)
     assert [text(tokenizer, p.token_ids) for p in prompts] == ["12", "xxx", "007"]
-    assert [p.columns["answer"] for p in prompts] == [1.0, 2.5, 3.0]
+    assert [p.columns["answer"] for p in prompts] == ["1", "2.5", "3"]
+
+
+CELLS = 'prompt,answer,code,flag,when\na,42,007,true,2024-01-01\nb,0.5,010,,"x, ""y"""\n'
+READ = [
+    {"answer": "42", "code": "007", "flag": "true", "when": "2024-01-01"},
+    {"answer": "0.5", "code": "010", "flag": "", "when": 'x, "y"'},
+]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["a.csv", "train-00000.csv", "train.csv.gz"])
+def test_csv_cells_are_the_text_in_the_file(tmp_path, tokenizer, mark, name, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    content = CELLS.replace('"x, ""y"""', "\x00").replace(",", mark).replace("\x00", '"x, ""y"""').encode()
+    folder = tmp_path / "d"
+    folder.mkdir()
+    if name.startswith("train-") and mark != ",":  # read by datasets, through pandas, which splits a cell at its comma
+        content = content.replace(b", ", b"-")
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    prompts = load(folder if name.startswith("train") else folder / name, tokenizer)
+    assert [prompt.columns | {"when": prompt.columns["when"].replace("x-", "x, ")} for prompt in prompts] == READ
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_compressed_files_are_read_as_the_plain_ones(tmp_path, tokenizer, ending, compress, kind):
+    content = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "json": json.dumps(ROWS),
+        "csv": "prompt,answer\n1+1=,2\n2+3=,5\n",
+    }[kind].encode()
+    whole, torn = tmp_path / f"a.{kind}.{ending}", tmp_path / f"torn.{kind}.{ending}"
+    whole.write_bytes(compress(content))
+    check_column(whole, "answer")
+    assert [prompt.value for prompt in load(whole, tokenizer)] == ["1+1=", "2+3="]
+    torn.write_bytes(compress(content * 100)[:-12])
+    with pytest.raises(DataError, match=f"torn.{kind}.{ending}: cannot be decompressed"):
+        load(torn, tokenizer)
+
+
+def test_media_are_decoded_only_for_whoever_asks(tmp_path, tokenizer):
+    from datasets import Dataset, Image
+
+    pytest.importorskip("PIL").Image.new("RGB", (2, 3)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    files = [str(tmp_path / name) for name in ("good.png", "bad.png")]
+    rows = Dataset.from_list(ROWS).add_column("image", files).cast_column("image", Image())
+    rows.save_to_disk(str(tmp_path / "d"))
+    prompts = load(tmp_path / "d", tokenizer)
+    assert prompts.columns == ("answer", "image")
+    good, bad = (prompt.columns["image"] for prompt in prompts)
+    assert good.decode().size == (2, 3)
+    with pytest.raises(Exception, match="cannot identify image"):
+        bad.decode()
 
 
 class Longest64:

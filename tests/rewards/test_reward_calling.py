@@ -17,7 +17,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards import leaving
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
-from vdr_cli.samples import Prompt
+from vdr_cli.samples import Prompt, Undecoded
 
 ROWS = [7, 7, 12, 12]
 TEXTS = ["a", "bb", "ccc", "dddd"]
@@ -65,6 +65,31 @@ def test_a_function_gets_only_what_it_takes():
         return [float(len(c) + a) for c, a in zip(completions, answer, strict=True)]
 
     assert compute(narrow).squeeze(1).tolist() == [71, 72, 123, 124]
+
+
+def test_media_are_decoded_for_a_parameter_of_their_name_alone():
+    def broken():
+        raise ImportError("torchcodec\nis missing")
+
+    cells = {"image": Undecoded(lambda: "a picture"), "audio": Undecoded(broken), "answer": 1}
+    given = [Prompt(3, "p", [0], cells)]
+    seen = []
+
+    def looks(image, **columns):
+        seen.append((image, columns["answer"], "audio" in columns))
+        return [1.0]
+
+    def listens(audio, **_):
+        return [1.0]
+
+    assert compute_rewards([LoadedReward("looks", 1.0, looks)], given, ["a"], [[1]], 5.0).tolist() == [[1.0]]
+    assert seen == [(["a picture"], [1], False)]
+    with pytest.raises(
+        DataError,
+        match="reward listens raised on dataset row 3: RuntimeError: its column audio cannot "
+        r"be decoded \(ImportError: torchcodec is missing",
+    ):
+        compute_rewards([LoadedReward("listens", 1.0, listens)], given, ["a"], [[1]], 5.0)
 
 
 def test_columns_are_functions_and_none_is_nan():

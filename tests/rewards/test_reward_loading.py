@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +171,8 @@ def test_columns_that_need_not_be_there():
 def test_built_in_values():
     assert BUILT_IN["length"](["abc", ""]) == [3.0, 0.0]
     assert BUILT_IN["length"](["abc", "abcde"], target_length=[4, 4]) == [-1.0, -1.0]
+    assert BUILT_IN["length"](["abc"], target_length=["4"]) == [-1.0]  # a CSV's text
+    assert BUILT_IN["countdown"](["1+2*3", "1+2*3"], numbers=["1 2 3", [1, 2, 3]], target=["7", 8]) == [1.0, 0.0]
     message = [{"role": "assistant", "content": " 42\n"}]
     assert BUILT_IN["exact_match"]([message, "42", "4 2"], answer=[42, "42 ", "42"]) == [1.0, 1.0, 0.0]
 
@@ -178,3 +181,13 @@ def test_math_verify_values():
     pytest.importorskip("math_verify")
     scores = BUILT_IN["math_verify"](["so $\\frac{1}{2}$", "it is 3", "2"], answer=["0.5", "4", ""])
     assert scores == [1.0, 0.0, None]
+
+
+def test_the_readme_function_takes_strings_and_messages():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    source = next(block for block in readme.split("```python\n")[1:] if "def correct(" in block).split("```")[0]
+    names: dict = {}
+    exec(source, names)
+    messages = [[{"role": "assistant", "content": text}] for text in (" 42", "7")]
+    for completions in ([" 42", "7"], messages):
+        assert names["correct"](["p"] * 2, completions, [[1]] * 2, answer=["42", "8"]) == [1.0, 0.0]

@@ -1,5 +1,9 @@
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +54,23 @@ def test_wanted_windows_only_and_the_same_ones_whoever_asks(tmp_path: Path, suff
     windows = sorted((window.index, window.rows) for share in shares for window in share)
     assert [row.values for _, rows in windows for row in rows] == ROWS * 2
     assert {share.count for share in shares} == {5}
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_compressed_files_and_other_delimiters_are_read(
+    tmp_path: Path, suffix: str, ending: str, compress: Any
+) -> None:
+    content = save(tmp_path / f"a{suffix}").read_bytes().replace(b"prompt,", b"prompt;").replace(b",c", b";c")
+    content = content if suffix == ".csv" else content.replace(b";c", b",c")
+    file = tmp_path / f"b{suffix}.{ending}"
+    file.write_bytes(compress(content))
+    windows = list(Windows(find_sources([str(file)], tmp_path / "spool"), lambda index: True))
+    assert [row.values for window in windows for row in window.rows] == ROWS
+    assert windows[-1].fraction == 1.0
+    file.write_bytes(compress(content * 50)[:-9])
+    with pytest.raises(DataError, match="cannot be decompressed"):
+        list(Windows(find_sources([str(file)], tmp_path / "spool"), lambda index: True))
 
 
 def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
+import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from vdr_cli.data.compression import BROKEN, data_suffix, is_compressed, open_bytes, read_bytes
 from vdr_cli.errors import ConfigError, DataError, MachineError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSED = "or one of these compressed: .jsonl.gz, .csv.xz, .json.bz2"
+DELIMITERS = ",;\t|"
 
 Row = dict[str, Any]
 
@@ -65,27 +70,33 @@ class ArrowRows:
         return ArrowRows(self._table.select(columns))
 
 
-def read_file(path: Path, text_column: str | None = None) -> Table:
-    """A .jsonl, .json, .csv or .parquet file. Raises DataError naming the line or row that cannot be read.
+def read_file(path: Path) -> Table:
+    """A .jsonl, .json, .csv or .parquet file; the text formats may be compressed (.gz, .bz2, .xz).
 
-    text_column: of a CSV file, which tells no types: kept as text even where every value looks like a number.
+    A CSV file tells no types: every cell is the text that stands in it.
+    Raises DataError naming the line or row that cannot be read, ConfigError for another kind of file, and MachineError
+    without permission.
     """
     readers: dict[str, Callable[[Path], Table]] = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
-        ".csv": partial(_read_csv, text_column=text_column),
+        ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if path.suffix not in readers:
-        raise ConfigError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}")
+    if data_suffix(path) not in readers:
+        raise ConfigError(f"{path}: a data file must end in one of {', '.join(SUFFIXES)}, {COMPRESSED}")
     try:
-        table = readers[path.suffix](path)
+        table = readers[data_suffix(path)](path)
     except PermissionError:
         raise MachineError(f"{path}: no permission to read it") from None
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such data file") from None
     except UnicodeDecodeError:
         raise DataError(f"{path} line {_line_of_bad_byte(path)}: not text in UTF-8; convert the file") from None
+    except BROKEN as error:
+        if not is_compressed(path):
+            raise
+        raise DataError(f"{path}: cannot be decompressed ({_first_line(error)})") from None
     if len(table) == 0:
         raise DataError(f"{path}: no rows")
     twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
@@ -97,7 +108,7 @@ def read_file(path: Path, text_column: str | None = None) -> Table:
 def check_column(path: Path, column: str) -> None:
     """DataError when no row of a file has the column `data.prompt_column`; mostly a look at its start."""
     if column not in _first_columns(path):
-        table = read_file(path, column)
+        table = read_file(path)
         if column not in table.columns:
             raise DataError(no_column(table, column))
 
@@ -111,18 +122,36 @@ def no_column(table: Table, column: str) -> str:
     )
 
 
+def csv_delimiter(header: str) -> str:
+    """What separates the columns of a CSV file, by its first line: the first of `,` `;` tab `|` outside quotes."""
+    unquoted = re.sub(r'"[^"]*"?', "", header)
+    return next((mark for mark in DELIMITERS if mark in unquoted), ",")
+
+
 def _first_columns(path: Path) -> list[str]:
     """The columns of the first row, from the file's start; none where that does not tell."""
-    if path.suffix == ".parquet":
+    if data_suffix(path) == ".parquet":
         return _parquet_columns(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                return next(csv.reader(file), [])
-            first = json.loads(next(line for line in file if not line.isspace())) if path.suffix == ".jsonl" else None
-    except (OSError, ValueError, RecursionError, StopIteration, csv.Error):
+        with _open_text(path) as file:
+            if data_suffix(path) == ".csv":
+                return _csv_header(file)[0]
+            lines = (line for line in file if not line.isspace())
+            first = json.loads(next(lines)) if data_suffix(path) == ".jsonl" else None
+    except (*BROKEN, ValueError, RecursionError, StopIteration, csv.Error):
         return []
     return list(first) if isinstance(first, dict) else []
+
+
+def _csv_header(file: Any) -> tuple[list[str], str]:
+    """The columns of an open CSV file, and its delimiter."""
+    first = file.readline()
+    delimiter = csv_delimiter(first)
+    return next(csv.reader(itertools.chain([first], file), delimiter=delimiter), []), delimiter
+
+
+def _open_text(path: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_bytes(path)[0], encoding="utf-8-sig", newline="")
 
 
 def _parquet_columns(path: Path) -> list[str]:
@@ -137,14 +166,14 @@ def _parquet_columns(path: Path) -> list[str]:
 def _read_jsonl(path: Path) -> Table:
     rows: list[Row] = []
     lines: list[int] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(open_bytes(path)[0], encoding="utf-8-sig") as file:
         for number, text in enumerate(file, start=1):
             if text.isspace():
                 continue
             try:
                 row = json.loads(text.rstrip())
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); mend or remove it") from None
+                raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); fix or remove it") from None
             if not isinstance(row, dict):
                 raise DataError(f'{path} line {number}: an object is needed, such as {{"prompt": ...}}')
             rows.append(row)
@@ -154,7 +183,7 @@ def _read_jsonl(path: Path) -> Table:
 
 def _read_json(path: Path) -> Table:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
@@ -170,8 +199,8 @@ def _read_json(path: Path) -> Table:
     return Table(str(path), rows, _columns(rows))
 
 
-def _read_csv(path: Path, text_column: str | None) -> Table:
-    from pyarrow import ArrowInvalid, string
+def _read_csv(path: Path) -> Table:
+    from pyarrow import ArrowInvalid, py_buffer, string
     from pyarrow import csv as arrow
 
     wrong: list[Any] = []
@@ -180,15 +209,17 @@ def _read_csv(path: Path, text_column: str | None) -> Table:
         wrong.append(row)
         return "error"
 
-    # Rows have numbers on one thread only. A row must fit in a block, and a column's type is inferred from the first:
-    # one block, as far as Arrow allows.
-    size = min(max(path.stat().st_size, 1 << 20), 1 << 30)
+    with _open_text(path) as file:
+        header, delimiter = _csv_header(file)
+    content = read_bytes(path)
+    # Rows have numbers on one thread only, and a row must fit in a block: one block, as far as Arrow allows.
+    size = min(max(len(content), 1 << 20), 1 << 30)
     try:
         table = arrow.read_csv(
-            path,
+            py_buffer(content),
             read_options=arrow.ReadOptions(block_size=size, use_threads=False),
-            parse_options=arrow.ParseOptions(newlines_in_values=True, invalid_row_handler=keep),
-            convert_options=arrow.ConvertOptions(column_types={text_column: string()} if text_column else None),
+            parse_options=arrow.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=keep),
+            convert_options=arrow.ConvertOptions(column_types=dict.fromkeys(header, string())),
         )
     except ArrowInvalid as error:
         if "UTF8" in str(error):
@@ -197,7 +228,7 @@ def _read_csv(path: Path, text_column: str | None) -> Table:
             # Arrow counts from 1, the header too.
             raise DataError(
                 f"{path} row {wrong[0].number - 2}: {wrong[0].actual_columns} values, but the header has "
-                f"{wrong[0].expected_columns} columns; mend or remove it"
+                f"{wrong[0].expected_columns} columns; fix or remove it"
             ) from None
         raise DataError(f"{path}: not valid CSV: {_first_line(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
@@ -214,7 +245,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _line_of_bad_byte(path: Path) -> int:
-    content = path.read_bytes()
+    content = read_bytes(path)
     try:
         content.decode()
     except UnicodeDecodeError as error:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from vdr_cli.config import DataConfig
 from vdr_cli.config.paths import checked_path, looks_like_path
-from vdr_cli.data.files import SUFFIXES, Row, Table, check_column, read_file
+from vdr_cli.data.compression import ENDINGS, data_suffix
+from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
+from vdr_cli.samples import Undecoded
 from vdr_cli.starter import paths as starter_paths
 
 Role = Literal["train", "eval"]
@@ -25,14 +31,14 @@ def check_data(name: str, key: str, column: str | None = None) -> None:
     column: of a file, must be there too.
     """
     path = checked_path(name, key)
-    if name == STARTER or not (looks_like_path(name) or path.suffix in SUFFIXES):
+    if name == STARTER or not (looks_like_path(name) or data_suffix(path) in SUFFIXES):
         return
     if not path.exists():
         raise ConfigError(f"{key} {name}: no such file or directory; give `starter`, a local file or a hub id")
     if not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{key} {name}: neither a file nor a directory; save the data in a file and name it")
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise ConfigError(f"{key} {name}: a file must end in one of {', '.join(SUFFIXES)}")
+    if path.is_file() and data_suffix(path) not in SUFFIXES:
+        raise ConfigError(f"{key} {name}: a file must end in one of {', '.join(SUFFIXES)}, {COMPRESSED}")
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{key} {name}: the file is empty")
     if not os.access(path, os.R_OK):
@@ -56,7 +62,7 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
         table = _starter(split, split_key)
     elif path.is_file():
         _check_whole_file(name, split, split_key, role, own_place)
-        table = read_file(path, cfg.prompt_column)
+        table = read_file(path)
     elif path.is_dir():
         table = _directory(cfg, name, split, split_key)
     else:
@@ -93,10 +99,11 @@ def _directory(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
             if split not in loaded:
                 raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(loaded)}")
             loaded = loaded[split]
-        return Table(f"{name}[{split}]", loaded, tuple(loaded.column_names))
-    for suffix in SUFFIXES:
-        if (path / f"{split}{suffix}").is_file():
-            return read_file(path / f"{split}{suffix}", cfg.prompt_column)
+        return _dataset_table(f"{name}[{split}]", loaded)
+    for suffix, ending in itertools.product(SUFFIXES, ENDINGS):
+        file = path / f"{split}{suffix}{ending}"
+        if file.is_file():
+            return read_file(file)
     return _hub(name, None, split, split_key)
 
 
@@ -108,6 +115,9 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
 
     try:
         loaded: Any = load_dataset(name, subset, split=split)
+        options = _text_options(name, subset, loaded.column_names)
+        if options:
+            loaded = load_dataset(name, subset, split=split, **options)
     except ValueError as error:
         reason = _one_line(error)
         if "split" in reason.lower():
@@ -120,7 +130,59 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
         raise ConfigError(
             f"data.name {name}: neither a local file or directory nor loadable from the hub ({_one_line(error)})"
         ) from None
-    return Table(f"{name}[{split}]", loaded, tuple(loaded.column_names))
+    return _dataset_table(f"{name}[{split}]", loaded)
+
+
+def _text_options(name: str, subset: str | None, columns: Sequence[str]) -> dict[str, Any]:
+    """Options under which `datasets` reads every cell of a CSV file as text; none for other data.
+
+    Left alone, it reads CSV through pandas, which makes 7 of 007. A data set whose card says the types keeps them.
+    """
+    from datasets import Features, Value, load_dataset_builder
+    from datasets.load import dataset_module_factory
+    from datasets.packaged_modules.csv.csv import Csv
+
+    if not isinstance(load_dataset_builder(name, subset), Csv):
+        return {}
+    cards = dataset_module_factory(name).dataset_infos or {}
+    if any(card.features is not None for card in cards.values()):
+        return {}
+    mark = csv_delimiter(columns[0]) if len(columns) == 1 else ","
+    names = next(csv.reader([columns[0]], delimiter=mark)) if len(columns) == 1 else columns
+    return {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False, "sep": mark}
+
+
+class UndecodedRows:
+    """A `datasets` data set whose images, audio and video are decoded only where somebody asks for them."""
+
+    def __init__(self, dataset: Any, media: Sequence[str]) -> None:
+        """media: the columns that need decoding."""
+        self._dataset, self._media = dataset, media
+        self._plain = dataset.remove_columns(list(media))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row: Row = dict(self._plain[index]) if self._plain.column_names else {}
+        return row | {name: Undecoded(partial(self._decoded, index, name)) for name in self._media}
+
+    def select_columns(self, columns: list[str]) -> Any:
+        """The same rows with only these columns."""
+        if set(columns) & set(self._media):
+            return [{name: row[name] for name in columns} for row in (self[index] for index in range(len(self)))]
+        return self._plain.select_columns(columns)
+
+    def _decoded(self, index: int, name: str) -> Any:
+        return self._dataset.select_columns([name])[index][name]
+
+
+def _dataset_table(name: str, loaded: Any) -> Table:
+    from datasets.features.features import require_decoding
+
+    columns = tuple(loaded.column_names)
+    media = [column for column in columns if require_decoding(loaded.features[column])]
+    return Table(name, UndecodedRows(loaded, media) if media else loaded, columns)
 
 
 def _one_line(error: Exception) -> str:

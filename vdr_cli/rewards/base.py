@@ -47,13 +47,21 @@ class LoadedReward:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the function has a parameter for; with **columns also those without, if they are lists."""
-        parameters = _parameters(self.function)
-        names = {parameter.name for parameter in parameters}
-        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+        """The arguments that the function has a parameter for; with **columns also the data's other columns."""
+        names, takes_all = self._named(), self._takes_all()
         return {
             name: value for name, value in arguments.items() if name in names or (takes_all and name != "trainer_state")
         }
+
+    def asks_for(self, name: str) -> bool:
+        """Whether the function has a parameter of this name."""
+        return name in self._named()
+
+    def _named(self) -> set[str]:
+        return {parameter.name for parameter in _parameters(self.function)}
+
+    def _takes_all(self) -> bool:
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in _parameters(self.function))
 
     def required_columns(self) -> list[str]:
         """Dataset columns without which the function cannot be called."""

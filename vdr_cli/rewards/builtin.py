@@ -28,7 +28,7 @@ def length(completions: list[Any], target_length: list[float] | None = None, **_
     lengths = [float(len(completion_text(completion))) for completion in completions]
     if target_length is None:
         return lengths
-    return [-abs(found - wanted) for found, wanted in zip(lengths, target_length, strict=True)]
+    return [-abs(found - float(wanted)) for found, wanted in zip(lengths, target_length, strict=True)]
 
 
 def math_verify(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:

@@ -22,7 +22,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.loading import one_line
-from vdr_cli.samples import Completions, Messages, Prompt
+from vdr_cli.samples import Completions, Messages, Prompt, Undecoded
 
 LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
@@ -52,7 +52,7 @@ class _Call:
     def _run(self) -> None:
         try:
             with leaving_is_an_error():
-                value = self.reward.function(**self.reward.accepted(self.arguments))
+                value = self.reward.function(**accepted_by(self.reward, self.arguments))
                 if inspect.iscoroutine(value):  # a plain function around an async one
                     value = asyncio.run(_awaited(value))
                 self.value = listed(value, self._count)
@@ -63,7 +63,7 @@ class _Call:
     async def _await(self) -> None:
         try:
             with leaving_is_an_error():
-                value = await self.reward.function(**self.reward.accepted(self.arguments))
+                value = await self.reward.function(**accepted_by(self.reward, self.arguments))
                 self.value = listed(value, self._count)
         except BaseException as error:
             self.error = error
@@ -128,6 +128,27 @@ def _ended_without_the_interpreter(timeout: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def accepted_by(reward: LoadedReward, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the function takes; images, audio and video only for a parameter of the column's name.
+
+    Raises RuntimeError, naming the column, when one cannot be decoded.
+    """
+    given = {}
+    for name, values in reward.accepted(arguments).items():
+        if not (isinstance(values, list) and any(isinstance(value, Undecoded) for value in values)):
+            given[name] = values
+        elif reward.asks_for(name):
+            given[name] = _decoded(name, values)
+    return given
+
+
+def _decoded(name: str, values: list[Any]) -> list[Any]:
+    try:
+        return [value.decode() if isinstance(value, Undecoded) else value for value in values]
+    except Exception as error:  # decoders raise what they like
+        raise RuntimeError(f"its column {name} cannot be decoded ({one_line(error)})") from error
 
 
 def _finish(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None:

@@ -14,14 +14,17 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vdr_cli.data.compression import BROKEN, data_suffix, is_compressed, open_bytes
+from vdr_cli.data.files import csv_delimiter
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.system.text import is_text
 
@@ -90,11 +93,11 @@ def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
             sources.append(Source(str(spool), "jsonl"))
             continue
         for path in _expand(given):
-            kind = FORMATS.get(path.suffix.lower())
-            if kind is None:
+            kind = FORMATS.get(data_suffix(path))
+            if kind is None or (kind == "parquet" and is_compressed(path)):
                 raise ConfigError(
-                    f"{path}: unknown format {path.suffix!r}: give {', '.join(sorted(FORMATS))}; "
-                    "what is compressed goes through a pipe (zcat FILE | vdr score - ...)"
+                    f"{path}: unknown format {path.suffix!r}: give {', '.join(sorted(FORMATS))}, the text formats also "
+                    "compressed (.jsonl.gz, .csv.bz2, .json.xz)"
                 )
             sources.append(Source(str(path), kind))
     if not sources:
@@ -159,7 +162,7 @@ def _expand(given: str) -> list[Path]:
         names = ("step_*.parquet", "completions_*.parquet", "samples_*.jsonl")  # ours, TRL's, lm-eval's
         found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
         found = found or sorted(
-            file for file in folder.iterdir() if file.suffix.lower() in FORMATS and not file.name.endswith(BESIDE)
+            file for file in folder.iterdir() if data_suffix(file) in FORMATS and not file.name.endswith(BESIDE)
         )
         if not found:
             raise ConfigError(f"{given}: the directory holds no completions ({', '.join(sorted(FORMATS))})")
@@ -177,13 +180,11 @@ Reader = Iterator[tuple[Callable[[], Row], float]]
 
 def _jsonl(source: Source) -> Reader:
     size = max(source.size, 1)
-    read = 0
-    with _open_binary(source) as lines:
+    with _opened(source) as (lines, raw):
         for number, line in enumerate(lines, 1):
-            read += len(line)
             if not line.strip():
                 continue
-            yield partial(_json_row, source.path, number, line), read / size
+            yield partial(_json_row, source.path, number, line), min(raw.tell() / size, 1.0)
 
 
 def _json_row(path: str, number: int, line: bytes) -> Row:
@@ -205,15 +206,15 @@ def _json_row(path: str, number: int, line: bytes) -> Row:
 def _csv(source: Source) -> Reader:
     csv.field_size_limit(sys.maxsize)
     size = max(source.size, 1)
-    with _open_binary(source) as raw:
-        reader = csv.reader(io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=""))
+    with _opened(source) as (data, raw):
+        text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        first = text.readline()
+        reader = csv.reader(itertools.chain([first], text), delimiter=csv_delimiter(first))
         header = next(reader, None)
         if header is None:
             return
         for values in itertools.filterfalse(lambda row: not row, reader):
-            share = raw.tell() / size
-            number = reader.line_num
-            yield partial(_csv_row, source.path, number, header, values), share
+            yield partial(_csv_row, source.path, reader.line_num, header, values), min(raw.tell() / size, 1.0)
 
 
 def _csv_row(path: str, number: int, header: list[str], values: list[str]) -> Row:
@@ -259,11 +260,16 @@ def _parquet(path: str) -> pq.ParquetFile:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _open_binary(source: Source) -> Any:
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The data of a source, and the file whose position tells how far it was read. DataError when it is damaged."""
     try:
-        return Path(source.path).open("rb")
-    except OSError as error:
-        raise DataError(f"{source.path}: cannot be read ({error.strerror})") from error
+        data, raw = open_bytes(Path(source.path))
+        with raw, data:
+            yield data, raw
+    except BROKEN as error:
+        what = "decompressed" if is_compressed(Path(source.path)) else "read"
+        raise DataError(f"{source.path}: cannot be {what} ({getattr(error, 'strerror', None) or error})") from error
 
 
 _readers: dict[str, Callable[[Source], Reader]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet_rows}

@@ -57,8 +57,8 @@ def is_solution(expression: str, numbers: Sequence[int], target: int) -> bool:
 
 
 def countdown(completions: list[Any], numbers: list[Sequence[int]], target: list[int], **_: Any) -> list[float]:
-    """Reward 1 for a completion that solves its problem, else 0. Columns: `numbers`, `target`."""
-    rows = zip(completions, numbers, target, strict=True)
+    """Reward 1 for a completion that solves its problem, else 0. Columns: `numbers`, `target`, also as a CSV's text."""
+    rows = zip(completions, map(_whole_numbers, numbers), map(int, target), strict=True)
     return [float(is_solution(_text(completion), row_numbers, goal)) for completion, row_numbers, goal in rows]
 
 
@@ -112,6 +112,11 @@ def rows(split: str) -> list[dict[str, Any]]:
 
 def _digest(problem: Problem) -> str:
     return hashlib.blake2b(f"{problem.numbers}{problem.target}".encode(), digest_size=8).hexdigest()
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    """`[3, 5, 7]`, or the numbers in the text `3 5 7`."""
+    return [int(number) for number in (re.findall(r"\d+", value) if isinstance(value, str) else value)]
 
 
 def _text(completion: Any) -> str:
