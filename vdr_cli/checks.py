@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
-from vdr_cli.config.paths import checked_path, looks_like_path
+from vdr_cli.config.paths import checked_path
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.sources import check_data
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, MachineError, VdrError
+from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.rewards.loading import check_name
 
 CHANGEABLE_ON_RESUME = {
@@ -50,7 +51,7 @@ def default_output() -> str:
 
 def check_before_start(config: Config, resume: str | None) -> None:
     """Everything below that is the same on every process. Raises VdrError, one line."""
-    check_model(config.model.name)
+    resolve_model_path(config.model.name, "model.name")
     check_data(config.data.name, "data.name", config.data.prompt_column)
     if config.train.eval_every:
         check_data(config.data.eval_name or config.data.name, "data.eval_name", config.data.prompt_column)
@@ -67,25 +68,6 @@ def check_processes(config: Config, processes: int) -> None:
         raise ConfigError(
             f"train.prompts_per_step {config.train.prompts_per_step} is below {processes} processes: a group lives on "
             f"one rank, so some would have none; give at least {processes} or start fewer processes"
-        )
-
-
-def check_model(name: str, key: str = "model.name") -> None:
-    """A model that looks like a path must be a directory with a config.json, its own or its model/'s.
-
-    key: what the user gave it as.
-    """
-    path = checked_path(name, key)
-    if name == STARTER or not looks_like_path(name):
-        return
-    if not path.is_dir():
-        raise ConfigError(
-            f"{key} {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
-        )
-    if not any((folder / "config.json").is_file() for folder in (path, path / "model")):
-        raise ConfigError(
-            f"{key} {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
-            "format or a finished run"
         )
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from vdr_cli.data.prompts import encode
 from vdr_cli.models.loading import load_tokenizer
+from vdr_cli.models.sizes import UsableLength
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.tokens import Tokeniser, completion_value, ids_fit, prompt_value, value_at
@@ -15,7 +16,13 @@ def tokenizer() -> Any:
 
 
 def tokeniser(tokenizer: Any, **more: Any) -> Tokeniser:
-    defaults = {"fields": Fields(), "vocabulary": 32, "max_tokens": None, "append_eos": False, "longest": 40}
+    defaults = {
+        "fields": Fields(),
+        "vocabulary": 32,
+        "max_tokens": None,
+        "append_eos": False,
+        "longest": UsableLength(40),
+    }
     return Tokeniser(tokenizer=tokenizer, **(defaults | more))
 
 
@@ -56,7 +63,7 @@ def test_long_completions_are_cut_and_marked(tokenizer: Any) -> None:
         ({"prompt": "1", "completion_ids": [99]}, "holds 99"),
         ({"prompt": "1", "completion_ids": [1.5]}, "list of token ids"),
         ({"prompt": "1", "completion_ids": [True]}, "list of token ids"),
-        ({"prompt": "1", "completion": "1" * 50}, "the model takes 40"),
+        ({"prompt": "1", "completion": "1" * 50}, "the model reads 40 tokens"),
         ({"prompt": [{"role": "user", "content": "hi"}], "completion": "1"}, "chat template"),
     ],
 )

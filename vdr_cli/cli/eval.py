@@ -115,11 +115,12 @@ def command(
 
 def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str] | None) -> Config:
     """The settings of the first run among the models, under what was typed. Raises ConfigError or DataError."""
-    from vdr_cli.checks import check_model, check_rewards
+    from vdr_cli.checks import check_rewards
     from vdr_cli.data.sources import check_data
+    from vdr_cli.models.paths import resolve_model_path
 
     for name in models:
-        check_model(name, "MODEL")
+        resolve_model_path(name, "MODEL")
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if text not in launch_overrides(overrides)]

@@ -122,11 +122,11 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
 
     `--members 0` means no ensemble, which is not a number of members in the schema.
     """
-    from vdr_cli.checks import check_model
     from vdr_cli.config.load import settings_typed
+    from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.scoring.request import Fields, ScoreRequest
 
-    check_model(typed["model.name"], "--model")
+    resolve_model_path(typed["model.name"], "--model")
     typed = typed.section("launch", inside=False)
     alone = typed["disagreement.members"] == 0
     config = settings_typed((typed.section("disagreement", inside=False) if alone else typed).values, typed.names)

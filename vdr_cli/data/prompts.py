@@ -11,6 +11,7 @@ from vdr_cli.config import DataConfig
 from vdr_cli.data.files import Row, Table, no_column
 from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.models.sizes import language_part, largest, usable_length
 from vdr_cli.samples import Messages, Prompt
 
 logger = logging.getLogger(__name__)
@@ -22,22 +23,20 @@ class Limits:
 
     prompt_tokens: int | None = None
     vocabulary: int | None = None
+    why: str = ""
+    """Why prompts are limited below the model's own maximum."""
 
     @classmethod
     def of(cls, model_config: Any, max_new_tokens: int) -> Limits:
-        """Of a transformers configuration. ConfigError when it leaves no room for a prompt."""
-        text = model_config.get_text_config()
-        vocabulary, length = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
-        if not isinstance(length, int) or length <= 0:
+        """The limits of a transformers configuration. ConfigError when it leaves no room for a prompt."""
+        length, vocabulary = usable_length(model_config), largest(language_part(model_config), "vocab_size")
+        if length is None:
             return cls(None, vocabulary)
-        rope = getattr(text, "rope_parameters", None) or {}
-        factor = rope.get("factor") if isinstance(rope, dict) else None  # YaRN and the like stretch the positions
-        length = int(length * max(float(factor or 1.0), 1.0))
-        if max_new_tokens >= length:
+        if max_new_tokens >= length.tokens:
             raise ConfigError(
-                f"rollout.max_new_tokens {max_new_tokens}: the model reads {length} tokens, prompt included; give less"
+                f"rollout.max_new_tokens {max_new_tokens}: the model reads {length}, prompt included; give less"
             )
-        return cls(length - max_new_tokens, vocabulary)
+        return cls(length.tokens - max_new_tokens, vocabulary, length.why)
 
 
 class PromptSet(Sequence[Prompt]):
@@ -110,7 +109,8 @@ class PromptSet(Sequence[Prompt]):
         if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
             raise DataError(
                 f"{self.where(index)}: the prompt has {len(ids)} tokens; the model's length leaves "
-                f"{limits.prompt_tokens} beside rollout.max_new_tokens: set data.max_prompt_tokens, or remove the row"
+                f"{limits.prompt_tokens} beside rollout.max_new_tokens{f' ({limits.why})' if limits.why else ''}: "
+                "set data.max_prompt_tokens, or remove the row"
             )
         return ids
 

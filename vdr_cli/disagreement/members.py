@@ -20,6 +20,7 @@ from vdr_cli.disagreement.stems import StemKeeper
 from vdr_cli.errors import MachineError
 from vdr_cli.models import anatomy
 from vdr_cli.models.anatomy import Head
+from vdr_cli.models.sizes import INNER_WIDTHS, largest
 from vdr_cli.samples import Completions, last_tokens
 
 __all__ = ["EnsembleSpec", "ensemble", "measure"]
@@ -215,14 +216,12 @@ def bytes_per_row(model: nn.Module, completions: Completions) -> tuple[int, int]
     config = anatomy.text_config(model)
     size = anatomy.output_head(model).weight.element_size()
     width = config.hidden_size
-    inner = max(
-        getattr(config, name, None) or 0 for name in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-    )
-    active = getattr(config, "num_experts_per_tok", None) or 1
-    heads = config.num_attention_heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
+    inner = largest(config, *INNER_WIDTHS) or 4 * width
+    active = largest(config, "num_experts_per_tok") or 1
+    heads = largest(config, "num_attention_heads") or 1
+    kept = largest(config, "num_key_value_heads") or heads
     keys = 2 * width * kept // heads  # D of keys and values together
-    per_token = 8 * width + 3 * (inner or 4 * width) * active
+    per_token = 8 * width + 3 * inner * active
     lengths = completions.prompt_ids.shape[1], completions.completion_ids.shape[1]
     row = size * (lengths[1] * per_token + sum(lengths) * keys)
     prompt = size * lengths[0] * (per_token + config.num_hidden_layers * keys)

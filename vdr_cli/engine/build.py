@@ -27,11 +27,12 @@ from vdr_cli.engine.leaves import fetch_whole, reduce_once
 from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.models.adapters import with_adapters
+from vdr_cli.models.adapters import Gather, with_adapters
 from vdr_cli.models.anatomy import Lend, decoder_layers, has_experts, input_embeddings, output_head
 from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.models.sizes import language_part, largest
 from vdr_cli.models.trees import can_read_trees
 
 
@@ -223,7 +224,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
     with sharded_loading(ds_config):
-        causal_lm = load_for_training(config.model, dtype)
+        causal_lm = load_for_training(config.model, dtype, gatherer(ds_config))
     if config.model.lora is not None:
         causal_lm = with_adapters(causal_lm, config.model.lora, config.train.seed)
     if zero_stage(ds_config) < 3:
@@ -319,6 +320,11 @@ def sharded_loading(ds_config: DsConfig) -> AbstractContextManager[Any]:
     return _ZeroInit(ds_config) if zero_stage(ds_config) == 3 else nullcontext()
 
 
+def gatherer(ds_config: DsConfig) -> Gather | None:
+    """What makes a partitioned parameter whole for every rank to change alike; None where weights are whole."""
+    return (lambda parameters: gather(parameters, writer=0)) if zero_stage(ds_config) == 3 else None
+
+
 class _ZeroInit:
     """Transformers looks up a weakly referenced HfDeepSpeedConfig; this keeps it alive while loading, not longer."""
 
@@ -349,7 +355,7 @@ def _check_zero_section(name: str, zero: DsConfig) -> None:
 
 def _hidden_size(config: Config) -> int:
     loaded = load_model_config(config.model.name, config.model.revision, config.model.trust_remote_code)
-    size = getattr(loaded, "hidden_size", None) or getattr(loaded.get_text_config(), "hidden_size", None)
-    if not isinstance(size, int):
+    size = largest(loaded, "hidden_size") or largest(language_part(loaded), "hidden_size")
+    if size is None:
         raise ConfigError(f"model {config.model.name}: its config has no hidden_size; use a causal language model")
     return size

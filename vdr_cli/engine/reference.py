@@ -14,7 +14,7 @@ from torch import nn
 
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import Engine, gather, sharded_loading
+from vdr_cli.engine.build import Engine, gather, gatherer, sharded_loading
 from vdr_cli.engine.twin import Twin
 from vdr_cli.models.loading import load_for_training, resolve_dtype
 
@@ -27,7 +27,7 @@ class FrozenCopy:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         with sharded_loading(engine.ds_config):
-            model = load_for_training(config.model, resolve_dtype(config.model.dtype))
+            model = load_for_training(config.model, resolve_dtype(config.model.dtype), gatherer(engine.ds_config))
         if engine.stage < 3:
             model.to(engine.device)
         self._model = model.requires_grad_(False)

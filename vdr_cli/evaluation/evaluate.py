@@ -168,13 +168,14 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     """Evaluate every model of the request on the same prompts with the same random numbers."""
     from vdr_cli.data.prompts import Limits, load_prompts
     from vdr_cli.models import loading
+    from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     samples, ks, sampling = _sampling(request)
     device = join_processes(request.device)
     for name in request.models:
-        loading.resolve_model_path(name)
+        resolve_model_path(name)
     ensemble = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
     rewards = load_rewards(request.rewards, request.data.name)
     results = []

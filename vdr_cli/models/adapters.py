@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from vdr_cli.config.schema import LoraConfig
 from vdr_cli.errors import ConfigError
+from vdr_cli.models.paths import adapter_settings
 
 
 def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
@@ -44,3 +50,46 @@ def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
 def merged(model: Any) -> Any:
     """A plain model with the adapters in its weights, a copy; the model itself when it has none."""
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREFIX, FACTOR_A, FACTOR_B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+"""Makes partitioned parameters whole inside the block and keeps what was written to them."""
+
+
+@torch.no_grad()
+def add_adapter(model: nn.Module, directory: Path, gather: Gather | None = None) -> None:
+    """Add a saved adapter to the weights of its base model: W += scale · B A, computed in float32.
+
+    gather: for weights that are partitioned. ConfigError when a tensor of the adapter has no place in the model.
+    """
+    settings = adapter_settings(directory)
+    rank = int(settings["r"])
+    scale = float(settings["lora_alpha"]) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    try:
+        tensors = load_file(directory / ADAPTER_WEIGHTS)
+    except Exception as error:  # torn files make safetensors raise anything
+        raise ConfigError(f"model {directory}: {ADAPTER_WEIGHTS} cannot be read ({error})") from error
+    for name, weight in _targets(model, tensors, directory).items():
+        product = scale * tensors[name + FACTOR_B].float() @ tensors[name + FACTOR_A].float()
+        with gather([weight]) if gather else nullcontext():
+            if weight.numel():  # where a gather leaves a rank out, it has nothing to write to
+                delta = product.t() if settings.get("fan_in_fan_out") else product
+                weight.add_(delta.to(weight.device, weight.dtype))
+
+
+def _targets(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> dict[str, nn.Parameter]:
+    """The adapter's names without their endings, and the weight that each changes."""
+    names = {name.removesuffix(FACTOR_A).removesuffix(FACTOR_B) for name in tensors}
+    found = {}
+    for name in sorted(names):
+        try:
+            found[name] = model.get_submodule(name.removeprefix(PREFIX)).weight
+        except AttributeError:
+            raise ConfigError(
+                f"model {directory}: the adapter's {name} has no place in the base model "
+                f"{type(model).__name__}; give the base model that it was trained on"
+            ) from None
+    return found  # type: ignore[return-value]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.errors import ConfigError
+from vdr_cli.models.sizes import EXPERT_COUNTS, largest
 
 ATTENTION_NAMES = (
     "self_attn",
@@ -95,7 +96,7 @@ def text_config(model: nn.Module) -> Any:
 def has_experts(model: nn.Module) -> bool:
     """A mixture of experts: a token goes through some of the MLPs only."""
     config = text_config(model)
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return bool(largest(config, *EXPERT_COUNTS))
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -247,6 +248,12 @@ def forward_arguments(model: nn.Module, attention_mask: Tensor, positions: Tenso
     if "position_ids" in inspect.signature(backbone(model).forward).parameters:
         arguments["position_ids"] = positions
     return arguments
+
+
+def last_logits_argument(model: nn.Module) -> dict[str, int]:
+    """Keyword argument that makes a causal LM compute the last position's logits only, where its forward has one."""
+    has_one = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+    return {"logits_to_keep": 1} if has_one else {}
 
 
 def cache_arguments(model: nn.Module, cache: Any) -> dict[str, Any]:

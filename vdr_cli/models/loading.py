@@ -13,39 +13,14 @@ import transformers
 from torch import nn
 
 from vdr_cli.config import ModelConfig
-from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.adapters import Gather, add_adapter
 from vdr_cli.models.hub import settle_on_cache_if_away
+from vdr_cli.models.paths import adapter_directory, resolve_model_path
 from vdr_cli.models.products import with_products
-from vdr_cli.starter import paths as starter_paths
+from vdr_cli.models.tied_head import untied_if_files_are
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def resolve_model_path(name: str) -> str:
-    """Where the weights lie: the starter's directory, a run's model/, a local path, else the hub id unchanged.
-
-    Raises ConfigError when `name` looks like a path and nothing that can be loaded is there.
-    """
-    if name == "starter":
-        return str(starter_paths.model_path())
-    try:
-        path = Path(path_text(name))
-    except ValueError as error:
-        raise ConfigError(f"model {error}") from None
-    if path.is_dir():
-        for candidate in (path, path / "model"):
-            if (candidate / "config.json").is_file():
-                return str(candidate)
-        raise ConfigError(
-            f"model {name}: the directory has neither config.json nor model/config.json; give a directory in "
-            "Hugging Face format or a finished run"
-        )
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(
-            f"model {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
-        )
-    return name
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
@@ -62,6 +37,9 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     from transformers import AutoTokenizer
 
     path = resolve_model_path(name)
+    adapter = adapter_directory(name)
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        path = str(adapter)
     tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.vocab_size < 2:  # transformers makes one without words where files are missing
         raise ConfigError(f"model {name}: no tokenizer is in its files; save one beside the weights")
@@ -94,16 +72,26 @@ def load_causal_lm(
     return _load_weights(name, dtype, revision, trust_remote_code).to(device).eval()
 
 
-def load_for_training(config: ModelConfig, dtype: torch.dtype) -> Any:
-    """The policy's causal LM. Under a live HfDeepSpeedConfig each rank receives only its shard."""
-    return _load_weights(config.name, dtype, config.revision, config.trust_remote_code)
+def load_for_training(config: ModelConfig, dtype: torch.dtype, gather: Gather | None = None) -> Any:
+    """The policy's causal LM. Under a live HfDeepSpeedConfig each rank receives only its shard.
+
+    gather: makes partitioned parameters whole where an adapter is added to them.
+    """
+    return _load_weights(config.name, dtype, config.revision, config.trust_remote_code, gather)
 
 
-def _load_weights(name: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool) -> Any:
-    """The causal LM. ConfigError when the files lack weights: transformers would draw them at random."""
+def _load_weights(
+    name: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool, gather: Gather | None = None
+) -> Any:
+    """The causal LM, with its adapter where `name` is one.
+
+    Raises ConfigError when the files lack weights: transformers would draw them at random.
+    """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
+    config = load_model_config(name, revision, trust_remote_code)
+    own = {"config": config} if untied_if_files_are(config, path, revision) else {}
     model, info = _load(
         AutoModelForCausalLM,
         name,
@@ -112,6 +100,7 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None, trust_rem
         revision=revision,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **own,
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -119,6 +108,8 @@ def _load_weights(name: str, dtype: torch.dtype, revision: str | None, trust_rem
             f"model {name}: {len(missing)} weights are not in its files ({missing[0]}{', ...' * (len(missing) > 1)}); "
             "give a complete causal language model"
         )
+    if (adapter := adapter_directory(name)) is not None:
+        add_adapter(model, adapter, gather)
     return with_products(model)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.models.anatomy import cache_arguments, forward_arguments, position_ids
+from vdr_cli.models.anatomy import cache_arguments, forward_arguments, last_logits_argument, position_ids
 from vdr_cli.models.products import packed_linears
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward
@@ -295,12 +295,12 @@ class _Decoder:
 
     def _logits(self, cache: Cache, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
         """(R, W) ids to the float32 logits after the last of them, (R, V). mask: None where nothing is padding."""
-        arguments = cache_arguments(self.model, cache)
+        arguments = cache_arguments(self.model, cache) | last_logits_argument(self.model)
         if self.takes_positions:
             arguments["position_ids"] = positions
         if mask is not None:
             arguments["attention_mask"] = mask.long()
-        out = self.model(input_ids=ids, logits_to_keep=1, **arguments)
+        out = self.model(input_ids=ids, **arguments)
         return out.logits[:, -1].float()
 
     def _sample(self, logits: Tensor, rows: Tensor, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,10 @@ from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.launch.joining import everywhere, join_processes
-from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype, resolve_model_path
+from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
+from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.models.policy import Policy
+from vdr_cli.models.sizes import usable_length
 from vdr_cli.samples import to_device
 from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
@@ -120,7 +122,7 @@ class Scorer:
             vocabulary=model.get_input_embeddings().weight.shape[0],
             max_tokens=request.max_tokens,
             append_eos=request.append_eos,
-            longest=getattr(model.config, "max_position_embeddings", None),
+            longest=usable_length(model.config),
             use_ids=ids_fit(sample, request.fields, tokenizer),
         )
         spec = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from vdr_cli.data.prompts import encode
+from vdr_cli.models.sizes import UsableLength
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.system.text import is_text
@@ -51,7 +52,7 @@ class Tokeniser:
     vocabulary: int
     max_tokens: int | None
     append_eos: bool
-    longest: int | None
+    longest: UsableLength | None
     """Tokens that the model takes in all; None: no limit."""
     use_ids: bool = True
 
@@ -96,8 +97,8 @@ class Tokeniser:
         is_cut = self.max_tokens is not None and len(completion_ids) > self.max_tokens
         completion_ids = completion_ids[: self.max_tokens]
         length = len(prompt_ids) + len(completion_ids)
-        if self.longest is not None and length > self.longest:
-            raise RowError(f"prompt and completion have {length} tokens, the model takes {self.longest}")
+        if self.longest is not None and length > self.longest.tokens:
+            raise RowError(f"prompt and completion have {length} tokens, the model reads {self.longest}")
         return Item(at, prompt_ids, completion_ids, is_cut)
 
     def _prompts(self, texts: Sequence[str]) -> dict[str, list[int]]:

@@ -1,0 +1,74 @@
+"""Where a model that a user names lies: `starter`, a directory, a run, an adapter or a hub id. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.config.paths import checked_path, looks_like_path
+from vdr_cli.errors import ConfigError
+from vdr_cli.starter import paths as starter_paths
+
+STARTER = "starter"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def resolve_model_path(name: str, key: str = "model") -> str:
+    """The directory with the model's config.json and weights, or the hub id unchanged.
+
+    That is the starter's directory, a local one, a run's model/, or the base model of an adapter. key: what the user
+    gave the name as. Raises ConfigError when the name looks like a path and no model is there.
+    """
+    if name == STARTER:
+        return str(starter_paths.model_path())
+    path = checked_path(name, key)
+    if (adapter := adapter_directory(name)) is not None:
+        return _base_of(adapter, key)
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return str(candidate)
+    if path.is_dir():
+        raise ConfigError(
+            f"{key} {name}: neither config.json nor model/config.json is in it; give a directory in Hugging Face "
+            "format or a finished run"
+        )
+    if path.exists() or looks_like_path(name):
+        raise ConfigError(
+            f"{key} {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+        )
+    return name
+
+
+def adapter_directory(name: str) -> Path | None:
+    """The directory of the saved LoRA adapter that `name` is; None if it is a model of its own."""
+    path = Path(name).expanduser()
+    is_adapter = (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    return path if is_adapter else None
+
+
+def adapter_settings(directory: Path) -> dict[str, Any]:
+    """PEFT's settings of the adapter in this directory. ConfigError when they cannot be read or are no LoRA's."""
+    try:
+        settings = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        kind, base = settings["peft_type"], settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"model {directory}: {ADAPTER_CONFIG} cannot be read ({error})") from error
+    if not base:
+        raise ConfigError(f"model {directory}: {ADAPTER_CONFIG} names no base model; set base_model_name_or_path in it")
+    special = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if settings.get(name)]
+    if kind != "LORA" or special:
+        raise ConfigError(
+            f"model {directory}: an adapter ({special[0] if special else kind}) that vdr cannot add to its base model; "
+            "merge it with PEFT (merge_and_unload, save_pretrained) and give the merged directory"
+        )
+    return settings  # type: ignore[no-any-return]
+
+
+def _base_of(adapter: Path, key: str) -> str:
+    """Where the weights lie that the adapter is added to."""
+    base = adapter_settings(adapter)["base_model_name_or_path"]
+    try:
+        return resolve_model_path(base, key)
+    except ConfigError as error:
+        raise ConfigError(f"{key} {adapter}: the adapter's base model: {error}") from None
