@@ -296,7 +296,7 @@ class Longest64:
     max_position_embeddings = 64
     rope_parameters: dict | None = None
 
-    def get_text_config(self):
+    def get_text_config(self, decoder: bool = False):
         return self
 
 

@@ -40,12 +40,15 @@ def untied_if_files_are(config: Any, path: str, revision: str | None) -> bool:
 
 
 def _has_other_head(path: str, revision: str | None) -> bool:
-    files = _files_by_tensor(path, revision)
-    head = next((name for name in files if name.endswith(HEADS)), None)
-    table = next((name for name in files if name.endswith(EMBEDDINGS)), None)
-    if head is None or table is None:
+    try:
+        files = _files_by_tensor(path, revision)
+        head = next((name for name in files if name.endswith(HEADS)), None)
+        table = next((name for name in files if name.endswith(EMBEDDINGS)), None)
+        if head is None or table is None:
+            return False
+        return not torch.equal(_tensor(files[head], head), _tensor(files[table], table))
+    except Exception:  # torn files raise anything; the loader, which comes next, says what is wrong with them
         return False
-    return not torch.equal(_tensor(files[head], head), _tensor(files[table], table))
 
 
 def _files_by_tensor(path: str, revision: str | None) -> dict[str, Path]:
