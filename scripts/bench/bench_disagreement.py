@@ -1,6 +1,6 @@
 """What disagreement costs, side by side with the way the original code computed it.
 
-    python scripts/bench/bench_disagreement.py --table TABLE.md     the asked cases beside the measured
+    python scripts/bench/bench_disagreement.py --asked [--json PATH]      the asked cases beside the measured
     python scripts/bench/bench_disagreement.py --curves docs/images/disagreement_cost.png    cost against M, T, G and P
 
 Every case runs in a process of its own, so that its peak memory is its own. Times are the least of the repeats, ours
@@ -10,20 +10,19 @@ CPU time are both given: on a machine that others use at the same time only the 
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import bench_bonus
+import harness
 import psutil
 import torch
+from harness import parser_of, seconds_of, write_results
 from torch import Tensor, nn
 
 from vdr_cli.disagreement.information import Statistics
@@ -153,7 +152,7 @@ def run_case(case: Case) -> dict[str, float]:
     times, products = [], [matrix_product(case)]
     with PeakMemory(case.device) as memory:
         for _ in range(case.repeats):
-            times.append(timed(lambda: way(model, batch, case), case.device))
+            times.append(seconds_of(lambda: way(model, batch, case), case.device))
             products.append(matrix_product(case))
     wall, cpu = (min(column) for column in zip(*times, strict=True))
     wall_flop, cpu_flop = (min(column) for column in zip(*products, strict=True))
@@ -180,15 +179,6 @@ def trimmed(batch: Completions, group_size: int) -> Completions:
     )
 
 
-def timed(function: Callable[[], object], device: str) -> tuple[float, float]:
-    """(wall, CPU) seconds; CPU counts all threads of the process."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
 def matrix_product(case: Case) -> tuple[float, float]:
     """(wall, CPU) seconds a FLOP of the product that the model's MLP makes, in the case's dtype: torch's or ours,
     whichever is faster."""
@@ -196,7 +186,7 @@ def matrix_product(case: Case) -> tuple[float, float]:
     a = torch.randn(rows, case.width, device=case.device, dtype=getattr(torch, case.dtype))
     b = torch.randn(case.inner, case.width, device=case.device, dtype=getattr(torch, case.dtype))
     ways: list[Callable[[Tensor, Tensor], Tensor]] = [nn.functional.linear, product]
-    runs = [timed(lambda: [way(a, b) for _ in range(8)], case.device) for way in ways for _ in range(4)]  # noqa: B023
+    runs = [seconds_of(lambda: [way(a, b) for _ in range(8)], case.device) for way in ways for _ in range(4)]  # noqa: B023
     flop = 8 * 2 * rows * case.width * case.inner
     wall, cpu = (min(column) for column in zip(*runs, strict=True))
     return wall / flop, cpu / flop
@@ -244,9 +234,7 @@ class PeakMemory:
 
 
 def in_own_process(case: Case) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
-    result = json.loads(finished.stdout.splitlines()[-1])
+    result = harness.in_own_process(__file__, "--one", json.dumps(asdict(case)))
     shape = f"M {case.members} G {case.group_size} P {case.prompt} T {case.completion} k {case.last_k}"
     print(
         f"{case.way:8} {case.mode:15} {shape:34} V {case.vocabulary:7} {result['seconds']:8.2f} s "
@@ -260,11 +248,10 @@ def in_own_process(case: Case) -> dict[str, float]:
 # ---- the asked table -----------------------------------------------------------------------------------------------
 
 
-def table(base: Case, rounds: int) -> str:
-    """Every asked number beside the measured one. Rounds take all cases in turns; the least time of each counts."""
-    short = replace(base, prompt=32)
-    end = replace(base, mode="end_of_sequence")
-    cases = {
+def cases_of(base: Case) -> dict[str, Case]:
+    """The runs that the asked numbers come from."""
+    short, end = replace(base, prompt=32), replace(base, mode="end_of_sequence")
+    return {
         "original": replace(base, way="original"),
         "ours": base,
         "original end": replace(end, way="original"),
@@ -274,49 +261,54 @@ def table(base: Case, rounds: int) -> str:
         "ours last_k": replace(base, last_k=3),
         "ours end last_k": replace(end, last_k=3),
     }
+
+
+RATIOS = {
+    "per_token": ("ours", "original", 0.333),
+    "per_token, short prompt": ("ours short", "original short", 0.75),
+    "end_of_sequence": ("ours end", "original end", 0.3),
+    "end_of_sequence, last_k": ("ours end last_k", "ours end", 0.4),
+    "per_token, last_k": ("ours last_k", "ours", 0.6),
+}
+"""Name to two runs, whose times are divided, and the largest quotient that was asked for."""
+
+
+def asked(base: Case, rounds: int) -> dict[str, Any]:
+    """Every asked number and the runs behind it. Rounds take all cases in turns; the least time of each counts."""
+    cases = cases_of(base)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, case in cases.items():
             found[name].append(in_own_process(case))
-    large = in_own_process(LARGE_VOCABULARY)
-    step = bench_bonus.measured(rounds, base.threads)
+    runs = {name: best(results) for name, results in found.items()}
+    step = bench_bonus.measured(rounds, base.threads)["ratio"]
+    times = {
+        name: {"seconds": runs[one]["seconds"] / runs[other]["seconds"], "cpu": runs[one]["cpu"] / runs[other]["cpu"]}
+        for name, (one, other, _) in RATIOS.items()
+    }
+    times["step with the default bonus"] = {"seconds": step["step"], "cpu": step["step_cpu"]}
+    return {
+        "runs": runs,
+        "ratio": times,
+        "peak_ratio": runs["ours"]["peak_gb"] / runs["original"]["peak_gb"],
+        "large_vocabulary_peak_gb": in_own_process(LARGE_VOCABULARY)["peak_gb"],
+    }
 
-    def least(name: str, key: str) -> float:
-        return min(result[key] for result in found[name])
 
-    def most(name: str, key: str) -> float:
-        return max(result[key] for result in found[name])
+def best(results: list[dict[str, float]]) -> dict[str, float]:
+    """Least time, most memory and largest share of the matrix rate."""
+    least = {key: min(result[key] for result in results) for key in ("seconds", "cpu")}
+    return least | {key: max(result[key] for result in results) for key in ("peak_gb", "rate", "share", "cpu_share")}
 
-    def times(what: str, asked: str, one: str, other: str) -> tuple[str, str, float, float | None]:
-        wall, cpu = (least(one, key) / least(other, key) for key in ("seconds", "cpu"))
-        return what, asked, wall, cpu
 
-    steps = [step["with"][key] / step["without"][key] for key in ("step", "step_cpu")]
-    memory = most("ours", "peak_gb") / most("original", "peak_gb")
-    lines = [
-        times("per_token, P 256, T 128, full: time against the original's way", "≤ 0.333", "ours", "original"),
-        ("the same: peak memory above the model", "≤ 0.125", memory, None),
-        times("per_token, P 32, T 128, full: time", "≤ 0.75", "ours short", "original short"),
-        times("end_of_sequence, P 256, T 128, full: time", "≤ 0.3", "ours end", "original end"),
-        times("end_of_sequence, last_k 3 against full: time", "≤ 0.4", "ours end last_k", "ours end"),
-        times("per_token, last_k 3 against full: time", "≤ 0.6", "ours last_k", "ours"),
-        ("per_token, full: share of the matrix rate", "≥ 0.6", most("ours", "share"), most("ours", "cpu_share")),
-        ("end_of_sequence, full: share", "≥ 0.6", most("ours end", "share"), most("ours end", "cpu_share")),
-        ("V 151,936, d 896, 24 layers, per_token: peak GB above the model", "≤ 1.5", large["peak_gb"], None),
-        ("default training configuration: step with bonus over without", "≤ 1.25", steps[0], steps[1]),
-    ]
-    rows = "\n".join(
-        f"| {what} | {asked} | {wall:.3f} | {'' if cpu is None else f'{cpu:.3f}'} |" for what, asked, wall, cpu in lines
-    )
-    keys = ("seconds", "cpu")
-    absolute = "\n".join(
-        f"| {name} | {' | '.join(f'{least(name, key):.2f}' for key in keys)} | {most(name, 'peak_gb'):.2f} |"
-        for name in cases
-    )
-    return (
-        f"| case | asked | measured | measured in CPU time |\n|---|---|---|---|\n{rows}\n\n"
-        f"| run | seconds | CPU seconds | peak GB above the model |\n|---|---|---|---|\n{absolute}\n"
-    )
+def show(found: dict[str, Any]) -> None:
+    for name, ratio in found["ratio"].items():
+        limit = RATIOS[name][2] if name in RATIOS else 1.25
+        print(f"{name:28} {ratio['seconds']:.3f} (CPU {ratio['cpu']:.3f}); asked: at most {limit}")
+    print(f"peak memory over the original's: {found['peak_ratio']:.3f}; asked: at most 0.125")
+    print(f"V 151,936: peak {found['large_vocabulary_peak_gb']:.2f} GB above the model; asked: at most 1.5")
+    for name in ("ours", "ours end"):
+        print(f"{name}: share of the matrix rate {found['runs'][name]['share']:.2f}; asked: at least 0.6")
 
 
 LARGE_VOCABULARY = Case(
@@ -367,20 +359,20 @@ def straightness(values: list[int], times: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--one", help="a case as JSON: run it here and print its numbers as JSON")
-    parser.add_argument("--table", type=Path, help="run the asked cases and write the Markdown table here")
+    parser.add_argument("--asked", action="store_true", help="run the asked cases")
     parser.add_argument("--curves", type=Path, help="run the cost curves and write the plot here")
-    parser.add_argument("--rounds", type=int, default=2, help="times that every case of the table runs")
+    parser.add_argument("--rounds", type=int, default=2, help="times that every asked case runs")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     base = Case(threads=arguments.threads)
     if arguments.one:
         print(json.dumps(run_case(Case(**json.loads(arguments.one)))))
-    if arguments.table:
-        text = table(replace(base, repeats=1), arguments.rounds)
-        arguments.table.write_text(text)
-        print(text)
+    if arguments.asked:
+        found = asked(replace(base, repeats=1), arguments.rounds)
+        show(found)
+        write_results(arguments.json, found)
     if arguments.curves:
         curves(base, arguments.curves)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Throughput of one run on one host and on two (scripts/verify/cluster_hosts.py), and the bytes between them.
 
-    sudo scripts/bench/bench_hosts.py [--steps 20] [--output /tmp/vdr-bench-hosts] [-- vdr train flags]
+    sudo scripts/bench/bench_hosts.py [--steps 20] [--output /tmp/vdr-bench-hosts] [--json PATH] [-- flags]
 
 One process on one host, two processes on one host, one process on each of two hosts; ZeRO-3 with every parameter
 sharded. Tokens per second are the median over the steps after the first WARM_UP. Bytes are what the network interface
@@ -20,11 +20,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import medians, parser_of, write_results
+
 HOSTS = Path(__file__).resolve().parents[1] / "verify" / "cluster_hosts.py"
 ON_H1 = [sys.executable, str(HOSTS), "exec", "h1"]
 WIRE = Path(__file__).with_name("wire_by_phase.py")
 WARM_UP = 3
 TOLERANCE = 0.10
+SHOWN = ("tokens_per_second", "step_time", "time/update")
 PROMPTS, GROUP, MICRO_BATCH = 16, 8, 32
 TRAIN = [
     "train", "--mode", "end_of_sequence", "--set", f"train.prompts_per_step={PROMPTS}", "--group-size", str(GROUP),
@@ -79,7 +82,7 @@ def by_formula() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("/tmp/vdr-bench-hosts"))
     parser.add_argument("flags", nargs=argparse.REMAINDER)
@@ -90,20 +93,21 @@ def main() -> None:
     shared = ["--steps", str(arguments.steps), "--ds-config", str(arguments.output / "sharded.json")]
     shared += [word for word in arguments.flags if word != "--"]
     wire = arguments.output / "wire.jsonl"
+    places: dict[str, dict[str, float]] = {}
     print("| where | tokens/s | s a step | update, s |\n|---|---|---|---|", flush=True)
     for number, (name, place) in enumerate(PLACES.items()):
         command = [sys.executable, "-m", "vdr_cli", *TRAIN, *shared, *place]
         wire.unlink(missing_ok=True)
         lines = measure([*command, "--set", f"launch.env.WIRE={wire}"], arguments.output / str(number))
-        middle = {
-            key: statistics.median(line[key] for line in lines[WARM_UP:])
-            for key in ("tokens_per_second", "step_time", "time/update")
-        }
+        middle = medians([{key: line[key] for key in SHOWN} for line in lines[WARM_UP:]])
+        places[name] = middle
         print(f"| {name} | {' | '.join(f'{value:.3g}' for value in middle.values())} |", flush=True)
     print("\n| MB to the second host a step | measured | formula | formula / measured |\n|---|---|---|---|")
     found, expected = received(wire), by_formula()
     for phase, size in found.items():
         print(f"| {phase} | {size / 1e6:.2f} | {expected[phase] / 1e6:.2f} | {expected[phase] / size:.3f} |")
+    megabytes = {phase: {"measured": size / 1e6, "formula": expected[phase] / 1e6} for phase, size in found.items()}
+    write_results(arguments.json, {"places": places, "megabytes": megabytes})
     sys.exit(any(abs(expected[phase] / size - 1) > TOLERANCE for phase, size in found.items()))
 
 

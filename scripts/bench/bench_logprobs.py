@@ -2,7 +2,7 @@
 
 Runs each way in a process of its own and compares peak memory over the start, wall time and results. Default: the
 16 × 512 completion tokens, D 896 and V 151,936 of a Qwen2.5-0.5B.
-    python scripts/bench/bench_logprobs.py [--tokens 8192] [--hidden 896] [--vocabulary 151936] [--device cpu]
+    python scripts/bench/bench_logprobs.py [--tokens 8192] [--hidden 896] [--vocabulary 151936] [--json PATH]
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
 import sys
-import time
 
 import torch
+from harness import in_own_process, parser_of, seconds_of, write_results
 from torch import Tensor
 
 from vdr_cli.models.logprobs import chunked_logps
@@ -63,24 +62,26 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         torch.autograd.grad(warm_up, (hidden, weight))
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    before, start, cpu = memory(device), time.perf_counter(), time.process_time()
-    logps, entropy = WAYS[options.way](hidden, weight, targets)
-    grad_hidden, grad_weight = torch.autograd.grad((logps * advantages).sum() / options.tokens, (hidden, weight))
-    if device == "cuda":
-        torch.cuda.synchronize()
+    found: dict[str, Tensor] = {}
+
+    def step() -> None:
+        found["logps"], found["entropy"] = WAYS[options.way](hidden, weight, targets)
+        loss = (found["logps"] * advantages).sum() / options.tokens
+        found["grad_hidden"], found["grad_weight"] = torch.autograd.grad(loss, (hidden, weight))
+
+    before = memory(device)
+    seconds, cpu_seconds = seconds_of(step, device)
     return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - cpu,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "gib": memory(device) - before,
-        "logps": logps.double().mean().item(),
-        "entropy": entropy.double().mean().item(),
-        "grad_hidden": grad_hidden.double().norm().item(),
-        "grad_weight": grad_weight.double().norm().item(),
+        **{name: found[name].double().mean().item() for name in ("logps", "entropy")},
+        **{name: found[name].double().norm().item() for name in ("grad_hidden", "grad_weight")},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=16 * 512)
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -95,19 +96,21 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     for _ in range(options.repeats):
         for way in WAYS:
-            output = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--way", way], check=True, capture_output=True, text=True
-            ).stdout
-            result = json.loads(output)
+            result = in_own_process(__file__, *sys.argv[1:], "--way", way)
             if way not in results or result["seconds"] < results[way]["seconds"]:
                 results[way] = result
     for way, result in results.items():
         print(f"{way:>10}  " + "  ".join(f"{name} {value:.6g}" for name, value in result.items()))
-    for way in ("dense", "dense_lean"):
-        peak = results["chunked"]["gib"] / results[way]["gib"]
-        seconds = results["chunked"]["seconds"] / results[way]["seconds"]
-        cpu = results["chunked"]["cpu_seconds"] / results[way]["cpu_seconds"]
-        print(f"chunked / {way}: peak {peak:.3f}, time {seconds:.3f}, processor time {cpu:.3f}")
+    ratio = {
+        way: {key: results["chunked"][key] / results[way][key] for key in ("gib", "seconds", "cpu_seconds")}
+        for way in ("dense", "dense_lean")
+    }
+    for way, found in ratio.items():
+        print(
+            f"chunked / {way}: peak {found['gib']:.3f}, time {found['seconds']:.3f}, "
+            f"processor time {found['cpu_seconds']:.3f}"
+        )
+    write_results(options.json, {**results, "ratio": ratio})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Sampling with a reward function that computes in Python: on a thread of the process, or in a process of its own.
 
-    python scripts/bench/bench_rewards.py [--prompts 8] [--group 8] [--seconds 0.25] [--repeats 3]
+    python scripts/bench/bench_rewards.py [--prompts 8] [--group 8] [--seconds 0.25] [--repeats 3] [--json PATH]
 
 The model of bench_rollout.py; a completion ends at one token in sixteen. The function takes --seconds of a
 processor for each group. Printed: median seconds until completions and rewards are there.
@@ -8,7 +8,6 @@ processor for each group. Printed: median seconds until completions and rewards 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bench_rollout import PAD, build_model
+from harness import parser_of, write_results
 from transformers import PreTrainedModel
 
 from vdr_cli.config import RewardsConfig
@@ -60,7 +60,7 @@ def until_rewarded(model: PreTrainedModel, prompts: list[Prompt], group: int, re
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=0.25)
@@ -74,14 +74,17 @@ def main() -> None:
     prompts = [Prompt(row, "", ids, {"seconds": each}) for row, ids in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "busy.py"
-        kinds = {"no reward": [], "on a thread": loaded(file, 0), "1 process": loaded(file, 1), "2": loaded(file, 2)}
+        kinds = {"no reward": [], "on a thread": loaded(file, 0), "one process": loaded(file, 1)}
+        kinds["two processes"] = loaded(file, 2)
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(args.repeats + 1):
             for kind, rewards in kinds.items():
                 found[kind].append(until_rewarded(model, prompts, args.group, rewards))
     print(f"{args.prompts} groups of {args.group}, {args.prompts * args.seconds:g} s of rewards in all")
-    for kind, times in found.items():
-        print(f"{kind:<12} {statistics.median(times[1:]):.2f} s")
+    seconds = {kind: statistics.median(times[1:]) for kind, times in found.items()}
+    for kind, median in seconds.items():
+        print(f"{kind:<13} {median:.2f} s")
+    write_results(args.json, {"seconds": seconds})
 
 
 if __name__ == "__main__":

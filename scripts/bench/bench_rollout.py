@@ -1,6 +1,6 @@
 """Sampling time of our transformers backend against transformers' own generate, in turn, in one run.
 
-    python scripts/bench/bench_rollout.py [--prompt 128] [--new 64] [--prompts 2] [--group 8] [--repeats 5]
+    python scripts/bench/bench_rollout.py [--prompt 128] [--new 64] [--group 8] [--repeats 5] [--json PATH]
 
 The default case is a 66.6M-parameter Qwen2 (d 512, 12 layers, vocabulary 32,000), random weights, 16
 completions of 64 tokens after 128. No completion ends early, so both sides decode the same number of tokens.
@@ -11,13 +11,11 @@ ours with norms and activations compiled by torch.compile: what stands between t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from harness import parser_of, seconds_of, write_results
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -43,19 +41,10 @@ def build_model(layers: int, width: int, vocabulary: int) -> PreTrainedModel:
     return Qwen2ForCausalLM(config).eval()
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Wall time and the processor time of all threads; on a shared machine the second is the steadier."""
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, time.process_time() - begin_cpu
-
-
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second of reading a tensor much larger than the caches."""
     data = torch.ones(64 << 20, device=device)
-    return data.numel() * data.element_size() / min(seconds(data.sum, device)[0] for _ in range(9))
+    return data.numel() * data.element_size() / min(seconds_of(data.sum, device.type)[0] for _ in range(9))
 
 
 def bytes_read(model: PreTrainedModel, rows: int, prompt: int, new: int) -> int:
@@ -88,7 +77,7 @@ def transformers_generate(model: PreTrainedModel, ids: Tensor, group: int, new: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=2)
@@ -110,8 +99,8 @@ def main() -> None:
     keys, sampling = list(range(args.prompts)), Sampling(max_new_tokens=args.new)
     ours, theirs = [], []
     for _ in range(args.repeats + 1):
-        ours.append(seconds(lambda: rollout.generate(model, ids.tolist(), args.group, sampling, keys), device))
-        theirs.append(seconds(lambda: transformers_generate(model, ids, args.group, args.new), device))
+        ours.append(seconds_of(lambda: rollout.generate(model, ids.tolist(), args.group, sampling, keys), device.type))
+        theirs.append(seconds_of(lambda: transformers_generate(model, ids, args.group, args.new), device.type))
     pairs = list(zip(ours, theirs, strict=True))[1:]  # the first of each warms up
     own, other = (statistics.median(wall for wall, _ in side[1:]) for side in (ours, theirs))
     ratio, cpu_ratio = (statistics.median(a[kind] / b[kind] for a, b in pairs) for kind in (0, 1))
@@ -124,11 +113,13 @@ def main() -> None:
     print(f"generate    {other:.2f} s   {rows * args.new / other:.0f} tokens/s")
     print(f"ratio       {ratio:.2f} wall, {cpu_ratio:.2f} processor time   (medians of the pairs; asked: at most 0.50)")
     print(f"limit       {limit:.2f} s   memory bandwidth; we take {own / limit:.1f} times as long")
+    results = {"seconds": {"vdr": own, "generate": other, "bandwidth_limit": limit}, "parameters": size}
+    write_results(args.json, {**results, "ratio": ratio, "cpu_ratio": cpu_ratio})
     if args.compile:
         compiled = compiled_between_products(model)
         first, *pairs = (
             [
-                seconds(lambda m=m: rollout.generate(m, ids.tolist(), args.group, sampling, keys), device)[0]
+                seconds_of(lambda m=m: rollout.generate(m, ids.tolist(), args.group, sampling, keys), device.type)[0]
                 for m in both
             ]
             for both in [(compiled, model)] * (args.repeats + 1)

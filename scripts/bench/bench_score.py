@@ -1,6 +1,6 @@
 """Rows per second, peak memory and kill -9 survival of `vdr score` on the starter.
 
-    python scripts/bench/bench_score.py --rows 1000000 --tokens 16 --members 0 --kills 5
+    python scripts/bench/bench_score.py --rows 1000000 --tokens 16 --members 0 --kills 5 [--json PATH]
 
 Makes a file of random expressions, scores it in a process of its own, kills that process at random moments, resumes,
 and checks that the output has every row once, in order.
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import psutil
+from harness import parser_of, write_results
 
 from vdr_cli.scoring.sources import WINDOW_ROWS
 from vdr_cli.starter import paths
@@ -45,10 +46,14 @@ def main() -> None:
         for share, megabytes in memory:
             print(f"  at {share:.0%} of its time: {megabytes:,.0f} MiB")
         check(output, arguments.rows)
+        results = {"rows": arguments.rows, "members": arguments.members, "kills": arguments.kills}
+        results["rows_per_second"] = (arguments.rows - before) / seconds
+        results["memory_mib"] = {"least": min(used for _, used in memory), "most": max(used for _, used in memory)}
+        write_results(arguments.json, results)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--members", type=int, default=0)

@@ -1,6 +1,6 @@
 """Whole training steps of vdr and of TRL's GRPOTrainer, in turn, each repetition in a process of its own.
 
-    python scripts/bench/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--steps N]
+    python scripts/bench/bench_step.py [--case starter|qwen2|qwen2-long] [--bonus] [--repeats 3] [--json PATH]
 
 Same model, prompts, lengths, group size, optimizer (AdamW), number of threads, loss (dapo) and reward; no
 gradient checkpointing, no KL. --bonus: vdr with its default bonus, TRL without. Printed: medians over
@@ -14,7 +14,6 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness import in_own_process, medians, parser_of, write_results
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def digits(prompts, completions, completion_ids, **columns):
 
 
 PARTS = ("rollout", "collect", "update")
+SHOWN = ("step", "step_cpu", "rollout", "update", "peak_gb")
 
 
 def now() -> tuple[float, float]:
@@ -220,23 +222,27 @@ def work(args: argparse.Namespace) -> None:
         steps = run_vdr(case, folder, args.model, args.steps + 1, args.bonus, args.ds_config)
     else:
         steps = run_trl(case, folder, args.model, args.steps + 1)
-    result = {phase: statistics.median(step[phase] for step in steps[1:]) for phase in steps[0]}
+    result = medians(steps[1:])
     result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(json.dumps(result))
 
 
 def repetition(side: str, args: argparse.Namespace, folder: Path, model: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--model", model]
-    command += ["--case", args.case, "--steps", str(args.steps), "--threads", str(args.threads)]
-    command += ["--ds-config", args.ds_config, *(["--bonus"] if args.bonus else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    asked = ["--side", side, "--folder", str(folder), "--model", model, "--case", args.case]
+    asked += ["--steps", str(args.steps), "--threads", str(args.threads), "--ds-config", args.ds_config]
+    return in_own_process(__file__, *asked, *(["--bonus"] if args.bonus else []))
+
+
+def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """Medians of each side, vdr over TRL by repetition, and the median of that."""
+    pairs = list(zip(runs["vdr"], runs["trl"], strict=True))
+    ratios = {phase: [own[phase] / other[phase] for own, other in pairs] for phase in SHOWN}
+    ratio = {phase: statistics.median(found) for phase, found in ratios.items()}
+    return {"vdr": medians(runs["vdr"]), "trl": medians(runs["trl"]), "ratio": ratio, "ratios": ratios}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--case", choices=list(CASES), default="qwen2")
     parser.add_argument("--bonus", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
@@ -264,12 +270,11 @@ def main() -> None:
                 print(side, {name: round(value, 3) for name, value in found[-1].items()}, flush=True)
     print(f"{case.title}; {args.threads} threads, {args.ds_config}, {'default bonus' if args.bonus else 'no bonus'}")
     print(f"{'':10}{'vdr':>10}{'TRL':>10}{'ratio':>10}")
-    for phase in ("step", "step_cpu", "rollout", "update", "peak_gb"):
-        own, other = (statistics.median(run[phase] for run in runs[side]) for side in ("vdr", "trl"))
-        pairs = zip(runs["vdr"], runs["trl"], strict=True)
-        ratio = statistics.median(a[phase] / b[phase] for a, b in pairs)
-        print(f"{phase:10}{own:10.2f}{other:10.2f}{ratio:10.2f}")
+    found = compared(runs)
+    for phase in SHOWN:
+        print(f"{phase:10}{found['vdr'][phase]:10.2f}{found['trl'][phase]:10.2f}{found['ratio'][phase]:10.2f}")
     print(f"asked: step ratio at most {1.0 if args.bonus else case.asked:.2f}")
+    write_results(args.json, {"case": args.case, "bonus": args.bonus, "repetitions": args.repeats, **found})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Training steps that sample in the trainer, on a vLLM server, and on the server one step ahead.
 
     python scripts/bench/bench_vllm.py [--python .venv-vllm/bin/python] [--case qwen2|starter]
-                                 [--kinds transformers vllm ahead] [--repeats 2] [--steps 5] [--threads 2]
+                                 [--kinds transformers vllm ahead] [--repeats 2] [--steps 5] [--json PATH]
 
 The models and shapes of bench_step.py; `vdr train` starts the server beside itself, on the same processors.
 Kinds take turns. Printed: medians over all steps but a run's first, and ratios to sampling in the trainer.
@@ -10,7 +10,6 @@ scripts/build/vllm_cpu_env.sh makes the server's environment.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_step
+from harness import medians, parser_of, write_results
 
 KINDS: dict[str, dict[str, Any]] = {
     "transformers": {"backend": "transformers"},
@@ -61,20 +61,26 @@ def one_run(config: dict[str, Any], folder: Path, name: str, threads: int) -> li
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def ratios(found: dict[str, list[dict[str, float]]], kind: str) -> list[float]:
+    """The step over that of sampling in the trainer, repetition by repetition; empty where that was not run."""
+    own = [run["step_time"] for run in found.get("transformers", [])]
+    return [run["step_time"] / each for run, each in zip(found[kind], own, strict=False)]
+
+
 def table(found: dict[str, list[dict[str, float]]]) -> str:
     """A row a kind: medians over the repetitions, and the step over the trainer's own, repetition by repetition."""
     lines = [f"{'':13}{'step':>9}{'rollout':>9}{'update':>9}{'ratio':>8}   over sampling in the trainer"]
-    own = [run["step_time"] for run in found.get("transformers", [])]
     for kind, runs in found.items():
         step, rollout, update = (statistics.median(run[key] for run in runs) for key in SHOWN[:3])
-        against = [run["step_time"] / each for run, each in zip(runs, own, strict=False)]
-        shares = f"{statistics.median(against):8.2f}   ({', '.join(f'{each:.2f}' for each in against)})" if own else ""
+        against = ratios(found, kind)
+        each = ", ".join(f"{ratio:.2f}" for ratio in against)
+        shares = f"{statistics.median(against):8.2f}   ({each})" if against else ""
         lines.append(f"{kind:13}{step:7.2f} s{rollout:7.2f} s{update:7.2f} s{shares}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--python", default=".venv-vllm/bin/python", help="interpreter of the server's environment")
     parser.add_argument("--case", choices=["qwen2", "starter"], default="qwen2")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
@@ -94,10 +100,11 @@ def main() -> None:
             if KINDS[kind]["backend"] == "vllm":
                 config["rollout"]["vllm"] = {"python": args.python}
             metrics = one_run(config, folder, f"{kind}{repeat}", args.threads)
-            found[kind].append({key: statistics.median(step.get(key, 0.0) for step in metrics[1:]) for key in SHOWN})
+            found[kind].append(medians([{key: step.get(key, 0.0) for key in SHOWN} for step in metrics[1:]]))
             print(f"{kind:13}", {key: round(value, 3) for key, value in found[kind][-1].items()}, flush=True)
     print(f"\n{case.title}, {args.threads} threads, medians of {args.steps - 1} steps x {args.repeats} repetitions")
     print(table(found))
+    write_results(args.json, {kind: {**medians(runs), "ratios": ratios(found, kind)} for kind, runs in found.items()})
 
 
 if __name__ == "__main__":

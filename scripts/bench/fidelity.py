@@ -1,6 +1,6 @@
 """How well cheaper ensembles rank completions as the full one does, on the starter or any model given.
 
-    python scripts/bench/fidelity.py starter "after training=RUN_OR_MODEL" ... --table docs/fidelity.md
+    python scripts/bench/fidelity.py starter "after training=RUN_OR_MODEL" ... --json benchmarks/fidelity.json
 
 The reference is scope full with many members and other masks. Every variant is judged by Spearman's rank correlation
 with it inside each group, averaged over groups and several draws of its masks: the order within a group is all that the
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
+from harness import parser_of, write_results
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -101,51 +102,40 @@ def within_groups(one: Tensor, other: Tensor, batch: Completions, group_size: in
     return float(torch.tensor(found).nanmean())
 
 
-def table(title: str, name: str, arguments: argparse.Namespace) -> str:
+def judged(title: str, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One model: its layers, the reference's means in nats, and each variant's cost and correlations."""
     size = arguments.group_size
     model, batch = sampled(name, arguments.groups, size, arguments.length)
     layers = len(anatomy.decoder_layers(model))
     truth = scores(model, batch, size, EnsembleSpec(REFERENCE_MEMBERS, seed=0))
 
-    def line(label: str, spec: EnsembleSpec, cost: float, share: float = 1.0) -> str:
+    def row(label: str, spec: EnsembleSpec, cost: float, share: float = 1.0) -> dict[str, Any]:
         draws = [scores(model, batch, size, replace(spec, seed=1 + draw), share) for draw in range(DRAWS)]
-        cells = []
+        cells: dict[str, Any] = {"ensemble": label, "cost": cost}
         for column, reference in truth.items():
             found = [within_groups(draw[column], reference, batch, size) for draw in draws]
-            cells.append(f"{sum(found) / DRAWS:.2f}" if share == 1.0 or column[1] == "per_token" else "")
-        return f"| {label} | {cost:.2f} | " + " | ".join(cells) + " |"
+            cells[" ".join(column)] = sum(found) / DRAWS if share == 1.0 or column[1] == "per_token" else None
+        print(title, cells, flush=True)
+        return cells
 
-    rows = [line(label, spec, cost) for label, (spec, cost) in variants(layers, arguments.members).items()]
+    rows = [row(label, spec, cost) for label, (spec, cost) in variants(layers, arguments.members).items()]
     full = EnsembleSpec(arguments.members)
-    rows += [line(f"full, {label} of the positions", full, 1.0, share) for label, share in SHARES.items()]
-    head = " | ".join(f"{measure_name} {mode}" for measure_name, mode in truth)
-    means = ", ".join(f"{m} {mode} {float(values.mean()):.4f}" for (m, mode), values in truth.items())
-    lines = [f"### {title}: {layers} layers", "", f"| ensemble | cost | {head} |", "|---|---|" + "---|" * len(truth)]
-    return "\n".join([*lines, *rows, "", f"Mean of the reference in nats: {means}."]) + "\n"
-
-
-HEADING = """# Fidelity of cheaper ensembles
-
-Written by `scripts/bench/fidelity.py`. How the models were made, what the tables say and which defaults follow:
-[disagreement.md](disagreement.md#fidelity).
-
-"""
+    rows += [row(f"full, {label} of the positions", full, 1.0, share) for label, share in SHARES.items()]
+    means = {" ".join(column): float(values.mean()) for column, values in truth.items()}
+    return {"title": title, "layers": layers, "reference_nats": means, "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("models", nargs="+", metavar="[TITLE=]MODEL")
-    parser.add_argument("--table", type=Path, help="write the tables here as Markdown")
     parser.add_argument("--groups", type=int, default=64)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=7)
     parser.add_argument("--members", type=int, default=8)
     arguments = parser.parse_args()
     titled = [model.rpartition("=") for model in arguments.models]
-    text = HEADING + "\n".join(table(title or name, name, arguments) for title, _, name in titled)
-    print(text)
-    if arguments.table:
-        arguments.table.write_text(text)
+    models = [judged(title or name, name, arguments) for title, _, name in titled]
+    write_results(arguments.json, {"models": models})
 
 
 if __name__ == "__main__":

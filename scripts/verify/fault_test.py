@@ -22,9 +22,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 sys.path.insert(0, str(Path(__file__).parent))
 import kill_test
+from harness import parser_of, write_results
 
 HOSTS = Path(__file__).with_name("cluster_hosts.py")
 REWARD = Path(__file__).with_name("fault_phases.py")
@@ -34,10 +37,8 @@ second optimizer step on the second rollout, in the second checkpoint."""
 SHORT_CUT = 10.0
 GRACE = 15.0
 """Seconds on top of the timeout: pdsh, ssh and the launchers of two hosts have to notice one after the other."""
-HEADER = (
-    "| fault | during | noticed in | said | exit code | all gone after | processes left | resumed | same weights |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
+COLUMNS = ("fault", "during", "noticed in", "said", "exit code", "gone after", "left", "resumed", "same weights")
+HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class OnHosts:
 
 def one(
     cluster: OnHosts, fault: Fault, phase: str, directory: Path, reference: Path, timeout: float
-) -> tuple[str, bool]:
-    """Start, wait for the phase, break, measure, resume, compare: a table row and whether all was kept."""
+) -> tuple[dict[str, Any], bool]:
+    """Start, wait for the phase, break, measure, resume, compare: a row of COLUMNS and whether all was kept."""
     survived = fault.mended_after is not None
     timeout = max(timeout, 3 * SHORT_CUT) if survived else timeout
     meeting = directory.with_suffix(".phase")
@@ -104,9 +105,9 @@ def one(
     resumed = "-" if code == 0 else str(cluster.start(directory, "--resume", "auto").wait())
     same = resumed in ("-", "0") and kill_test.weights(directory) == kill_test.weights(reference)
     kept = same and not left and ((code == 0) == survived) and (survived or seconds <= timeout + GRACE)
-    gone = "(went on)" if code == 0 else f"{seconds:.1f} s"
-    cells = [fault.name, phase, noticed, said, code, gone, len(left), resumed, "yes" if same else "NO"]
-    return "| " + " | ".join(map(str, cells)) + " |", kept
+    gone = None if code == 0 else round(seconds, 1)
+    cells = [fault.name, phase, noticed, said, code, gone, len(left), resumed, same]
+    return dict(zip(COLUMNS, cells, strict=True)), kept
 
 
 def first_word(directory: Path) -> tuple[str, str]:
@@ -132,7 +133,7 @@ def wait_until_gone(directory: Path, process: subprocess.Popen[bytes], most: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, default=Path("/tmp/vdr-faults"))
     parser.add_argument("--timeout", type=float, default=10.0, help="launch.fault_timeout of the runs, seconds")
     parser.add_argument("--phase", choices=list(PHASES), action="append", help="only this one; repeatable")
@@ -146,14 +147,16 @@ def main() -> None:
     if cluster.start(reference).wait():
         sys.exit(f"fault_test: the undisturbed run failed; see {reference}.log")
     print(HEADER, flush=True)
-    kept = []
+    kept, rows = [], []
     for fault in FAULTS:
         for phase in arguments.phase or PHASES:
             directory = reference.with_name(f"{fault.name.replace(' ', '_')}_{phase}")
             row, good = one(cluster, fault, phase, directory, reference, arguments.timeout)
             kept.append(good)
-            print(row, flush=True)
+            rows.append(row)
+            print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
     print(f"\n{sum(kept)} of {len(kept)} kept every promise")
+    write_results(arguments.json, {"rows": rows})
     sys.exit(not all(kept))
 
 

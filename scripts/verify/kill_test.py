@@ -28,6 +28,9 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from harness import parser_of, write_results
+
 STEPS, FOR_EVER = "20", "5000"
 SMALL = [
     "train", "--steps", STEPS, "--set", "disagreement.schedule=constant", "--set", "train.checkpoint_every=2",
@@ -190,7 +193,7 @@ def losses(directory: Path) -> list[tuple[float, ...]]:
 
 def main() -> None:
     global SEED
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--first", type=int, default=1, help="number of the first kill, to go on from")
     parser.add_argument("--processes", type=int, default=2)
@@ -226,6 +229,9 @@ def main() -> None:
         print(results[-1].row(), flush=True)
     kept = sum(result.kept for result in results)
     print(f"\n{kept} of {len(results)} kept every promise")
+    two_hosts = sum(result.place == "two hosts" for result in results)
+    times = sorted(result.seconds for result in results)
+    write_results(arguments.json, {"kills": len(results), "kept": kept, "two_hosts": two_hosts, "gone_after": times})
     sys.exit(kept != len(results))
 
 
