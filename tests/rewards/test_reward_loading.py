@@ -191,3 +191,36 @@ def test_the_readme_function_takes_strings_and_messages():
     messages = [[{"role": "assistant", "content": text}] for text in (" 42", "7")]
     for completions in ([" 42", "7"], messages):
         assert names["correct"](["p"] * 2, completions, [[1]] * 2, answer=["42", "8"]) == [1.0, 0.0]
+
+
+SPREAD = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from beside import double
+
+def one(text):
+    return double(len(text))
+
+def spread(completions, method, **columns):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method[0])) as pool:
+        return list(pool.map(one, completions))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_children_can_import_a_reward_file(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = tmp_path / "a folder, ü"
+    folder.mkdir()
+    (folder / "my-rewards.v2.py").write_text(SPREAD)
+    (folder / "beside.py").write_text("def double(n):\n    return 2.0 * n\n")
+    function = find_function(f"{folder}/my-rewards.v2.py:spread")
+    assert function(completions=["a", "bb"], method=[method]) == [2.0, 4.0]
+
+
+def test_files_of_one_name_are_two_modules(rewards_file):
+    other = rewards_file.parent / "other" / rewards_file.name
+    other.parent.mkdir()
+    other.write_text("def brief(completions, **_):\n    return [9.0]\n")
+    assert find_function(f"{rewards_file}:brief")(completions=["a"]) == [1.0]
+    assert find_function(f"{other}:brief")(completions=["a"]) == [9.0]

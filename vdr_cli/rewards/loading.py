@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
 from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
+from vdr_cli.rewards.user_files import make_importable, module_name
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
 
@@ -88,26 +87,18 @@ def check_name(given: str) -> tuple[str, str]:
 
 def _import_file(place: str) -> ModuleType:
     path = Path(place)
-    unique = f"vdr_reward_{path.stem}_{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
-    if unique in sys.modules:
-        return sys.modules[unique]
-    _make_importable(path.parent)
-    spec = importlib.util.spec_from_file_location(unique, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"rewards.functions: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module  # dataclasses and pickle look a class's module up there
+    name = module_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
     try:
         with leaving_is_an_error():
-            spec.loader.exec_module(module)
+            return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        del sys.modules[unique]
         raise ConfigError(f"rewards.functions: importing {path} failed: {one_line(error)}") from error
-    return module
 
 
 def _import_module(place: str, given: str) -> ModuleType:
-    _make_importable(Path.cwd())
+    make_importable(Path.cwd())
     try:
         with leaving_is_an_error():
             return importlib.import_module(place)
@@ -133,12 +124,6 @@ def _attribute(module: ModuleType, attribute: str, given: str) -> Callable[..., 
     near = difflib.get_close_matches(attribute, there, n=1, cutoff=0.5) or there[:5]
     hint = f"; it has {', '.join(near)}" if near else ""
     raise ConfigError(f"rewards.functions: {given}: no function {attribute} there{hint}")
-
-
-def _make_importable(directory: Path) -> None:
-    """Last on the path, so that a user's files never shadow a package."""
-    if str(directory) not in sys.path:
-        sys.path.append(str(directory))
 
 
 def one_line(error: BaseException) -> str:
