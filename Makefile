@@ -28,6 +28,7 @@ all:  ## what CI runs: lint, types, every test that this machine allows
 
 generated:  ## write every file that is made from another one
 	python scripts/build/config_reference.py
+	python scripts/build/tables.py
 	python tests/cli/test_options.py
 
 format:  ## ruff, writing

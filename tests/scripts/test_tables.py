@@ -1,0 +1,60 @@
+"""The tables of README and docs are what benchmarks/ holds, and each result says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+TEMPLATES = sorted((ROOT / "benchmarks" / "tables").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "scripts" / "build" / "tables.py"))
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
+)
+def test_tables_are_up_to_date(page: Path, tables: dict[str, Any]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == tables["page"](text), "run make generated"
+    assert text.count("<!-- table:") == len(tables["BLOCK"].findall(text)) == text.count("<!-- /table -->")
+
+
+def test_a_changed_result_changes_its_table(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tables["results"]()
+    found["rollout"]["ratio"] = 0.123
+    monkeypatch.setitem(tables["table"].__globals__, "results", lambda: found)
+    assert " 0.12 " in tables["table"]("measured")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_result_says_where_it_comes_from(path: Path) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["command"] and record["machine"] and record["results"]
+    assert record["provenance"].startswith(("measured", "transcribed from the earlier docs"))
+    scripts = re.findall(r"scripts/\S+", record["command"])
+    assert [script for script in scripts if not (ROOT / script).is_file()] == []
+
+
+def test_every_result_and_template_is_used() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    assert [path.stem for path in TEMPLATES if f"<!-- table:{path.stem} -->" not in pages] == []
+    templates = "".join(path.read_text(encoding="utf-8") for path in TEMPLATES)
+    assert [path.stem for path in RESULTS if not re.search(rf"\b{path.stem.replace('-', '_')}\b", templates)] == []
+
+
+def test_numbers_are_written_for_readers(tables: dict[str, Any]) -> None:
+    assert [tables["number"](*given) for given in ((1234567.0, 0), (0.125, 2), (-0.5, 1))] == [
+        "1,234,567",
+        "0.12",
+        "\N{MINUS SIGN}0.5",
+    ]
