@@ -168,6 +168,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     """Evaluate every model of the request on the same prompts with the same random numbers."""
     from vdr_cli.data.prompts import Limits, load_prompts
     from vdr_cli.models import loading
+    from vdr_cli.models.independence import check_independence
     from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
     from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -191,10 +192,13 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
             )
         count = min(len(prompt_set), request.prompts or len(prompt_set))
         model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
+        check_independence(model)
         if ensemble is not None:
             check_members(model, ensemble)
         eos_ids = loading.eos_token_ids(model, tokenizer)
-        rollout = TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens)
+        rollout = TransformersRollout(
+            tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens, request.rollout.cuda_graphs
+        )
         result = evaluate_model(
             model,
             tokenizer,

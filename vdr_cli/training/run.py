@@ -34,6 +34,7 @@ from vdr_cli.exploration.bonus import PATIENCE, BonusWatch, RunningRms
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
 from vdr_cli.models.anatomy import check_head
+from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
 from vdr_cli.rewards.loading import LoadedReward, check_columns, load_rewards
 from vdr_cli.rewards.stream import RewardStream
@@ -277,6 +278,7 @@ def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
 
     def check(model: Any) -> None:
         check_head(model)
+        check_independence(model)
         if members is not None:
             with ensemble(model, members, step=0, members=[0]):  # refuses a last_k beyond the model's layers
                 pass

@@ -1,0 +1,48 @@
+"""Models whose forward depends on the longest row of a call are refused at the start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.models.test_anatomy import ARCHITECTURES, tiny
+from vdr_cli.errors import ConfigError
+from vdr_cli.models import independence
+from vdr_cli.models.independence import check_independence
+from vdr_cli.models.sizes import UsableLength
+
+
+def longrope(original: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0 + 3.0 * i for i in range(4)],
+        "original_max_position_embeddings": original,
+    }
+    shape = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = LlamaConfig(**shape, **heads, max_position_embeddings=64, rope_parameters=rope, initializer_range=0.5)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rows_of_ordinary_models_stand_alone(kind: str) -> None:
+    check_independence(tiny(kind))
+
+
+def test_a_switching_point_that_is_known_is_not_passed() -> None:
+    check_independence(longrope(12))
+
+
+def test_one_that_is_not_known_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(independence, "usable_length", lambda config: UsableLength(64))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM gives other numbers to a row beside one of 64 tokens"):
+        check_independence(longrope(12))
+
+
+def test_a_model_that_reads_padding_is_found() -> None:
+    with pytest.raises(ConfigError, match="RwkvForCausalLM gives other numbers"):
+        check_independence(tiny("rwkv"))
