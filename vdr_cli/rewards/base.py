@@ -13,8 +13,9 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextvars import Context
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vdr_cli.errors import DataError
 
@@ -31,6 +32,17 @@ class TrainerState:
     """train.steps"""
 
 
+class Elsewhere(Protocol):
+    """A function in a process of its own (main_thread.py)."""
+
+    @property
+    def is_used(self) -> bool: ...
+
+    def start(self, reward: str, need: str) -> None: ...
+
+    def __call__(self, **arguments: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class LoadedReward:
     """A reward function with its weight and the name that metrics and errors use."""
@@ -40,6 +52,10 @@ class LoadedReward:
     function: Callable[..., Any]
     at_once: int = 1
     """Calls that may run beside each other; async functions have no such limit."""
+    own_process: Elsewhere | None = None
+    """Where to call a function that turns out to need a main thread; None: it is refused."""
+    context: Context | None = None
+    """Context variables as they were when the function was imported (decimal's precision, ...); None: none are set."""
 
     @property
     def is_async(self) -> bool:

@@ -9,8 +9,9 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,6 +23,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.leaving import leaving_is_an_error
 from vdr_cli.rewards.loading import one_line
+from vdr_cli.rewards.main_thread import need_of, noticing_attempts
 from vdr_cli.samples import Completions, Messages, Prompt, Undecoded
 
 LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
@@ -38,12 +40,32 @@ class _Call:
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    attempts: list[str] = field(default_factory=list)
+    """Functions of `signal` that it called although only a main thread may."""
+
     def start(self) -> None:
-        """On a daemon thread: a call that hangs cannot keep the process alive."""
-        if self.reward.is_async:
+        """Call it on a daemon thread, which cannot keep the process alive when the call hangs."""
+        if self.reward.is_async and not self._is_elsewhere:
             asyncio.run_coroutine_threadsafe(self._await(), _event_loop())
-        else:
-            threading.Thread(target=self._run, name=f"reward {self.reward.name}", daemon=True).start()
+            return
+        context = (self.reward.context or Context()).copy()
+        name = f"reward {self.reward.name}"
+        threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True).start()
+
+    @property
+    def needs_main_thread(self) -> str | None:
+        """What it wanted of a main thread; None: nothing."""
+        return None if self._is_elsewhere else need_of(self.attempts, self.error)
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        return self.reward.own_process is not None and self.reward.own_process.is_used
+
+    @property
+    def _function(self) -> Callable[..., Any]:
+        if self.reward.own_process is not None and self.reward.own_process.is_used:
+            return self.reward.own_process
+        return self.reward.function
 
     @property
     def _count(self) -> int:
@@ -51,8 +73,8 @@ class _Call:
 
     def _run(self) -> None:
         try:
-            with leaving_is_an_error():
-                value = self.reward.function(**accepted_by(self.reward, self.arguments))
+            with leaving_is_an_error(), _thread_event_loop(), noticing_attempts() as self.attempts:
+                value = self._function(**accepted_by(self.reward, self.arguments))
                 if inspect.iscoroutine(value):  # a plain function around an async one
                     value = asyncio.run(_awaited(value))
                 self.value = listed(value, self._count)
@@ -62,12 +84,24 @@ class _Call:
 
     async def _await(self) -> None:
         try:
-            with leaving_is_an_error():
+            with leaving_is_an_error(), noticing_attempts() as self.attempts:
                 value = await self.reward.function(**accepted_by(self.reward, self.arguments))
                 self.value = listed(value, self._count)
         except BaseException as error:
             self.error = error
         self.done.set()
+
+
+@contextmanager
+def _thread_event_loop() -> Iterator[None]:
+    """An event loop for functions that call asyncio.get_event_loop(), which makes one on a main thread alone."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
 
 
 async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -110,8 +144,11 @@ def compute_rewards(
     for call in calls:
         if not call.reward.is_async:
             with _ended_without_the_interpreter(timeout):
-                _finish([call], prompts, timeout)
-    _finish([call for call in calls if call.reward.is_async], prompts, timeout)
+                _wait([call], prompts, timeout)
+    _wait([call for call in calls if call.reward.is_async], prompts, timeout)
+    calls = [_moved(call, prompts, timeout) if call.needs_main_thread else call for call in calls]
+    for call in calls:
+        _raise_error(call, prompts, timeout)
     rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
     for column, call in enumerate(calls):
         rewards[:, column] = torch.tensor(_checked(call, prompts), dtype=torch.float32)
@@ -151,8 +188,23 @@ def _decoded(name: str, values: list[Any]) -> list[Any]:
         raise RuntimeError(f"its column {name} cannot be decoded ({one_line(error)})") from error
 
 
-def _finish(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None:
-    """Start the calls and wait for all of them. DataError when one is not done in time or raised."""
+def _moved(call: _Call, prompts: Sequence[Prompt], timeout: float) -> _Call:
+    """The call once more, on the main thread of a process of its own. DataError when the function has none."""
+    name, need = call.reward.name, call.needs_main_thread
+    if call.reward.own_process is None:
+        raise DataError(
+            f"reward {name} needs the main thread ({need}), and reward functions are called on others; name it in "
+            "rewards.functions and set rewards.processes=1, which calls it on a main thread"
+        ) from call.error
+    call.reward.own_process.start(name, str(need))
+    again = _Call(call.reward, call.arguments)
+    with _ended_without_the_interpreter(timeout):
+        _wait([again], prompts, timeout)
+    return again
+
+
+def _wait(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None:
+    """Start the calls and wait for all of them. DataError when one is not done in time."""
     deadline = time.monotonic() + timeout
     for call in calls:
         call.start()
@@ -163,14 +215,17 @@ def _finish(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> No
         _event_loop.cache_clear()  # it may be blocked
         raise DataError(
             f"reward {' and '.join(late)} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
-            "mend it or raise rewards.timeout"
+            "fix it or raise rewards.timeout"
         )
-    for call in calls:
-        if call.error is not None:
-            row = _failing_row(call, prompts, timeout)
-            where = f"row {row}" if row is not None else _rows(prompts)
-            message = f"reward {call.reward.name} raised on dataset {where}: {one_line(call.error)}"
-            raise DataError(message) from call.error
+
+
+def _raise_error(call: _Call, prompts: Sequence[Prompt], timeout: float) -> None:
+    """DataError, naming the row, when the call raised."""
+    if call.error is not None:
+        row = _failing_row(call, prompts, timeout)
+        where = f"row {row}" if row is not None else _rows(prompts)
+        message = f"reward {call.reward.name} raised on dataset {where}: {one_line(call.error)}"
+        raise DataError(message) from call.error
 
 
 def _failing_row(failed: _Call, prompts: Sequence[Prompt], timeout: float) -> int | None:

@@ -7,6 +7,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from vdr_cli.rewards import leaving
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
 from vdr_cli.rewards.leaving import leaving_is_an_error
+from vdr_cli.rewards.main_thread import OwnProcess, watch_signals
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 from vdr_cli.rewards.user_files import make_importable, module_name
 
@@ -33,6 +35,7 @@ def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
             f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
             f"({', '.join(BUILT_IN)}), module:function or file.py:function"
         )
+    watch_signals()
     given = [(entry.name, entry.weight) for entry in cfg.functions] or [(OF_DATA[data_name], 1.0)]
     loaded: list[LoadedReward] = []
     for name, weight in given:
@@ -48,7 +51,13 @@ def _named(given: str, weight: float, taken: list[str]) -> LoadedReward:
     inner = getattr(function, "func", function)  # functools.partial
     name = str(getattr(inner, "__name__", type(inner).__name__))
     alike = sum(other == name or (other.startswith(f"{name}_") and other[len(name) + 1 :].isdigit()) for other in taken)
-    return LoadedReward(f"{name}_{alike + 1}" if alike else name, weight, function)
+    return LoadedReward(
+        f"{name}_{alike + 1}" if alike else name,
+        weight,
+        function,
+        own_process=OwnProcess(given),
+        context=copy_context(),
+    )
 
 
 def find_function(given: str) -> Callable[..., Any]:
