@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
 from typing import Any, Protocol
 
 import torch
@@ -104,9 +105,21 @@ class Watcher(Protocol):
         ...
 
 
-def completion_key(seed: int, step: int, prompt_row: int) -> int:
-    """The 63-bit seed of one prompt's completions at one step: a hash, so no two coincide by design."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{prompt_row}".encode(), digest_size=8).digest()
+class Stream(IntEnum):
+    """Independent streams of random numbers under one seed."""
+
+    EVALUATION = 0
+    """Held-out prompts, by their row in the dataset: every evaluation draws the same numbers."""
+    TRAINING = 1
+    """Training prompts, by their position in the shuffled stream, which passes over the dataset again and again."""
+
+
+def completion_key(seed: int, stream: Stream, index: int) -> int:
+    """The 63-bit seed of the completions of one prompt: a hash, so that no two prompts share one.
+
+    index: the prompt's place in the stream, see `Stream`.
+    """
+    digest = hashlib.blake2b(f"{seed}/{int(stream)}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -28,7 +28,7 @@ from vdr_cli.exploration.bonus import reduce
 from vdr_cli.models import anatomy
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
 from vdr_cli.rollout.transformers_backend import TransformersRollout
-from vdr_cli.samples import Completions, Sampling, completion_key
+from vdr_cli.samples import Completions, Sampling, Stream, completion_key
 
 REFERENCE_MEMBERS = 128
 """Of the reference: its own noise is then a quarter of an 8-member ensemble's."""
@@ -44,7 +44,7 @@ def sampled(name: str, groups: int, group_size: int, length: int) -> tuple[nn.Mo
     prompts = load_prompts(DataConfig(), "eval", tokenizer)
     rollout = TransformersRollout(tokenizer.pad_token_id, eos_token_ids(model, tokenizer))
     chosen = [prompts[index].token_ids for index in range(groups)]
-    keys = [completion_key(0, 0, index) for index in range(groups)]
+    keys = [completion_key(0, Stream.EVALUATION, index) for index in range(groups)]
     return model, rollout.generate(model, chosen, group_size, Sampling(max_new_tokens=length), keys)
 
 

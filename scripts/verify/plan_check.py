@@ -95,22 +95,22 @@ def rank(config_path: str, out: str) -> None:
 
     watchdog.phase = say  # type: ignore[assignment]
     from vdr_cli import train
-    from vdr_cli.training import record, run
+    from vdr_cli.engine import collectives
 
     copied = count_copy()
     snapshots: list[dict[str, int]] = []
     held: dict[str, int] = {}
-    original = record.end_step
+    original = train.step_metrics
 
-    def end_step(a_run: Any, *rest: Any) -> None:
+    def step_metrics(res: Any, *rest: Any) -> dict[str, float]:
         snapshots.append(dict(counted))
-        held.update(states(a_run.engine.ds_engine), copy=max(copied))
-        original(a_run, *rest)
+        held.update(states(res.engine.ds_engine), copy=max(copied))
+        return original(res, *rest)
 
-    record.end_step = end_step  # type: ignore[assignment]
+    train.step_metrics = step_metrics
     train.train(load_config(config_path))
     last = {key: snapshots[-1].get(key, 0) - snapshots[-2].get(key, 0) for key in snapshots[-1]}
-    if run.collectives.rank() == 0:
+    if collectives.rank() == 0:
         Path(out).write_text(json.dumps({"moved": {k: v for k, v in last.items() if v}, "held": held}))
 
 

@@ -278,13 +278,13 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_a_rank_with_other_settings_is_refused(config, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vdr_cli.training import run
+    from vdr_cli.training import opening
 
     same = config()
     other = same.model_copy(update={"grpo": same.grpo.model_copy(update={"beta": 0.1})})
     said: list[Any] = []
-    monkeypatch.setattr(run.collectives, "gather_objects", lambda own: said.append(own) or said)
+    monkeypatch.setattr(opening.collectives, "gather_objects", lambda own: said.append(own) or said)
     for each in (same, same):
-        run.refuse_other_settings(each)
+        opening.refuse_other_settings(each)
     with pytest.raises(ConfigError, match=r"are not those on .*, where rank 0 is"):
-        run.refuse_other_settings(other)
+        opening.refuse_other_settings(other)

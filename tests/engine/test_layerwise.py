@@ -77,10 +77,11 @@ with whole.twin() as model:
         found[f"whole{M}"] = measure(model, completions, 3, spec, 4, measures=("bald",)).bald.tolist()
     before = dict(moved)
     with scarce(model):
-        again = collectives.together(lambda: measure(model, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4))
+        again = measure(model, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4)
+        collectives.barrier()
     found |= {"scarce whole": again.bald.tolist(), "moved scarce whole": since(before), "tries": tries.copy()}
 with layers.twin() as model:
-    again = collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys))
+    again = rollout.generate(model, prompts, 3, sampling, keys)
     assert torch.equal(again.completion_ids, completions.completion_ids)
     torch.testing.assert_close(again.sampler_logps, completions.sampler_logps)
     for M in (2, 8, 32):
@@ -98,7 +99,8 @@ with layers.twin() as model:
         again = measure_by_layers(model, lend, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4)
     found |= {"scarce layers": again.bald.tolist(), "moved scarce layers": since(before), "layer tries": tries.copy()}
     try:
-        collectives.together(lambda: rollout.generate(model, prompts, 3, sampling, keys) if rank else 1 / 0)
+        with collectives.agreed():
+            rollout.generate(model, prompts, 3, sampling, keys) if rank else 1 / 0
     except Exception as error:
         found["error"] = type(error).__name__
     before = dict(moved)

@@ -85,7 +85,7 @@ def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
         raise StopIteration
 
     monkeypatch.setattr(collectives, "world_size", lambda: 3)
-    monkeypatch.setattr(collectives, "agree", lambda error: None)
+    monkeypatch.setattr(collectives, "_raise_everywhere", lambda error: None)
     monkeypatch.setattr(collectives, "gather_objects", keep)
     for rank in range(3):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)

@@ -148,7 +148,7 @@ def test_numbers_do_not_depend_on_batches_or_order(tmp_path: Path, batch_tokens:
 def test_two_processes_write_the_parts_that_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = score(tmp_path)
     monkeypatch.setattr("vdr_cli.engine.collectives.world_size", lambda: 2)
-    monkeypatch.setattr("vdr_cli.engine.collectives.agree", _raise_own)
+    monkeypatch.setattr("vdr_cli.engine.collectives._raise_everywhere", _raise_own)
     monkeypatch.setattr("vdr_cli.engine.collectives.broadcast_object", lambda value: value or {"rows": 0} | COUNTS)
     monkeypatch.setattr("vdr_cli.engine.collectives.rank", lambda: 1)
     (tmp_path / "two.jsonl.parts").mkdir()

@@ -14,25 +14,23 @@ from vdr_cli.audit.files import RunFiles
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.training import audit_record
-from vdr_cli.training.batch import Signal, Updates
-from vdr_cli.training.run import LoopState
+from vdr_cli.training.batch import Advantages, Updates
+from vdr_cli.training.state import LoopState
 
 
 def a_run(folder: Path, step: int = 4, **observe: Any) -> Any:
     config = Config.model_validate({"observe": observe, "train": {"steps": 20}})
-    return SimpleNamespace(
+    state = LoopState(step=step, drawn=12, tokens=99, drawn_in_step=3, rms=RunningRms(average=0.75, weight=0.5))
+    state.finished_rms = {"decay": 0.99, "average": 0.5, "weight": 0.25}
+    resources = SimpleNamespace(
         config=config,
         directory=folder,
-        step=step,
-        drawn_this_step=3,
-        state=LoopState(step=step, drawn=12, tokens=99, rms={"decay": 0.99, "average": 0.5, "weight": 0.25}),
-        rms=RunningRms(average=0.75, weight=0.5),
         ensemble=None,
         prompts=range(40),
         rewards=[SimpleNamespace(name="digits")],
         engine=SimpleNamespace(causal_lm=torch.nn.Linear(1, 1)),
-        note=print,
     )
+    return resources, state, SimpleNamespace(note=print)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +42,7 @@ def test_the_first_step_and_every_nth(tmp_path, every, iterations, due) -> None:
         {"observe": {"audit_every": every}, "grpo": {"num_iterations": iterations}, "train": {"steps": 8}}
     )
     steps = range(0, 8, iterations)
-    found = [step for step in steps if audit_record.is_due(SimpleNamespace(config=config, step=step))]
+    found = [step for step in steps if audit_record.is_due(config, step)]
     assert found == due
 
 
@@ -52,14 +50,14 @@ def test_a_record_reads_back_as_it_was(tmp_path) -> None:
     batch = batch_of([0, 1, 2, 3], 4)
     for prompt in batch.prompts:
         prompt.columns.update({"gold": prompt.row * 1.5, "image": b"\x00"})
-    advantages = torch.arange(16.0).view(4, 4)
-    signal = Signal(advantages, batch.completions.completion_mask, torch.arange(4.0), token_measure=advantages[:2] / 7)
-    halves = [advantages[:2] * -1, advantages[2:] * -1, torch.zeros(1, 4)]  # the last: a rank's empty micro-batch
+    values = torch.arange(16.0).view(4, 4)
+    advantages = Advantages(values, batch.completions.completion_mask, torch.arange(4.0), token_measure=values[:2] / 7)
+    halves = [values[:2] * -1, values[2:] * -1, torch.zeros(1, 4)]  # the last: a rank's empty micro-batch
     updates = Updates(first_logps=halves, first_entropies=[half / 3 for half in halves])
     run = a_run(tmp_path, audit_every=4)
-    audit_record.save(run, batch, signal, updates)
+    audit_record.save(*run, batch, advantages, updates)
 
-    record = RunFiles(tmp_path, run.config, {}).record(4)
+    record = RunFiles(tmp_path, run[0].config, {}).record(4)
     mask = batch.completions.completion_mask
     assert record.step == 4 and record.state["rms"]["average"] == 0.5 and record.state["rms_after"]["average"] == 0.75
     assert (record.state["drawn"], record.state["drawn_now"], record.state["tokens"]) == (12, 3, 99)
@@ -67,9 +65,9 @@ def test_a_record_reads_back_as_it_was(tmp_path) -> None:
     assert record.state["lost_columns"] == ["image"]
     assert record.decoded("columns")[3] == {"gold": 4.5} and record.decoded("text") == batch.texts
     assert record.mask.tolist() == mask.tolist() and record.truncated.tolist() == [False, True, False, True]
-    assert record.tokens("advantages").tolist() == (advantages * mask).tolist()
-    assert record.tokens("logps").tolist() == (-advantages * mask).tolist()
-    assert record.tokens("entropies") == pytest.approx((-advantages / 3 * mask).numpy())
+    assert record.tokens("advantages").tolist() == (values * mask).tolist()
+    assert record.tokens("logps").tolist() == (-values * mask).tolist()
+    assert record.tokens("entropies") == pytest.approx((-values / 3 * mask).numpy())
     assert record.columns["measure_tokens"][2:] == [None, None] and not record.has("ref_logps")
 
 
@@ -86,7 +84,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, capsys) -> None:
     run = a_run(tmp_path, audit_every=1)
     (tmp_path / "audit").touch()  # no directory can be made there
     batch = batch_of([0, 1], 2)
-    signal = Signal(torch.zeros(2, 2), batch.completions.completion_mask, torch.zeros(2))
+    advantages = Advantages(torch.zeros(2, 2), batch.completions.completion_mask, torch.zeros(2))
     zeros = [torch.zeros(2, 2)]
-    audit_record.save(run, batch, signal, Updates(first_logps=zeros, first_entropies=zeros))
+    audit_record.save(*run, batch, advantages, Updates(first_logps=zeros, first_entropies=zeros))
     assert "cannot be written" in capsys.readouterr().out

@@ -7,20 +7,20 @@ import torch
 
 from vdr_cli.grpo.losses import LossOutput
 from vdr_cli.samples import Completions, Prompt
-from vdr_cli.training.batch import Batch, Signal, Updates, concatenate, micro_batches_of
+from vdr_cli.training.batch import Advantages, RewardedGroups, Updates, concatenate, micro_batches_of
 
 
-def batch_of(rows: list[int], width: int) -> Batch:
+def batch_of(rows: list[int], width: int) -> RewardedGroups:
     """Row r: its number in every token, text and reward."""
     numbers = torch.tensor(rows)
     ids = numbers[:, None].repeat(1, width)
     mask = torch.arange(width)[None] < (numbers % width + 1)[:, None]
     completions = Completions(ids, torch.ones_like(mask), ids, mask, -ids / 10, numbers % 2 == 1)
     prompts = [Prompt(row, f"p{row}", [row]) for row in rows]
-    return Batch(prompts, completions, [f"t{row}" for row in rows], numbers[:, None].float(), numbers.float())
+    return RewardedGroups(prompts, completions, [f"t{row}" for row in rows], numbers[:, None].float(), numbers.float())
 
 
-def check(batch: Batch, rows: list[int]) -> None:
+def check(batch: RewardedGroups, rows: list[int]) -> None:
     assert [prompt.row for prompt in batch.prompts] == rows
     assert batch.texts == [f"t{row}" for row in rows]
     assert batch.completions.completion_ids[:, 0].tolist() == rows
@@ -39,8 +39,8 @@ def test_selected_rows_keep_everything_of_theirs() -> None:
 def test_a_micro_batch_holds_its_rows_numbers() -> None:
     batch = batch_of([0, 1, 2, 3, 4], 5)
     advantages, weights = torch.arange(25.0).view(5, 5), torch.arange(25.0).view(5, 5) + 100
-    signal = Signal(advantages, batch.completions.completion_mask, torch.zeros(5))
-    first, second, third = micro_batches_of(batch, signal, weights, weights + 100, 2, torch.device("cpu"))
+    step = Advantages(advantages, batch.completions.completion_mask, torch.zeros(5))
+    first, second, third = micro_batches_of(batch, step, weights, weights + 100, 2, torch.device("cpu"))
     assert second.tokens[2].tolist() == [[2] * 4, [3] * 4]  # without the column that is padding in both
     assert torch.equal(second.advantages, advantages[2:4, :4]) and torch.equal(second.weights, weights[2:4, :4])
     assert torch.equal(second.entropy_weights, weights[2:4, :4] + 100)

@@ -15,8 +15,8 @@ from vdr_cli.engine import collectives
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Completions, Prompt
-from vdr_cli.training import pending_rollout as drawings
-from vdr_cli.training.pending_rollout import Drawing, reward_stream
+from vdr_cli.training import pending_rollout
+from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
 
 
 def completions(first: int, groups: int, width: int) -> Completions:
@@ -64,14 +64,14 @@ def test_groups_are_shared_out_again_and_rewarded_again(
 
     monkeypatch.setattr(collectives, "gather_objects", gathered)
     prompts = [run.prompt_at(position) for position in parts[0][0]]
-    drawings.save(Drawing(parts[0][0], prompts, lambda: parts[0][1], stream_of(run)(prompts)), tmp_path)
+    pending_rollout.save(PendingRollout(parts[0][0], prompts, lambda: parts[0][1], stream_of(run)(prompts)), tmp_path)
     monkeypatch.undo()
 
     shares = [3 * (rank + 1) // ranks - 3 * rank // ranks for rank in range(ranks)]
     tokens: list[int] = []
     for rank in range(ranks):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        loaded = drawings.load(tmp_path, lambda count: shares, run.prompt_at, stream_of(run), 0)
+        loaded = pending_rollout.load(tmp_path, lambda count: shares, run.prompt_at, stream_of(run), 0)
         assert loaded is not None
         own = loaded.wait()
         assert len(own) == 2 * shares[rank] == 2 * len(loaded.prompts)
@@ -89,4 +89,4 @@ def test_groups_are_shared_out_again_and_rewarded_again(
 
 def test_a_checkpoint_without_them_has_none(tmp_path: Path) -> None:
     run = a_run()
-    assert drawings.load(tmp_path, lambda count: [count], run.prompt_at, stream_of(run), 0) is None
+    assert pending_rollout.load(tmp_path, lambda count: [count], run.prompt_at, stream_of(run), 0) is None

@@ -9,7 +9,7 @@ from pathlib import Path
 from vdr_cli.checks import check_before_start, check_output, check_processes, default_output
 from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, with_output
-from vdr_cli.errors import ConfigError, VdrError
+from vdr_cli.errors import ConfigError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.preflight import question
 from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
@@ -64,13 +64,9 @@ def _agreed_output(config: Config, resume: str | None) -> Config:
     prepare_process(config.launch)
     start_distributed()
     chosen = with_output(config, config.train.output or default_output())
-    error: VdrError | None = None
-    if collectives.is_main():
-        try:
+    with collectives.agreed():
+        if collectives.is_main():
             check_output(chosen, resume)
-        except VdrError as refused:
-            error = refused
-    collectives.agree(error)
     return with_output(config, collectives.broadcast_object(chosen.train.output))
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ STATE = "state.json"
 ENGINE_TAG = "engine"
 UNIVERSAL_TAG = "universal"
 LATEST_UNIVERSAL = "latest_universal"  # DeepSpeed's converter leaves it beside what it made
-Result = TypeVar("Result")
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL, _ASIDE = ".partial_", ".aside_"
 
@@ -61,15 +60,24 @@ def save(
     """
     final = folder / f"step_{step:06d}"
     partial = folder / f"{_PARTIAL}{final.name}"
-    _on_main(lambda: _fresh_directory(partial), folder)
+    main = collectives.is_main()
+    with _written(folder):
+        if main:
+            _fresh_directory(partial)
     try:
-        _on_every_rank(lambda: _write_rank(engine, partial, step, state), folder)
-        _on_every_rank(lambda: also(partial) if also else None, folder)
-        digests = _on_every_rank(lambda: _digests(partial), folder)
+        with _written(folder):
+            _write_rank(engine, partial, step, state)
+        with _written(folder):
+            if also is not None:
+                also(partial)
+        with _written(folder):
+            digests = _digests(partial)
         files = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}
-        _on_main(lambda: _publish(partial, final, files), folder)
+        with _written(folder):
+            if main:
+                _publish(partial, final, files)
     except MachineError:
-        if collectives.is_main():  # what was written so far may be what fills the disk
+        if main:  # what was written so far may be what fills the disk
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
@@ -142,10 +150,13 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     """
     folder, tag = checkpoint.path, ENGINE_TAG
     # Where its shard is missing DeepSpeed only warns, and goes on with other weights or without the moments.
-    collectives.together(lambda: _see(folder))
+    with collectives.agreed():
+        _check_same_files(folder)
     if needs_conversion(checkpoint):
         tag = UNIVERSAL_TAG
-        _on_main(lambda: _convert(folder), folder.parent)
+        with _written(folder.parent):
+            if collectives.is_main():
+                _convert(folder)
     engine.ds_engine.load_checkpoint(
         str(folder),
         tag=tag,
@@ -163,7 +174,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
         _set_random_states(torch.load(own, weights_only=False))
 
 
-def _see(folder: Path) -> None:
+def _check_same_files(folder: Path) -> None:
     """Rank 0 has read every byte; the other ranks, perhaps on other hosts, must have the same files."""
     fault = find_fault(folder, contents=False)
     if fault:
@@ -244,20 +255,16 @@ def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) ->
     _fsync(final.parent)
 
 
-def _on_main(action: Callable[[], Any], folder: Path) -> None:
-    _on_every_rank(action if collectives.is_main() else lambda: None, folder)
-
-
-def _on_every_rank(action: Callable[[], Result], folder: Path) -> Result:
-    def guarded() -> Result:
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """A block that writes: a failure on any rank is a MachineError on all. Collective on exit."""
+    with collectives.agreed():
         try:
-            return action()
+            yield
         except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
             raise MachineError(
                 f"checkpoint under {folder} could not be written: {_reason(fault, folder)}; the one before is intact"
             ) from fault
-
-    return collectives.together(guarded)
 
 
 def _reason(fault: Exception, folder: Path) -> str:

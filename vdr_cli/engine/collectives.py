@@ -1,20 +1,18 @@
 """What ranks tell each other, as plain functions; every one is a no-op with one process.
 
-Rule: no collective depends on a condition that only one rank knows. Errors are agreed on first.
+Rule: no collective depends on a condition that only one rank knows. Errors are agreed on first (`agreed`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vdr_cli.errors import VdrError
-
-Result = TypeVar("Result")
 
 _settlers: list[Callable[[], None]] = []
 """What must be done before a collective, while a model gathers by itself (layerwise.py); the last one counts."""
@@ -30,6 +28,12 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def even_shares(count: int) -> list[int]:
+    """How many of `count` things each rank takes: they differ by at most one."""
+    size = world_size()
+    return [count * (each + 1) // size - count * each // size for each in range(size)]
 
 
 def barrier() -> None:
@@ -67,12 +71,8 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def agree(error: Exception | None) -> None:
-    """Raise on every rank when any rank has an error; otherwise return on every rank.
-
-    Users' mistakes (VdrError) become the same error everywhere; a bug keeps its own traceback on the
-    rank that has it and stops the others.
-    """
+def _raise_everywhere(error: Exception | None) -> None:
+    """Raise on every rank when any rank has an error, as `agreed` says."""
     failed = all_reduce_max([0.0 if error is None else 1.0])[0] > 0
     if not failed:
         return
@@ -85,16 +85,20 @@ def agree(error: Exception | None) -> None:
     raise kind(message) if is_users else RuntimeError(f"rank {first_rank} failed: {kind.__name__}: {message}")
 
 
-def together(work: Callable[[], Result]) -> Result:
-    """work() on every rank; when it fails on any, the same error is raised on all. Collective."""
-    result: list[Result] = []
+@contextmanager
+def agreed() -> Iterator[None]:
+    """A block that every rank leaves in the same way: an exception on any rank is raised on all. Collective on exit.
+
+    Errors that a user can fix (VdrError) become the same error everywhere. A bug keeps its own traceback on the rank
+    that has it, and is a RuntimeError that names this rank on the others. Inside the block there is no collective that
+    a failed rank would miss.
+    """
     error: Exception | None = None
     try:
-        result.append(work())
+        yield
     except Exception as raised:  # a rank that stopped alone would leave the others waiting
         error = raised
-    agree(error)
-    return result[0]
+    _raise_everywhere(error)
 
 
 def _all_reduce(values: Sequence[float], op: Any) -> list[float]:

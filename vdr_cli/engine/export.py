@@ -17,8 +17,9 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
     Raises MachineError on every rank when it cannot be written.
     """
-    with engine.for_writing() as model:
-        collectives.together(lambda: _write(model, tokenizer, folder) if collectives.is_main() else None)
+    with engine.for_writing() as model, collectives.agreed():
+        if collectives.is_main():
+            _write(model, tokenizer, folder)
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:

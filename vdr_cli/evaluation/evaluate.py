@@ -23,17 +23,17 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.launch.joining import everywhere, join_processes
+from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import completion_texts, compute_rewards
 from vdr_cli.rollout.base import Rollout
-from vdr_cli.samples import Completions, Prompt, Sampling, completion_key, to_device
+from vdr_cli.samples import Completions, Prompt, Sampling, Stream, completion_key, to_device
 from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
 from vdr_cli.stats.passk import pass_at_k
 
-STREAM = 0  # the "step" of the completion keys: every evaluation draws the same random numbers
+MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first step
 CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
@@ -241,14 +241,12 @@ def evaluate_model(
     mine = chunks[collectives.rank() :: collectives.world_size()]
     shares: list[dict[str, Any]] = []
 
-    def sample() -> None:
-        for rows in mine:
-            chunk = [prompts[index] for index in rows]
+    with collectives.agreed():
+        for places in mine:
+            chunk = [prompts[index] for index in places]
             shares.append(
                 _sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble)
             )
-
-    everywhere(sample)
     rows = [index for chunk in mine for index in chunk]
     gathered = collectives.gather_objects((rows, _joined(shares)))
     return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
@@ -309,7 +307,7 @@ def _sample_chunk(
     ensemble: EnsembleSpec | None,
 ) -> dict[str, Any]:
     """Completions of some prompts as arrays (prompts, n, ...)."""
-    keys = [completion_key(seed, STREAM, prompt.row) for prompt in prompts]
+    keys = [completion_key(seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
     completions = rollout.generate(model, [prompt.token_ids for prompt in prompts], n, sampling, keys)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = completion_texts(tokenizer, repeated, completions)
@@ -348,7 +346,7 @@ def _entropy_sums(model: nn.Module, completions: Completions, temperature: float
 def _mean_bald(model: nn.Module, completions: Completions, n: int, ensemble: EnsembleSpec) -> NDArray[np.float64]:
     """(B,) mean bald of each completion's tokens."""
     on_device = to_device(completions, next(model.parameters()).device)
-    bald = measure(model, on_device, n, ensemble, STREAM, "all", ("bald",)).get("bald").double()  # (B, T)
+    bald = measure(model, on_device, n, ensemble, MEMBERS_STEP, "all", ("bald",)).get("bald").double()  # (B, T)
     mask = on_device.completion_mask
     means: NDArray[np.float64] = ((bald * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
     return means

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 
 from vdr_cli.engine import collectives
-
-Result = TypeVar("Result")
 
 
 def join_processes(device: str) -> torch.device:
@@ -25,14 +21,3 @@ def join_processes(device: str) -> torch.device:
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def everywhere(work: Callable[[], Result]) -> Result:
-    """Do the work on every rank; an error of one is raised on all."""
-    error: Exception | None = None
-    try:
-        result = work()
-    except Exception as raised:  # one rank that stops alone would leave the others waiting
-        error = raised
-    collectives.agree(error)
-    return result

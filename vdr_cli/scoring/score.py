@@ -21,7 +21,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.members import measure
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError, VdrError
-from vdr_cli.launch.joining import everywhere, join_processes
+from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
 from vdr_cli.models.paths import resolve_model_path
@@ -64,7 +64,8 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
     finally:
         spool.unlink(missing_ok=True)
     seconds = time.monotonic() - started
-    ranking = everywhere(lambda: save_ranking(request.output, request.fields) if collectives.is_main() else ())
+    with collectives.agreed():
+        ranking = save_ranking(request.output, request.fields) if collectives.is_main() else ()
     return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
 
 
@@ -85,14 +86,18 @@ def _scored(
         layout = make_layout(request, sources, sample)
         scorer = Scorer.load(request, device, sample)
         replaced = [name for name in scorer.names if any(name in (row.values or ()) for row in sample)]
-        everywhere(lambda: parts.begin() if collectives.is_main() else None)
+        with collectives.agreed():
+            if collectives.is_main():
+                parts.begin()
         try:
-            count = everywhere(lambda: _score_share(request, sources, parts, layout, scorer, progress, started))
+            with collectives.agreed():
+                count = _score_share(request, sources, parts, layout, scorer, progress, started)
         except VdrError:
             if collectives.is_main():
                 parts.leave()
             raise
-        summary = everywhere(lambda: _finish(parts, count, layout, scorer, replaced) if collectives.is_main() else None)
+        with collectives.agreed():
+            summary = _finish(parts, count, layout, scorer, replaced) if collectives.is_main() else None
         summary = collectives.broadcast_object(summary)
     return summary
 

@@ -1,4 +1,4 @@
-"""audit/step_000000.parquet: what `vdr audit` needs to compute a step again, a row a completion.
+"""audit/step_000000.parquet: what `vdr audit` needs to compute a step again, one row per completion.
 
 Columns and the step's own numbers are described in docs/audit.md.
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from torch import Tensor
 
+from vdr_cli.config import Config
 from vdr_cli.data.completions import write_table
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
-from vdr_cli.training.batch import Batch, Signal, Updates
-
-if TYPE_CHECKING:
-    from vdr_cli.training.run import Run
+from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
+from vdr_cli.training.resources import Resources
+from vdr_cli.training.run_log import RunLog
+from vdr_cli.training.state import LoopState
 
 STATE = b"vdr_audit"
 """Key of the step's own numbers in the file's metadata, as JSON."""
@@ -41,31 +42,38 @@ TYPES = {
 }
 
 
-def is_due(run: Run) -> bool:
-    """Whether the rollout at the run's step leaves a record (observe.audit_every)."""
-    every, before = run.config.observe.audit_every, run.step - run.config.grpo.num_iterations
+def is_due(config: Config, step: int) -> bool:
+    """Whether the rollout at this step leaves a record (observe.audit_every)."""
+    every, before = config.observe.audit_every, step - config.grpo.num_iterations
     if every is None:
-        return run.step == 0
-    return every > 0 and (run.step == 0 or run.step // every > before // every)
+        return step == 0
+    return every > 0 and (step == 0 or step // every > before // every)
 
 
-def save(run: Run, batch: Batch, signal: Signal, updates: Updates) -> None:
+def save(
+    res: Resources,
+    state: LoopState,
+    log: RunLog,
+    batch: RewardedGroups,
+    advantages: Advantages,
+    updates: Updates,
+) -> None:
     """Write the step's record when it is due, before the step is counted. Collective; rank 0 writes.
 
     A full disk is reported, and the training goes on without the record.
     """
-    if not is_due(run):
+    if not is_due(res.config, state.step):
         return
-    parts = collectives.gather_objects(_columns(run, batch, signal, updates))
+    parts = collectives.gather_objects(_columns(batch, advantages, updates))
     if not collectives.is_main():
         return
     columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     lost = sorted({name for names in columns.pop("lost") for name in names})
-    state = _state(run) | {"lost_columns": lost, "ranks": [len(part["row"]) for part in parts]}
+    numbers = _numbers(res, state) | {"lost_columns": lost, "ranks": [len(part["row"]) for part in parts]}
     try:
-        _write(run.directory / "audit" / f"step_{run.step:06d}.parquet", columns, state)
+        _write(res.directory / "audit" / f"step_{state.step:06d}.parquet", columns, numbers)
     except MachineError as error:
-        run.note(f"{error}; going on")
+        log.note(f"{error}; going on")
 
 
 def remove_from(directory: Path, step: int) -> None:
@@ -75,23 +83,23 @@ def remove_from(directory: Path, step: int) -> None:
             path.unlink()
 
 
-def _state(run: Run) -> dict[str, Any]:
+def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
     """What the step began with, and the RMS that it ended with."""
     return {
-        "step": run.step,
-        "drawn": run.state.drawn,
-        "drawn_now": run.drawn_this_step,
-        "tokens": run.state.tokens,
-        "dataset_rows": len(run.prompts),
-        "rms": run.state.rms,
-        "rms_after": run.rms.state_dict(),
-        "members": None if run.ensemble is None else asdict(run.ensemble),
-        "rewards": [reward.name for reward in run.rewards],
-        "dtype": str(next(run.engine.causal_lm.parameters()).dtype).removeprefix("torch."),
+        "step": state.step,
+        "drawn": state.drawn,
+        "drawn_now": state.drawn_in_step,
+        "tokens": state.tokens,
+        "dataset_rows": len(res.prompts),
+        "rms": state.finished_rms,
+        "rms_after": state.rms.state_dict(),
+        "members": None if res.ensemble is None else asdict(res.ensemble),
+        "rewards": [reward.name for reward in res.rewards],
+        "dtype": str(next(res.engine.causal_lm.parameters()).dtype).removeprefix("torch."),
     }
 
 
-def _columns(run: Run, batch: Batch, signal: Signal, updates: Updates) -> dict[str, list[Any]]:
+def _columns(batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, list[Any]]:
     """This rank's rows; numbers of tokens as lists without padding, None where a step has none of them."""
     completions, count = batch.completions, len(batch)
     lengths = completions.completion_mask.sum(1).tolist()
@@ -104,7 +112,7 @@ def _columns(run: Run, batch: Batch, signal: Signal, updates: Updates) -> dict[s
 
     prompts = zip(completions.prompt_ids, completions.prompt_mask, strict=True)
     saved = [_as_json(prompt.columns) for prompt in batch.prompts]
-    bonus = signal.bonus
+    bonus = advantages.bonus
     return {
         "row": [prompt.row for prompt in batch.prompts],
         "prompt": [json.dumps(prompt.value) for prompt in batch.prompts],
@@ -117,13 +125,13 @@ def _columns(run: Run, batch: Batch, signal: Signal, updates: Updates) -> dict[s
         "sampler_logps": tokens(completions.sampler_logps),
         "rewards": batch.rewards.tolist(),
         "task_reward": batch.task_reward.tolist(),
-        "task_advantage": signal.task_advantages.tolist(),
-        "advantages": tokens(signal.advantages),
-        "reduced": [None] * count if signal.reduced is None else signal.reduced.tolist(),
-        "measure_tokens": tokens(signal.token_measure),
+        "task_advantage": advantages.task_advantages.tolist(),
+        "advantages": tokens(advantages.advantages),
+        "reduced": [None] * count if advantages.per_completion is None else advantages.per_completion.tolist(),
+        "measure_tokens": tokens(advantages.token_measure),
         "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
-        "ref_logps": tokens(signal.ref_logps),
-        "selected": tokens(signal.selected),
+        "ref_logps": tokens(advantages.ref_logps),
+        "selected": tokens(advantages.selected),
         "logps": _of_micro_batches(updates.first_logps, lengths),
         "entropies": _of_micro_batches(updates.first_entropies, lengths),
     }

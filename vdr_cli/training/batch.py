@@ -16,25 +16,25 @@ from vdr_cli.samples import Completions, Messages, Prompt, to_device
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Groups of completions with what is known of each; groups are contiguous rows."""
+class RewardedGroups:
+    """Groups of completions with their rewards; groups are contiguous rows."""
 
-    prompts: list[Prompt]  # one a completion, length B
+    prompts: list[Prompt]  # one per completion, length B
     completions: Completions
     texts: list[str] | list[Messages]
     """What the reward functions see: a string, or one assistant message when the prompt is a chat."""
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
     recorder: StemRecorder | None = None
-    """What was seen of these rows, in this order, as they were sampled."""
+    """Hidden states kept of these rows, in this order, as they were sampled."""
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def select(self, rows: Tensor) -> Batch:
+    def select(self, rows: Tensor) -> RewardedGroups:
         """The rows with these indices, in that order."""
         chosen = rows.tolist()
-        return Batch(
+        return RewardedGroups(
             [self.prompts[row] for row in chosen],
             self.completions.rows(rows),
             [self.texts[row] for row in chosen],  # type: ignore[arg-type]
@@ -43,9 +43,9 @@ class Batch:
         )
 
 
-def concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
+def concatenate(batches: Sequence[RewardedGroups], pad_id: int) -> RewardedGroups:
     """Rows of all batches in order; prompts padded left and completions right to the widest."""
-    return Batch(
+    return RewardedGroups(
         [prompt for batch in batches for prompt in batch.prompts],
         concatenate_completions([batch.completions for batch in batches], pad_id),
         [text for batch in batches for text in batch.texts],  # type: ignore[arg-type]
@@ -55,6 +55,8 @@ def concatenate(batches: Sequence[Batch], pad_id: int) -> Batch:
 
 
 def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Completions:
+    """Rows of all parts in order, padded as `concatenate` says."""
+
     prompt_width = max(part.prompt_ids.shape[1] for part in parts)
     width = max(part.completion_ids.shape[1] for part in parts)
 
@@ -77,13 +79,13 @@ def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Comple
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What the update multiplies the log-probability gradient with, and where it came from."""
+class Advantages:
+    """Factors of the log-probability gradient in the update, and where they came from."""
 
     advantages: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, tokens that give gradient
     task_advantages: Tensor  # (B,)
-    reduced: Tensor | None = None
+    per_completion: Tensor | None = None
     """(B,) the measure of each completion; None without disagreement."""
     bonus: Tensor | None = None
     """(B,) or (B, T) as added to the advantage."""
@@ -122,7 +124,12 @@ class MicroBatch:
 
 
 def micro_batches_of(
-    batch: Batch, signal: Signal, weights: Tensor, entropy_weights: Tensor, size: int, device: torch.device
+    batch: RewardedGroups,
+    advantages: Advantages,
+    weights: Tensor,
+    entropy_weights: Tensor,
+    size: int,
+    device: torch.device,
 ) -> list[MicroBatch]:
     """The rank's rows, `size` at a time. Collective: all ranks get the same number of micro-batches.
 
@@ -131,12 +138,17 @@ def micro_batches_of(
     """
     own = [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
     count = int(collectives.all_reduce_max([len(own)])[0])
-    parts = [_micro_batch(batch, signal, weights, entropy_weights, rows, device) for rows in own]
+    parts = [_micro_batch(batch, advantages, weights, entropy_weights, rows, device) for rows in own]
     return parts + [_emptied(parts[-1]) for _ in range(count - len(parts))]
 
 
 def _micro_batch(
-    batch: Batch, signal: Signal, weights: Tensor, entropy_weights: Tensor, rows: slice, device: torch.device
+    batch: RewardedGroups,
+    advantages: Advantages,
+    weights: Tensor,
+    entropy_weights: Tensor,
+    rows: slice,
+    device: torch.device,
 ) -> MicroBatch:
     completions = batch.completions.rows(rows).trimmed()
     T = completions.completion_ids.shape[1]
@@ -147,12 +159,12 @@ def _micro_batch(
     moved = to_device(completions, device)
     return MicroBatch(
         tokens=(moved.prompt_ids, moved.prompt_mask, moved.completion_ids, moved.completion_mask),
-        advantages=cut(signal.advantages),
-        mask=cut(signal.mask),
+        advantages=cut(advantages.advantages),
+        mask=cut(advantages.mask),
         weights=cut(weights),
         sampler_logps=moved.sampler_logps,
-        ref_logps=None if signal.ref_logps is None else cut(signal.ref_logps),
-        selected=None if signal.selected is None else cut(signal.selected),
+        ref_logps=None if advantages.ref_logps is None else cut(advantages.ref_logps),
+        selected=None if advantages.selected is None else cut(advantages.selected),
         entropy_weights=cut(entropy_weights),
     )
 
@@ -169,7 +181,7 @@ def _emptied(micro: MicroBatch) -> MicroBatch:
 
 @dataclass
 class Updates:
-    """What the optimizer steps of one rollout did; loss, pairs and maxima are this rank's share."""
+    """Outcome of the optimizer steps on one rollout; loss, pairs and maxima are this rank's share."""
 
     loss: float = 0.0
     pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -177,10 +189,11 @@ class Updates:
     grad_norm: float = 0.0
     learning_rate: float = 0.0
     refused: list[bool] = field(default_factory=list)
-    """Whether each of the optimizer steps was refused, in order."""
+    """True for each optimizer step that was refused, in order."""
     first_logps: list[Tensor] = field(default_factory=list)
     """(b, T) of each micro-batch, under the policy that the rollout began with."""
-    first_entropies: list[Tensor] = field(default_factory=list)  # likewise
+    first_entropies: list[Tensor] = field(default_factory=list)
+    """(b, T) of each micro-batch, likewise."""
 
     def add(self, output: LossOutput) -> None:
         """Count one micro-batch."""

@@ -1,4 +1,4 @@
-"""Groups on their way from prompts to rewarded completions, and those that a checkpoint carries."""
+"""Groups that are still being sampled, and how a checkpoint carries them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,27 @@ from vdr_cli.samples import Completions, Prompt
 from vdr_cli.training.batch import concatenate_completions
 
 AHEAD = "ahead.pt"
-"""In a checkpoint, when completions of the next step are drawn already."""
+"""File of a checkpoint that holds completions of the next step."""
 
 
 @dataclass(frozen=True)
-class Drawing:
+class PendingRollout:
     """Groups that are being sampled; their rewards are computed as they finish."""
 
     positions: list[int]
-    """Of the prompts in the stream."""
-    prompts: list[Prompt]  # one a group
+    """Where the prompts stand in the stream."""
+    prompts: list[Prompt]  # one per group
     wait: Callable[[], Completions]
+    """Returns the completions when all of them are there; a second call returns them again."""
     rewards: RewardStream
     recorder: StemRecorder | None = None
 
 
-def save(drawing: Drawing, folder: Path) -> None:
-    """The completions of all ranks, in the order of the stream. Collective; rank 0 writes."""
-    completions = collectives.together(drawing.wait)
-    shares = collectives.gather_objects((drawing.positions, asdict(completions)))
+def save(pending: PendingRollout, folder: Path) -> None:
+    """Write the completions of all ranks, in the order of the stream. Collective; rank 0 writes."""
+    with collectives.agreed():
+        completions = pending.wait()
+    shares = collectives.gather_objects((pending.positions, asdict(completions)))
     if collectives.is_main():
         torch.save(shares, folder / AHEAD)
 
@@ -48,8 +50,8 @@ def load(
     prompt_at: Callable[[int], Prompt],
     stream: Callable[[list[Prompt]], RewardStream],
     pad_id: int,
-) -> Drawing | None:
-    """This rank's part of what `save` wrote, None when it wrote nothing. Rewards are computed again. Collective.
+) -> PendingRollout | None:
+    """This rank's part of what `save` wrote, or None when it wrote nothing. Rewards are computed again. Collective.
 
     share: splits a number of groups over the ranks. prompt_at: the prompt at a position of the stream. stream: the
     reward stream for a list of prompts.
@@ -57,23 +59,23 @@ def load(
     if not collectives.broadcast_object((folder / AHEAD).is_file()):
         return None
     saved: Sequence[tuple[list[int], dict[str, Any]]] = torch.load(folder / AHEAD, weights_only=True)
-    everywhere = [position for positions, _ in saved for position in positions]
+    everybody = [position for positions, _ in saved for position in positions]
     whole = concatenate_completions([Completions(**parts) for _, parts in saved], pad_id)
-    counts, G = share(len(everywhere)), len(whole) // len(everywhere)
+    counts, G = share(len(everybody)), len(whole) // len(everybody)
     first = sum(counts[: collectives.rank()])
     end = first + counts[collectives.rank()]
     completions = whole.rows(slice(first * G, end * G)).trimmed()
-    prompts = [prompt_at(position) for position in everywhere[first:end]]
+    prompts = [prompt_at(position) for position in everybody[first:end]]
     rewards = stream(prompts)
     if prompts:
         rewards.finished(range(len(prompts)), completions)
-    return Drawing(everywhere[first:end], prompts, lambda: completions, rewards)
+    return PendingRollout(everybody[first:end], prompts, lambda: completions, rewards)
 
 
 def reward_stream(
     config: Config, rewards: list[LoadedReward], tokenizer: Any, prompts: list[Prompt], step: int
 ) -> RewardStream:
-    """Computes the rewards of these prompts' groups at this step, each group as it is sampled."""
+    """A stream that computes the rewards of these prompts' groups at this step, each as soon as it is sampled."""
     return RewardStream(
         rewards,
         prompts,

@@ -33,14 +33,15 @@ from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
 from vdr_cli.models import limits, products
 from vdr_cli.system.processes import end_process
-from vdr_cli.training import run
+from vdr_cli.training import opening, reading
+from vdr_cli.training.state import LoopState
 
 LEAST_WORK = products.LEAST_WORK
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 gathers, gathered_bytes = 0, 0
 plant: str | None = None
 calls: list[dict[str, Any]] = []
-gathers_at_advance: list[tuple[int, int]] = []
+gathers_at_step_end: list[tuple[int, int]] = []
 gradient: dict[str, torch.Tensor] = {}
 
 
@@ -63,13 +64,13 @@ def watched_loss(inputs: Any, weights: Any, cfg: Any) -> Any:
     return output
 
 
-def watched_micro_batches(batch: Any, signal: Any, weights: Any, entropy_weights: Any, *rest: Any) -> list[Any]:
+def watched_micro_batches(batch: Any, advantages: Any, weights: Any, entropy_weights: Any, *rest: Any) -> list[Any]:
     if plant == "shuffled":
         order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
         batch, weights, entropy_weights = batch.select(order), weights[order], entropy_weights[order]
-        tensors = {name: value[order] for name, value in vars(signal).items() if isinstance(value, torch.Tensor)}
-        signal = dataclasses.replace(signal, **tensors)
-    micro_batches = micro_batches_of(batch, signal, weights, entropy_weights, *rest)
+        tensors = {name: value[order] for name, value in vars(advantages).items() if isinstance(value, torch.Tensor)}
+        advantages = dataclasses.replace(advantages, **tensors)
+    micro_batches = micro_batches_of(batch, advantages, weights, entropy_weights, *rest)
     return [widened(micro) for micro in micro_batches] if plant == "padded" else micro_batches
 
 
@@ -90,9 +91,9 @@ def watched_recorder(*args: Any) -> Any:
     return None if plant == "unrecorded" else recorder_of(*args)
 
 
-def watched_advance(self: Any, steps: int, tokens: int) -> None:
-    gathers_at_advance.append((gathers, gathered_bytes))
-    advance(self, steps, tokens)
+def watched_end_step(self: Any, steps: int, tokens: int) -> None:
+    gathers_at_step_end.append((gathers, gathered_bytes))
+    end_step(self, steps, tokens)
 
 
 def watched_step(self: Any, learning_rate: float) -> Any:
@@ -103,15 +104,16 @@ def watched_step(self: Any, learning_rate: float) -> Any:
     return step(self, learning_rate)
 
 
-def probed_finish(self: Any) -> None:
-    found = {"calls": list(calls), "gathers": list(gathers_at_advance), "gradient": dict(gradient)}
-    with self.engine.twin() as model:
+def probed_complete(self: Any) -> None:
+    found = {"calls": list(calls), "gathers": list(gathers_at_step_end), "gradient": dict(gradient)}
+    res = self.resources
+    with res.engine.twin() as model:
         found["logits"] = model(input_ids=PROMPT).logits
-        if self.reference is not None:
-            with self.reference.whole(model) as reference:
+        if res.reference is not None:
+            with res.reference.whole(model) as reference:
                 found["reference"] = reference(input_ids=PROMPT).logits
-    torch.save(found, self.directory / f"probe_rank{collectives.rank()}.pt")
-    finish(self)
+    torch.save(found, res.directory / f"probe_rank{collectives.rank()}.pt")
+    complete(self)
 
 
 for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
@@ -119,11 +121,11 @@ for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
 policy_loss, train.policy_loss = train.policy_loss, watched_loss
 micro_batches_of, train.micro_batches_of = train.micro_batches_of, watched_micro_batches
 loss_mask, train.loss_mask = train.loss_mask, watched_mask
-recorder_of, train.recorder_of = train.recorder_of, watched_recorder
-advance, run.Run.advance = run.Run.advance, watched_advance
+recorder_of, reading.recorder_of = reading.recorder_of, watched_recorder
+end_step, LoopState.end_step = LoopState.end_step, watched_end_step
 step, Engine.step = Engine.step, watched_step
-finish, run.Run.finish = run.Run.finish, probed_finish
-leave, run._leave_process_group = run._leave_process_group, lambda: None  # the runs share one process group
+complete, opening.Run.complete = opening.Run.complete, probed_complete
+leave, opening.leave_process_group = opening.leave_process_group, lambda: None  # the runs share one process group
 
 
 def work_through(runs: list[dict[str, Any]]) -> None:
@@ -131,7 +133,7 @@ def work_through(runs: list[dict[str, Any]]) -> None:
     for entry in runs:
         plant = entry["plant"]
         calls.clear()
-        gathers_at_advance.clear()
+        gathers_at_step_end.clear()
         gradient.clear()
         build.TREE_TOKENS = 0 if plant == "two_passes" else limits.TREE_TOKENS
         products.LEAST_WORK = 1 if plant == "onednn" else LEAST_WORK

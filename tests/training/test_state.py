@@ -1,10 +1,10 @@
-"""Which refusals follow each other."""
+"""The state that a step leaves to the next, and what is due after it."""
 
 from __future__ import annotations
 
 import pytest
 
-from vdr_cli.training.record import refused_in_a_row
+from vdr_cli.training.state import LoopState
 
 YES, NO = True, False
 
@@ -21,4 +21,6 @@ YES, NO = True, False
     ],
 )
 def test_a_step_that_went_well_ends_the_row(before: int, refused: list[bool], expected: tuple[int, int]) -> None:
-    assert refused_in_a_row(before, refused) == expected
+    state = LoopState(refused=before)
+    longest = state.count_refusals(refused)
+    assert (state.refused, longest) == expected

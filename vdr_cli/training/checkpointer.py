@@ -1,0 +1,93 @@
+"""When and what a run saves, and how it goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vdr_cli.config.load import config_hash
+from vdr_cli.engine import checkpoint as checkpoints
+from vdr_cli.engine import collectives
+from vdr_cli.engine.reference import FrozenCopy
+from vdr_cli.errors import MachineError
+from vdr_cli.launch import watchdog
+from vdr_cli.rewards.stream import RewardStream
+from vdr_cli.samples import Prompt
+from vdr_cli.training import pending_rollout
+from vdr_cli.training.resources import Resources
+from vdr_cli.training.state import LoopState
+
+
+class Checkpointer:
+    """Writes checkpoints/step_<n> of one run. Every method is a collective."""
+
+    def __init__(self, resources: Resources, note: Callable[[str], None]) -> None:
+        """note: prints a line for the user, from rank 0."""
+        self._resources, self._note = resources, note
+        self._saved_step: int | None = None
+        self._folder = resources.directory / "checkpoints"
+
+    def save_if_possible(self, state: LoopState) -> None:
+        """`save`; if the checkpoint cannot be written (disk full), warn and carry on: the previous one is intact."""
+        try:
+            self.save(state)
+        except MachineError as error:
+            self._note(f"{error}; going on")
+
+    def save(self, state: LoopState) -> None:
+        """Write the checkpoint of this step unless it is there, and remove old ones.
+
+        Raises MachineError on every rank when it cannot be written; the previous checkpoint is intact.
+        """
+        if self._saved_step == state.step:
+            return
+        watchdog.phase("checkpoint")
+        cfg = self._resources.config
+        content = {"loop": state.saved(), "config_hash": config_hash(cfg)}
+
+        def write_more(folder: Path) -> None:
+            if isinstance(self._resources.reference, FrozenCopy):
+                self._resources.reference.save(folder)
+            if state.pending is not None:
+                pending_rollout.save(state.pending, folder)
+
+        checkpoints.save(self._resources.engine, self._folder, state.step, content, also=write_more)
+        self._saved_step = state.step
+        best = state.best_step if cfg.train.keep_best else None
+        keep = self._folder / f"step_{best:06d}" if best is not None else None
+        checkpoints.prune(self._folder, cfg.train.keep_last, keep)
+
+    def best_is_new(self, state: LoopState) -> bool:
+        """True when the best held-out evaluation is of this step and its checkpoint is to be kept (keep_best).
+
+        False at the run's end, where a checkpoint is written anyway.
+        """
+        cfg = self._resources.config.train
+        return cfg.keep_best and state.best_step == state.step and state.step < cfg.steps
+
+    def restore(self, found: checkpoints.Checkpoint | None) -> LoopState:
+        """Load this checkpoint into the engine and the reference; the loop's state. None: a run from its start.
+
+        Checkpoints of later steps are set aside: the run writes them again.
+        Raises MachineError when a rank does not see the same files, or they cannot be converted.
+        """
+        state = LoopState()
+        if found is not None:
+            checkpoints.load(self._resources.engine, found)
+            if isinstance(self._resources.reference, FrozenCopy):
+                self._resources.reference.load(found.path)
+            state = LoopState.restored(found.state["loop"])
+            state.pending = self._pending(found.path, state.step)
+            self._saved_step = state.step if found.path.parent == self._folder else None
+            self._note(f"resumed from {found.path}")
+        checkpoints.set_aside(self._folder, after=state.step if found is not None else -1)
+        return state
+
+    def _pending(self, folder: Path, step: int) -> pending_rollout.PendingRollout | None:
+        """The groups that this checkpoint carries for the step it resumes at."""
+        res = self._resources
+
+        def stream(prompts: list[Prompt]) -> RewardStream:
+            return pending_rollout.reward_stream(res.config, res.rewards, res.tokenizer, prompts, step)
+
+        return pending_rollout.load(folder, collectives.even_shares, res.prompt_at, stream, res.tokenizer.pad_token_id)

@@ -1,0 +1,75 @@
+"""A rank's completions as columns of a table, and its first group as the live view shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vdr_cli.training.batch import Advantages, RewardedGroups
+from vdr_cli.training.live import Sample
+from vdr_cli.training.resources import Resources
+
+SHOWN_COMPLETIONS = 8
+
+
+def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advantages) -> dict[str, list[Any]]:
+    """This rank's completions as columns; numbers per completion, and lists per token where they are per token."""
+    completions = batch.completions
+    lengths = completions.completion_mask.sum(1).tolist()
+    prompt_ids = [ids[mask].tolist() for ids, mask in zip(completions.prompt_ids, completions.prompt_mask, strict=True)]
+    columns: dict[str, list[Any]] = {
+        "row": [prompt.row for prompt in batch.prompts],
+        "prompt": [prompt.value for prompt in batch.prompts],
+        "completion": list(batch.texts),
+        "prompt_ids": prompt_ids,
+        "completion_ids": _cut(completions.completion_ids, lengths),
+        "truncated": completions.truncated.tolist(),
+        "reward": batch.task_reward.tolist(),
+        "advantage": _per_completion(advantages.advantages, completions.completion_mask).tolist(),
+    }
+    for index, reward in enumerate(res.rewards):
+        columns[f"rewards/{reward.name}"] = batch.rewards[:, index].tolist()
+    measure = res.config.disagreement.measure
+    if advantages.per_completion is not None and advantages.bonus is not None:
+        columns["bonus"] = _per_completion(advantages.bonus, completions.completion_mask).tolist()
+        columns[measure] = advantages.per_completion.tolist()
+    if advantages.token_measure is not None:
+        measured = _cut(advantages.token_measure, lengths[: len(advantages.token_measure)])
+        columns[f"{measure}_tokens"] = measured + [None] * (len(lengths) - len(measured))
+    return columns
+
+
+def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -> list[Sample] | None:
+    """The step's first group, for the live view.
+
+    None where it was not measured token by token and an earlier group that was is still shown.
+    """
+    per_completion, measured = advantages.per_completion, advantages.token_measure
+    if per_completion is not None and measured is None and res.config.observe.completions_every:
+        return None
+    samples = []
+    for row in range(min(res.config.rollout.group_size, SHOWN_COMPLETIONS)):
+        ids = batch.completions.completion_ids[row, batch.completions.completion_mask[row]].tolist()
+        heat = measured[row, : len(ids)].tolist() if measured is not None else [0.0] * len(ids)
+        if measured is None and per_completion is not None and ids:
+            heat[-1] = float(per_completion[row])  # end_of_sequence: the position that predicts the last token
+        prompt = batch.prompts[row].value
+        samples.append(
+            Sample(
+                prompt if isinstance(prompt, str) else prompt[-1]["content"],
+                [res.tokenizer.decode([token]) for token in ids],
+                heat,
+                float(batch.task_reward[row]),
+            )
+        )
+    return samples
+
+
+def _per_completion(values: Tensor, mask: Tensor) -> Tensor:
+    """(B,) values as they are; (B, T) values as their mean over valid tokens."""
+    return values if values.dim() == 1 else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _cut(rows: Tensor, lengths: list[int]) -> list[list[Any]]:
+    return [row[:length].tolist() for row, length in zip(rows, lengths, strict=True)]

@@ -1,0 +1,38 @@
+"""Held-out evaluations of the policy during a run."""
+
+from __future__ import annotations
+
+from vdr_cli.engine import collectives
+from vdr_cli.evaluation.evaluate import evaluate_model
+from vdr_cli.training.resources import Resources
+from vdr_cli.training.state import LoopState
+
+
+def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
+    """eval/pass@1, eval/pass@k, eval/reward ... of the policy on held-out prompts; the best pass@1 is remembered.
+
+    Empty without held-out prompts. Collective. Raises DataError when a reward function fails.
+    """
+    cfg = res.config
+    if res.held_out is None:
+        return {}
+    if state.pending is not None:  # servers that sample for the next step must not get newer weights meanwhile
+        with collectives.agreed():
+            state.pending.wait()
+    with res.timer.phase("evaluation"), res.engine.twin() as model:
+        result = evaluate_model(
+            model,
+            res.tokenizer,
+            res.rollout,
+            [res.held_out[index] for index in range(min(cfg.train.eval_prompts, len(res.held_out)))],
+            res.rewards,
+            cfg.train.eval_samples,
+            sorted({1, cfg.train.eval_samples}),
+            cfg.train.seed,
+            res.sampling,
+            solved_at=cfg.rewards.solved_at,
+            timeout=cfg.rewards.timeout,
+        )
+    metrics = {f"eval/{name}": value for name, value in result.metrics().items()}
+    state.remember_best(metrics["eval/pass@1"])
+    return metrics

@@ -1,0 +1,298 @@
+"""How a run opens, resumes and ends: everything that train.py's loop finds in place."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vdr_cli.config import Config
+from vdr_cli.config.load import config_hash, dump_run_record
+from vdr_cli.data.completions import remove_after
+from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
+from vdr_cli.disagreement.check import check_members
+from vdr_cli.disagreement.hooks import ensemble
+from vdr_cli.disagreement.members import EnsembleSpec
+from vdr_cli.engine import checkpoint as checkpoints
+from vdr_cli.engine import collectives
+from vdr_cli.engine.build import Engine, build_engine, start_distributed
+from vdr_cli.engine.export import export_model
+from vdr_cli.engine.reference import build_reference
+from vdr_cli.errors import ConfigError, MachineError, VdrError
+from vdr_cli.exploration.bonus import PATIENCE, BonusWatch
+from vdr_cli.launch import outcome, watchdog
+from vdr_cli.launch.environment import prepare_process
+from vdr_cli.models.anatomy import check_head
+from vdr_cli.models.independence import check_independence
+from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
+from vdr_cli.rewards.base import LoadedReward, check_columns
+from vdr_cli.rewards.loading import load_rewards
+from vdr_cli.rollout.build import open_rollout
+from vdr_cli.samples import Sampling
+from vdr_cli.system.stopping import StopSignal
+from vdr_cli.training import audit_record
+from vdr_cli.training.checkpointer import Checkpointer
+from vdr_cli.training.live import LiveView
+from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.resources import Resources
+from vdr_cli.training.run_log import RunLog
+from vdr_cli.training.state import LoopState
+
+
+@dataclass
+class Run:
+    """What train.py's loop works with."""
+
+    resources: Resources
+    state: LoopState
+    checkpointer: Checkpointer
+    log: RunLog
+    stop: StopSignal
+    exit_code: int = 0
+
+    def stopped(self) -> bool:
+        """True when any rank received Ctrl-C or SIGTERM; the exit code says which. Collective."""
+        signal_number = int(collectives.all_reduce_max([float(self.stop.received)])[0])
+        if signal_number:
+            self.exit_code = 128 + signal_number
+        return bool(signal_number)
+
+    def complete(self) -> None:
+        """Write the last checkpoint and, when the run reached its end, model/, report.html and the finished marker.
+
+        Collective. Raises MachineError on every rank when something cannot be written.
+        """
+        res = self.resources
+        self.checkpointer.save(self.state)
+        if self.exit_code:
+            return
+        if res.config.train.save_model:
+            export_model(res.engine, res.tokenizer, res.directory / "model")
+        if collectives.is_main() and res.config.observe.report:
+            _write_report(res.directory, self.log)
+        with collectives.agreed():
+            if collectives.is_main():
+                _mark_finished(res.directory, self.state.step)
+
+
+@contextmanager
+def open_run(config: Config, resume: str | None) -> Iterator[Run]:
+    """Everything that a run needs, loaded or resumed; closed again whatever happens.
+
+    After a VdrError in the loop the last finished step is saved before the error is raised again.
+    """
+    prepare_process(config.launch)
+    if config.train.output is None:
+        raise ConfigError("train.output is needed: the run directory, the same for every process")
+    directory = Path(config.train.output)
+    watchdog.begin(str(directory), config.launch.fault_timeout)
+    device = start_distributed()
+    with ExitStack() as stack:
+        stack.callback(leave_process_group)
+        rank, size = collectives.rank(), collectives.world_size()
+        stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
+        refuse_other_settings(config)
+        stop = stack.enter_context(StopSignal())
+        run = _open(config, directory, device, stop, resume, stack)
+        try:
+            yield run
+        except VdrError as error:
+            outcome.write_fault(directory, collectives.rank(), str(error), error.exit_code)
+            if not isinstance(error, MachineError):
+                run.log.note("saving the last finished step")
+                run.checkpointer.save_if_possible(run.state)
+            raise
+
+
+def _open(
+    config: Config, directory: Path, device: torch.device, stop: StopSignal, resume: str | None, stack: ExitStack
+) -> Run:
+    _seed(config.train.seed)
+    with collectives.agreed():
+        inputs = _read_inputs(config)
+    with _on_disk(directory):
+        if collectives.is_main() and directory.is_dir():  # how an earlier run ended is not how this one did
+            outcome.clear(directory)
+    found, passed_over = _choose_checkpoint(directory, resume)
+    res = _load(config, directory, device, inputs, checkpoints.needs_conversion(found), resume is None, stack)
+    log = _open_log(res, stack)
+    log.note(f"run directory {directory}")
+    for line in passed_over:
+        log.note(line)
+    checkpointer = Checkpointer(res, log.note)
+    state = LoopState()
+    if resume is not None:
+        state = checkpointer.restore(found)
+        log.truncate(state.step or -1)  # what was measured before the first step is measured again
+        if collectives.is_main():
+            remove_after(directory, state.step)
+            audit_record.remove_from(directory, state.step)
+    log.begin(config.train.steps, state.step)
+    return Run(res, state, checkpointer, log, stop)
+
+
+@dataclass
+class _Inputs:
+    """What is read before a weight is loaded."""
+
+    tokenizer: Any
+    prompts: PromptSet
+    held_out: PromptSet | None
+    rewards: list[LoadedReward]
+
+
+def _read_inputs(config: Config) -> _Inputs:
+    model = config.model
+    named = model.name, model.revision, model.trust_remote_code
+    tokenizer = load_tokenizer(*named)
+    limits = Limits.of(load_model_config(*named), config.rollout.max_new_tokens)
+    prompts = load_prompts(config.data, "train", tokenizer, limits)
+    rewards = load_rewards(config.rewards, config.data.name)
+    check_columns(rewards, prompts.columns)
+    held_out = load_prompts(config.data, "eval", tokenizer, limits) if config.train.eval_every else None
+    if held_out is not None:
+        check_columns(rewards, held_out.columns)
+    return _Inputs(tokenizer, prompts, held_out, rewards)
+
+
+def _load(
+    config: Config,
+    directory: Path,
+    device: torch.device,
+    inputs: _Inputs,
+    universal: bool,
+    fresh: bool,
+    stack: ExitStack,
+) -> Resources:
+    """The models and the sampler, once everything that can be wrong with the settings has been checked."""
+    cfg = config.disagreement
+    members = None if cfg.mode == "none" else EnsembleSpec.from_config(cfg, config.train.seed)
+    engine = build_engine(config, device, universal=universal)
+    _check_model(engine, members)
+    _prepare_directory(directory, config, fresh)
+    eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
+    rollout = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main())
+    return Resources(
+        config=config,
+        directory=directory,
+        engine=engine,
+        **vars(inputs),
+        rollout=stack.enter_context(rollout),
+        sampling=sampling_of(config),
+        ensemble=members,
+        reference=build_reference(config, engine),
+    )
+
+
+def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
+    """Raise ConfigError when the model lacks the modules that the run needs. Collective."""
+    with engine.twin() as model, collectives.agreed():
+        check_head(model)
+        check_independence(model)
+        if members is not None:
+            with ensemble(model, members, step=0, members=[0]):  # refuses a last_k beyond the model's layers
+                pass
+            check_members(model, members)
+
+
+def _open_log(res: Resources, stack: ExitStack) -> RunLog:
+    writer = view = None
+    observe = res.config.observe
+    with collectives.agreed():
+        if collectives.is_main():
+            writer = stack.enter_context(MetricsWriter(res.directory, observe, res.config.model_dump()))
+            view = stack.enter_context(LiveView(observe.live))
+    return RunLog(res.directory, writer, view, BonusWatch(flat_after=min(PATIENCE, res.config.train.steps)))
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How the run's completions are drawn."""
+    cfg = config.rollout
+    return Sampling(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tuple(cfg.stop)
+    )
+
+
+def refuse_other_settings(config: Config) -> None:
+    """Raise ConfigError when ranks were started with different settings: they would wait for each other. Collective."""
+    own = config_hash(config), config.observe.completions_every, config.observe.audit_every
+    (first, expected), *others = collectives.gather_objects((socket.gethostname(), own))
+    for host, theirs in others:
+        if theirs != expected:
+            raise ConfigError(
+                f"the settings on host {host} are not those on {first}, where rank 0 is; start every rank with the "
+                "same file and flags"
+            )
+
+
+def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    if resume is None:
+        return None, []
+    if resume == "auto":
+        return checkpoints.newest_complete(directory / "checkpoints")
+    return checkpoints.open_checkpoint(Path(resume)), []
+
+
+def _prepare_directory(directory: Path, config: Config, fresh: bool) -> None:
+    """Create the directory with config.yaml. Collective.
+
+    fresh: raise ConfigError when another run has taken the directory in the meantime.
+    """
+    with _on_disk(directory):
+        if not collectives.is_main():
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with (directory / "config.yaml").open("x" if fresh else "w", encoding="utf-8") as file:
+                file.write(dump_run_record(config))
+        except FileExistsError:
+            raise ConfigError(f"train.output {directory} holds another run; give another --output") from None
+
+
+@contextmanager
+def _on_disk(directory: Path) -> Iterator[None]:
+    """A block that writes to the run directory: what the disk refuses is a MachineError on every rank. Collective."""
+    with collectives.agreed():
+        try:
+            yield
+        except OSError as fault:
+            reason = fault.strerror or fault
+            raise MachineError(f"train.output {directory}: cannot be written ({reason}); choose another") from fault
+
+
+def _write_report(directory: Path, log: RunLog) -> None:
+    """Write report.html; if that fails, warn: the run itself is complete."""
+    from vdr_cli.report.page import write_report
+
+    try:
+        write_report(directory)
+    except (VdrError, OSError) as error:
+        log.note(f"report.html was not written: {error}")
+
+
+def _mark_finished(directory: Path, step: int) -> None:
+    try:
+        outcome.write_finished(directory, step=step)
+    except OSError as fault:
+        raise MachineError(f"{directory}: the run is done but this cannot be written: {fault}") from fault
+
+
+def _seed(seed: int) -> None:
+    """Seed the global generators for reward functions that use them; vdr itself never does."""
+    own = seed * 1_000_003 + collectives.rank()
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
+def leave_process_group() -> None:
+    """Destroy the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,74 @@
+"""What a run works with and never changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdr_cli.config import Config
+from vdr_cli.data.order import stream_indices
+from vdr_cli.data.prompts import PromptSet
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.engine.build import Engine
+from vdr_cli.engine.reference import Adapterless, FrozenCopy
+from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rollout.base import Rollout
+from vdr_cli.samples import Prompt, Sampling
+from vdr_cli.training.state import Due, due_after
+from vdr_cli.training.timing import PhaseTimer
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One rank's fixed parts of a run."""
+
+    config: Config
+    directory: Path
+    engine: Engine
+    tokenizer: Any
+    prompts: PromptSet
+    held_out: PromptSet | None
+    rewards: list[LoadedReward]
+    rollout: Rollout
+    sampling: Sampling
+    ensemble: EnsembleSpec | None
+    """None with disagreement.mode none."""
+    reference: FrozenCopy | Adapterless | None
+    """None with grpo.beta 0."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def prompt_at(self, position: int) -> Prompt:
+        """The prompt at this position of the endless stream of training prompts."""
+        cfg = self.config
+        (row,) = stream_indices(len(self.prompts), position, 1, cfg.train.seed, cfg.data.shuffle)
+        return self.prompts[row]
+
+    def reward_weights(self) -> Tensor:
+        """(F,) float32, the weight of each reward function."""
+        return torch.tensor([reward.weight for reward in self.rewards])
+
+    def due(self, before: int, now: int) -> Due:
+        """What is due when the optimizer steps before+1 ... now are done."""
+        cfg = self.config
+        return due_after(
+            before,
+            now,
+            last=cfg.train.steps,
+            eval_every=cfg.train.eval_every,
+            completions_every=cfg.observe.completions_every,
+            sync_reference_every=cfg.grpo.sync_reference_every or 0,
+            checkpoint_every=cfg.train.checkpoint_every,
+        )
+
+    def shows_tokens(self, step: int) -> bool:
+        """Whether people will see the rollout of this step token by token: it is saved, or the first of the run."""
+        return step == 0 or self.due(step, step + self.config.grpo.num_iterations).completions
+
+    def synchronise_reference(self) -> None:
+        """Make the reference model the policy as it is now. The base model under adapters stays as it is."""
+        if isinstance(self.reference, FrozenCopy):
+            self.reference.synchronise()

@@ -1,0 +1,94 @@
+"""Where a run reports: metrics.jsonl, completions/, the terminal. Rank 0 writes and prints, other ranks are silent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vdr_cli.config.schema import DisagreementConfig
+from vdr_cli.data.completions import write_completions
+from vdr_cli.engine import collectives
+from vdr_cli.errors import MachineError
+from vdr_cli.exploration.bonus import BonusWatch
+from vdr_cli.training.batch import Advantages, RewardedGroups
+from vdr_cli.training.completion_table import completion_columns, shown_group
+from vdr_cli.training.live import LiveView
+from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.resources import Resources
+from vdr_cli.training.state import LoopState
+
+
+class RunLog:
+    """One rank's log of a run. writer and view are None on every rank but rank 0."""
+
+    def __init__(self, directory: Path, writer: MetricsWriter | None, view: LiveView | None, watch: BonusWatch) -> None:
+        self._directory, self._writer, self._view, self._watch = directory, writer, view, watch
+
+    def note(self, text: str) -> None:
+        """Print a line for the user."""
+        if self._view is not None:
+            self._view.note(text)
+
+    def begin(self, total_steps: int, done: int) -> None:
+        """Start the clock of the live view. done: steps before this process."""
+        if self._view is not None:
+            self._view.start(total_steps, done)
+
+    def truncate(self, step: int) -> None:
+        """Drop the metrics after this step: a resumed run writes them again."""
+        if self._writer is not None:
+            self._writer.truncate(step)
+
+    def starting_point(self, metrics: dict[str, float]) -> None:
+        """Record the held-out numbers before the first step, so that every run shows what it improved."""
+        self._write(0, metrics)
+        shown = [f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high"))]
+        self.note(f"step 0: {', '.join(shown)}")
+
+    def step(
+        self,
+        res: Resources,
+        state: LoopState,
+        metrics: dict[str, float],
+        batch: RewardedGroups,
+        advantages: Advantages,
+        save_completions: bool,
+    ) -> None:
+        """Record a step: its metrics, its completions if they are to be saved, a line on the terminal. Collective."""
+        metrics = metrics | {"num_tokens": float(state.tokens)}
+        if save_completions:
+            self._save_completions(completion_columns(res, batch, advantages), state.step, res)
+        self._write(state.step, metrics)
+        if self._view is not None:
+            self._view.update(state.step, metrics, shown_group(res, batch, advantages))
+        if res.ensemble is not None and (warning := bonus_warning(self._watch, res.config.disagreement, metrics)):
+            self.note(warning)
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl. If the disk is full, warn; the line is written with the next one."""
+        if self._writer is not None:
+            try:
+                self._writer.log(step, metrics)
+            except MachineError as error:
+                self.note(f"{error}; going on")
+
+    def _save_completions(self, own: dict[str, list[Any]], step: int, res: Resources) -> None:
+        """Write completions/step_<n>.parquet with every rank's rows, in the order of the stream. Collective."""
+        parts = collectives.gather_objects(own)
+        if self._writer is None:
+            return
+        columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        columns["group"] = [row // res.config.rollout.group_size for row in range(len(columns["prompt"]))]
+        try:
+            write_completions(self._directory / "completions", step, columns)
+        except MachineError as error:  # a full disk must not end the training that the checkpoints protect
+            self.note(str(error))
+
+
+def bonus_warning(watch: BonusWatch, config: DisagreementConfig, metrics: dict[str, float]) -> str | None:
+    """Why the bonus does not act, or acts too much, once it has been so for a while; None while all is well."""
+    spread = metrics.get("disagreement/groups_with_spread", 0.0) > 0
+    bonus, task = metrics.get("disagreement/bonus_abs"), metrics.get("advantage_abs")
+    if bonus is None or task is None:  # the step's numbers are not finite: its refusal is reported instead
+        return None
+    return watch.look(config, spread, bonus, task)

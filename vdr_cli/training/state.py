@@ -1,0 +1,117 @@
+"""What changes from step to step: what a checkpoint carries of the loop, and groups on their way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.training.pending_rollout import PendingRollout
+
+SAVED = ("step", "drawn", "tokens", "refused", "best", "best_step")
+"""Fields that a checkpoint's state.json carries, beside `rms`."""
+
+
+@dataclass
+class LoopState:
+    """The loop's counters. With the engine's state they make a resumed run the same run."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    drawn: int = 0
+    """Prompts taken from the stream in finished steps, over all ranks."""
+    tokens: int = 0
+    """Completion tokens so far, over all ranks."""
+    refused: int = 0
+    """Consecutive refused steps, up to now."""
+    best: float | None = None
+    """Best held-out pass@1."""
+    best_step: int | None = None
+    rms: RunningRms = field(default_factory=RunningRms)
+    """The bonus's running RMS, which a step moves on before it ends."""
+    finished_rms: dict[str, float] = field(default_factory=lambda: RunningRms().state_dict())
+    """The same after the steps done: an abandoned step is drawn again with it."""
+    drawn_in_step: int = 0
+    """Prompts that this step has taken. An abandoned step gives them back: they count when it ends."""
+    pending: PendingRollout | None = None
+    """This step's groups, when their sampling started in the step before (rollout.ahead)."""
+    next_pending: PendingRollout | None = None
+    """The next step's groups, whose sampling started in this one."""
+
+    def take(self, counts: list[int], rank: int) -> range:
+        """The positions in the stream of this rank's prompts, when rank r takes the next counts[r]."""
+        first = self.drawn + self.drawn_in_step + sum(counts[:rank])
+        self.drawn_in_step += sum(counts)
+        return range(first, first + counts[rank])
+
+    def end_step(self, steps: int, tokens: int) -> None:
+        """These optimizer steps are done on completions of so many tokens."""
+        self.step += steps
+        self.tokens += tokens
+        self.drawn += self.drawn_in_step
+        self.finished_rms = self.rms.state_dict()
+        self.drawn_in_step = 0
+        self.pending, self.next_pending = self.next_pending, None
+
+    def count_refusals(self, refused: list[bool]) -> int:
+        """Take in whether each of the newest steps was refused, in order. The longest row of refusals on the way."""
+        longest = 0
+        for each in refused:
+            self.refused = self.refused + 1 if each else 0
+            longest = max(longest, self.refused)
+        return longest
+
+    def remember_best(self, solved: float) -> None:
+        """solved: held-out pass@1 of the policy at this step."""
+        if self.best is None or solved > self.best:
+            self.best, self.best_step = solved, self.step
+
+    def saved(self) -> dict[str, Any]:
+        """The part that a checkpoint carries, ready for JSON."""
+        return {name: getattr(self, name) for name in SAVED} | {"rms": self.finished_rms}
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any]) -> LoopState:
+        """The state that `saved` described."""
+        state = cls(**{name: saved[name] for name in SAVED}, finished_rms=saved["rms"])
+        state.rms.load_state_dict(saved["rms"])
+        return state
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the settings ask for after a step."""
+
+    evaluation: bool
+    completions: bool
+    """Save the completions of the step's rollout."""
+    reference: bool
+    """Bring the reference model to the policy."""
+    checkpoint: bool
+
+
+def due_after(
+    before: int,
+    now: int,
+    *,
+    last: int,
+    eval_every: int,
+    completions_every: int,
+    sync_reference_every: int,
+    checkpoint_every: int,
+) -> Due:
+    """What is due when the optimizer steps before+1 ... now are done; 0 switches a thing off.
+
+    The run's last step is always evaluated and its completions saved. Its checkpoint is written as the run ends.
+    """
+
+    def due(every: int) -> bool:
+        return every > 0 and now // every > before // every
+
+    ended = now >= last
+    return Due(
+        evaluation=eval_every > 0 and (ended or due(eval_every)),
+        completions=completions_every > 0 and (ended or due(completions_every)),
+        reference=due(sync_reference_every),
+        checkpoint=not ended and due(checkpoint_every),
+    )
