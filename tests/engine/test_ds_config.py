@@ -1,0 +1,116 @@
+"""From a DeepSpeed JSON to the complete configuration: what is resolved, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vdr_cli.config import Config
+from vdr_cli.config.load import load_config
+from vdr_cli.engine.ds_config import (
+    SMALLEST_BUCKET,
+    DsConfig,
+    ds_config_path,
+    micro_batches_per_rank,
+    read_ds_config,
+    resolve_ds_config,
+    zero_stage,
+)
+from vdr_cli.errors import ConfigError
+
+NAMED = ("zero1", "zero2", "zero3", "zero3_offload")
+
+
+def config(ds_config: str = "zero3", *overrides: str) -> Config:
+    own = ["train.prompts_per_step=6", "rollout.group_size=4", "train.micro_batch_size=8", *overrides]
+    return load_config(overrides=["model.name=other", f"engine.ds_config={ds_config}", *own])
+
+
+def resolved(given: Config, on_gpu: bool = True, hidden_size: int = 64) -> DsConfig:
+    return resolve_ds_config(given, world_size=2, hidden_size=hidden_size, bf16=True, on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_configurations_have_nothing_left_to_deepspeed(name: str) -> None:
+    made = resolved(config(name))
+    assert "auto" not in json.dumps(made)
+    assert zero_stage(made) == int(name[4])
+    assert made["train_micro_batch_size_per_gpu"] == 8 and made["train_batch_size"] == 16
+    assert made["gradient_accumulation_steps"] == 1, "micro-batches are counted by the loop"
+    assert made["gradient_clipping"] == 1.0 and made["bf16"] == {"enabled": True}
+    assert ("offload_optimizer" in made["zero_optimization"]) == (name == "zero3_offload")
+
+
+def test_buckets_follow_the_hidden_size() -> None:
+    zero = resolved(config(), hidden_size=8192)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 8192**2
+    assert zero["stage3_param_persistence_threshold"] == 81_920
+    assert resolved(config(), hidden_size=64)["zero_optimization"]["reduce_bucket_size"] == SMALLEST_BUCKET
+
+
+def test_nothing_is_offloaded_from_a_cpu() -> None:
+    assert "offload_optimizer" not in resolved(config("zero3_offload"), on_gpu=False)["zero_optimization"]
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 3), (2, 2), (4, 1), (6, 1)])
+def test_the_rank_with_most_groups_counts(world_size: int, expected: int) -> None:
+    assert micro_batches_per_rank(config(), world_size) == expected
+
+
+def test_a_path_is_read_where_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('\ufeff{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    assert ds_config_path(str(file)) == file
+    assert read_ds_config(str(file)) == {"zero_optimization": {"stage": 2}}
+    assert zero_stage({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", r"mine.json:1: .*; mend the JSON"),
+        ("[]", "a JSON object is needed, not list"),
+        ('{"zero_optimisation": {}}', "unknown key zero_optimisation; did you mean zero_optimization?"),
+        ('{"bf16": true}', "bf16 must be an object"),
+    ],
+)
+def test_a_bad_file_is_named(text: str, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=line):
+        read_ds_config(str(file))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"engine.ds_config zero9: no such file and not one of zero1"):
+        ds_config_path("zero9")
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"train_batch_size": 7}, "train_batch_size is 7 but train.prompts_per_step x rollout.group_size is 24"),
+        ({"gradient_accumulation_steps": 5}, "gradient_accumulation_steps is 5 but .* is 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but train.max_grad_norm is 1.0"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled disagrees with model.dtype"),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer is set by train.learning_rate"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7; give 0 to 3"),
+        ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, 'zero_optimization.sub_group_size is "auto"'),
+    ],
+)
+def test_conflicts_name_both_sides(given: dict[str, Any], line: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(given))
+    with pytest.raises(ConfigError, match=line):
+        resolved(config(str(file)))
+
+
+def test_agreeing_and_automatic_values_pass(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    agreeing = {"train_batch_size": 24, "gradient_accumulation_steps": "auto", "optimizer": {"params": {"lr": "auto"}}}
+    file.write_text(json.dumps({**agreeing, "bf16": {"enabled": "auto"}}))
+    assert resolved(config(str(file)))["train_batch_size"] == 16, "DeepSpeed's own number: of one pass"
