@@ -1,0 +1,70 @@
+"""The module's calls in the life of one process. Ranks that lose each other: test_watchdog.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from vdr_cli.errors import DataError
+from vdr_cli.launch import watchdog
+
+
+class Recorder:
+    """In place of the thread: what it was told."""
+
+    def __init__(self, directory: Any, timeout: float) -> None:
+        self.directory, self.timeout = directory, timeout
+        self.phase = "start"
+        self.events: list[Any] = []
+
+    def connect(self, *arguments: Any) -> None:
+        self.events.append(("connect", *arguments[:2]))
+
+    def end(self, error: BaseException | None) -> None:
+        self.events.append(("end", error))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    monkeypatch.setattr(watchdog, "Watchdog", Recorder)
+    monkeypatch.setattr(watchdog, "_watchdog", None)
+    monkeypatch.setattr(watchdog, "_watches_forks", True)  # hooks at a fork stay for the life of the process
+    watchdog.begin("runs/a", 5.0)
+    assert isinstance(watchdog._watchdog, Recorder)
+    yield watchdog._watchdog
+
+
+def test_one_watchdog_per_process(recorder: Recorder) -> None:
+    watchdog.begin("runs/b", 9.0)
+    assert watchdog._watchdog is recorder
+    assert (str(recorder.directory), recorder.timeout) == ("runs/a", 5.0)
+
+
+def test_the_phase_is_what_the_last_line_will_name(recorder: Recorder) -> None:
+    watchdog.phase("rollout")
+    assert recorder.phase == "rollout"
+
+
+def test_ranks_are_watched_inside_the_block_and_left_after_it(recorder: Recorder) -> None:
+    with watchdog.connected(0, 2, lambda value: value):
+        assert recorder.events == [("connect", 0, 2)]
+    assert recorder.events[-1] == ("end", None)
+    watchdog.phase("after")
+    assert recorder.phase == "start", "nobody is watched any more"
+
+
+def test_a_block_that_fails_says_why(recorder: Recorder) -> None:
+    error = DataError("row 3")
+    with pytest.raises(DataError), watchdog.connected(0, 2, lambda value: value):
+        raise error
+    assert recorder.events[-1] == ("end", error)
+
+
+def test_without_a_watchdog_every_call_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "_watchdog", None)
+    watchdog.phase("rollout")
+    watchdog.end(ValueError())
+    with watchdog.connected(0, 2, lambda value: value):
+        pass
