@@ -8,6 +8,7 @@ of one kind, however many processes there are.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +33,8 @@ from vdr_cli.samples import Completions, Prompt, Sampling, Stream, completion_ke
 from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
 from vdr_cli.stats.passk import pass_at_k
+
+logger = logging.getLogger(__name__)
 
 MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first step
 CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
@@ -390,6 +393,9 @@ def _result(
     flat = [text for _, share in filled for text in share["texts"]]
     texts = [flat[row * n : row * n + n] for row in order]
     scores = whole["scores"]  # (N, n, F)
+    for reward, values in zip(rewards, np.moveaxis(scores, -1, 0), strict=True):
+        if np.isnan(values).all():
+            logger.warning("reward %s returned None for every completion: it measures nothing", reward.name)
     weights = np.array([reward.weight for reward in rewards])
     task_reward = np.where(np.isnan(scores).all(2), np.nan, np.nansum(scores * weights, axis=2))
     return EvalResult(

@@ -34,6 +34,7 @@ from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
+from vdr_cli.rewards.watch import RewardWatch
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.samples import Sampling
 from vdr_cli.system.stopping import StopSignal
@@ -209,7 +210,9 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
         if collectives.is_main():
             writer = stack.enter_context(MetricsWriter(res.directory, observe, res.config.model_dump()))
             view = stack.enter_context(LiveView(observe.live))
-    return RunLog(res.directory, writer, view, BonusWatch(flat_after=min(PATIENCE, res.config.train.steps)))
+    steps = res.config.train.steps
+    rewards = RewardWatch([reward.name for reward in res.rewards], steps)
+    return RunLog(res.directory, writer, view, BonusWatch(flat_after=min(PATIENCE, steps)), rewards)
 
 
 def sampling_of(config: Config) -> Sampling:

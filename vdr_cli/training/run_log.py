@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.data.completions import write_completions
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
 from vdr_cli.exploration.bonus import BonusWatch
+from vdr_cli.rewards.watch import NO_REWARD, RewardWatch
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.completion_table import completion_columns, shown_group
 from vdr_cli.training.live import LiveView
@@ -21,8 +24,16 @@ from vdr_cli.training.state import LoopState
 class RunLog:
     """One rank's log of a run. writer and view are None on every rank but rank 0."""
 
-    def __init__(self, directory: Path, writer: MetricsWriter | None, view: LiveView | None, watch: BonusWatch) -> None:
-        self._directory, self._writer, self._view, self._watch = directory, writer, view, watch
+    def __init__(
+        self,
+        directory: Path,
+        writer: MetricsWriter | None,
+        view: LiveView | None,
+        watch: BonusWatch,
+        rewards: RewardWatch,
+    ) -> None:
+        self._directory, self._writer, self._view = directory, writer, view
+        self._watch, self._rewards = watch, rewards
 
     def note(self, text: str) -> None:
         """Print a line for the user."""
@@ -61,6 +72,8 @@ class RunLog:
         self._write(state.step, metrics)
         if self._view is not None:
             self._view.update(state.step, metrics, shown_group(res, batch, advantages))
+        for line in self._rewards.warnings(largest_rewards(batch.rewards)):
+            self.note(line)
         if res.ensemble is not None and (warning := bonus_warning(self._watch, res.config.disagreement, metrics)):
             self.note(warning)
 
@@ -83,6 +96,12 @@ class RunLog:
             write_completions(self._directory / "completions", step, columns)
         except MachineError as error:  # a full disk must not end the training that the checkpoints protect
             self.note(str(error))
+
+
+def largest_rewards(rewards: Tensor) -> list[float]:
+    """The largest |reward| of each function over all ranks, NO_REWARD for only None. rewards: (B, F). Collective."""
+    own: list[float] = rewards.abs().nan_to_num(NO_REWARD).amax(0).tolist()
+    return collectives.all_reduce_max(own)
 
 
 def bonus_warning(watch: BonusWatch, config: DisagreementConfig, metrics: dict[str, float]) -> str | None:
