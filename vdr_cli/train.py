@@ -20,6 +20,7 @@ from vdr_cli.engine.build import learning_rate_at
 from vdr_cli.exploration import bonus as bonuses
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.grpo import advantages as grpo_advantages
+from vdr_cli.grpo.estimators import ADVANTAGES
 from vdr_cli.grpo.losses import (
     Totals,
     entropy_threshold,
@@ -268,6 +269,8 @@ def group_relative(res: Resources, rewards: Tensor, task_reward: Tensor) -> Tens
         columns = torch.cat([rewards, added[:, None]], dim=1)
         scores = grpo_advantages.normalised_sum(columns, torch.cat([weights, torch.ones(1)]), G)
         return grpo_advantages.standardise(scores, step_moments(scores))
+    if cfg.advantage != "group":
+        return ADVANTAGES[cfg.advantage](task_reward, G, cfg.pass_k)
     batch_std = step_moments(task_reward).std if cfg.scale_rewards == "batch" else None
     return grpo_advantages.group_advantages(task_reward, G, cfg.scale_rewards, batch_std)
 

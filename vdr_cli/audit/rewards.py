@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,6 +58,37 @@ def advantages(values: Array, G: int, scale: str) -> Array:
     elif scale == "batch":
         deviation = deviation / (_step_std(values) + FLOOR)
     return np.where(np.isnan(values), 0.0, deviation)
+
+
+def other_advantages(values: Array, G: int, kind: str, k: int) -> Array:
+    """(B,): leave_one_out, maxrl or pass_at_k, group by group from their definitions; 0 where r is None."""
+    found = np.zeros(len(values))
+    for start in range(0, len(values), G):
+        known = start + np.flatnonzero(~np.isnan(values[start : start + G]))
+        found[known] = _OTHERS[kind](values[known], k) if len(known) else 0.0
+    return found
+
+
+def _leave_one_out(r: Array, k: int) -> Array:
+    return np.array([r[i] - np.delete(r, i).mean() if len(r) > 1 else 0.0 for i in range(len(r))])
+
+
+def _maxrl(r: Array, k: int) -> Array:
+    return (r - r.mean()) / r.mean() if r.mean() > 0 else np.zeros(len(r))
+
+
+def _pass_at_k(r: Array, k: int) -> Array:
+    """Every subset of k is looked at."""
+    if len(r) < k or r.max() == r.min():
+        return np.zeros(len(r))
+    subsets = np.array(list(itertools.combinations(range(len(r)), k)))
+    best = r[subsets].max(1)
+    if best.std() <= 1e-7 * (r.max() - r.min()):
+        return np.zeros(len(r))
+    return np.array([(best[(subsets == i).any(1)].mean() - best.mean()) / best.std() for i in range(len(r))])
+
+
+_OTHERS = {"leave_one_out": _leave_one_out, "maxrl": _maxrl, "pass_at_k": _pass_at_k}
 
 
 def summed_advantages(columns: Array, weights: Array, G: int) -> Array:

@@ -83,6 +83,8 @@ def _penalised(record: Record, cfg: Config) -> Array:
 
 def _group_relative(record: Record, cfg: Config, values: Array) -> Array:
     G = cfg.rollout.group_size
+    if cfg.grpo.advantage != "group":
+        return rewards.other_advantages(values, G, cfg.grpo.advantage, cfg.grpo.pass_k)
     if cfg.grpo.multi_reward == "sum_then_normalise":
         return rewards.advantages(values, G, cfg.grpo.scale_rewards)
     weights = weights_of(cfg)

@@ -235,6 +235,11 @@ class GrpoConfig(Section):
     """Loss sapo: temperature of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
     """Loss sapo: temperature of the gate where the advantage is negative."""
+    advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
+    """How a group's rewards become advantages: GRPO's deviation from the mean (see scale_rewards), deviation from the mean
+    of the others (RLOO), deviation over the mean (MaxRL), or what a completion adds to the best of pass_k."""
+    pass_k: Annotated[int, Field(ge=2)] = 4
+    """k of advantage pass_at_k; at most rollout.group_size."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What advantages are divided by: the group's standard deviation, the batch's (the whole step's), or none."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
@@ -268,6 +273,15 @@ class GrpoConfig(Section):
             raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
         if self.delta is not None and self.loss in ("cispo", "sapo"):
             raise ValueError(f"delta bounds a clipped ratio, which loss {self.loss} does not have; remove delta")
+        if self.advantage != "group":
+            for key, default in (("scale_rewards", "group"), ("multi_reward", "sum_then_normalise")):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} has no meaning with advantage {self.advantage}; remove {key}")
+        if self.advantage == "maxrl" and (self.overlong_cache or (self.beta and self.kl_in == "reward")):
+            raise ValueError(
+                "advantage maxrl divides by the mean reward, which overlong_cache and a KL in the reward make negative; "
+                "remove them"
+            )
         if self.multi_reward == "normalise_then_sum" and self.scale_rewards != "group":
             raise ValueError(
                 f"scale_rewards {self.scale_rewards} has no meaning with multi_reward normalise_then_sum, which scales "
@@ -412,6 +426,11 @@ class Config(Section):
         if self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"
+            )
+        if self.grpo.advantage == "pass_at_k" and self.grpo.pass_k > self.rollout.group_size:
+            raise ValueError(
+                f"grpo.pass_k {self.grpo.pass_k} is above rollout.group_size {self.rollout.group_size}: the best of k "
+                "needs k completions"
             )
         if self.grpo.sync_reference_every and self.grpo.beta == 0:
             raise ValueError("grpo.sync_reference_every is set but grpo.beta is 0: there is no reference to update")
