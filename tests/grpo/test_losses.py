@@ -416,6 +416,11 @@ def test_kl_in_the_reward(kind: str, dtype: torch.dtype, tolerance: float) -> No
         ({"delta": 1.2}, "above 1"),
         ({"multi_reward": "normalise_then_sum", "scale_rewards": "batch"}, "scale_rewards batch"),
         ({"multi_reward": "normalise_then_sum", "scale_rewards": "none"}, "scale_rewards none"),
+        ({"advantage": "pass_at_k", "scale_rewards": "none"}, "scale_rewards has no meaning"),
+        ({"advantage": "maxrl", "multi_reward": "normalise_then_sum"}, "multi_reward has no meaning"),
+        ({"advantage": "maxrl", "overlong_cache": 3}, "make negative"),
+        ({"advantage": "maxrl", "beta": 0.1, "kl_in": "reward"}, "make negative"),
+        ({"pass_k": 1}, "pass_k"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], says: str) -> None:

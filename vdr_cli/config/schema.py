@@ -236,8 +236,8 @@ class GrpoConfig(Section):
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
     """Loss sapo: temperature of the gate where the advantage is negative."""
     advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
-    """How a group's rewards become advantages: GRPO's deviation from the mean (see scale_rewards), deviation from the mean
-    of the others (RLOO), deviation over the mean (MaxRL), or what a completion adds to the best of pass_k."""
+    """How a group's rewards become advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
+    the mean of the others (RLOO); deviation over the mean (MaxRL); or what a completion adds to the best of pass_k."""
     pass_k: Annotated[int, Field(ge=2)] = 4
     """k of advantage pass_at_k; at most rollout.group_size."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
@@ -279,8 +279,8 @@ class GrpoConfig(Section):
                     raise ValueError(f"{key} has no meaning with advantage {self.advantage}; remove {key}")
         if self.advantage == "maxrl" and (self.overlong_cache or (self.beta and self.kl_in == "reward")):
             raise ValueError(
-                "advantage maxrl divides by the mean reward, which overlong_cache and a KL in the reward make negative; "
-                "remove them"
+                "advantage maxrl divides by the mean reward, which overlong_cache and a KL in the reward make "
+                "negative; remove them"
             )
         if self.multi_reward == "normalise_then_sum" and self.scale_rewards != "group":
             raise ValueError(
