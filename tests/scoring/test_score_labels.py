@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from vdr_cli.cli.score import interval_cell
 from vdr_cli.errors import DataError
 from vdr_cli.report import page as report
-from vdr_cli.scoring.ranking import check_labels, rank_columns, save_ranking
+from vdr_cli.scoring.ranking import Ranking, check_labels, rank_columns, save_ranking
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 
@@ -54,7 +54,7 @@ def save(path: Path, made: list[dict[str, Any]]) -> str:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
 def test_against_scikit_learn_in_every_format(tmp_path: Path, suffix: str) -> None:
     made = rows()
-    ranking = {row["measure"]: row for row in rank_columns(save(tmp_path / f"o{suffix}", made), Fields())}
+    ranking = {row["measure"]: row for row in rank_columns(save(tmp_path / f"o{suffix}", made), Fields()).rows}
     assert list(ranking) == ["n_tokens", "nll_mean", "bald_mean"]
     for name, row in ranking.items():
         kept = [one for one in made if one[name] is not None]
@@ -69,23 +69,23 @@ def test_against_scikit_learn_in_every_format(tmp_path: Path, suffix: str) -> No
 def test_without_labels_there_is_nothing(tmp_path: Path) -> None:
     made = [{key: value for key, value in row.items() if key != "label"} for row in rows()]
     path = save(tmp_path / "o.jsonl", made)
-    assert save_ranking(path, Fields()) == ()
+    assert save_ranking(path, Fields()) == Ranking()
     assert [file.name for file in tmp_path.iterdir()] == ["o.jsonl"]
 
 
 def test_a_quality_has_prr_alone_and_paths_reach_nested_labels(tmp_path: Path) -> None:
     made = [row | {"score": 10 - row["nll_mean"]} for row in rows()]
     path = save(tmp_path / "o.jsonl", made)
-    by_quality = {row["measure"]: row for row in rank_columns(path, Fields(label="score"))}
+    by_quality = {row["measure"]: row for row in rank_columns(path, Fields(label="score")).rows}
     assert by_quality["nll_mean"]["prr"] == pytest.approx(1.0)
     assert "auroc" not in by_quality["nll_mean"]
-    nested = rank_columns(path, Fields(label="meta.ok"))
-    assert nested[0]["auroc"] == rank_columns(path, Fields())[0]["auroc"]
+    nested = rank_columns(path, Fields(label="meta.ok")).rows
+    assert nested[0]["auroc"] == rank_columns(path, Fields()).rows[0]["auroc"]
 
 
 def test_the_ranking_lies_beside_the_output(tmp_path: Path) -> None:
     path = save(tmp_path / "o.jsonl", rows())
-    saved = json.loads(Path(path + ".ranking.json").read_text()) if save_ranking(path, Fields()) else []
+    saved = json.loads(Path(path + ".ranking.json").read_text()) if save_ranking(path, Fields()).rows else []
     assert [row["measure"] for row in saved] == ["n_tokens", "nll_mean", "bald_mean"]
 
 
@@ -97,15 +97,15 @@ def test_groups_widen_the_interval(tmp_path: Path) -> None:
         row |= {"row": index, "bald_mean": row["bald_mean"] + offsets[index // 40]}
         row["label"] = int(noise.random() < 0.5 - offsets[index // 40])
     path = save(tmp_path / "o.jsonl", copies)
-    wide = rank_columns(path, Fields())[2]
-    narrow = rank_columns(path, Fields(group="row"))[2]
+    wide = rank_columns(path, Fields()).rows[2]
+    narrow = rank_columns(path, Fields(group="row")).rows[2]
     assert wide["auroc_high"] - wide["auroc_low"] > 1.5 * (narrow["auroc_high"] - narrow["auroc_low"])
     assert np.isclose(wide["auroc"], narrow["auroc"])
 
 
 def test_one_group_says_nothing_of_its_spread(tmp_path: Path) -> None:
     path = save(tmp_path / "o.jsonl", [row | {"prompt": "p"} for row in rows()])
-    (row, *_) = save_ranking(path, Fields())
+    (row, *_) = save_ranking(path, Fields()).rows
     assert np.isfinite(row["auroc"])
     assert np.isnan([row["auroc_low"], row["auroc_high"]]).all()
     assert interval_cell(row, "auroc") == f"{row['auroc']:.3f}"
@@ -116,7 +116,7 @@ def test_one_group_says_nothing_of_its_spread(tmp_path: Path) -> None:
 def test_true_and_false_are_labels(tmp_path: Path) -> None:
     made = [row | {"label": bool(row["label"])} for row in rows()]
     found = [
-        rank_columns(save(tmp_path / f"o{suffix}", made), Fields())[1] for suffix in (".csv", ".jsonl", ".parquet")
+        rank_columns(save(tmp_path / f"o{suffix}", made), Fields()).rows[1] for suffix in (".csv", ".jsonl", ".parquet")
     ]
     assert found[0] == found[1] == found[2]
     assert "auroc" in found[0]
@@ -137,3 +137,57 @@ def test_labels_that_are_no_numbers(tmp_path: Path) -> None:
         rank_columns(path, Fields())
     with pytest.raises(DataError, match="no row has a number in nothing"):
         rank_columns(path, Fields(label="nothing"))
+
+
+def logged(count: int = 40, name: str = "strict-match", flip: bool = False) -> list[dict[str, Any]]:
+    """Rows of an lm-eval log as `vdr score` writes them: no column prompt, two rows for each of its documents."""
+    made = []
+    for index, row in enumerate(rows(count)):
+        arguments = {"gen_args_0": {"arg_0": row["prompt"], "arg_1": {}}}
+        kept = {key: row[key] for key in ("label", "nll_mean", "bald_mean")}
+        kept["label"] = 1 - kept["label"] if flip else kept["label"]
+        made.append({"doc_id": index, "arguments": arguments, "resps": [["a"]], "filter": name, **kept})
+    return made
+
+
+def as_text(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key: json.dumps(value) if isinstance(value, list | dict) else value for key, value in row.items()}
+        for row in made
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+def test_the_groups_of_a_log_are_those_of_its_prompts(tmp_path: Path, suffix: str) -> None:
+    made = logged() if suffix == ".jsonl" else as_text(logged())
+    found = rank_columns(save(tmp_path / f"o{suffix}", made), Fields())
+    plain = rank_columns(save(tmp_path / "p.jsonl", rows(40)), Fields())
+    assert found.rows == plain.rows[1:]
+    assert found.notes == ("intervals: resampled over 10 groups (rows with the same prompt)",)
+
+
+def test_of_several_filters_one_is_ranked_and_named(tmp_path: Path) -> None:
+    both = save(tmp_path / "o.jsonl", logged() + logged(name="flexible-extract", flip=True))
+    first = rank_columns(both, Fields())
+    assert first.rows == rank_columns(save(tmp_path / "one.jsonl", logged()), Fields()).rows
+    assert "2 filters (strict-match, flexible-extract)" in first.notes[0] and "of strict-match alone" in first.notes[0]
+    other = rank_columns(both, Fields(filter="flexible-extract"))
+    assert other.rows[0]["auroc"] == pytest.approx(1 - first.rows[0]["auroc"])
+    given = [Row("f", 1, row) for row in logged(4)]
+    with pytest.raises(DataError, match="--filter none: the first rows have strict-match"):
+        check_labels(given, Fields(filter="none"))
+
+
+def test_documents_that_come_twice_are_counted(tmp_path: Path) -> None:
+    found = rank_columns(save(tmp_path / "o.jsonl", logged() + logged()), Fields())
+    assert found.notes[0].startswith("40 rows repeat a document of the log")
+
+
+def test_a_row_without_a_group_is_refused(tmp_path: Path) -> None:
+    made = [{key: value for key, value in row.items() if key != "prompt"} for row in rows()]
+    path = save(tmp_path / "o.jsonl", made)
+    with pytest.raises(DataError, match=r"row 0 belongs to no group .*--group-column"):
+        rank_columns(path, Fields())
+    assert rank_columns(path, Fields(group="n_tokens")).notes == (
+        "intervals: resampled over 4 groups (rows with the same n_tokens)",
+    )

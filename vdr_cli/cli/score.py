@@ -66,6 +66,12 @@ LabelColumn = Annotated[
 GroupColumn = Annotated[
     str | None, typer.Option(help="Column that groups rows. Default: rows of one prompt.", rich_help_panel=ROWS)
 ]
+Filter = Annotated[
+    str | None,
+    typer.Option(
+        "--filter", help="lm-eval logs with several filters: rank the rows of this one.", rich_help_panel=ROWS
+    ),
+]
 Tokens = Annotated[bool, typer.Option("--tokens", help="Add arrays with one value per token.")]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")]
 AppendEos = Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")]
@@ -87,6 +93,7 @@ def command(
     completion_column: CompletionColumn = "completion",
     label_column: LabelColumn = None,
     group_column: GroupColumn = None,
+    filter_name: Filter = None,
     tokens: Tokens = False,
     max_tokens: MaxTokens = None,
     append_eos: AppendEos = False,
@@ -105,7 +112,7 @@ def command(
         on_error=one_of(on_error, ("stop", "skip"), "--on-error"),  # type: ignore[arg-type]
         resume=resume,
     )
-    columns = {"completion": completion_column, "label": label_column, "group": group_column}
+    columns = {"completion": completion_column, "label": label_column, "group": group_column, "filter": filter_name}
     request = replace(request, fields=replace(request.fields, **columns))  # type: ignore[arg-type]
     check_writable_file(request.output, "-o")
 

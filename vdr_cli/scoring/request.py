@@ -44,6 +44,8 @@ class Fields:
     """1 right, 0 wrong; or any number where higher is better."""
     group: str | None = None
     """Rows of one group are resampled together in the intervals; None: rows with the same prompt."""
+    filter: str | None = None
+    """The filter whose rows are ranked, in logs of lm-eval with several; None: the first one."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
-from vdr_cli.scoring.ranking import check_labels, save_ranking
+from vdr_cli.scoring.ranking import Ranking, check_labels, save_ranking
 from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
 from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
 from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
@@ -65,8 +65,10 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
         spool.unlink(missing_ok=True)
     seconds = time.monotonic() - started
     with collectives.agreed():
-        ranking = save_ranking(request.output, request.fields) if collectives.is_main() else ()
-    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking, **_as_result(summary))
+        ranking = save_ranking(request.output, request.fields) if collectives.is_main() else Ranking()
+    found = _as_result(summary)
+    found["notes"] += ranking.notes
+    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking.rows, **found)
 
 
 def _scored(

@@ -144,8 +144,8 @@ class Tokeniser:
 def prompt_value(values: dict[str, Any], fields: Fields) -> str | list[dict[str, Any]]:
     """The prompt of a row, a string or messages. Knows the sample logs of lm-evaluation-harness."""
     found = value_at(values, fields.prompt)
-    if found is None and _is_lm_eval(values):
-        arguments = values["arguments"]
+    if found is None and is_lm_eval(values):
+        arguments = _parsed(values["arguments"])
         found = value_at(arguments, "gen_args_0.arg_0") if isinstance(arguments, dict) else value_at(arguments, "0.0")
     if found is None:
         raise RowError(_missing(fields.prompt, values, "--prompt-column"))
@@ -162,8 +162,10 @@ def prompt_value(values: dict[str, Any], fields: Fields) -> str | list[dict[str,
 def completion_value(values: dict[str, Any], fields: Fields) -> str:
     """The completion of a row, from a string or one assistant message."""
     found = value_at(values, fields.completion)
-    if found is None and fields.completion not in values and _is_lm_eval(values):
-        responses = [response for one in values["resps"] for response in (one if isinstance(one, list) else [one])]
+    if found is None and fields.completion not in values and is_lm_eval(values):
+        responses = [
+            response for one in _parsed(values["resps"]) for response in (one if isinstance(one, list) else [one])
+        ]
         if len(responses) != 1:
             raise RowError(f"resps holds {len(responses)} responses: choose one, --completion-column resps.0.0")
         found = responses[0]
@@ -211,8 +213,30 @@ def ids_fit(rows: Sequence[Row], fields: Fields, tokenizer: Any) -> bool:
     return same >= other
 
 
-def _is_lm_eval(values: dict[str, Any]) -> bool:
-    return isinstance(values.get("resps"), list) and isinstance(values.get("arguments"), list | dict)
+def group_key(values: dict[str, Any], fields: Fields) -> object:
+    """What rows of one group share, wherever their prompts lie: the prompt, or its token ids where there is no text.
+
+    Raises RowError for a row without either.
+    """
+    try:
+        return prompt_value(values, fields)
+    except RowError:
+        ids = value_at(values, fields.prompt_ids)
+        if not ids:
+            raise
+        return ids
+
+
+def is_lm_eval(values: dict[str, Any]) -> bool:
+    """Whether the row is from a sample log of lm-evaluation-harness, also as it stands in a Parquet or CSV output."""
+    if "resps" not in values or "arguments" not in values:
+        return False
+    return isinstance(_parsed(values["resps"]), list) and isinstance(_parsed(values["arguments"]), list | dict)
+
+
+def _parsed(value: Any) -> Any:
+    """JSON text as the object that it spells; anything else as it is."""
+    return _json_or(value, value) if isinstance(value, str) and value.startswith(("{", "[")) else value
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
