@@ -1,0 +1,29 @@
+"""What a run says of its first step."""
+
+from __future__ import annotations
+
+import pytest
+
+from vdr_cli.config import Config
+from vdr_cli.training.run_log import sampler_warning
+
+APART = {"sampling/sampling_logp_difference/mean": 0.2}
+
+
+def test_a_sampler_that_is_not_the_policy_is_reported_with_the_number() -> None:
+    assert "0.200 nats per token apart with the same weights" in str(sampler_warning(Config(), 1, APART))
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "metrics"),
+    [
+        ({}, 1, {"sampling/sampling_logp_difference/mean": 0.007}),
+        ({}, 1, {"sampling/sampling_logp_difference/mean": float("nan")}),
+        ({}, 1, {}),
+        ({}, 2, APART),
+        ({"grpo": {"num_iterations": 2}, "train": {"steps": 2}}, 1, APART),
+    ],
+    ids=["rounding", "refused", "not measured", "later", "several updates"],
+)
+def test_what_other_weights_or_rounding_explain_is_not(settings: dict, step: int, metrics: dict) -> None:
+    assert sampler_warning(Config.model_validate(settings), step, metrics) is None
