@@ -1,0 +1,74 @@
+"""The tables of measured numbers in README.md and docs/, from the result files in benchmarks/.
+
+python scripts/build/tables.py           # write them
+python scripts/build/tables.py --check   # exit 1 when one is out of date
+
+`<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
+reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+TEMPLATES = BENCHMARKS / "tables"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /table -->)", re.DOTALL)
+
+
+class Numbers(Environment):
+    """Jinja in which `ratio.update` is a key of a result, never a method of dict."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self.getitem(obj, attribute) if isinstance(obj, dict) else super().getattr(obj, attribute)
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed digits, thousands separated, with a minus sign."""
+    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def results() -> dict[str, Any]:
+    """The results of each file, by the name that templates use."""
+    return {
+        path.stem.replace("-", "_"): json.loads(path.read_text(encoding="utf-8"))["results"]
+        for path in BENCHMARKS.glob("*.json")
+    }
+
+
+def table(name: str) -> str:
+    """One table as Markdown. Raises jinja2.UndefinedError for a number that no file holds."""
+    environment = Numbers(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters["n"] = number
+    template = environment.from_string((TEMPLATES / f"{name}.md").read_text(encoding="utf-8"))
+    return template.render(results()).strip() + "\n"
+
+
+def page(text: str) -> str:
+    """The page with every table made again."""
+    return BLOCK.sub(lambda found: f"{found[1]}{table(found['name'])}{found[4]}", text)
+
+
+def main(arguments: list[str]) -> int:
+    stale = []
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        if (made := page(text)) != text:
+            stale.append(path.name)
+            if arguments != ["--check"]:
+                path.write_text(made, encoding="utf-8")
+    if arguments == ["--check"] and stale:
+        print(f"{', '.join(stale)} out of date: run python scripts/build/tables.py", file=sys.stderr)
+    return int(arguments == ["--check"] and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
