@@ -19,7 +19,7 @@ TARGET = ROOT / "constraints.txt"
 OWN = "vdr-cli"
 
 HEADER = """\
-# The versions that the test command was last run with, on Python {version} without a GPU. scripts/environment.sh installs
+# The versions that the test command last ran with, on Python {version} without a GPU. scripts/environment.sh installs
 # these, or the newest that pyproject.toml allows where they cannot be had. Made by scripts/build/constraints.py.
 """
 
