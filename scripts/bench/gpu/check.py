@@ -180,6 +180,25 @@ def chosen_parts(only: str | None) -> Iterator[tuple[Part, ...]]:
             yield kept
 
 
+def summarise(check: Check, parts: Sequence[Part], path: Path) -> None:
+    """All results in one file of the form that benchmarks/ holds, without logs."""
+    found = {part.name: json.loads(check.result_path(part).read_text()) for part in parts if check.is_done(part)}
+    hidden = {"log", "headlines", "part", "ok", "steps", "failed"}
+    results = {
+        name.replace("-", "_"): {key: value for key, value in result.items() if key not in hidden}
+        for name, result in found.items()
+    }
+    card = found.get("machine", {}).get("card", "unknown")
+    record = {
+        "command": "bash scripts/gpu_check.sh",
+        "provenance": f"measured on one {card}, all parts in one run",
+        "machine": {"description": f"one {card}, {os.cpu_count()} CPU cores"}
+        | found.get("machine", {}).get("versions", {}),
+        "results": results,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu")
@@ -187,6 +206,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes, on the CPU")
     parser.add_argument("--again", action="store_true", help="also run parts that succeeded before")
+    parser.add_argument("--summary", type=Path, help="also write all results to this file")
     args = parser.parse_args()
     stages = list(chosen_parts(args.only))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -203,6 +223,8 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
     parts = [part for stage in stages for part in stage]
     print("\n" + report(check, parts))
+    if args.summary:
+        summarise(check, parts, args.summary)
     raise SystemExit(0 if all(check.is_done(part) for part in parts) else 1)
 
 

@@ -72,7 +72,10 @@ def main() -> None:
         {
             "ok": difference is None,
             "seconds": {"train": trained, "eval": evaluated, "score": scored},
-            "evaluated": json.loads(table.read_text()),
+            "evaluated": [
+                model | {"model": name}
+                for name, model in zip(("start", "trained"), json.loads(table.read_text())["models"], strict=True)
+            ],
             "first_line": lines[0],
             "last_line": lines[-1],
             "first_difference_between_runs": difference,
