@@ -7,8 +7,7 @@ training/ holds what surrounds it: opening and resuming a run, its state, metric
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from vdr_cli.training.batch import Advantages, RewardedGroups, Updates, concaten
 from vdr_cli.training.held_out import evaluate
 from vdr_cli.training.opening import open_run
 from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
-from vdr_cli.training.reading import measure_disagreement, read_logps, stem_keeper, stem_recorder
+from vdr_cli.training.reading import measure_disagreement, read_logps
 from vdr_cli.training.record import step_metrics
 from vdr_cli.training.refusals import stop_if_refused_too_often
 from vdr_cli.training.resources import Resources
@@ -88,16 +87,9 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
             counts = collectives.even_shares(cfg.train.prompts_per_step)
             next_step = state.step + cfg.grpo.num_iterations
             state.next_pending = start_rollout(res, state, model, counts, next_step)
-        stems = stem_keeper(res, model, batch)
-        batch = replace(batch, recorder=None)  # whose states are to go with the stems, before the update
-        reference = reference_logps(res, model, batch.completions, stems)
-        measured = measure_disagreement(
-            res, state.step, model, batch.completions, stems, shown=res.shows_tokens(state.step)
-        )
-    if measured is None:
-        return batch, reward_head(res, state, batch, reference, None)
-    advantages = reward_head(res, state, batch, reference, measured.values)
-    return batch, replace(advantages, token_measure=measured.by_token)
+        reference = reference_logps(res, model, batch.completions)
+        measure = measure_disagreement(res, state.step, model, batch.completions)
+    return batch, reward_head(res, state, batch, reference, measure)
 
 
 def sample_informative(res: Resources, state: LoopState, model: Any) -> RewardedGroups:
@@ -127,8 +119,7 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
         prompts = [res.prompt_at(position) for position in positions]
         keys = [completion_key(cfg.train.seed, Stream.TRAINING, position) for position in positions]
         rewards = reward_stream(cfg, res.rewards, res.tokenizer, prompts, step)
-        recorder = stem_recorder(res, model, prompts) if step == state.step else None
-        with res.timer.phase("rollout"), recorder.watching() if recorder else nullcontext():
+        with res.timer.phase("rollout"):
             wait = res.rollout.begin(
                 model,
                 [prompt.token_ids for prompt in prompts],
@@ -136,9 +127,8 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
                 res.sampling,
                 keys,
                 rewards.finished,
-                recorder,
             )
-    return PendingRollout(positions, prompts, wait, rewards, recorder)
+    return PendingRollout(positions, prompts, wait, rewards)
 
 
 def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
@@ -153,7 +143,7 @@ def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
     lengths = completions.completion_mask.sum(1)
     task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
     prompts = [prompt for prompt in pending.prompts for _ in range(cfg.rollout.group_size)]
-    return RewardedGroups(prompts, completions, texts, rewards, task_reward, pending.recorder)
+    return RewardedGroups(prompts, completions, texts, rewards, task_reward)
 
 
 def replace_groups(
@@ -177,7 +167,7 @@ class ReferenceLogps:
     high_entropy: Tensor | None = None  # (B, T) bool, the step's tokens of highest entropy
 
 
-def reference_logps(res: Resources, model: Any, completions: Completions, stems: Any) -> ReferenceLogps:
+def reference_logps(res: Resources, model: Any, completions: Completions) -> ReferenceLogps:
     """Log-probabilities before the update; nothing is computed that the loss does not use. Collective."""
     cfg = res.config.grpo
     reference = policy = high_entropy = None
@@ -185,7 +175,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions, stems:
         with res.timer.phase("reference"), res.reference.whole(model) as reference_model:
             reference, _ = read_logps(res, reference_model, completions)
     if cfg.top_entropy_quantile < 1.0 or (reference is not None and cfg.kl_in == "reward"):
-        policy, entropy = read_logps(res, model, completions, stems)
+        policy, entropy = read_logps(res, model, completions)
         if cfg.top_entropy_quantile < 1.0:
             trained = loss_mask(completions.completion_mask, completions.truncated, cfg.mask_truncated)
             everybody = torch.cat(collectives.gather_objects(entropy[trained]))

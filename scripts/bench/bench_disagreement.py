@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.models import anatomy
 from vdr_cli.models.products import product, with_products
 from vdr_cli.samples import Completions
@@ -63,7 +63,7 @@ class Case:
 def ours(model: nn.Module, completions: Completions, case: Case) -> Statistics:
     spec = EnsembleSpec(case.members, scope="last_k" if case.last_k else "full", last_k=case.last_k)
     positions = "last" if case.mode == "end_of_sequence" else "all"
-    return measure(model, completions, case.group_size, spec, 0, positions, {"bald"})
+    return EnsembleReader(spec).measure(model, MeasureRequest(completions, case.group_size, 0, positions=positions))
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from vdr_cli.config.schema import DataConfig
 from vdr_cli.data.prompts import load_prompts
 from vdr_cli.disagreement.information import at_last
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.exploration.bonus import reduce
 from vdr_cli.models import anatomy
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
@@ -75,7 +75,7 @@ Scores = dict[tuple[str, str], Tensor]
 
 def scores(model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, share: float = 1.0) -> Scores:
     """share: of the valid positions, drawn at random, that make the mean of per_token."""
-    statistics = measure(model, batch, group_size, spec, 0, "all", {"bald", "rmi"})
+    statistics = EnsembleReader(spec).measure(model, MeasureRequest(batch, group_size, 0, measures={"bald", "rmi"}))
     found = {}
     for name in ("bald", "rmi"):
         values = statistics.get(name)

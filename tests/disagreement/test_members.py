@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement import information, masks, members
+from vdr_cli.disagreement import information, masks
 from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.models import anatomy
 from vdr_cli.samples import Completions
 
@@ -74,8 +75,8 @@ def test_measures_equal_the_definitions(architecture: str, scope: str, tiny_mode
     spec = EnsembleSpec(members=4, dropout=0.2, scope=scope, last_k=2 if scope == "last_k" else None, seed=5)
     truth = float64_measures(by_hand(model, batch, spec, 7), batch.completion_ids)
     assert truth["bald"][batch.completion_mask].min() > 1e-4, "members must differ for the test to mean anything"
-    found = members.measure(model, batch, 3, spec, 7, "all", EVERYTHING)
-    last = members.measure(model, batch, 3, spec, 7, "last", EVERYTHING)
+    found = EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 7, measures=EVERYTHING))
+    last = EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 7, positions="last", measures=EVERYTHING))
     at_end = (torch.arange(6), batch.completion_mask.sum(1) - 1)
     for name in EVERYTHING:
         wanted = truth[name].float() * batch.completion_mask
@@ -99,7 +100,7 @@ def test_expected_ig_is_the_mutual_information_of_completion_and_member(scope: s
     torch.testing.assert_close(p.sum(1), torch.ones(4, dtype=torch.float64))
     mean = p.mean(0)
     exact = float(-torch.xlogy(mean, mean).sum() + torch.xlogy(p, p).sum(1).mean())
-    found = members.measure(model, batch, 27, spec, 0, "all", {"member_logps"}).member_logps
+    found = EnsembleReader(spec).measure(model, MeasureRequest(batch, 27, 0, measures={"member_logps"})).member_logps
     ig = information.ig_seq(found, everything).double()
     assert exact > 1e-2
     assert float((found.double().sum(-1).exp().mean(0) * ig).sum()) == pytest.approx(exact, rel=1e-5)

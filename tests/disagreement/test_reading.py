@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement import hooks, masks, members, reading
+from vdr_cli.disagreement import hooks, masks, memory, reader, reading
 from vdr_cli.disagreement.information import MEASURES, Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import anatomy
 from vdr_cli.samples import Completions
@@ -48,8 +48,10 @@ def padded(c: Completions, left: int, right: int) -> Completions:
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_padding_changes_nothing(spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
-    plain = measure(model, batch, 3, spec, 1, positions, ALL)
-    wide = measure(model, padded(batch, 3, 2), 3, spec, 1, positions, ALL)
+    plain = EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1, positions=positions, measures=ALL))
+    wide = EnsembleReader(spec).measure(
+        model, MeasureRequest(padded(batch, 3, 2), 3, 1, positions=positions, measures=ALL)
+    )
     if positions == "all":
         wide = Statistics(**{name: wide.get(name)[..., :5] for name in MEASURES})
     assert_same(plain, wide)
@@ -59,18 +61,18 @@ def test_padding_changes_nothing(spec: EnsembleSpec, positions: str, tiny_model:
 def test_the_budget_changes_nothing(
     spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Groups, members and rows of a group in every division that the plan can choose."""
+    """Groups, members and rows of a group in every division that can be chosen."""
     model, batch = tiny_model(), ragged(groups=3, group_size=4)
-    whole = measure(model, batch, 4, spec, 1, "all", ALL)
+    whole = EnsembleReader(spec).measure(model, MeasureRequest(batch, 4, 1, measures=ALL))
     for size, together in [(8, 4), (4, 4), (4, 3), (4, 1), (2, 1), (1, 1)]:
         division = [(slice(at, min(at + size, 12)), together) for at in range(0, 12, size)]
-        monkeypatch.setattr(members, "plan", lambda *_, division=division: division)
-        assert_same(whole, measure(model, batch, 4, spec, 1, "all", ALL))
+        monkeypatch.setattr(reader, "divided", lambda *_, division=division: division)
+        assert_same(whole, EnsembleReader(spec).measure(model, MeasureRequest(batch, 4, 1, measures=ALL)))
 
 
-def test_the_plan_covers_every_row_once_at_any_budget(tiny_model: Callable, ragged: Callable) -> None:
+def test_the_division_covers_every_row_once_at_any_budget(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged(groups=3, group_size=4)
-    row, prompt = members.bytes_per_row(model, batch)
+    row, prompt = memory.bytes_per_row(model, batch)
     seen = set()
     for budget in [
         1,
@@ -81,7 +83,7 @@ def test_the_plan_covers_every_row_once_at_any_budget(tiny_model: Callable, ragg
         8 * (prompt + 4 * row),
         2**40,
     ]:
-        division = list(members.plan(model, batch, 4, 4, budget))
+        division = list(memory.divided(model, batch, 4, 4, budget))
         seen.add((len(division), division[0][1]))
         rows = [row for part, _ in division for row in range(12)[part]]
         assert rows == list(range(12))
@@ -93,9 +95,9 @@ def test_the_plan_covers_every_row_once_at_any_budget(tiny_model: Callable, ragg
 def test_every_group_stands_alone(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
     """A rank with other groups, or the same ones in another order, gets the same numbers."""
     model, batch = tiny_model(), ragged(groups=3, group_size=4)
-    whole = measure(model, batch, 4, spec, 1, "all", {"bald", "rmi"})
+    whole = EnsembleReader(spec).measure(model, MeasureRequest(batch, 4, 1, measures={"bald", "rmi"}))
     order = torch.tensor([9, 8, 11, 10, 0, 1, 2, 3])
-    part = measure(model, batch.rows(order), 4, spec, 1, "all", {"bald", "rmi"})
+    part = EnsembleReader(spec).measure(model, MeasureRequest(batch.rows(order), 4, 1, measures={"bald", "rmi"}))
     torch.testing.assert_close(part.bald, whole.bald[order], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(part.rmi, whole.rmi[order], rtol=1e-4, atol=1e-6)
 
@@ -104,7 +106,7 @@ def test_every_group_stands_alone(spec: EnsembleSpec, tiny_model: Callable, ragg
 def test_equal_completions_disagree_equally(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
     batch = ragged(groups=1, group_size=3)
     batch = batch.rows(torch.tensor([1, 1, 2]))
-    found = measure(tiny_model(), batch, 3, spec, 1, "all", {"bald"}).bald
+    found = EnsembleReader(spec).measure(tiny_model(), MeasureRequest(batch, 3, 1)).bald
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
@@ -114,9 +116,9 @@ def test_shared_prompts_change_nothing(
     kind: str, spec: EnsembleSpec, tiny_model: Callable, ragged: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, batch = tiny_model(kind), ragged()
-    shared = measure(model, batch, 3, spec, 1, "all", ALL)
+    shared = EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1, measures=ALL))
     monkeypatch.setattr(reading, "shares_prompts", lambda model: False)
-    assert_same(shared, measure(model, batch, 3, spec, 1, "all", ALL), 1e-5)
+    assert_same(shared, EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1, measures=ALL)), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +134,9 @@ def test_only_the_wanted_position_goes_through_the_last_mlp(kind: str, tiny_mode
     mlp = anatomy.residual_blocks(anatomy.decoder_layers(model)[-1])[1]
     widths = []
     with hooks.hooked(mlp.register_forward_hook, lambda module, arguments, output: widths.append(arguments[0].shape)):
-        last = measure(model, batch, 3, SPEC, 1, "last", {"bald"}).bald
+        last = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1, positions="last")).bald
     assert kind == "opt" or [shape[1] for shape in widths] == [1, 1]
-    everywhere = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
+    everywhere = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald
     lengths = batch.completion_mask.sum(1)
     torch.testing.assert_close(last, everywhere[torch.arange(6), lengths - 1], rtol=1e-4, atol=1e-6)
 
@@ -146,8 +148,8 @@ def test_the_prompt_is_read_once_a_member_and_group(tiny_model: Callable, ragged
     with hooks.hooked(
         first.register_forward_hook, lambda module, arguments, output: tokens.append(arguments[0].shape[:2])
     ):
-        measure(model, batch, 3, SPEC, 1)
-        measure(model, batch, 3, TOP, 1)
+        EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1))
+        EnsembleReader(TOP).measure(model, MeasureRequest(batch, 3, 1))
     width = int(batch.completion_mask.sum(1).max()) - 1
     member_passes = [torch.Size([4 * 2, 6]), torch.Size([4 * 6, width])]
     assert tokens[:2] == member_passes
@@ -165,16 +167,16 @@ def test_what_all_members_share_runs_for_one_of_them(
     inside = next(module for module in anatomy.residual_blocks(layer)[0].modules() if not list(module.children()))
     rows = []
     with hooks.hooked(inside.register_forward_hook, lambda module, arguments, output: rows.append(len(output))):
-        found = measure(model, batch, 3, spec, 1, "all", ALL)
+        found = EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1, measures=ALL))
     assert rows == ([8, 24] if spec is EMBEDDING else [2, 6]), "two prompts and six completions, or those of 4 members"
     monkeypatch.setattr(reading.Reading, "shared_attention", lambda self, count: None)
-    assert_same(found, measure(model, batch, 3, spec, 1, "all", ALL))
+    assert_same(found, EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1, measures=ALL)))
 
 
 def test_last_n_is_all_positions_cut(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
-    whole = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
-    cut = measure(model, batch, 3, SPEC, 1, "all", {"bald"}, last_n=2).bald
+    whole = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald
+    cut = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1, last_n=2)).bald
     lengths = batch.completion_mask.sum(1, keepdim=True)
     kept = batch.completion_mask & (torch.arange(5) >= lengths - 2)
     torch.testing.assert_close(cut, whole * kept, rtol=1e-5, atol=1e-7)
@@ -183,7 +185,7 @@ def test_last_n_is_all_positions_cut(tiny_model: Callable, ragged: Callable) -> 
 def test_token_masks_are_applied_where_they_belong(tiny_model: Callable, ragged: Callable) -> None:
     """By hand: prompt positions from the prompt's stream, completion positions from the completion's."""
     model, batch = tiny_model(), ragged()
-    found = measure(model, batch, 3, TOKEN, 1, "all", {"member_logps"}).member_logps
+    found = EnsembleReader(TOKEN).measure(model, MeasureRequest(batch, 3, 1, measures={"member_logps"})).member_logps
     row, member = 4, 2
     prompt, answer = (
         batch.prompt_ids[row][batch.prompt_mask[row]],
@@ -216,16 +218,20 @@ def test_token_masks_are_applied_where_they_belong(tiny_model: Callable, ragged:
 def test_attention_site_drops_probabilities_only(kind: str, tiny_model: Callable, ragged: Callable) -> None:
     """Almost no dropout: the attention written out equals the model's own; with dropout members differ."""
     model, batch = tiny_model(kind), ragged()
-    nothing = measure(model, batch, 3, replace(ATTENTION, dropout=1e-9), 1, "all", {"member_logps", "bald"})
-    plain = measure(model, batch, 3, replace(SPEC, dropout=1e-9), 1, "all", {"member_logps"})
+    nothing = EnsembleReader(replace(ATTENTION, dropout=1e-9)).measure(
+        model, MeasureRequest(batch, 3, 1, measures={"member_logps", "bald"})
+    )
+    plain = EnsembleReader(replace(SPEC, dropout=1e-9)).measure(
+        model, MeasureRequest(batch, 3, 1, measures={"member_logps"})
+    )
     torch.testing.assert_close(nothing.member_logps, plain.member_logps, rtol=1e-4, atol=1e-5)
     assert nothing.bald.max() < 1e-6
-    assert measure(model, batch, 3, ATTENTION, 1, "all", {"bald"}).bald.max() > 1e-4
+    assert EnsembleReader(ATTENTION).measure(model, MeasureRequest(batch, 3, 1)).bald.max() > 1e-4
 
 
 def test_attention_that_cannot_be_exchanged_is_refused(tiny_model: Callable, ragged: Callable) -> None:
     with pytest.raises(ConfigError, match=r"disagreement\.site.*BloomForCausalLM"):
-        measure(tiny_model("bloom"), ragged(), 3, ATTENTION, 1)
+        EnsembleReader(ATTENTION).measure(tiny_model("bloom"), MeasureRequest(ragged(), 3, 1))
 
 
 def state_of(model: nn.Module) -> list[object]:
@@ -247,12 +253,12 @@ def test_the_model_is_left_as_found_even_by_exceptions(
     before, ids = state_of(model), torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    measure(model, batch, 3, spec, 1)
+    EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1))
     assert state_of(model) == before
     with hooks.hooked(anatomy.decoder_layers(model)[2].register_forward_hook, _fail), pytest.raises(ZeroDivisionError):
         inside = state_of(model)
         try:
-            measure(model, batch, 3, spec, 1)
+            EnsembleReader(spec).measure(model, MeasureRequest(batch, 3, 1))
         finally:
             assert state_of(model) == inside
     assert state_of(model) == before
@@ -280,48 +286,53 @@ def test_blocks_do_not_nest(spec: EnsembleSpec, tiny_model: Callable) -> None:
 
 def test_dropout_of_the_model_itself_stays_off(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5), ragged()
-    calm = measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald
+    calm = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald
     model.train()
-    assert torch.equal(measure(model, batch, 3, SPEC, 1, "all", {"bald"}).bald, calm)
+    assert torch.equal(EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald, calm)
     assert model.training
     model.eval()
 
 
 def test_members_that_drop_nothing_agree(tiny_model: Callable, ragged: Callable) -> None:
-    found = measure(tiny_model(), ragged(), 3, replace(SPEC, dropout=1e-9), 1, "all", {"bald", "rmi"})
+    found = EnsembleReader(replace(SPEC, dropout=1e-9)).measure(
+        tiny_model(), MeasureRequest(ragged(), 3, 1, measures={"bald", "rmi"})
+    )
     assert found.bald.max() < 1e-6 and found.rmi.max() < 1e-6
 
 
 def test_steps_and_seeds_draw_new_members(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
-    one = measure(model, batch, 3, SPEC, 1).bald
-    assert torch.equal(one, measure(model, batch, 3, SPEC, 1).bald)
-    assert not torch.allclose(one, measure(model, batch, 3, SPEC, 2).bald)
-    assert not torch.allclose(one, measure(model, batch, 3, replace(SPEC, seed=6), 1).bald)
+    one = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald
+    assert torch.equal(one, EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald)
+    assert not torch.allclose(one, EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 2)).bald)
+    assert not torch.allclose(
+        one, EnsembleReader(replace(SPEC, seed=6)).measure(model, MeasureRequest(batch, 3, 1)).bald
+    )
 
 
 def test_more_members_keep_the_first_ones(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
-    few = measure(model, batch, 3, SPEC, 1, "all", {"member_logps"}).member_logps
-    many = measure(model, batch, 3, replace(SPEC, members=6), 1, "all", {"member_logps"}).member_logps
+    request = MeasureRequest(batch, 3, 1, measures={"member_logps"})
+    few = EnsembleReader(SPEC).measure(model, request).member_logps
+    many = EnsembleReader(replace(SPEC, members=6)).measure(model, request).member_logps
     torch.testing.assert_close(few, many[:4], rtol=1e-5, atol=1e-6)
 
 
 def test_groups_must_share_their_prompt(tiny_model: Callable, ragged: Callable) -> None:
     with pytest.raises(ValueError, match="share their prompt"):
-        measure(tiny_model(), ragged(groups=2, group_size=3), 6, SPEC, 1)
+        EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(ragged(groups=2, group_size=3), 6, 1))
     with pytest.raises(ValueError, match="whole groups"):
-        measure(tiny_model(), ragged(groups=2, group_size=3), 4, SPEC, 1)
+        EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(ragged(groups=2, group_size=3), 4, 1))
 
 
 def test_empty_completions_measure_zero(tiny_model: Callable, ragged: Callable) -> None:
     batch = ragged()
     batch.completion_mask[2] = False
-    found = measure(tiny_model(), batch, 3, SPEC, 1, "all", {"bald"}).bald
+    found = EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(batch, 3, 1)).bald
     assert not found[2].any() and found[1].any()
-    assert measure(tiny_model(), batch, 3, SPEC, 1, "last", {"bald"}).bald[2] == 0
+    assert EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(batch, 3, 1, positions="last")).bald[2] == 0
     batch.completion_mask[:] = False
-    assert not measure(tiny_model(), batch, 3, SPEC, 1, "all", {"bald"}).bald.any()
+    assert not EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(batch, 3, 1)).bald.any()
 
 
 @pytest.mark.parametrize("spec", [SPEC, TOP], ids=["full", "top"])
@@ -329,17 +340,21 @@ def test_empty_completions_measure_zero(tiny_model: Callable, ragged: Callable) 
 def test_completions_of_one_token(spec: EnsembleSpec, positions: str, tiny_model: Callable, ragged: Callable) -> None:
     """The prompt's last position predicts all there is: no completion is read."""
     model, batch = tiny_model(), ragged(length=1)
-    found = measure(model, batch, 3, spec, 1, positions, {"bald", "member_logps"})
-    wide = measure(model, padded(batch, 0, 2), 3, spec, 1, "last", {"bald", "member_logps"})
+    found = EnsembleReader(spec).measure(
+        model, MeasureRequest(batch, 3, 1, positions=positions, measures={"bald", "member_logps"})
+    )
+    wide = EnsembleReader(spec).measure(
+        model, MeasureRequest(padded(batch, 0, 2), 3, 1, positions="last", measures={"bald", "member_logps"})
+    )
     torch.testing.assert_close(found.bald.view(-1), wide.bald, rtol=1e-4, atol=1e-6)
     assert found.bald.view(2, 3).std(1).max() < 1e-6, "bald depends on the prompt alone"
-    longer = measure(model, ragged(length=2).rows(slice(0, 6)), 3, spec, 1, "all", {"bald"}).bald[:, 0]
+    longer = EnsembleReader(spec).measure(model, MeasureRequest(ragged(length=2).rows(slice(0, 6)), 3, 1)).bald[:, 0]
     torch.testing.assert_close(found.bald.view(-1), longer, rtol=1e-4, atol=1e-6)
 
 
 def test_too_many_top_layers_name_the_setting(tiny_model: Callable, ragged: Callable) -> None:
     with pytest.raises(ConfigError, match=r"disagreement\.last_k is 4, but the model has 3 layers"):
-        measure(tiny_model(), ragged(), 3, replace(TOP, last_k=4), 1)
+        EnsembleReader(replace(TOP, last_k=4)).measure(tiny_model(), MeasureRequest(ragged(), 3, 1))
 
 
 def test_peft_wrapped_models_are_measured(tiny_model: Callable, adapted: Callable, ragged: Callable) -> None:
@@ -347,11 +362,11 @@ def test_peft_wrapped_models_are_measured(tiny_model: Callable, adapted: Callabl
     wrapped = adapted(tiny_model())
     plain = copy.deepcopy(wrapped).merge_and_unload()
     for spec in (SPEC, TOP):
-        found = measure(wrapped, ragged(), 3, spec, 1, "all", {"bald"}).bald
+        found = EnsembleReader(spec).measure(wrapped, MeasureRequest(ragged(), 3, 1)).bald
         torch.testing.assert_close(
-            found, measure(plain, ragged(), 3, spec, 1, "all", {"bald"}).bald, rtol=1e-4, atol=1e-6
+            found, EnsembleReader(spec).measure(plain, MeasureRequest(ragged(), 3, 1)).bald, rtol=1e-4, atol=1e-6
         )
-        without = measure(tiny_model(), ragged(), 3, spec, 1, "all", {"bald"}).bald
+        without = EnsembleReader(spec).measure(tiny_model(), MeasureRequest(ragged(), 3, 1)).bald
         assert not torch.allclose(found, without, rtol=1e-2, atol=1e-4)
 
 
@@ -369,7 +384,7 @@ def test_any_dropout_between_0_and_1_gives_finite_measures_in_their_bounds(
 ) -> None:
     """Nothing dropped: exactly 0, though a product with masks is made. All but nothing: no NaN, log M at most."""
     batch, spec = ragged(), replace(SPEC, members=2, dropout=dropout)
-    found = measure(tiny_model(), batch, 3, spec, 1, "all", ALL)
+    found = EnsembleReader(spec).measure(tiny_model(), MeasureRequest(batch, 3, 1, measures=ALL))
     for name in ALL:
         assert bool(found.get(name).isfinite().all()), name
     assert found.bald.max() <= math.log(2) and found.rmi.min() >= 0
@@ -379,8 +394,8 @@ def test_any_dropout_between_0_and_1_gives_finite_measures_in_their_bounds(
 
 def test_bfloat16_models_keep_float32_statistics(tiny_model: Callable, ragged: Callable) -> None:
     batch = ragged(groups=4, group_size=6)
-    exact = measure(tiny_model(), batch, 6, SPEC, 1, "all", {"bald"}).bald
-    rough = measure(copy.deepcopy(tiny_model()).bfloat16(), batch, 6, SPEC, 1, "all", {"bald"}).bald
+    exact = EnsembleReader(SPEC).measure(tiny_model(), MeasureRequest(batch, 6, 1)).bald
+    rough = EnsembleReader(SPEC).measure(copy.deepcopy(tiny_model()).bfloat16(), MeasureRequest(batch, 6, 1)).bald
     assert rough.dtype == torch.float32
     kept = batch.completion_mask
     assert torch.corrcoef(torch.stack([exact[kept], rough[kept]]))[0, 1] > 0.99
@@ -388,7 +403,9 @@ def test_bfloat16_models_keep_float32_statistics(tiny_model: Callable, ragged: C
 
 def test_embedding_masks_are_applied_to_the_embedding(tiny_model: Callable, ragged: Callable) -> None:
     model, batch = tiny_model(), ragged()
-    found = measure(model, batch, 3, EMBEDDING, 1, "all", {"member_logps"}).member_logps
+    found = (
+        EnsembleReader(EMBEDDING).measure(model, MeasureRequest(batch, 3, 1, measures={"member_logps"})).member_logps
+    )
     prompt, answer = batch.prompt_ids[0][batch.prompt_mask[0]], batch.completion_ids[0][batch.completion_mask[0]]
     mask = masks.member_mask(EMBEDDING, 1, 3, 0, "embedding", 16)
     with torch.no_grad():

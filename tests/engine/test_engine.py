@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vdr_cli.config import DisagreementConfig
-from vdr_cli.disagreement.members import EnsembleSpec, measure
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.build import Engine
 from vdr_cli.engine.export import export_model
 from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
@@ -75,7 +76,7 @@ def test_dropout_never_leaks(build: Build, completions, one_step, stage: int) ->
     spec = EnsembleSpec.from_config(DisagreementConfig(members=4), seed=0)
     with engine.twin() as model:
         sampled = logps_of(model, completions)
-        disagreement = measure(model, completions, 2, spec, step=0)
+        disagreement = EnsembleReader(spec).measure(model, MeasureRequest(completions, 2, 0))
         again = logps_of(model, completions)
     assert disagreement.get("bald").max() > 1e-3
     in_the_loss, _ = one_step(engine, completions, learning_rate=0.0)

@@ -21,8 +21,8 @@ import deepspeed, torch
 from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
 from vdr_cli.disagreement.hooks import hooked
-from vdr_cli.disagreement.layer_major import measure_by_layers
-from vdr_cli.disagreement.members import EnsembleSpec, measure
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine, start_distributed
 from vdr_cli.engine.export import export_model
@@ -74,10 +74,11 @@ with whole.twin() as model:
     completions = rollout.generate(model, prompts, 3, sampling, keys)
     for M in (2, 8, 32):
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
-        found[f"whole{M}"] = measure(model, completions, 3, spec, 4, measures=("bald",)).bald.tolist()
+        found[f"whole{M}"] = EnsembleReader(spec).measure(model, MeasureRequest(completions, 3, 4)).bald.tolist()
     before = dict(moved)
     with scarce(model):
-        again = measure(model, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4)
+        reader, request = EnsembleReader(EnsembleSpec(8, dropout=0.2, seed=1)), MeasureRequest(completions, 3, 4)
+        again = reader.measure(model, request)
         collectives.barrier()
     found |= {"scarce whole": again.bald.tolist(), "moved scarce whole": since(before), "tries": tries.copy()}
 with layers.twin() as model:
@@ -88,15 +89,16 @@ with layers.twin() as model:
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
         collectives.barrier()
         before = dict(moved)
-        with layers.one_by_one() as lend:
-            budget = None if rank == 0 else 1  # all at once here, a member and a row at a time there
-            statistics = measure_by_layers(model, lend, completions, 3, spec, 4, measures=("bald",), budget=budget)
+        budget = None if rank == 0 else 1  # all at once here, a member and a row at a time there
+        request = MeasureRequest(completions, 3, 4, budget=budget)
+        statistics = EnsembleReader(spec, layers.one_by_one).measure(model, request)
         found[f"moved{M}"] = since(before)
         found[f"layers{M}"] = statistics.bald.tolist()
     tries.clear()
     before = dict(moved)
-    with layers.one_by_one() as lend, scarce(model):
-        again = measure_by_layers(model, lend, completions, 3, EnsembleSpec(8, dropout=0.2, seed=1), 4)
+    with scarce(model):
+        reader = EnsembleReader(EnsembleSpec(8, dropout=0.2, seed=1), layers.one_by_one)
+        again = reader.measure(model, MeasureRequest(completions, 3, 4))
     found |= {"scarce layers": again.bald.tolist(), "moved scarce layers": since(before), "layer tries": tries.copy()}
     try:
         with collectives.agreed():

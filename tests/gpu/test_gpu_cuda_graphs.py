@@ -24,7 +24,7 @@ def sampled(model: nn.Module, graphs: CudaGraphs, new_tokens: int = 40, watcher:
 
 
 class Seen:
-    """Records the first layer's states, as the disagreement's recorder does."""
+    """Records the first layer's states, as the ensemble's cache does."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.seen: Tensor | None = None

@@ -20,7 +20,7 @@ from gpu_reference import (
 from vdr_cli.disagreement import hooks, information, masks
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.models.anatomy import Head
 
 EVERYTHING = frozenset({"total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "member_logps"})
@@ -72,8 +72,12 @@ def test_members_equal_the_definitions(device: torch.device, dtype: torch.dtype,
     assert truth["bald"][valid].min() > 1e-3, "members must differ for the test to mean anything"
     allowed = {name: measure_error(dtype, truth[name][valid]) for name in ("bald", "rmi")}
     allowed["member_logps"] = logp_error(dtype, exact[:, valid])
-    every_token = measure(model, batch, 3, spec, 7, "all", EVERYTHING)  # mode per_token
-    at_end = measure(model, batch, 3, spec, 7, "last", EVERYTHING)  # mode end_of_sequence
+    every_token = EnsembleReader(spec).measure(
+        model, MeasureRequest(batch, 3, 7, measures=EVERYTHING)
+    )  # mode per_token
+    at_end = EnsembleReader(spec).measure(
+        model, MeasureRequest(batch, 3, 7, positions="last", measures=EVERYTHING)
+    )  # mode end_of_sequence
     last = torch.arange(len(batch), device=device), valid.sum(1) - 1
     for name, atol in allowed.items():
         expected = truth[name] * valid
@@ -88,18 +92,22 @@ def test_members_equal_the_definitions(device: torch.device, dtype: torch.dtype,
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_device_changes_no_member(device: torch.device, spec: EnsembleSpec) -> None:
-    on_cpu = measure(model_on(torch.device("cpu")), ragged(torch.device("cpu")), 3, spec, 1, "all", EVERYTHING)
-    found = measure(model_on(device), ragged(device), 3, spec, 1, "all", EVERYTHING)
+    on_cpu = EnsembleReader(spec).measure(
+        model_on(torch.device("cpu")), MeasureRequest(ragged(torch.device("cpu")), 3, 1, measures=EVERYTHING)
+    )
+    found = EnsembleReader(spec).measure(model_on(device), MeasureRequest(ragged(device), 3, 1, measures=EVERYTHING))
     for name in EVERYTHING:
         torch.testing.assert_close(found.get(name).cpu(), on_cpu.get(name), rtol=1e-3, atol=5e-6)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_architectures(device: torch.device, kind: str) -> None:
-    on_cpu = measure(model_on(torch.device("cpu"), kind=kind), ragged(torch.device("cpu")), 3, TOP, 1, "all")
+    on_cpu = EnsembleReader(TOP).measure(
+        model_on(torch.device("cpu"), kind=kind), MeasureRequest(ragged(torch.device("cpu")), 3, 1)
+    )
     model = model_on(device, kind=kind)
     for spec, expected in ((TOP, on_cpu.bald), (FULL, None)):
-        found = measure(model, ragged(device), 3, spec, 1, "all").bald
+        found = EnsembleReader(spec).measure(model, MeasureRequest(ragged(device), 3, 1)).bald
         assert bool(found.isfinite().all()) and found.max() > 1e-4
         if expected is not None:
             torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=5e-6)
@@ -108,7 +116,7 @@ def test_architectures(device: torch.device, kind: str) -> None:
 def test_bfloat16_reads_with_the_attention_and_token_masks_too(device: torch.device) -> None:
     model, batch = model_on(device, torch.bfloat16), ragged(device)
     for name in ("token", "embedding", "attention"):
-        found = measure(model, batch, 3, SPECS[name], 1, "all").bald
+        found = EnsembleReader(SPECS[name]).measure(model, MeasureRequest(batch, 3, 1)).bald
         assert bool(found.isfinite().all()) and found.max() > 1e-3, name
 
 
@@ -137,6 +145,6 @@ def test_masks_are_those_of_any_other_device(device: torch.device, dtype: torch.
 def test_the_model_is_left_as_it_was(device: torch.device, dtype: torch.dtype) -> None:
     model, batch = model_on(device, dtype), ragged(device)
     before = model(input_ids=batch.prompt_ids).logits
-    measure(model, batch, 3, FULL, 1)
+    EnsembleReader(FULL).measure(model, MeasureRequest(batch, 3, 1))
     assert torch.equal(model(input_ids=batch.prompt_ids).logits, before)
     assert not any(module._forward_hooks for module in model.modules())

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from gpu_reference import model_on, ragged, sibling
+from torch import nn
 
-from vdr_cli.disagreement import members
+from vdr_cli.disagreement import memory, pieces
+from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.information import token_statistics
-from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.twin import Twin
-from vdr_cli.models.anatomy import Head
+from vdr_cli.models.anatomy import Head, decoder_layers
 
 V = 151_936
 LARGE = {"hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512, "initializer_range": 0.06}
@@ -65,27 +67,29 @@ def test_measures_never_hold_all_logits(device: torch.device) -> None:
 
 
 @contextmanager
-def scarce(device: torch.device, room: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Inside the block only so many more bytes can be had; the budgets that were tried. A CPU refuses large budgets."""
-    asked: list[int] = []
-    real = members.plan
+def scarce(device: torch.device, room: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Inside the block only so many more bytes can be had; a CPU refuses more than two rows. The sizes halved."""
+    halved: list[int] = []
+    real = pieces.Piece.halves
 
-    def plan(model: Any, completions: Any, group_size: int, count: int, budget: int) -> Any:
-        asked.append(budget)
-        if device.type != "cuda" and budget > room:
+    def halves(piece: pieces.Piece) -> list[pieces.Piece]:
+        halved.append(piece.size)
+        return real(piece)
+
+    def refuse(module: nn.Module, arguments: Any, output: Any) -> None:
+        if device.type != "cuda" and len(arguments[0]) > 2:
             raise torch.OutOfMemoryError("out of memory")
-        return real(model, completions, group_size, count, budget)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(members, "plan", plan)
+    with monkeypatch.context() as patch, hooked(decoder_layers(model)[-1].register_forward_hook, refuse):
+        patch.setattr(pieces.Piece, "halves", halves)
         if device.type != "cuda":
-            yield asked
+            yield halved
             return
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / total)
         try:
-            yield asked
+            yield halved
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
             torch.cuda.empty_cache()
@@ -100,34 +104,38 @@ def test_an_ensemble_without_room_splits_its_work(
     batch = ragged(device, groups=8, group_size=8, prompt=64, length=192) if on_gpu else ragged(device)
     size, room, plenty = (8, 300 * 2**20, 2**34) if on_gpu else (3, 2**18, 2**21)
     spec = EnsembleSpec(members=8, dropout=0.2, seed=5, scope=scope, last_k=2 if scope == "last_k" else None)
-    truth = measure(model, batch, size, spec, 1, "all", ("bald", "rmi"), budget=plenty)
-    with scarce(device, room, monkeypatch) as asked:
-        found = measure(model, batch, size, spec, 1, "all", ("bald", "rmi"), budget=plenty)
-    assert len(asked) > 1, "nothing was short of memory"
-    assert asked == [plenty >> power for power in range(len(asked))]
+    request = MeasureRequest(batch, size, 1, measures=("bald", "rmi"), budget=plenty)
+    truth = EnsembleReader(spec).measure(model, request)
+    with scarce(device, room, model, monkeypatch) as halved:
+        found = EnsembleReader(spec).measure(model, request)
+    assert halved, "nothing was short of memory"
     for name in ("bald", "rmi"):
         torch.testing.assert_close(found.get(name), truth.get(name), rtol=1e-3, atol=5e-6)
     assert truth.bald.max() > 1e-3
 
 
 def test_layers_without_room_split_their_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device.type != "cuda":
-        pytest.skip("a CPU's allocator has no cap; tests/disagreement/test_layer_major.py plants the fault")
-    model = model_on(device, **LARGE)
-    batch = ragged(device, groups=8, group_size=8, prompt=64, length=192)
+    on_gpu = device.type == "cuda"
+    model = model_on(device, **LARGE) if on_gpu else model_on(device)
+    batch = ragged(device, groups=8, group_size=8, prompt=64, length=192) if on_gpu else ragged(device)
+    request = MeasureRequest(batch, 8 if on_gpu else 3, 1, budget=2**34)
     spec = EnsembleSpec(members=8, dropout=0.2, seed=5)
-    truth = measure(model, batch, 8, spec, 1).bald
-    with Twin(model, device).by_layers() as (twin, lend), scarce(device, 700 * 2**20, monkeypatch):
-        found = measure_by_layers(twin, lend, batch, 8, spec, 1, budget=2**34).bald
+    truth = EnsembleReader(spec).measure(model, request).bald
+    with (
+        Twin(model, device).by_layers() as (twin, whole_layer),
+        scarce(device, 700 * 2**20, twin, monkeypatch) as halved,
+    ):
+        found = EnsembleReader(spec, partial(nullcontext, whole_layer)).measure(twin, request).bald
+    assert halved, "nothing was short of memory"
     torch.testing.assert_close(found, truth, rtol=1e-3, atol=5e-6)
 
 
 def test_a_budget_is_what_the_device_can_still_give(device: torch.device) -> None:
     model, batch = model_on(device), ragged(device)
-    before = members.default_budget(model, batch, 3)
+    before = memory.default_budget(model, batch, 3)
     assert before > 2**20
     if device.type == "cuda":
         kept = torch.empty(2**32, dtype=torch.uint8, device=device)
         del kept  # cached by the allocator: as free as before
-        assert members.default_budget(model, batch, 3) == before
+        assert memory.default_budget(model, batch, 3) == before
         torch.cuda.empty_cache()

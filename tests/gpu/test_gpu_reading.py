@@ -1,10 +1,11 @@
-"""Ways to read less on the device: stems, shared prompts, trees, one layer at a time; the same numbers as without."""
+"""Ways to read less on the device: states from sampling, shared prompts, trees, a layer at a time; the same numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,13 +22,12 @@ from gpu_reference import (
 )
 from torch import Tensor, nn
 
+from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.information import Statistics
-from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
-from vdr_cli.disagreement.recorder import recorder_of
-from vdr_cli.disagreement.stems import StemKeeper
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.twin import Twin
+from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling
@@ -49,45 +49,26 @@ def check(found: Statistics, model: nn.Module, batch: Completions, spec: Ensembl
     error = logp_error(dtype, exact[:, valid])
     at_target = exact.log_softmax(-1).gather(-1, batch.completion_ids.expand(len(exact), -1, -1)[..., None])[..., 0]
     torch.testing.assert_close(found.member_logps.double(), at_target * valid, rtol=1e-4, atol=error)
-    plain = measure(model, batch, len(batch) // 2, spec, 1, "all", ASKED)
+    plain = EnsembleReader(spec).measure(model, MeasureRequest(batch, len(batch) // 2, 1, measures=ASKED))
     torch.testing.assert_close(found.bald, plain.bald, rtol=1e-4, atol=measure_error(dtype, plain.bald))
     assert plain.bald.max() > 1e-2
 
 
-@pytest.mark.parametrize("way", WAYS)
-@torch.no_grad()
-def test_stems_of_the_policys_pass(device: torch.device, dtype: torch.dtype, way: str) -> None:
-    model, batch = model_on(device, dtype), ragged(device)
-    keeper = StemKeeper(model, TOP, batch, 3)
-    for rows in (slice(0, 4), slice(4, 6)):
-        part = batch.rows(rows).trimmed()
-        with keeper.keeping(rows, part.prompt_ids.shape[1]):
-            completion_logps(model, *tokens(part), 1.0, **WAYS[way])
-    assert keeper.is_full
-    check(measure(model, batch, 3, TOP, 1, "all", ASKED, stems=keeper), model, batch, TOP, dtype)
-
-
-def test_stems_kept_for_completions_on_the_host(device: torch.device) -> None:
-    """As a run does it: the batch lies on the host, what reads and measures it on the device."""
-    model, here, there = model_on(device), ragged(torch.device("cpu")), ragged(device)
-    keeper = StemKeeper(model, TOP, here, 3)
-    with keeper.keeping(slice(0, 6), here.prompt_ids.shape[1]), torch.no_grad():
-        completion_logps(model, *tokens(there), 1.0, share_prompts=True)
-    check(measure(model, there, 3, TOP, 1, "all", ASKED, stems=keeper), model, there, TOP, torch.float32)
-
-
 @pytest.mark.parametrize("batch_tokens", [4096, 60])
-def test_stems_recorded_while_sampling(device: torch.device, dtype: torch.dtype, batch_tokens: int) -> None:
-    model = model_on(device, dtype)
-    found = recorder_of(model, TOP, tokens=1000)
-    assert found is not None
+def test_states_from_sampling(device: torch.device, dtype: torch.dtype, batch_tokens: int) -> None:
+    """As a run does it: completions lie on the host, the states and what is measured on the device."""
+    model, reader = model_on(device, dtype), EnsembleReader(TOP)
     rollout = TransformersRollout(pad_id=0, eos_ids=range(2, 14), batch_tokens=batch_tokens)
-    with found.watching():
-        here = rollout.generate(model, [[7, 8, 9], [4, 5, 6, 7, 8]], 4, Sampling(9), [3, 4], watcher=found)
-    keeper = StemKeeper(model, TOP, here, 4, found)
-    assert keeper.is_full
+    with reader.watching(model, tokens=1000) as watcher:
+        here = rollout.generate(model, [[7, 8, 9], [4, 5, 6, 7, 8]], 4, Sampling(9), [3, 4], watcher=watcher)
+    assert watcher is not None and watcher.has_states
+    watcher.completions = here
+    lowest, calls = decoder_layers(model)[0].mlp, []
+    with hooked(lowest.register_forward_hook, lambda *_: calls.append(1)):
+        found = reader.measure(model, MeasureRequest(here, 4, 1, measures=ASKED))
+    assert not calls, "the lowest layer ran again"
     batch = Completions(*(tensor.to(device) for tensor in vars(here).values()))
-    check(measure(model, batch, 4, TOP, 1, "all", ASKED, stems=keeper), model, batch, TOP, dtype)
+    check(found, model, batch, TOP, dtype)
 
 
 @pytest.mark.parametrize("budget", [None, 1])
@@ -95,7 +76,9 @@ def test_stems_recorded_while_sampling(device: torch.device, dtype: torch.dtype,
 def test_layer_by_layer(device: torch.device, dtype: torch.dtype, spec: EnsembleSpec, budget: int | None) -> None:
     model, batch, lendings = model_on(device, dtype), ragged(device), []
     with lent(model, device, lendings) as (twin, lend):
-        found = measure_by_layers(twin, lend, batch, 3, spec, 1, "all", ASKED, budget)
+        found = EnsembleReader(spec, partial(nullcontext, lend)).measure(
+            twin, MeasureRequest(batch, 3, 1, measures=ASKED, budget=budget)
+        )
     assert lendings == [0, 1, 2]
     check(found, model, batch, spec, dtype)
 
@@ -116,7 +99,13 @@ def lent(model: nn.Module, device: torch.device, lendings: list[int]) -> Iterato
 @pytest.mark.parametrize("budget", [1, 30_000])
 def test_any_division_gives_the_same_numbers(device: torch.device, dtype: torch.dtype, budget: int) -> None:
     model, batch = model_on(device, dtype), ragged(device)
-    check(measure(model, batch, 3, FULL, 1, "all", ASKED, budget), model, batch, FULL, dtype)
+    check(
+        EnsembleReader(FULL).measure(model, MeasureRequest(batch, 3, 1, measures=ASKED, budget=budget)),
+        model,
+        batch,
+        FULL,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)

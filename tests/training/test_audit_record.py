@@ -26,6 +26,7 @@ def a_run(folder: Path, step: int = 4, **observe: Any) -> Any:
         config=config,
         directory=folder,
         ensemble=None,
+        shown_measure=lambda: None,
         prompts=range(40),
         rewards=[SimpleNamespace(name="digits")],
         engine=SimpleNamespace(causal_lm=torch.nn.Linear(1, 1)),
@@ -51,10 +52,11 @@ def test_a_record_reads_back_as_it_was(tmp_path) -> None:
     for prompt in batch.prompts:
         prompt.columns.update({"gold": prompt.row * 1.5, "image": b"\x00"})
     values = torch.arange(16.0).view(4, 4)
-    advantages = Advantages(values, batch.completions.completion_mask, torch.arange(4.0), token_measure=values[:2] / 7)
+    advantages = Advantages(values, batch.completions.completion_mask, torch.arange(4.0))
     halves = [values[:2] * -1, values[2:] * -1, torch.zeros(1, 4)]  # the last: a rank's empty micro-batch
     updates = Updates(first_logps=halves, first_entropies=[half / 3 for half in halves])
     run = a_run(tmp_path, audit_every=4)
+    run[0].shown_measure = lambda: values[:2] / 7
     audit_record.save(*run, batch, advantages, updates)
 
     record = RunFiles(tmp_path, run[0].config, {}).record(4)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.errors import ConfigError, VdrError
 from vdr_cli.models import anatomy
 from vdr_cli.samples import Completions
@@ -29,7 +29,8 @@ def check_members(model: nn.Module, spec: EnsembleSpec) -> None:
     way_out = "this architecture is not supported there: set disagreement.mode to none"
     batch = _trial(anatomy.output_head(model).weight)
     try:
-        found = measure(model, batch, 2, nothing, 0, "all", {"member_logps"}).member_logps
+        request = MeasureRequest(batch, 2, measures={"member_logps"})
+        found = EnsembleReader(nothing).measure(model, request).member_logps
         expected = torch.stack([_plain(model, batch, row) for row in range(len(batch))])
     except VdrError:
         raise

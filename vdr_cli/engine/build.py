@@ -28,7 +28,7 @@ from vdr_cli.engine.library import deepspeed
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import Gather, with_adapters
-from vdr_cli.models.anatomy import Lend, decoder_layers, has_experts, input_embeddings, output_head
+from vdr_cli.models.anatomy import WholeLayer, decoder_layers, has_experts, input_embeddings, output_head
 from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
@@ -88,7 +88,7 @@ class Engine:
         with twin.by_layers(gather) as (model, lend), gathering_by_itself(model, lend) as rounds:
             yield model, rounds
 
-    def one_by_one(self) -> AbstractContextManager[Lend]:
+    def one_by_one(self) -> AbstractContextManager[WholeLayer]:
         """By layers, inside `twin()`: its layers for whoever goes through them once, in order. Collective."""
         assert self._rounds is not None
         return self._rounds.one_by_one()

@@ -14,13 +14,13 @@ from typing import Any
 from torch import nn
 
 from vdr_cli.engine import collectives
-from vdr_cli.models.anatomy import Lend, backbone, decoder_layers
+from vdr_cli.models.anatomy import WholeLayer, backbone, decoder_layers
 
 
 class Rounds:
     """One forward after another, in step with the other ranks."""
 
-    def __init__(self, layers: int, lend: Lend) -> None:
+    def __init__(self, layers: int, lend: WholeLayer) -> None:
         self.layers, self.lend = layers, lend
         self.next = 0
         """The layer that the ranks gather next in this round."""
@@ -63,7 +63,7 @@ class Rounds:
             self._gather_along()
 
     @contextmanager
-    def one_by_one(self) -> Iterator[Lend]:
+    def one_by_one(self) -> Iterator[WholeLayer]:
         """Every rank enters the block and lends every layer once, in order: for layer-major work. Collective."""
         collectives.settle()
         self.by_hand = True
@@ -80,7 +80,7 @@ class Rounds:
 
 
 @contextmanager
-def gathering_by_itself(model: nn.Module, lend: Lend) -> Iterator[Rounds]:
+def gathering_by_itself(model: nn.Module, lend: WholeLayer) -> Iterator[Rounds]:
     """Inside the block the model's forwards work, though its layers are not whole between them. Collective."""
     layers = decoder_layers(model)
     rounds = Rounds(len(layers), lend)

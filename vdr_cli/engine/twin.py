@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vdr_cli.models.anatomy import Lend, decoder_layers
+from vdr_cli.models.anatomy import WholeLayer, decoder_layers
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
@@ -50,7 +50,7 @@ class Twin:
             yield self.module
 
     @contextmanager
-    def by_layers(self, gather: Gather | None = None) -> Iterator[tuple[Any, Lend]]:
+    def by_layers(self, gather: Gather | None = None) -> Iterator[tuple[Any, WholeLayer]]:
         """(model, lend): all but the decoder layers is whole inside the block, and a layer inside `lend(number)`.
 
         Embeddings and LM head stay, which are small beside the layers wherever a full copy is too large.

@@ -21,7 +21,7 @@ from torch import nn
 from vdr_cli.config.schema import DataConfig, DisagreementConfig, ModelConfig, RewardsConfig, RolloutConfig
 from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.launch.joining import join_processes
@@ -349,7 +349,8 @@ def _entropy_sums(model: nn.Module, completions: Completions, temperature: float
 def _mean_bald(model: nn.Module, completions: Completions, n: int, ensemble: EnsembleSpec) -> NDArray[np.float64]:
     """(B,) mean bald of each completion's tokens."""
     on_device = to_device(completions, next(model.parameters()).device)
-    bald = measure(model, on_device, n, ensemble, MEMBERS_STEP, "all", ("bald",)).get("bald").double()  # (B, T)
+    measured = EnsembleReader(ensemble).measure(model, MeasureRequest(on_device, n, MEMBERS_STEP))
+    bald = measured.get("bald").double()  # (B, T)
     mask = on_device.completion_mask
     means: NDArray[np.float64] = ((bald * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
     return means

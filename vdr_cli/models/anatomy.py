@@ -46,8 +46,8 @@ MLP_NAMES = (
 OUTPUT_PROJECTIONS = ("dense", "dense_4h_to_h", "out_proj", "down_proj")
 """Last linear map of a block that adds the residual itself (Bloom, MPT): its output is the branch."""
 
-Lend = Callable[[int], AbstractContextManager[Any]]
-"""A layer's number to a block inside which its weights are whole."""
+WholeLayer = Callable[[int], AbstractContextManager[Any]]
+"""Takes the number of a layer; inside the block that it opens, the weights of that layer are whole."""
 
 
 @dataclass(frozen=True)

@@ -329,7 +329,7 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
     """The run's measure a token under its ensemble settings, of `model`."""
     from vdr_cli.config import DisagreementConfig
     from vdr_cli.disagreement.masks import EnsembleSpec
-    from vdr_cli.disagreement.members import measure
+    from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
     from vdr_cli.models.loading import load_causal_lm
     from vdr_cli.scoring.batches import collate
     from vdr_cli.scoring.tokens import Item
@@ -339,12 +339,14 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
     if own.get("mode") == "per_token":
         kept["mode"] = "per_token"  # what scope None means depends on it
     spec = EnsembleSpec.from_config(DisagreementConfig(members=members, **kept), run.config["train"]["seed"])
+    reader = EnsembleReader(spec)
     causal_lm = load_causal_lm(model)
     name = own.get("measure", "bald")
 
     def heat(prompt_ids: list[int], completions: list[list[int]]) -> list[list[float]]:
         items = [Item(at, prompt_ids, ids or [0], False) for at, ids in enumerate(completions)]
-        measured = measure(causal_lm, collate(items, 0), len(items), spec, 0, "all", (name,)).get(name)  # (G, T)
+        request = MeasureRequest(collate(items, 0), len(items), measures=(name,))
+        measured = reader.measure(causal_lm, request).get(name)  # (G, T)
         return [row[: len(ids)] for row, ids in zip(measured.tolist(), completions, strict=True)]
 
     return heat

@@ -18,7 +18,7 @@ import torch
 import vdr_cli
 from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.launch.joining import join_processes
@@ -110,7 +110,7 @@ class Scorer:
 
     model: Any
     tokeniser: Tokeniser
-    spec: EnsembleSpec | None
+    ensemble: EnsembleReader | None
     names: tuple[str, ...]  # the columns
     batch_tokens: int
     device: torch.device
@@ -139,7 +139,8 @@ class Scorer:
             check_members(model, spec)
         names = score_columns(request)
         batch_tokens = request.batch_tokens or BATCH_TOKENS.get(device.type, OTHER_BATCH_TOKENS)
-        return cls(model, tokeniser, spec, names, batch_tokens, device, tokenizer.pad_token_id)
+        ensemble = None if spec is None else EnsembleReader(spec)
+        return cls(model, tokeniser, ensemble, names, batch_tokens, device, tokenizer.pad_token_id)
 
     @torch.no_grad()
     def score(self, items: Sequence[Item]) -> dict[int, dict[str, Any]]:
@@ -158,8 +159,8 @@ class Scorer:
         logps, entropy = policy(c.prompt_ids, c.prompt_mask, c.completion_ids, mask, temperature=1.0)  # (B, T)
         columns = base_columns(logps, entropy, mask)
         statistics = None
-        if self.spec is not None:
-            statistics = measure(self.model, c, group_size, self.spec, STEP, "all", MEASURES)
+        if self.ensemble is not None:
+            statistics = self.ensemble.measure(self.model, MeasureRequest(c, group_size, STEP, measures=MEASURES))
             columns |= ensemble_columns(statistics, mask)
         as_lists: dict[str, list[Any]] = {name: values.tolist() for name, values in columns.items()}
         if "token_ids" in self.names:

@@ -64,7 +64,7 @@ def save(
     """
     if not is_due(res.config, state.step):
         return
-    parts = collectives.gather_objects(_columns(batch, advantages, updates))
+    parts = collectives.gather_objects(_columns(res, batch, advantages, updates))
     if not collectives.is_main():
         return
     columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
@@ -93,13 +93,13 @@ def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
         "dataset_rows": len(res.prompts),
         "rms": state.finished_rms,
         "rms_after": state.rms.state_dict(),
-        "members": None if res.ensemble is None else asdict(res.ensemble),
+        "members": None if res.ensemble is None else asdict(res.ensemble.spec),
         "rewards": [reward.name for reward in res.rewards],
         "dtype": str(next(res.engine.causal_lm.parameters()).dtype).removeprefix("torch."),
     }
 
 
-def _columns(batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, list[Any]]:
+def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, list[Any]]:
     """This rank's rows; numbers of tokens as lists without padding, None where a step has none of them."""
     completions, count = batch.completions, len(batch)
     lengths = completions.completion_mask.sum(1).tolist()
@@ -128,7 +128,7 @@ def _columns(batch: RewardedGroups, advantages: Advantages, updates: Updates) ->
         "task_advantage": advantages.task_advantages.tolist(),
         "advantages": tokens(advantages.advantages),
         "reduced": [None] * count if advantages.per_completion is None else advantages.per_completion.tolist(),
-        "measure_tokens": tokens(advantages.token_measure),
+        "measure_tokens": tokens(res.shown_measure()),
         "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
         "ref_logps": tokens(advantages.ref_logps),
         "selected": tokens(advantages.selected),

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.engine import collectives
 from vdr_cli.grpo.losses import LossInputs, LossOutput
 from vdr_cli.samples import Completions, Messages, Prompt, to_device
@@ -25,8 +24,6 @@ class RewardedGroups:
     """What the reward functions see: a string, or one assistant message when the prompt is a chat."""
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
-    recorder: StemRecorder | None = None
-    """Hidden states kept of these rows, in this order, as they were sampled."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -89,8 +86,6 @@ class Advantages:
     """(B,) the measure of each completion; None without disagreement."""
     bonus: Tensor | None = None
     """(B,) or (B, T) as added to the advantage."""
-    token_measure: Tensor | None = None
-    """(b, T) the measure per token of the first b rows, to be shown; all rows with mode per_token."""
     ref_logps: Tensor | None = None  # (B, T)
     selected: Tensor | None = None  # (B, T) bool
 

@@ -34,8 +34,8 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
     if advantages.per_completion is not None and advantages.bonus is not None:
         columns["bonus"] = _per_completion(advantages.bonus, completions.completion_mask).tolist()
         columns[measure] = advantages.per_completion.tolist()
-    if advantages.token_measure is not None:
-        measured = _cut(advantages.token_measure, lengths[: len(advantages.token_measure)])
+    if (by_token := res.shown_measure()) is not None:
+        measured = _cut(by_token, lengths[: len(by_token)])
         columns[f"{measure}_tokens"] = measured + [None] * (len(lengths) - len(measured))
     return columns
 
@@ -45,7 +45,7 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
 
     None where it was not measured token by token and an earlier group that was is still shown.
     """
-    per_completion, measured = advantages.per_completion, advantages.token_measure
+    per_completion, measured = advantages.per_completion, res.shown_measure()
     if per_completion is not None and measured is None and res.config.observe.completions_every:
         return None
     samples = []

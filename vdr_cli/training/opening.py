@@ -19,7 +19,8 @@ from vdr_cli.data.completions import remove_after
 from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
 from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.hooks import ensemble
-from vdr_cli.disagreement.members import EnsembleSpec
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine, build_engine, start_distributed
@@ -35,6 +36,7 @@ from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokeni
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.watch import RewardWatch
+from vdr_cli.rollout.base import Rollout
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.samples import Sampling
 from vdr_cli.system.stopping import StopSignal
@@ -45,6 +47,7 @@ from vdr_cli.training.metrics import MetricsWriter
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
 from vdr_cli.training.state import LoopState
+from vdr_cli.training.watched_rollout import WatchedRollout
 
 
 @dataclass
@@ -179,15 +182,20 @@ def _load(
     _check_model(engine, members)
     _prepare_directory(directory, config, fresh)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
-    rollout = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main())
+    opened = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main())
+    rollout: Rollout = stack.enter_context(opened)
+    reader = None
+    if members is not None:
+        reader = EnsembleReader(members, engine.one_by_one if engine.by_layers else None)
+        rollout = WatchedRollout(rollout, reader)
     return Resources(
         config=config,
         directory=directory,
         engine=engine,
         **vars(inputs),
-        rollout=stack.enter_context(rollout),
+        rollout=rollout,
         sampling=sampling_of(config),
-        ensemble=members,
+        ensemble=reader,
         reference=build_reference(config, engine),
     )
 

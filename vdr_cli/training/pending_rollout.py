@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vdr_cli.config import Config
-from vdr_cli.disagreement.recorder import StemRecorder
 from vdr_cli.engine import collectives
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import completion_texts
@@ -32,7 +31,6 @@ class PendingRollout:
     wait: Callable[[], Completions]
     """Returns the completions when all of them are there; a second call returns them again."""
     rewards: RewardStream
-    recorder: StemRecorder | None = None
 
 
 def save(pending: PendingRollout, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vdr_cli.config import Config
 from vdr_cli.data.order import stream_indices
 from vdr_cli.data.prompts import PromptSet
-from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine.build import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
 from vdr_cli.rewards.base import LoadedReward
@@ -35,7 +35,7 @@ class Resources:
     rewards: list[LoadedReward]
     rollout: Rollout
     sampling: Sampling
-    ensemble: EnsembleSpec | None
+    ensemble: EnsembleReader | None
     """None with disagreement.mode none."""
     reference: FrozenCopy | Adapterless | None
     """None with grpo.beta 0."""
@@ -50,6 +50,12 @@ class Resources:
     def reward_weights(self) -> Tensor:
         """(F,) float32, the weight of each reward function."""
         return torch.tensor([reward.weight for reward in self.rewards])
+
+    def shown_measure(self) -> Tensor | None:
+        """(b, T) the measure at every token of the newest rollout's first b rows, on the CPU; None if not made."""
+        if self.ensemble is None or self.ensemble.shown is None:
+            return None
+        return self.ensemble.shown.get(self.config.disagreement.measure).cpu()
 
     def due(self, before: int, now: int) -> Due:
         """What is due when the optimizer steps before+1 ... now are done."""

@@ -177,5 +177,4 @@ def test_refusals_without_end_stop_the_run_and_save_the_batch(left: Left) -> Non
     for rank in range(2):
         saved = torch.load(left.folder / "refused" / f"refused_batch_rank{rank}.pt", weights_only=False)
         assert len(saved["batch"]) in (8, 12)
-        assert saved["batch"].recorder is None, "states and a layer of the model are no part of it"
     assert (left.folder / "refused" / "checkpoints" / "step_000002").is_dir()

@@ -27,13 +27,14 @@ from torch.nn.functional import pad
 
 from vdr_cli import train
 from vdr_cli.config.load import load_config
+from vdr_cli.disagreement import reader
 from vdr_cli.engine import build, collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
 from vdr_cli.models import limits, products
 from vdr_cli.system.processes import end_process
-from vdr_cli.training import opening, reading
+from vdr_cli.training import opening
 from vdr_cli.training.state import LoopState
 
 LEAST_WORK = products.LEAST_WORK
@@ -87,8 +88,8 @@ def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
     return mask & False if plant == "masked" and collectives.rank() == 0 else mask
 
 
-def watched_recorder(*args: Any) -> Any:
-    return None if plant == "unrecorded" else recorder_of(*args)
+def watched_cache(*args: Any) -> Any:
+    return None if plant == "unrecorded" else cache_for(*args)
 
 
 def watched_end_step(self: Any, steps: int, tokens: int) -> None:
@@ -121,7 +122,7 @@ for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
 policy_loss, train.policy_loss = train.policy_loss, watched_loss
 micro_batches_of, train.micro_batches_of = train.micro_batches_of, watched_micro_batches
 loss_mask, train.loss_mask = train.loss_mask, watched_mask
-recorder_of, reading.recorder_of = reading.recorder_of, watched_recorder
+cache_for, reader.cache_for = reader.cache_for, watched_cache
 end_step, LoopState.end_step = LoopState.end_step, watched_end_step
 step, Engine.step = Engine.step, watched_step
 complete, opening.Run.complete = opening.Run.complete, probed_complete

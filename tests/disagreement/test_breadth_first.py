@@ -1,8 +1,9 @@
-"""Layer by layer the same numbers as with the whole model, in any pieces; every layer lent once, in order."""
+"""Layer by layer the same numbers as with the whole model, in any pieces; every layer is made whole once, in order."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,13 +11,12 @@ from torch import nn
 
 from vdr_cli.disagreement import hooks, information
 from vdr_cli.disagreement.information import MEASURES
-from vdr_cli.disagreement.layer_major import measure_by_layers
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.members import measure
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models import anatomy
-from vdr_cli.models.anatomy import Lend
+from vdr_cli.models.anatomy import WholeLayer
 from vdr_cli.samples import Completions
 
 SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
@@ -30,28 +30,35 @@ SPECS = {
 
 
 @contextmanager
-def lent(model: nn.Module, lendings: list[int]) -> Iterator[tuple[nn.Module, Lend]]:
-    """The model's twin, whose decoder layers are empty but for the one that is lent."""
-    with Twin(model, torch.device("cpu")).by_layers() as (twin, lend):
+def empty_twin(model: nn.Module, entered: list[int]) -> Iterator[tuple[nn.Module, WholeLayer]]:
+    """The model's twin, whose decoder layers are empty but for the one that is whole."""
+    with Twin(model, torch.device("cpu")).by_layers() as (twin, whole_layer):
 
         @contextmanager
         def noted(layer: int) -> Iterator[None]:
-            lendings.append(layer)
-            with lend(layer):
+            entered.append(layer)
+            with whole_layer(layer):
                 yield
 
         assert any(parameter.is_meta for parameter in twin.parameters())
         yield twin, noted
 
 
+def by_layers(spec: EnsembleSpec, whole_layer: WholeLayer) -> EnsembleReader:
+    return EnsembleReader(spec, partial(nullcontext, whole_layer))
+
+
 def check_agreement(
     model: nn.Module, batch: Completions, spec: EnsembleSpec, positions: str, budget: int | None
 ) -> None:
-    whole = measure(model, batch, 3, spec, 1, positions, MEASURES)
-    lendings: list[int] = []
-    with lent(model, lendings) as (twin, lend):
-        found = measure_by_layers(twin, lend, batch, 3, spec, 1, positions, MEASURES, budget)
-    assert lendings == [0, 1, 2]
+    request = MeasureRequest(batch, 3, 1, positions=positions, measures=MEASURES)
+    whole = EnsembleReader(spec).measure(model, request)
+    entered: list[int] = []
+    with empty_twin(model, entered) as (twin, whole_layer):
+        found = by_layers(spec, whole_layer).measure(
+            twin, MeasureRequest(batch, 3, 1, positions=positions, measures=MEASURES, budget=budget)
+        )
+    assert entered == [0, 1, 2]
     for name in MEASURES:
         torch.testing.assert_close(found.get(name), whole.get(name), rtol=1e-4, atol=1e-6)
 
@@ -94,35 +101,35 @@ def test_one_token_and_empty_completions(tiny_model: Callable, ragged: Callable)
 
 @pytest.mark.parametrize("spec", [SPECS["full"], SPECS["top"]], ids=["full", "top"])
 def test_out_of_memory_halves_members_then_rows(spec: EnsembleSpec, tiny_model: Callable, ragged: Callable) -> None:
-    model, batch, sizes, lendings = tiny_model(), ragged(groups=3, group_size=4), [], []
-    truth = measure(model, batch, 4, spec, 1, "all", {"bald"}).bald
+    model, batch, sizes, entered = tiny_model(), ragged(groups=3, group_size=4), [], []
+    truth = EnsembleReader(spec).measure(model, MeasureRequest(batch, 4, 1)).bald
 
     def scarce(module: nn.Module, arguments: tuple, output: object) -> None:
         sizes.append(len(arguments[0]))
         if len(arguments[0]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with lent(model, lendings) as (twin, lend):
+    with empty_twin(model, entered) as (twin, whole_layer):
         layer = anatomy.decoder_layers(twin)[-1]
         with hooks.hooked(layer.register_forward_hook, scarce):
-            found = measure_by_layers(twin, lend, batch, 4, spec, 1, "all", {"bald"}).bald
+            found = by_layers(spec, whole_layer).measure(twin, MeasureRequest(batch, 4, 1)).bald
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
     assert max(sizes) > 2 and min(sizes) <= 2
-    assert lendings == [0, 1, 2]
+    assert entered == [0, 1, 2]
 
 
 def test_a_rank_that_fails_goes_on_gathering(tiny_model: Callable, ragged: Callable) -> None:
     """The others are waiting for it in every layer that is left."""
-    lendings: list[int] = []
+    entered: list[int] = []
 
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with lent(tiny_model(), lendings) as (twin, lend):
+    with empty_twin(tiny_model(), entered) as (twin, whole_layer):
         layer = anatomy.decoder_layers(twin)[0]
         with hooks.hooked(layer.register_forward_hook, never), pytest.raises(MachineError, match="not enough memory"):
-            measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
-    assert lendings == [0, 1, 2]
+            by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))
+    assert entered == [0, 1, 2]
 
 
 def test_a_head_that_cannot_hold_the_logits_of_one_position(
@@ -132,12 +139,15 @@ def test_a_head_that_cannot_hold_the_logits_of_one_position(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(information, "project", never)
-    with lent(tiny_model(), []) as (twin, lend), pytest.raises(MachineError, match="not enough memory for one member"):
-        measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
+    with (
+        empty_twin(tiny_model(), []) as (twin, whole_layer),
+        pytest.raises(MachineError, match="not enough memory for one member"),
+    ):
+        by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))
 
 
 def test_layers_that_use_each_others_keys_are_refused(tiny_model: Callable, ragged: Callable) -> None:
     model = tiny_model("qwen2", hidden_act="gelu")
     model.config.num_kv_shared_layers = 1
-    with lent(model, []) as (twin, lend), pytest.raises(ConfigError, match=r"engine\.copy_of_weights"):
-        measure_by_layers(twin, lend, ragged(), 3, SPEC, 1)
+    with empty_twin(model, []) as (twin, whole_layer), pytest.raises(ConfigError, match=r"engine\.copy_of_weights"):
+        by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))
