@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def test_a_checkpoint_on_a_read_only_disk_is_loaded(
     found, _ = checkpoints.newest_complete(written)
     assert found is not None
     for name in ("unlink", "rmdir", "open"):
-        monkeypatch.setattr(checkpoints.os, name, refused)
+        monkeypatch.setattr(os, name, refused)
     monkeypatch.setattr(Path, "unlink", refused)
     checkpoints.load(build(3), found)
 

@@ -12,6 +12,7 @@ from vdr_cli.audit.files import Record, RunFiles, open_run
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.system.files import write_whole
 
 SECTIONS = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics")
 """What --only takes, in the order of a step."""
@@ -89,6 +90,6 @@ def write_json(lines: Sequence[Line], path: Path, run: str) -> None:
         "lines": [line.as_json() for line in lines],
     }
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise MachineError(f"{path}: cannot be written: {error.strerror or error}") from error

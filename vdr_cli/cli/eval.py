@@ -188,6 +188,7 @@ class Files:
         from vdr_cli.cli.comparison import as_markdown, show
         from vdr_cli.evaluation.evaluate import paired_differences
         from vdr_cli.scoring.parts import plain
+        from vdr_cli.system.files import write_whole
 
         records = [result.record() for result in results]
         differences = paired_differences(results)
@@ -196,9 +197,9 @@ class Files:
         show(records, differences)
         if self.numbers is not None:
             written = plain({"models": records, "differences": differences})  # no NaN: JSON has none
-            Path(self.numbers).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_whole(Path(self.numbers), json.dumps(written, indent=2, allow_nan=False) + "\n")
         if self.tables is not None:
-            Path(self.tables).write_text(as_markdown(records, differences), encoding="utf-8")
+            write_whole(Path(self.tables), as_markdown(records, differences))
         if self.completions is not None:
             save_samples(Path(self.completions), results)
 

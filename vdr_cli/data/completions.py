@@ -7,7 +7,6 @@ rewards/<name>, bonus, advantage, truncated, the measures (bald, ...), and what 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.errors import DataError, MachineError
+from vdr_cli.system.files import replacing
 from vdr_cli.system.text import storable
 
 _INTEGER_LISTS = ("prompt_ids", "completion_ids")
@@ -45,13 +45,10 @@ def write_columns(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
 
 def write_table(path: Path, table: pa.Table) -> Path:
     """A Parquet file, whole or not at all. Raises MachineError when it cannot be written."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary, compression="zstd")
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial, compression="zstd")
     except OSError as error:
         raise MachineError(f"{path}: completions cannot be written: {error.strerror or error}") from error
     return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -28,6 +27,7 @@ import torch
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.system.files import sync, sync_tree
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -247,12 +247,11 @@ def _digests(partial: Path) -> dict[str, tuple[int, str]]:
 
 def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) -> None:
     (partial / MANIFEST).write_text(json.dumps({"files": digests}))
-    for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
+    sync_tree(partial)
     if final.exists():  # the same step again
         _hide(final)
     partial.replace(final)
-    _fsync(final.parent)
+    sync(final.parent)
 
 
 @contextmanager
@@ -305,14 +304,6 @@ def _fresh_directory(path: Path) -> None:
     for stale in path.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(stale)
     path.mkdir()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

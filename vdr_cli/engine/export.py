@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import Engine
 from vdr_cli.errors import MachineError
 from vdr_cli.models.adapters import merged
+from vdr_cli.system.files import replacing
 
 
 def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
@@ -23,12 +23,9 @@ def export_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
-    partial = folder.with_name(f".partial_{folder.name}")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        merged(model).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
+        with replacing(folder) as partial:
+            merged(model).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     except OSError as fault:
         raise MachineError(f"model could not be written to {folder}: {fault}") from fault

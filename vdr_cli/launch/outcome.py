@@ -7,11 +7,12 @@ for a reason it knows. `stop` in the same directory asks every rank to save and 
 from __future__ import annotations
 
 import json
-import os
 import socket
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from vdr_cli.system.files import write_whole
 
 FINISHED = "finished.json"
 FAULT = "fault.json"
@@ -86,6 +87,4 @@ def asked_to_stop(directory: Path) -> int | None:
 
 
 def _write(path: Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(value) + "\n")

@@ -34,6 +34,7 @@ from vdr_cli.report.data import (
     settings_of,
 )
 from vdr_cli.report.intervals import Interval, IntervalChart, interval_svg, ordered
+from vdr_cli.system.files import write_whole
 from vdr_cli.system.text import visible
 
 RUN_CHARTS = (
@@ -88,10 +89,8 @@ def write_report(
     default = source.with_name(source.name + ".html") if source.is_file() else source / "report.html"
     target = Path(output) if output is not None else default
     html = render(_page(source, compare, members))
-    temporary = target.with_name(target.name + ".tmp")
     try:
-        temporary.write_text(html, encoding="utf-8")
-        temporary.replace(target)
+        write_whole(target, html)
     except OSError as error:
         raise MachineError(f"{target}: cannot be written ({error.strerror})") from error
     return target

@@ -21,6 +21,7 @@ from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, served_weights, write_model, write_weights
 from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
+from vdr_cli.system.files import write_whole
 
 PROBE = Sampling(max_new_tokens=16, temperature=0.5)
 """Drawn to compare log-probabilities; not at temperature 1, so that a server that returns them unscaled is seen."""
@@ -193,10 +194,7 @@ class VllmRollout:
             client.forget()
 
     def _announce(self, version: int) -> None:
-        file = self.directory / "pushed.json"
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps({"version": version, "process": os.getpid()}))
-        partial.replace(file)
+        write_whole(self.directory / "pushed.json", json.dumps({"version": version, "process": os.getpid()}))
 
     def _await(self, version: int) -> None:
         """Wait for rank 0's word that the servers hold these weights."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+from vdr_cli.system.files import replacing
 
 WEIGHTS = "model.safetensors"
 
@@ -52,11 +53,8 @@ def served_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def write_weights(model: nn.Module, directory: Path) -> None:
     """Replace the weights in `directory` in one move: a reader sees the old file or the new one."""
-    partial = directory / f".partial_{WEIGHTS}"
-    save_file(_unshared(served_weights(model)), partial, metadata={"format": "pt"})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as partial:
+        save_file(_unshared(served_weights(model)), partial, metadata={"format": "pt"})
 
 
 def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Output that survives a kill: every window is a file of its own, whole or absent; the last act joins them in order.
 
 OUT.parts/ holds request.json (what is being scored, and how) and part-00000007.<suffix> for window 7. A restart
-computes the windows that are missing. When all are there they are joined to OUT.tmp, which replaces OUT.
+computes the windows that are missing. When all are there they are joined, and the whole replaces OUT.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.errors import ConfigError, DataError, MachineError
+from vdr_cli.system.files import replacing, write_whole
 from vdr_cli.system.text import storable
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -73,7 +73,7 @@ class Parts:
             if not self._record.exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-            _write_whole(self._record, json.dumps(self.request, indent=1).encode())
+            write_whole(self._record, json.dumps(self.request, indent=1))
         except OSError as error:
             raise MachineError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -88,11 +88,9 @@ class Parts:
     def write(self, window: int, rows: Sequence[dict[str, Any]], note: dict[str, Any], layout: Layout) -> None:
         """Save one window's output rows and the note about it (counts of what was skipped)."""
         try:
-            _write_whole(self._path(window, ".note"), json.dumps(note).encode())
-            path = self._path(window)
-            temporary = path.with_name(path.name + ".tmp")
-            _writers[self.suffix](temporary, rows, layout)
-            _replace(temporary, path)
+            write_whole(self._path(window, ".note"), json.dumps(note))
+            with replacing(self._path(window)) as partial:
+                _writers[self.suffix](partial, rows, layout)
         except OSError as error:
             raise MachineError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -108,13 +106,12 @@ class Parts:
 
     def join(self, windows: int, layout: Layout, summary: dict[str, Any]) -> None:
         """All parts in order become the output, in one replacement; then the folder goes."""
-        temporary = self.output.with_name(self.output.name + ".tmp")
         metadata = json.dumps({"request": self.request, "summary": summary})
         try:
-            _joiners[self.suffix](temporary, [self._path(window) for window in range(windows)], layout, metadata)
-            if self.suffix != ".parquet":
-                _write_whole(metadata_path(self.output), metadata.encode())
-            _replace(temporary, self.output)
+            with replacing(self.output) as partial:
+                _joiners[self.suffix](partial, [self._path(window) for window in range(windows)], layout, metadata)
+                if self.suffix != ".parquet":
+                    write_whole(metadata_path(self.output), metadata)
             self._record.unlink()
             shutil.rmtree(self.folder)
         except OSError as error:
@@ -221,12 +218,15 @@ def _new_column(name: str) -> str:
     return f"column {name!r} is not in the first rows: write JSONL, which takes any columns (-o OUT.jsonl)"
 
 
-def _join_bytes(path: Path, parts: Sequence[Path], layout: Layout, metadata: str) -> None:
+def _join_csv(path: Path, parts: Sequence[Path], layout: Layout, metadata: str) -> None:
+    header = io.StringIO(newline="")
+    csv.writer(header).writerow(layout.names)
+    _join_bytes(path, parts, layout, metadata, header.getvalue().encode())
+
+
+def _join_bytes(path: Path, parts: Sequence[Path], layout: Layout, metadata: str, header: bytes = b"") -> None:
     with path.open("wb") as whole:
-        if path.name.lower().endswith(".csv.tmp"):
-            header = io.StringIO(newline="")
-            csv.writer(header).writerow(layout.names)
-            whole.write(header.getvalue().encode())
+        whole.write(header)
         for part in parts:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, whole, 1 << 20)
@@ -246,17 +246,5 @@ def _join_parquet(path: Path, parts: Sequence[Path], layout: Layout, metadata: s
             writer.write_table(pa.concat_tables(waiting))
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    _replace(temporary, path)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(path)
-
-
 _writers = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
-_joiners = {".jsonl": _join_bytes, ".csv": _join_bytes, ".parquet": _join_parquet}
+_joiners = {".jsonl": _join_bytes, ".csv": _join_csv, ".parquet": _join_parquet}

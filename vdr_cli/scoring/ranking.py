@@ -21,6 +21,7 @@ from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.tokens import RowError, group_key, is_lm_eval, value_at
 from vdr_cli.stats.ranking import expected_calibration_error, with_intervals
+from vdr_cli.system.files import write_whole
 
 NOT_RANKED = ("ppl", "bald_se")  # ppl orders rows as nll_mean does; bald_se is an error bar
 LABEL = "label"
@@ -40,7 +41,7 @@ def save_ranking(output: str, fields: Fields) -> Ranking:
     ranking = rank_columns(output, fields)
     if ranking.rows:
         content = json.dumps([plain(row) for row in ranking.rows], indent=1) + "\n"
-        Path(output + ".ranking.json").write_text(content, encoding="utf-8")
+        write_whole(Path(output + ".ranking.json"), content)
     return ranking
 
 

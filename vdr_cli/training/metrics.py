@@ -13,6 +13,7 @@ from typing import Any
 from vdr_cli.config.schema import ObserveConfig
 from vdr_cli.data.metrics import METRICS_FILE, parse_line
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.system.files import replacing, write_whole
 
 SYNC_SECONDS = 1.0  # most work that a power cut can take from the file; a killed process loses nothing
 
@@ -125,15 +126,15 @@ def _finite(value: float) -> float | None:
 
 
 def _keep_through(path: Path, step: int) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8") as lines, temporary.open("w", encoding="utf-8") as kept:
+    with (
+        replacing(path) as partial,
+        path.open(encoding="utf-8") as lines,
+        partial.open("w", encoding="utf-8") as kept,
+    ):
         for line in lines:
             record = parse_line(line)
             if record is not None and record["step"] <= step and line.endswith("\n"):
                 kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    temporary.replace(path)
 
 
 def _start_wandb(run_dir: Path, config: Mapping[str, Any] | None) -> Any:
@@ -143,7 +144,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any] | None) -> Any:
         raise ConfigError("observe.wandb is on but wandb is not installed: pip install 'vdr-cli[wandb]'") from None
     identity = run_dir / "wandb_id"
     run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
-    identity.write_text(run_id + "\n")
+    write_whole(identity, run_id + "\n")
     return wandb.init(
         project="vdr", name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow", config=dict(config or {})
     )

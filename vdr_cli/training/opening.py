@@ -39,6 +39,7 @@ from vdr_cli.rewards.watch import RewardWatch
 from vdr_cli.rollout.base import Rollout
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.samples import Sampling
+from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
 from vdr_cli.training.checkpointer import Checkpointer
@@ -261,8 +262,7 @@ def _prepare_directory(directory: Path, config: Config, fresh: bool) -> None:
             return
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with (directory / "config.yaml").open("x" if fresh else "w", encoding="utf-8") as file:
-                file.write(dump_run_record(config))
+            (create_whole if fresh else write_whole)(directory / "config.yaml", dump_run_record(config))
         except FileExistsError:
             raise ConfigError(f"train.output {directory} holds another run; give another --output") from None
 
