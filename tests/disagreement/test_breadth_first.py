@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vdr_cli.disagreement import hooks, information
+from vdr_cli.disagreement import hooks
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
@@ -17,6 +17,7 @@ from vdr_cli.engine.twin import Twin
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models import anatomy
 from vdr_cli.models.anatomy import WholeLayer
+from vdr_cli.models.head import Head
 from vdr_cli.samples import Completions
 
 SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
@@ -138,7 +139,7 @@ def test_a_head_that_cannot_hold_the_logits_of_one_position(
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(information, "project", never)
+    monkeypatch.setattr(Head, "logits_into", never)
     with (
         empty_twin(tiny_model(), []) as (twin, whole_layer),
         pytest.raises(MachineError, match="not enough memory for one member"),

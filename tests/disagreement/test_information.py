@@ -12,7 +12,7 @@ from torch import Tensor
 from vdr_cli.disagreement import information
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.exploration.bonus import reduce, token_credit
-from vdr_cli.models.anatomy import Head
+from vdr_cli.models.head import Head
 
 
 def entropy(p: list[float]) -> float:

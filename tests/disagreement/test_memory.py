@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement import hooks, information, memory
+from vdr_cli.disagreement import hooks, memory
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.errors import MachineError
 from vdr_cli.models import anatomy
+from vdr_cli.models.head import Head
 
 SPEC = EnsembleSpec(members=4, dropout=0.2, seed=5)
 TOP = EnsembleSpec(members=4, dropout=0.2, seed=5, scope="last_k", last_k=1)
@@ -63,15 +64,15 @@ def test_out_of_memory_in_the_head_halves_the_logits_alone(
 ) -> None:
     model, batch, rows, trunks = tiny_model(), ragged(), [], []
     truth = EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1)).bald
-    real = information.project
+    real = Head.logits_into
 
-    def scarce(hidden: Tensor, head: anatomy.Head, out: Tensor) -> Tensor:
+    def scarce(head: Head, out: Tensor, hidden: Tensor) -> Tensor:
         rows.append(len(hidden))
         if len(hidden) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(hidden, head, out)
+        return real(head, out, hidden)
 
-    monkeypatch.setattr(information, "project", scarce)
+    monkeypatch.setattr(Head, "logits_into", scarce)
     first = anatomy.decoder_layers(model)[0]
     with hooks.hooked(first.register_forward_hook, lambda *_: trunks.append(1)):
         torch.testing.assert_close(
@@ -79,7 +80,7 @@ def test_out_of_memory_in_the_head_halves_the_logits_alone(
         )
         assert len(trunks) == 2, "prompts and completions once: the trunk is not read again"
         assert max(rows) > 4 == min(rows), "one position of four members"
-        monkeypatch.setattr(information, "project", _never)
+        monkeypatch.setattr(Head, "logits_into", _never)
         with pytest.raises(MachineError, match="not enough memory"):
             EnsembleReader(SPEC).measure(model, MeasureRequest(batch, 3, 1))
 

@@ -21,7 +21,7 @@ from vdr_cli.disagreement import hooks, information, masks
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
-from vdr_cli.models.anatomy import Head
+from vdr_cli.models.head import Head
 
 EVERYTHING = frozenset({"total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "member_logps"})
 FULL = EnsembleSpec(members=4, dropout=0.2, seed=5)

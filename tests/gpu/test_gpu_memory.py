@@ -18,7 +18,8 @@ from vdr_cli.disagreement.information import token_statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.twin import Twin
-from vdr_cli.models.anatomy import Head, decoder_layers
+from vdr_cli.models.anatomy import decoder_layers
+from vdr_cli.models.head import Head
 
 V = 151_936
 LARGE = {"hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512, "initializer_range": 0.06}

@@ -121,11 +121,11 @@ def test_weight_storage_may_change_between_forward_and_backward() -> None:
     torch.testing.assert_close(weight.grad, expected)
 
 
-def test_bfloat16_softmax_is_exact_in_float32() -> None:
-    """The product is bfloat16's; softmax, entropy and the sum over chunks are float32."""
+def test_bfloat16_is_exact_in_float32() -> None:
+    """The factors are bfloat16's; product, softmax, entropy and the sum over chunks are float32."""
     hidden, weight, _, targets = make(torch.bfloat16, with_bias=False)
     logps, entropy = chunked_logps(hidden, weight, None, targets, chunk_tokens=4)
-    logits = (hidden @ weight.t()).double()
+    logits = hidden.double() @ weight.double().t()
     log_p = torch.log_softmax(logits, dim=-1)
     assert logps.dtype == entropy.dtype == torch.float32
     assert relative(logps, log_p.gather(1, targets[:, None]).squeeze(1)) < 1e-6

@@ -14,14 +14,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from vdr_cli.models.anatomy import Head
-from vdr_cli.models.products import product_into
+from vdr_cli.models.head import Head
 
 CACHE_BYTES = 2**20
 """Logits that a CPU thread works on at once: they and two tensors made from them stay in its core's cache."""
-
-SLAB = 16_384
-"""Rows of a low-precision LM head that are converted to float32 at once where no product keeps float32."""
 
 
 @dataclass(frozen=True)
@@ -77,37 +73,13 @@ def token_statistics(
     results: dict[str, list[Tensor]] = {name: [] for name in measures}
     for start in range(0, count, step):
         block = hidden[:, start : start + step].transpose(0, 1).reshape(-1, width)  # (n·M, D), position-major
-        chunk = project(block, head, logits[: len(block)]).view(-1, members, vocabulary)
+        chunk = head.logits_into(logits[: len(block)], block).view(-1, members, vocabulary)
         for name, values in _chunk_statistics(chunk, targets[start : start + step], measures).items():
             results[name].append(values)
     joined = {name: torch.cat(parts) if parts else hidden.new_zeros(0) for name, parts in results.items()}
     if "member_logps" in joined:
         joined["member_logps"] = joined["member_logps"].view(-1, members).T
     return Statistics(**joined)
-
-
-def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
-    """(n, D) hidden states to (n, V) float32 logits, written to `out`.
-
-    A product of bfloat16 factors is accumulated and kept in float32: rounding logits to 8 bits of
-    mantissa would move each by up to 0.4 %, far more than members differ by.
-    """
-    weight = head.weight
-    if weight.dtype == torch.float32:
-        product_into(out, hidden.float(), weight)
-    elif weight.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():  # type: ignore[no-untyped-call]
-        torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32, out=out)
-    else:
-        exact = hidden.float()
-        for start in range(0, weight.shape[0], SLAB):
-            out[:, start : start + SLAB] = exact @ weight[start : start + SLAB].float().T
-    if head.bias is not None:
-        out += head.bias.float().clamp_min(-1e30)  # -inf marks unused vocabulary entries; 0 · inf would be NaN
-    if head.scale != 1.0:
-        out *= head.scale
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
 
 
 def _chunk_statistics(logits: Tensor, targets: Tensor, measures: Collection[str]) -> dict[str, Tensor]:

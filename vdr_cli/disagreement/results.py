@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vdr_cli.disagreement.information import Statistics, token_statistics
 from vdr_cli.disagreement.memory import is_out_of_memory, too_little_memory
-from vdr_cli.models.anatomy import Head
+from vdr_cli.models.head import Head
 from vdr_cli.samples import Completions
 
 MOST_LOGITS = 2**31

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vdr_cli.models.head import Head
 from vdr_cli.models.limits import CHUNK_BYTES
-from vdr_cli.models.products import product, product_into
+from vdr_cli.models.products import product
 
 
 def chunk_rows(vocabulary: int, device_type: str, itemsize: int = 4) -> int:
@@ -121,23 +122,9 @@ def _buffers(hidden: Tensor, weight: Tensor, rows: int) -> Tensor:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: HeadSettings, out: Tensor) -> Tensor:
-    """(n, D) → z/τ (n, V), into out. Matrix product in the weight's dtype, everything after it in out's."""
-    hidden = hidden.to(weight.dtype)
-    if hidden.dtype == out.dtype:
-        product_into(out, hidden, weight)
-    elif hidden.is_cuda:  # hands out its float32 accumulator unrounded
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(hidden @ weight.t())
-    if bias is not None:
-        out.add_(bias)
-    if settings.scale != 1.0:
-        out.mul_(settings.scale)
-    if settings.softcap is not None:
-        out.div_(settings.softcap).tanh_().mul_(settings.softcap)
-    if settings.temperature != 1.0:
-        out.div_(settings.temperature)
-    return out
+    """(n, D) → z/τ (n, V), into out. Matrix product from the weight's dtype, everything after it in out's."""
+    Head(weight, bias, settings.scale, settings.softcap).logits_into(out, hidden)
+    return out if settings.temperature == 1.0 else out.div_(settings.temperature)
 
 
 def _logits_gradient(

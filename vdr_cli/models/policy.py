@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from vdr_cli.models.anatomy import (
-    Head,
     backbone,
     cache_arguments,
     decoder_layers,
@@ -15,6 +14,7 @@ from vdr_cli.models.anatomy import (
     position_ids,
     unwrapped,
 )
+from vdr_cli.models.head import Head
 from vdr_cli.models.logprobs import chunked_logps
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.models.trees import distinct_prompts, tree_completion_hidden
