@@ -76,6 +76,8 @@ def test_launchers_local_rank_is_dropped(arguments, kept):
     [
         (["trian"], "No such command 'trian'"),
         (["train", "--stepz", "3"], "No such option"),
+        (["train", "--num_generations", "8"], "No such option: --num_generations; did you mean --group-size?"),
+        (["train", "--lr_scheduler_type=linear"], "did you mean --set train.lr_schedule=...?"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),
         (["train", "a.yaml", "b.yaml"], "unexpected extra argument"),
         (["eval"], "Missing argument"),

@@ -19,6 +19,7 @@ import typer
 from vdr_cli import __version__
 from vdr_cli.cli import audit, doctor, plan, recipes, report, score, train
 from vdr_cli.cli import eval as eval_command
+from vdr_cli.cli.peers import with_hint
 from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.system.processes import end_process
 from vdr_cli.system.text import visible
@@ -110,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
         if not hasattr(error, "format_message"):
             raise
-        _say(error, error.format_message())
+        _say(error, with_hint(error.format_message()))
         return int(getattr(error, "exit_code", USAGE))
     return result if isinstance(result, int) else 0
 

@@ -16,7 +16,6 @@ from vdr_cli.data.compression import ENDINGS, data_suffix
 from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
-from vdr_cli.samples import Undecoded
 from vdr_cli.starter import paths as starter_paths
 
 Role = Literal["train", "eval"]
@@ -165,6 +164,8 @@ class UndecodedRows:
 
     def __getitem__(self, index: int, /) -> Row:
         row: Row = dict(self._plain[index]) if self._plain.column_names else {}
+        from vdr_cli.samples import Undecoded  # brings torch, which the checks before the start do without
+
         return row | {name: Undecoded(partial(self._decoded, index, name)) for name in self._media}
 
     def select_columns(self, columns: list[str]) -> Any:

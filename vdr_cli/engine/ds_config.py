@@ -30,6 +30,7 @@ PASSED_THROUGH = {
     "aio",
     "comms_logger",
     "communication_data_type",
+    "data_types",
     "dump_state",
     "flops_profiler",
     "memory_breakdown",
