@@ -138,6 +138,20 @@ def test_a_string_keeps_its_special_tokens_but_no_end(tokenizer):
     assert text(tokenizer, encode(tokenizer, "ab")) == "ab"
 
 
+def test_a_bos_that_a_string_brings_is_not_doubled():
+    begins = character_tokenizer(append_eos=True)
+    for given in ("ab", "[bos]ab"):
+        assert text(begins, encode(begins, given)) == "[bos]ab"
+    assert text(begins, encode(begins, "[bos][bos]ab")) == "[bos][bos][bos]ab"
+
+
+def test_the_digest_tells_other_rows_and_another_order(tmp_path, tokenizer):
+    other = [{"prompt": "1+1=", "answer": 3}, ROWS[1]]
+    contents = [ROWS, ROWS[::-1], ROWS[:1], other, ROWS]
+    digests = [load(write_jsonl(tmp_path / f"{n}.jsonl", *rows), tokenizer).digest for n, rows in enumerate(contents)]
+    assert len(set(digests)) == 4 and digests[0] == digests[-1]
+
+
 def test_long_prompts_keep_their_end_and_are_counted(tmp_path, tokenizer, caplog):
     prompts = load(
         write_jsonl(tmp_path / "a.jsonl", *({"prompt": "x" * n + "!"} for n in (1, 5, 6))),

@@ -235,3 +235,17 @@ def test_a_torn_checkpoint_is_reported_and_passed_over(train, tmp_path: Path) ->
     assert ended.returncode == 0, ended.stderr
     assert f"step_000002 passed over: engine/{victim.name} does not match its checksum" in ended.stdout
     assert "step_000001" in ended.stdout
+
+
+def test_a_run_is_not_resumed_on_other_rows(train, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"prompt": f"{n} 1 1={n + 2}:", "answer": f"{n}+1+1"}) + "\n" for n in range(1, 8)]
+    data.write_text("".join(rows))
+    settings = {"data.name": str(data), "rewards.functions": [{"name": "exact_match"}], "train.steps": 1}
+    assert train(tmp_path / "run", settings=settings).returncode == 0
+    data.write_text("".join(rows[::-1]))
+    ended = train(tmp_path / "run", "--resume", "auto", settings=settings | {"train.steps": 2})
+    assert ended.returncode == 2
+    assert f"data.name {data} has changed since (other rows, or another order)" in ended.stderr
+    data.write_text("".join(rows))
+    assert train(tmp_path / "run", "--resume", "auto", settings=settings | {"train.steps": 2}).returncode == 0

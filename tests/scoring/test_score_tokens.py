@@ -1,13 +1,15 @@
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from vdr_cli.data.prompts import encode
 from vdr_cli.models.loading import load_tokenizer
 from vdr_cli.models.sizes import UsableLength
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
-from vdr_cli.scoring.tokens import Tokeniser, completion_value, ids_fit, prompt_value, value_at
+from vdr_cli.scoring.tokens import Tokeniser, completion_value, continuation_ids, ids_fit, prompt_value, value_at
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,53 @@ def test_eos_is_appended_to_text_only(tokenizer: Any) -> None:
     text, ids = tokeniser(tokenizer, append_eos=True).items(rows)
     assert text.completion_ids[-1] == tokenizer.eos_token_id
     assert ids.completion_ids == [5]
+
+
+def test_an_eos_that_the_text_brings_is_not_doubled(tokenizer: Any) -> None:
+    eos = str(tokenizer.eos_token)
+    rows = [row(prompt="1:", completion=text) for text in ("1" + eos, "1", eos, "")]
+    items = tokeniser(tokenizer, append_eos=True).items(rows)
+    assert [item.completion_ids.count(tokenizer.eos_token_id) for item in items] == [1, 1, 1, 1]
+
+
+def sentencepiece(prepend: str) -> PreTrainedTokenizerFast:
+    """Llama's kind: blanks are part of tokens, and a text that stands alone gets one in front."""
+    pieces = ["<s>", "</s>", "\u2581", "4", "2", "42", "\u258142", "\u25814", "\n", "a", "."]
+    backend = Tokenizer(
+        models.BPE(
+            {piece: index for index, piece in enumerate(pieces)},
+            [("4", "2"), ("\u2581", "42"), ("\u2581", "4")],
+        )
+    )
+    if prepend == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("prepend", ["normalizer", "pre_tokenizer"])
+def test_a_completion_in_pieces_begins_without_the_blank_of_a_text_alone(prepend: str) -> None:
+    pieces = sentencepiece(prepend)
+    assert pieces.convert_ids_to_tokens(pieces("42")["input_ids"]) == ["\u258142"]
+    found = continuation_ids(pieces, ["42", " 42", "4", ""])
+    assert [pieces.convert_ids_to_tokens(ids) for ids in found] == [["42"], ["\u258142"], ["4"], []]
+
+
+def test_other_tokenizers_read_a_completion_as_a_text_alone(tokenizer: Any) -> None:
+    assert continuation_ids(tokenizer, ["1+2"]) == tokenizer(["1+2"], add_special_tokens=False)["input_ids"]
+
+
+def test_prompts_of_texts_are_those_of_training(tokenizer: Any) -> None:
+    pieces = sentencepiece("normalizer")
+    pieces._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    for text in ("42", "<s>42", "<s><s>42", "42</s>"):
+        assert tokeniser(pieces)._prompts([text]) == {text: encode(pieces, text)}
+    assert [encode(pieces, text)[:2].count(0) for text in ("42", "<s>42", "<s><s>42")] == [1, 1, 2]
+    assert encode(pieces, "42</s>").count(1) == 1
 
 
 def test_long_completions_are_cut_and_marked(tokenizer: Any) -> None:

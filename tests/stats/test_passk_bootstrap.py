@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from scipy.stats import t as student_t
 
-from vdr_cli.stats.bootstrap import interval, resampled_counts, resampled_ratios
+from vdr_cli.stats.bootstrap import interval, resampled_counts, resampled_ratios, student_quantile
 from vdr_cli.stats.passk import pass_at_k
 
 
@@ -68,3 +69,38 @@ def test_counts_sum_to_the_clusters_in_every_block(monkeypatch: pytest.MonkeyPat
 
 def test_interval_of_a_uniform() -> None:
     assert interval(np.linspace(0, 1, 1001)) == pytest.approx((0.025, 0.975))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 9, 10, 200])
+def test_student_quantiles_are_scipys(freedom: int) -> None:
+    for probability in (0.6, 0.975, 0.995):
+        assert student_quantile(probability, freedom) == pytest.approx(student_t.ppf(probability, freedom), rel=1e-10)
+    assert student_quantile(0.975, 1001) == pytest.approx(student_t.ppf(0.975, 1001), rel=3e-3)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("prompts", [5, 10, 30])
+def test_a_95_per_cent_interval_covers_the_truth_in_95_per_cent(prompts: int, paired: bool) -> None:
+    """Evaluations of pass@1 with 8 completions of prompts of every difficulty; the truth is 1/2, of a difference 0."""
+    generator = np.random.default_rng(prompts)
+
+    def solved() -> np.ndarray:
+        return generator.binomial(8, generator.uniform(size=prompts)) / 8
+
+    ones, covered, runs = np.ones((prompts, 1)), {"few": 0, "many": 0}, 1000
+    for seed in range(runs):
+        values = solved() - solved() if paired else solved()
+        draws = resampled_ratios(values[:, None], ones, seed, 1000)[:, 0]
+        for name, clusters in (("few", prompts), ("many", None)):
+            low, high = interval(draws, clusters)
+            covered[name] += low <= (0.0 if paired else 0.5) <= high
+    assert covered["few"] / runs == pytest.approx(0.95, abs=0.045 if prompts == 5 else 0.02)
+    assert covered["many"] < covered["few"]
+
+
+def test_few_clusters_widen_an_interval_and_never_past_the_data() -> None:
+    draws = np.linspace(0, 1, 2001)
+    widths = [np.subtract(*interval(draws, clusters)[::-1]) for clusters in (2, 5, 10, 100, 100_000)]
+    assert widths == sorted(widths, reverse=True) and widths[0] <= 1.0
+    assert widths[-1] == pytest.approx(0.95, abs=1e-4)
+    assert np.isnan(interval(draws, 1)).all()

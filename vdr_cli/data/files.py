@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import difflib
+import hashlib
 import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,8 @@ class Table:
     rows: RowSource
     columns: tuple[str, ...]
     lines: Sequence[int] = field(default=(), repr=False)
+    digest: str = ""
+    """Of the file's bytes; empty for data that `datasets` keeps."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +105,8 @@ def read_file(path: Path) -> Table:
     twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"{path}: the column {twice} is there more than once; rename one")
-    return table
+    with path.open("rb") as file:
+        return replace(table, digest=hashlib.file_digest(file, "blake2b").hexdigest()[:32])
 
 
 def check_column(path: Path, column: str) -> None:

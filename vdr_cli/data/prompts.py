@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class PromptSet(Sequence[Prompt]):
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
         self.columns = tuple(column for column in table.columns if column != prompt_column)
         """The columns that reward functions can ask for."""
-        self.has_messages = self._check_rows()
+        self.has_messages, self.digest = self._check_rows()
+        """digest: tells these rows, in this order, from others; of a local file it covers every column."""
 
     def __len__(self) -> int:
         return len(self._table)
@@ -124,12 +126,16 @@ class PromptSet(Sequence[Prompt]):
             logger.warning("data.max_prompt_tokens %d: %d prompts so far lost their first tokens", limit, count)
         return ids[-limit:]
 
-    def _check_rows(self) -> bool:
-        """Every row's prompt is usable; returns whether they are chats. DataError names the first bad row."""
+    def _check_rows(self) -> tuple[bool, str]:
+        """Whether the prompts are chats, and the rows' digest. DataError names the first row that cannot be used."""
         column, table = self._prompt_column, self._table
         if column not in table.columns:
             raise DataError(no_column(table, column))
-        kinds = [_kind(table, index, row, column) for index, row in enumerate(_prompts_only(table, column))]
+        digest = hashlib.blake2b(f"{table.digest} {len(table)} {table.columns}".encode(), digest_size=16)
+        kinds = []
+        for index, row in enumerate(_prompts_only(table, column)):
+            kinds.append(_kind(table, index, row, column))
+            digest.update(repr(row[column]).encode("utf-8", "replace"))
         if len(set(kinds)) > 1:
             odd = kinds.index(not kinds[0])
             raise DataError(
@@ -146,7 +152,7 @@ class PromptSet(Sequence[Prompt]):
                 f"{table.name}: the prompts are chat messages, but the model's tokenizer has no chat template; "
                 "give plain strings or a model with one"
             )
-        return has_messages
+        return has_messages, digest.hexdigest()
 
 
 def load_prompts(cfg: DataConfig, role: Role, tokenizer: Any, limits: Limits = Limits()) -> PromptSet:
@@ -166,13 +172,11 @@ def encode(tokenizer: Any, value: str | Messages) -> list[int]:
     """Token ids of a prompt, ready to be continued.
 
     Messages go through the chat template, opened for the assistant's answer (an assistant message at the end is
-    continued). A string is tokenised as it is with the tokenizer's own special tokens, without an EOS at its end.
+    continued). A string is tokenised as it is with the tokenizer's own special tokens, without an EOS at its end; a
+    BOS that the string brings is not doubled.
     """
     if isinstance(value, str):
-        ids = list(tokenizer(value)["input_ids"])
-        eos = tokenizer.eos_token_id
-        added = eos is not None and ids[-1:] == [eos] and not value.endswith(str(tokenizer.eos_token))
-        return ids[:-1] if added else ids
+        return without_extra_ends(tokenizer, value, list(tokenizer(value)["input_ids"]))
     answer_begun = value[-1]["role"] == "assistant"
     encoded = tokenizer.apply_chat_template(
         value,
@@ -182,6 +186,18 @@ def encode(tokenizer: Any, value: str | Messages) -> list[int]:
         return_dict=True,
     )
     return list(encoded["input_ids"])
+
+
+def without_extra_ends(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """The ids of a text without the EOS that the tokenizer added, or the BOS that it added before the text's own."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos_text, eos_text = str(tokenizer.bos_token), str(tokenizer.eos_token)
+    if eos is not None and ids[-1:] == [eos]:
+        is_doubled = ids[-2:] == [eos, eos] and not text.endswith(eos_text * 2)
+        ids = ids[:-1] if is_doubled or not text.endswith(eos_text) else ids
+    if bos is not None and ids[:2] == [bos, bos] and not text.startswith(bos_text * 2):
+        ids = ids[1:]
+    return ids
 
 
 def _prompts_only(table: Table, column: str) -> Sequence[Row]:

@@ -96,7 +96,7 @@ class EvalResult:
         numbers: dict[str, float] = {}
         for name, value in self.values().items():
             numbers[name] = value
-            numbers[f"{name}_low"], numbers[f"{name}_high"] = interval(draws[name])
+            numbers[f"{name}_low"], numbers[f"{name}_high"] = interval(draws[name], len(self.prompts))
         return numbers
 
     def values(self) -> dict[str, float]:
@@ -263,7 +263,9 @@ def paired_differences(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"model": results[second].model, "minus": results[first].model}
         for name in (name for name in values[first] if name in values[second]):
             row[name] = values[second][name] - values[first][name]
-            row[f"{name}_low"], row[f"{name}_high"] = interval(draws[second][name] - draws[first][name])
+            row[f"{name}_low"], row[f"{name}_high"] = interval(
+                draws[second][name] - draws[first][name], len(results[first].prompts)
+            )
         rows.append(row)
     return rows
 

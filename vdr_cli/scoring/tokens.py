@@ -13,11 +13,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from vdr_cli.data.prompts import encode
+from vdr_cli.data.prompts import encode, without_extra_ends
 from vdr_cli.models.sizes import UsableLength
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.system.text import is_text
+
+ANCHORS = ("\n", ".", "a")
+"""Texts whose last token rarely merges with what follows."""
 
 
 @dataclass(slots=True)
@@ -106,12 +109,8 @@ class Tokeniser:
         unique = list(dict.fromkeys(texts))
         if not unique:
             return {}
-        eos, eos_text = self.tokenizer.eos_token_id, str(self.tokenizer.eos_token)
-        encoded = {}
-        for text, ids in zip(unique, self.tokenizer(unique)["input_ids"], strict=True):
-            added = eos is not None and ids[-1:] == [eos] and not text.endswith(eos_text)
-            encoded[text] = ids[:-1] if added else ids
-        return encoded
+        encoded = zip(unique, self.tokenizer(unique)["input_ids"], strict=True)
+        return {text: without_extra_ends(self.tokenizer, text, ids) for text, ids in encoded}
 
     def _messages(self, messages: list[dict[str, Any]]) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None) is None:
@@ -124,8 +123,9 @@ class Tokeniser:
     def _completions(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        rows = continuation_ids(self.tokenizer, texts)
         end = [self.tokenizer.eos_token_id] if self.append_eos else []
-        return [ids + end for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        return [ids if ids[-1:] == end else ids + end for ids in rows]
 
     def _ids(self, values: dict[str, Any], name: str) -> list[int] | None:
         found = value_at(values, name) if self.use_ids else None
@@ -139,6 +139,33 @@ class Tokeniser:
         if wrong is not None:
             raise RowError(f"{name} holds {wrong}, the model's vocabulary has {self.vocabulary} tokens")
         return found
+
+
+def continuation_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that follow a prompt.
+
+    SentencePiece tokenizers put a blank before a text that stands alone, which a sampled completion does not have: such
+    texts are tokenised behind an anchor whose tokens are then taken off.
+    """
+    alone: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if not _adds_blank(tokenizer):
+        return alone
+    rows = []
+    for text, ids in zip(texts, alone, strict=True):
+        rows.append(next((found for anchor in ANCHORS if (found := _behind(tokenizer, anchor, text)) is not None), ids))
+    return rows
+
+
+def _adds_blank(tokenizer: Any) -> bool:
+    first = tokenizer.convert_ids_to_tokens(tokenizer("0", add_special_tokens=False)["input_ids"])[:1]
+    return bool(first) and str(first[0]).startswith("\u2581")
+
+
+def _behind(tokenizer: Any, anchor: str, text: str) -> list[int] | None:
+    """The ids of the text where it follows the anchor; None where a token reaches over the seam."""
+    before: list[int] = tokenizer(anchor, add_special_tokens=False)["input_ids"]
+    both: list[int] = tokenizer(anchor + text, add_special_tokens=False)["input_ids"]
+    return both[len(before) :] if both[: len(before)] == before else None
 
 
 def prompt_value(values: dict[str, Any], fields: Fields) -> str | list[dict[str, Any]]:

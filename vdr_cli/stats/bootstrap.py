@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,12 +42,42 @@ def resampled_ratios(
     return ratios
 
 
-def interval(draws: ArrayLike, level: float = LEVEL) -> tuple[float, float]:
-    """The central `level` of the draws that are numbers; (nan, nan) without any."""
-    tail = (1.0 - level) / 2.0
+def interval(draws: ArrayLike, clusters: int | None = None, level: float = LEVEL) -> tuple[float, float]:
+    """The central `level` of the draws that are numbers, widened for few clusters; (nan, nan) without any draws.
+
+    clusters: how many were resampled; None: so many that nothing is widened. The percentile interval of n clusters is
+    too narrow twice over: the bootstrap divides by n instead of n - 1, and takes normal quantiles for Student's. The
+    expanded percentile interval (Hesterberg 2015, section 5.3.3) takes the draws' quantile at
+    Phi(-sqrt(n / (n - 1)) t(n - 1)). It stays within what a mean of the data can be.
+    """
     finite = np.asarray(draws, np.float64)
     finite = finite[np.isfinite(finite)]
-    if finite.size == 0:
+    if finite.size == 0 or clusters == 1:
         return float("nan"), float("nan")
+    tail = (1.0 - level) / 2.0
+    if clusters is not None:
+        tail = NormalDist().cdf(-math.sqrt(clusters / (clusters - 1)) * student_quantile(1.0 - tail, clusters - 1))
     low, high = np.quantile(finite, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+def student_quantile(probability: float, freedom: int) -> float:
+    """The quantile of Student's t distribution with a whole number of degrees of freedom; probability in [0.5, 1)."""
+    if freedom > 1000:  # within 0.3 % of the normal one
+        return NormalDist().inv_cdf(probability)
+    low, high = 0.0, 1e4
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_cdf(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _student_cdf(t: float, freedom: int) -> float:
+    """P(T <= t) for t >= 0: the finite sums of Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even)."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    cosine, total, term = math.cos(angle), 0.0, 1.0 if freedom % 2 == 0 else math.cos(angle)
+    for k in range(freedom % 2, freedom - 1, 2):
+        total += term
+        term *= (k + 1) / (k + 2) * cosine * cosine
+    inside = math.sin(angle) * total if freedom % 2 == 0 else 2 / math.pi * (angle + math.sin(angle) * total)
+    return 0.5 + inside / 2

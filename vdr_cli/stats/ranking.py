@@ -133,6 +133,6 @@ def with_intervals(
         for name, function in measures.items():
             draws[name].append(function(ranked, weights))
     for name, function in measures.items():
-        low, high = interval(np.concatenate(draws[name]) if len(names) > 1 else [])
+        low, high = interval(np.concatenate(draws[name]), len(names))
         result |= {name: float(function(ranked, None)), f"{name}_low": low, f"{name}_high": high}
     return result

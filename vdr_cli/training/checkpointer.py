@@ -9,7 +9,7 @@ from vdr_cli.config.load import config_hash
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
 from vdr_cli.engine.reference import FrozenCopy
-from vdr_cli.errors import MachineError
+from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import watchdog
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Prompt
@@ -43,7 +43,7 @@ class Checkpointer:
             return
         watchdog.phase("checkpoint")
         cfg = self._resources.config
-        content = {"loop": state.saved(), "config_hash": config_hash(cfg)}
+        content = {"loop": state.saved(), "config_hash": config_hash(cfg), "data": self._resources.prompts.digest}
 
         def write_more(folder: Path) -> None:
             if isinstance(self._resources.reference, FrozenCopy):
@@ -69,10 +69,12 @@ class Checkpointer:
         """Load this checkpoint into the engine and the reference; the loop's state. None: a run from its start.
 
         Checkpoints of later steps are set aside: the run writes them again.
-        Raises MachineError when a rank does not see the same files, or they cannot be converted.
+        Raises ConfigError when the data have changed, MachineError when a rank does not see the same files, or they
+        cannot be converted.
         """
         state = LoopState()
         if found is not None:
+            self._refuse_other_data(found)
             checkpoints.load(self._resources.engine, found)
             if isinstance(self._resources.reference, FrozenCopy):
                 self._resources.reference.load(found.path)
@@ -82,6 +84,16 @@ class Checkpointer:
             self._note(f"resumed from {found.path}")
         checkpoints.set_aside(self._folder, after=state.step if found is not None else -1)
         return state
+
+    def _refuse_other_data(self, found: checkpoints.Checkpoint) -> None:
+        """Raise ConfigError when the rows are not those that the checkpoint's run was drawing from."""
+        res = self._resources
+        with collectives.agreed():
+            if found.state.get("data", res.prompts.digest) != res.prompts.digest:
+                raise ConfigError(
+                    f"--resume {found.path}: data.name {res.config.data.name} has changed since (other rows, or "
+                    "another order); resume with the data as they were, or start a new run with another --output"
+                )
 
     def _pending(self, folder: Path, step: int) -> pending_rollout.PendingRollout | None:
         """The groups that this checkpoint carries for the step it resumes at."""

@@ -122,6 +122,7 @@ def _open(
     _seed(config.train.seed)
     with collectives.agreed():
         inputs = _read_inputs(config)
+    refuse_other_rows(config.data.name, inputs.prompts)
     with _on_disk(directory):
         if collectives.is_main() and directory.is_dir():  # how an earlier run ended is not how this one did
             outcome.clear(directory)
@@ -230,6 +231,14 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tuple(cfg.stop)
     )
+
+
+def refuse_other_rows(name: str, prompts: PromptSet) -> None:
+    """Raise ConfigError when ranks have read different data: each would draw prompts of its own. Collective."""
+    (first, expected), *others = collectives.gather_objects((socket.gethostname(), prompts.digest))
+    for host, theirs in others:
+        if theirs != expected:
+            raise ConfigError(f"data.name {name}: its rows on host {host} are not those on {first}; copy them again")
 
 
 def refuse_other_settings(config: Config) -> None:
