@@ -13,51 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-REWARDS = """
-import ctypes, os, signal, time
-
-def raising_on_rank_1(completions, **_):
-    if os.environ["RANK"] == "1":
-        raise ValueError("no\\nparser")
-    return [1.0] * len(completions)
-
-def killing_rank_1(completions, **_):
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return [1.0] * len(completions)
-
-def exiting_on_rank_1(completions, **_):
-    if os.environ["RANK"] == "1":
-        raise SystemExit(0)
-    return [1.0] * len(completions)
-
-def interrupting_on_rank_1(completions, **_):
-    if os.environ["RANK"] == "1":
-        raise KeyboardInterrupt
-    return [1.0] * len(completions)
-
-def leaving_rank_1(completions, **_):
-    if os.environ["RANK"] == "1":
-        ctypes.CDLL(None)._exit(0)
-    return [1.0] * len(completions)
-
-def pooled(completions, **_):
-    import multiprocessing
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        return [float(length) for length in pool.map(len, completions)]
-
-def short(completions, **_):
-    return [1.0]
-
-def not_a_number(completions, **_):
-    return [1.0] * (len(completions) - 1) + [float("nan")]
-
-def hanging(completions, **_):
-    time.sleep(1000)
-
-def needs_gold(completions, gold, **_):
-    return [1.0] * len(completions)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+REWARDS = (PROGRAMS / "faulty_rewards.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -104,19 +61,7 @@ def test_a_reward_function_may_use_a_pool_of_processes(train, read, tmp_path: Pa
     assert len(read.metrics(tmp_path / "run")) == 4
 
 
-HUNG = """
-import re, sys
-from vdr_cli.rewards import calling
-from vdr_cli.rewards.base import LoadedReward
-from vdr_cli.rewards.loading import load_rewards
-from vdr_cli.config import Config
-from vdr_cli.samples import Prompt
-calling.SEARCH_SECONDS = 0.5
-config = Config.model_validate({"rewards": {"functions": [{"name": sys.argv[1]}]}})
-rewards = load_rewards(config.rewards, "rows.jsonl")
-prompt = Prompt(row=0, value="p", token_ids=[1], columns={})
-calling.compute_rewards(rewards, [prompt], ["a" * 60], [[1]], timeout=0.5)
-"""
+HUNG = (PROGRAMS / "runaway_reward.py").read_text(encoding="utf-8")
 
 
 def test_a_reward_function_that_never_lets_go_of_the_interpreter_is_ended(tmp_path: Path) -> None:

@@ -29,17 +29,8 @@ def test_handlers_act_only_without_the_parent() -> None:
     assert heard == [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
-RANK = """
-import pathlib, signal, sys, time
-folder = pathlib.Path(sys.argv[1])
-def stop(number, frame):
-    time.sleep(2)  # the step and its checkpoint
-    (folder / "saved").touch()
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-(folder / "ready").touch()
-time.sleep(60)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+RANK = (PROGRAMS / "saving_rank.py").read_text(encoding="utf-8")
 
 
 def test_a_signal_to_every_process_lets_the_rank_save(tmp_path: Path) -> None:
@@ -60,15 +51,7 @@ def test_a_signal_to_every_process_lets_the_rank_save(tmp_path: Path) -> None:
     assert (tmp_path / "saved").exists()
 
 
-STOPPING = """
-import os, signal, sys, time
-from vdr_cli.system import stopping
-with stopping.StopSignal() as stop:
-    for pause in map(float, sys.argv[1:]):
-        time.sleep(pause)
-        os.kill(os.getpid(), signal.SIGTERM)
-    sys.exit(stop.received)
-"""
+STOPPING = (PROGRAMS / "stopping.py").read_text(encoding="utf-8")
 
 
 def test_one_signal_may_come_several_ways_and_a_second_one_stops_at_once() -> None:

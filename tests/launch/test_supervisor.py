@@ -156,25 +156,8 @@ def test_a_failed_host_ends_the_others_within_the_bound(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
-SUPERVISED = """
-import sys
-from pathlib import Path
-import os
-from vdr_cli.launch.supervisor import Plan, supervise
-rank = '''
-import os, pathlib, signal, sys, time
-saved = pathlib.Path(sys.argv[1], "saved")
-def stop(number, frame):
-    saved.write_text(str(number))
-    sys.exit(128 + number)
-signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)
-saved.with_name("ready").write_text("")
-time.sleep(60)
-'''
-environment = {**os.environ, "RANK": "0"}
-plan = Plan(lambda a: [sys.executable, "-c", rank, sys.argv[1]], environment, Path(sys.argv[1]), False, 5.0)
-sys.exit(supervise(plan, [], 3, print))
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+SUPERVISED = (PROGRAMS / "supervised.py").read_text(encoding="utf-8")
 
 
 def supervised(directory: Path) -> subprocess.Popen[bytes]:
@@ -201,23 +184,8 @@ def test_killing_the_supervisor_ends_what_it_started(tmp_path: Path) -> None:
     assert psutil.wait_procs([below], timeout=10)[1] == []
 
 
-TETHERED = """
-import subprocess, sys, pathlib, time
-tether = [sys.executable, "-m", "vdr_cli.launch.tether"]
-command = [*tether, sys.executable, "-c", sys.argv[1], "vdr_cli.launch.runner"]
-from vdr_cli.system import processes
-import os
-processes.start([*command, sys.argv[2]], os.environ)
-time.sleep(60)
-"""
-RUNNER = """
-import pathlib, signal, subprocess, sys, time
-folder = pathlib.Path(sys.argv[2])
-signal.signal(signal.SIGTERM, lambda *_: (folder / "handler ran").touch())
-child = subprocess.Popen(["sleep", "60"])
-(folder / "pid").write_text(str(child.pid)); (folder / "ready").touch()
-time.sleep(60)
-"""
+TETHERED = (PROGRAMS / "tethered.py").read_text(encoding="utf-8")
+RUNNER = (PROGRAMS / "runner.py").read_text(encoding="utf-8")
 
 
 def test_deepspeeds_runner_never_gets_to_its_signal_handler(tmp_path: Path) -> None:

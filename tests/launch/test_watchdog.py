@@ -11,59 +11,8 @@ import pytest
 
 from vdr_cli.launch.environment import free_port
 
-RANK = """
-import os, signal, socket, sys, time
-from vdr_cli.errors import DataError
-from vdr_cli.launch import watchdog
-rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-signal.signal(signal.SIGTERM, lambda *_: None)
-if what == "early":  # a pool that ends at once may end a worker that has hardly begun
-    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-def share(value):  # a broadcast over a socket of its own
-    if rank == 0:
-        with socket.create_server(("127.0.0.1", port)) as server:
-            for _ in range(size - 1):
-                connection, _ = server.accept()
-                connection.sendall(repr(value).encode()); connection.close()
-        return value
-    for _ in range(200):
-        try:
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                return eval(connection.makefile().read())
-        except OSError:
-            time.sleep(0.05)
-
-watchdog.begin(os.environ.get("VDR_RUN_DIRECTORY"), timeout=2.0)
-watchdog.phase("reward")
-with watchdog.connected(rank, size, share):
-    print("ready", flush=True)
-    if rank == 1 and what == "bug":
-        raise KeyError("answer")
-    if rank == 1 and what == "error":
-        raise DataError("row 7")
-    if rank == 1 and what == "end":
-        sys.exit(0)
-    if rank == 1 and what == "fork":  # as a reward function does, in a thread; the copy outlives its parent
-        from threading import Thread
-        Thread(target=lambda: os.fork() or time.sleep(20) or os._exit(0)).start()
-    if what == "pool":
-        from multiprocessing.pool import ThreadPool
-        import multiprocessing
-        def use_a_pool():
-            with multiprocessing.get_context("fork").Pool(2) as pool:  # ends its workers with SIGTERM
-                return pool.map(abs, [-1, -2])
-        with ThreadPool(1) as threads:
-            print(threads.apply(use_a_pool), flush=True)
-        time.sleep(3)
-        sys.exit(0)
-    if what == "early":
-        child = os.fork() or os._exit(0)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        time.sleep(3)
-        sys.exit(0)
-    time.sleep(3 if what == "end" else 30)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+RANK = (PROGRAMS / "watched_rank.py").read_text(encoding="utf-8")
 
 
 def start(what: str, size: int = 3, directory: Path | None = None) -> list[subprocess.Popen[str]]:
@@ -164,17 +113,7 @@ def test_a_stop_file_is_a_signal(number: signal.Signals, tmp_path: Path) -> None
     assert code == 128 + number
 
 
-FORKING = """
-import os, signal
-from vdr_cli.launch import watchdog
-for _ in range(2):
-    watchdog.begin()
-    watchdog.end()
-child = os.fork()
-if child:
-    os.waitpid(child, 0)
-print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
-"""
+FORKING = (PROGRAMS / "forking.py").read_text(encoding="utf-8")
 
 
 def test_a_fork_after_a_second_watchdog_leaves_no_signal_blocked() -> None:

@@ -7,19 +7,10 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
-LOADING = """
-from huggingface_hub import constants
-from vdr_cli.errors import ConfigError
-from vdr_cli.models.loading import load_model_config
-
-for name in ("runs/nothere", "runs/neither"):
-    try:
-        load_model_config(name)
-    except ConfigError as error:
-        print(error)
-print(constants.HF_HUB_OFFLINE)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+LOADING = (PROGRAMS / "loading.py").read_text(encoding="utf-8")
 
 
 class EmptyHub(http.server.BaseHTTPRequestHandler):

@@ -12,27 +12,8 @@ from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN
 from vdr_cli.rewards.loading import find_function, load_rewards
 
-SOURCE = """
-from dataclasses import dataclass
-
-@dataclass
-class Judge:
-    scale: float = 2.0
-
-    def __call__(self, completions, **columns):
-        return [self.scale * len(c) for c in completions]
-
-judge = Judge()
-limit = 3
-
-def brief(completions, **columns):
-    return [float(len(c) < limit) for c in completions]
-
-class Holder:
-    @staticmethod
-    def inner(completions):
-        return [0.0 for _ in completions]
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+SOURCE = (PROGRAMS / "my_rewards.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture

@@ -24,54 +24,8 @@ from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Completions, Prompt
 
-SOURCE = """
-import ctypes, os, re, threading, time
-import numpy as np
-
-def plain(completions, answer, trainer_state):
-    return [None if len(c) == 1 else float(a + len(c) + trainer_state.global_step) for c, a in zip(completions, answer)]
-
-def array(completions, **_):
-    return np.arange(len(completions), dtype=np.float32)
-
-def around(**columns):
-    return later(**columns)
-
-async def later(completions, **_):
-    return [float(len(c)) for c in completions]
-
-def fails(answer, **_):
-    return [{70: 1.0}[a] for a in answer]
-
-def leaves(**_):
-    raise SystemExit(3)
-
-def words(completions, **_):
-    return ["good"] * len(completions)
-
-def local(completions, **_):
-    return [lambda: 1.0] * len(completions)
-
-def runaway(completions, **_):
-    return [len(re.findall("(a+)+$", "a" * 60 + "!")) for _ in completions]
-
-def crashes(answer, **_):
-    if 120 in answer:
-        ctypes.string_at(0)
-    return [1.0] * len(answer)
-
-def where(completions, **_):
-    time.sleep(0.3)
-    return [float(os.getpid())] * len(completions)
-
-def ends(completions, **_):
-    thread = threading.Thread(target=lambda: os._exit(0))
-    thread.start()
-    thread.join()
-    return [1.0] * len(completions)
-
-fallen = lambda completions, **_: [1.0] * len(completions)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+SOURCE = (PROGRAMS / "process_rewards.py").read_text(encoding="utf-8")
 
 ROWS = [7, 7, 12, 12]
 TEXTS = ["a", "bb", "ccc", "dddd"]
@@ -118,10 +72,16 @@ def test_a_function_shows_its_own_parameters(load: Any) -> None:
     assert later.is_async and not plain.is_async
 
 
+def line_of(code: str) -> int:
+    """The line of the rewards' file with this code."""
+    return next(number for number, line in enumerate(SOURCE.splitlines(), start=1) if code in line)
+
+
 def test_errors_name_the_row_and_the_line(load: Any) -> None:
-    assert failure(load("fails")) == "reward fails raised on dataset row 12: KeyError: 120 (mine.py:18)"
-    assert "reward leaves raised on dataset row 7: SystemExit: 3 (mine.py:21)" in failure(load("leaves"))
-    assert "reward ends raised on dataset row 7: SystemExit: os._exit(0) (mine.py:42)" in failure(load("ends"))
+    fails, leaves, ends = (f"(mine.py:{line_of(code)})" for code in ("{70: 1.0}[a]", "SystemExit(3)", "os._exit(0)"))
+    assert failure(load("fails")) == f"reward fails raised on dataset row 12: KeyError: 120 {fails}"
+    assert f"reward leaves raised on dataset row 7: SystemExit: 3 {leaves}" in failure(load("leaves"))
+    assert f"reward ends raised on dataset row 7: SystemExit: os._exit(0) {ends}" in failure(load("ends"))
     assert "reward words returned 'good' for a completion of dataset row 7" in failure(load("words"))
 
 

@@ -15,27 +15,8 @@ from vdr_cli.rewards import user_files, worker
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 
-REWARDS = """
-import os, sys
-
-def length(completions, **_):
-    return [float(len(text)) for text in completions]
-
-async def waits(completions, **_):
-    return [0.5] * len(completions)
-
-def leaves(completions, **_):
-    sys.exit(3)
-
-def fails(completions, **_):
-    raise ValueError("no such answer")
-
-def dies(completions, **_):
-    os.kill(os.getpid(), 9)
-
-def process(completions, **_):
-    return [float(os.getpid())] * len(completions)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+REWARDS = (PROGRAMS / "worker_rewards.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

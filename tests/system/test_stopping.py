@@ -5,14 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-IMPORTING = """
-import sys
-from vdr_cli.system import stopping
-from vdr_cli.rewards.loading import find_function
-stopping.ONE_SIGNAL = -1.0
-with stopping.StopSignal():
-    find_function(sys.argv[1])
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+IMPORTING = (PROGRAMS / "importing.py").read_text(encoding="utf-8")
 
 
 def test_while_a_reward_file_is_imported(tmp_path: Path) -> None:
