@@ -7,20 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.training.test_batch import batch_of, check
 from vdr_cli import train
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
-from vdr_cli.training import record
-from vdr_cli.training.batch import Signal, concatenate
+from vdr_cli.training.batch import Advantages, RewardedGroups
 
 
-def a_run(**sections: Any) -> Any:
+def resources(**sections: Any) -> Any:
     base = {"rollout": {"group_size": 2}, "train": {"steps": 10}}
-    config = Config.model_validate({**base, **sections})
-    rewards = [SimpleNamespace(name="one", weight=1.0)]
-    return SimpleNamespace(config=config, step=0, rms=RunningRms(), rewards=rewards)
+    return SimpleNamespace(config=Config.model_validate({**base, **sections}))
+
+
+def bonus_of(
+    res: Any, batch: RewardedGroups, measure: list[float], step: int = 0, rms: RunningRms | None = None
+) -> Tensor:
+    """What is added to advantages of 0."""
+    task = torch.zeros(len(batch))
+    advantages, per_completion, bonus = train.add_bonus(
+        res, step, rms or RunningRms(), batch, torch.tensor(measure), batch.task_reward, task
+    )
+    assert torch.equal(advantages, bonus) and per_completion.tolist() == measure
+    return bonus
 
 
 def test_stalled_groups_are_replaced_where_they_stood() -> None:
@@ -32,48 +42,63 @@ def test_stalled_groups_are_replaced_where_they_stood() -> None:
 
 def test_the_denominators_count_valid_tokens() -> None:
     mask = torch.tensor([[True, False, False], [True, True, False]])
-    totals = train.step_totals(Signal(torch.zeros(2, 3), mask, torch.zeros(2)))
+    totals = train.step_totals(Advantages(torch.zeros(2, 3), mask, torch.zeros(2)))
     assert (totals.completions, totals.tokens) == (2, 3)
 
 
 def test_the_bonus_is_scaled_by_an_rms_that_knows_this_step() -> None:
-    run = a_run(disagreement={"mode": "end_of_sequence", "weight": 0.5})
-    run.rms.update(9.0, 1.0)
-    batch = batch_of([0, 1, 2, 3], 4)
-    measured = torch.tensor([1.0, 3.0, 2.0, 2.0])
-    task = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    advantages, reduced, bonus = train.add_bonus(run, batch, measured, batch.task_reward, task)
-    rms = ((0.99 * 9.0 + 2 / 4) / 1.99) ** 0.5  # deviations -1, 1, 0, 0
-    assert bonus.tolist() == pytest.approx([-0.5 / rms, 0.5 / rms, 0.0, 0.0])
-    assert advantages.tolist() == pytest.approx((task + bonus).tolist())
-    assert torch.equal(reduced, measured)
+    res, rms = resources(disagreement={"mode": "end_of_sequence", "weight": 0.5}), RunningRms()
+    rms.update(9.0, 1.0)
+    bonus = bonus_of(res, batch_of([0, 1, 2, 3], 4), [1.0, 3.0, 2.0, 2.0], rms=rms)
+    root = ((0.99 * 9.0 + 2 / 4) / 1.99) ** 0.5  # deviations -1, 1, 0, 0
+    assert bonus.tolist() == pytest.approx([-0.5 / root, 0.5 / root, 0.0, 0.0])
 
 
 def test_the_weight_follows_the_step() -> None:
-    run = a_run(disagreement={"mode": "end_of_sequence", "weight": 1.0, "schedule": "linear", "clip": 1.0})
-    batch = batch_of([0, 1], 4)
-    sizes = []
-    for run.step in (0, 5, 9):
-        _, _, bonus = train.add_bonus(run, batch, torch.tensor([1.0, 3.0]), batch.task_reward, torch.zeros(2))
-        sizes.append(float(bonus[1]))
+    res = resources(disagreement={"mode": "end_of_sequence", "weight": 1.0, "schedule": "linear", "clip": 1.0})
+    sizes = [float(bonus_of(res, batch_of([0, 1], 4), [1.0, 3.0], step)[1]) for step in (0, 5, 9)]
     assert sizes == pytest.approx([1.0, 0.5, 0.1])
 
 
 def test_a_reward_that_reaches_solved_at_is_solved() -> None:
-    run = a_run(disagreement={"mode": "end_of_sequence", "gate": "incorrect"}, rewards={"solved_at": 1.0})
-    batch = batch_of([0, 1, 2, 3], 4)
-    _, _, bonus = train.add_bonus(run, batch, torch.tensor([1.0, 3.0, 1.0, 3.0]), batch.task_reward, torch.zeros(4))
+    res = resources(disagreement={"mode": "end_of_sequence", "gate": "incorrect"}, rewards={"solved_at": 1.0})
+    bonus = bonus_of(res, batch_of([0, 1, 2, 3], 4), [1.0, 3.0, 1.0, 3.0])
     assert bonus[0] != 0 and bonus[1:].tolist() == [0, 0, 0]
 
 
-def test_completions_hold_the_bonus_as_it_was_added() -> None:
-    run = a_run(disagreement={"mode": "per_token"})
-    batch = concatenate([batch_of([0, 1], 2)], 0)
-    mask = batch.completions.completion_mask  # one token, then two
-    bonus = torch.tensor([[0.5, 7.0], [0.2, 0.4]])
-    signal = Signal(bonus * 2, mask, torch.zeros(2), torch.tensor([1.0, 2.0]), bonus)
-    columns = record.completion_columns(run, batch, signal)
-    assert columns["bonus"] == pytest.approx([0.5, 0.3])
-    assert columns["advantage"] == pytest.approx([1.0, 0.6])
-    assert columns["bald"] == [1.0, 2.0] and columns["rewards/one"] == [0.0, 1.0]
-    assert columns["completion_ids"] == [[0], [1, 1]]
+def test_the_kl_comes_off_the_reward_beta_times() -> None:
+    res = resources(grpo={"beta": 0.5, "kl": "k1", "kl_in": "reward"})
+    batch = batch_of([0, 1], 2)  # one token, then two
+    policy, reference = torch.full((2, 2), -1.0), torch.full((2, 2), -1.5)
+    rewards = train.rewards_less_kl(res, batch, train.ReferenceLogps(reference, policy))
+    assert rewards.tolist() == pytest.approx([0.0 - 0.25, 1.0 - 0.5])
+    assert train.rewards_less_kl(res, batch, train.ReferenceLogps()) is batch.task_reward
+
+
+@pytest.mark.parametrize(("masked", "counted"), [(False, [1, 2, 3, 1]), (True, [1, 0, 3, 0])])
+def test_truncated_completions_train_unless_they_are_masked(masked: bool, counted: list[int]) -> None:
+    res = resources(grpo={"mask_truncated": masked})
+    batch = batch_of([0, 1, 2, 3], 3)  # the odd ones are truncated
+    res.reward_weights = lambda: torch.ones(1)
+    found = train.reward_head(res, SimpleNamespace(), batch, train.ReferenceLogps(), None)
+    assert found.mask.sum(1).tolist() == counted
+
+
+def test_long_completions_pay_the_overlong_penalty() -> None:
+    res = resources(rollout={"group_size": 2, "max_new_tokens": 3}, grpo={"overlong_cache": 2})
+    res.reward_weights, res.timer = lambda: torch.ones(1), train_timer()
+    batch = batch_of([0, 1, 2, 3], 3)
+    pending = SimpleNamespace(
+        wait=lambda: batch.completions,
+        rewards=SimpleNamespace(result=lambda: (batch.texts, batch.rewards)),
+        prompts=batch.prompts[::2],
+        recorder=None,
+    )
+    found = train.await_rollout(res, pending)  # type: ignore[arg-type]
+    assert found.task_reward.tolist() == pytest.approx([0.0, 1.0 - 0.5, 2.0 - 1.0, 3.0])
+
+
+def train_timer() -> Any:
+    from vdr_cli.training.timing import PhaseTimer
+
+    return PhaseTimer()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vdr_cli.training.state import LoopState
+from vdr_cli.training.state import Due, LoopState, due_after
 
 YES, NO = True, False
 
@@ -24,3 +24,53 @@ def test_a_step_that_went_well_ends_the_row(before: int, refused: list[bool], ex
     state = LoopState(refused=before)
     longest = state.count_refusals(refused)
     assert (state.refused, longest) == expected
+
+
+def test_ranks_take_their_prompts_one_after_the_other() -> None:
+    taken = []
+    for rank in range(3):
+        state = LoopState(drawn=10)
+        taken += state.take([2, 0, 1], rank)
+        assert list(state.take([1, 1, 1], rank)) == [13 + rank] and state.drawn_in_step == 6
+    assert taken == [10, 11, 12]
+
+
+def test_a_step_moves_everything_on() -> None:
+    state = LoopState(drawn_in_step=5)
+    state.rms.update(8.0, 2.0)
+    state.next_pending = "next"  # type: ignore[assignment]
+    state.end_step(2, tokens=30)
+    assert state.pending == "next" and state.next_pending is None
+    state.drawn_in_step = 4
+    state.end_step(2, tokens=12)
+    assert (state.step, state.tokens, state.drawn, state.drawn_in_step) == (4, 42, 9, 0)
+    assert state.finished_rms == state.rms.state_dict() and state.finished_rms["average"] > 0
+
+
+def test_a_restored_state_is_the_one_after_the_last_whole_step() -> None:
+    state = LoopState(step=3, drawn=24, tokens=99, best=0.5, best_step=2)
+    state.rms.update(8.0, 2.0)
+    state.end_step(1, tokens=1)
+    whole = state.rms.state_dict()
+    state.rms.update(100.0, 1.0)  # in a step that is abandoned
+    state.take([4], 0)
+    found = LoopState.restored(state.saved())
+    assert found.rms.state_dict() == whole and found.saved() == state.saved() and found.drawn_in_step == 0
+
+
+@pytest.mark.parametrize(("stride", "every", "due"), [(1, 2, [2, 4, 6]), (2, 3, [4, 6]), (1, 0, [])])
+def test_what_is_due_every_nth_step(stride: int, every: int, due: list[int]) -> None:
+    names = ("eval_every", "completions_every", "sync_reference_every", "checkpoint_every")
+    found = {
+        step: due_after(step - stride, step, last=99, **dict.fromkeys(names, every))
+        for step in range(stride, 7, stride)
+    }
+    for name in ("evaluation", "completions", "reference", "checkpoint"):
+        assert [step for step, each in found.items() if getattr(each, name)] == due
+
+
+def test_the_last_step_is_evaluated_and_its_completions_saved() -> None:
+    found = due_after(4, 5, last=5, eval_every=3, completions_every=3, sync_reference_every=3, checkpoint_every=5)
+    assert found == Due(evaluation=True, completions=True, reference=False, checkpoint=False)
+    off = due_after(4, 5, last=5, eval_every=0, completions_every=0, sync_reference_every=0, checkpoint_every=0)
+    assert off == Due(False, False, False, False)

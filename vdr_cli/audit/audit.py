@@ -14,8 +14,8 @@ from vdr_cli.audit.weights import Models
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import write_whole
 
-SECTIONS = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics")
-"""What --only takes, in the order of a step."""
+SECTIONS = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics", "export")
+"""What --only takes: a step's parts in its order, and last the model that the run exported."""
 
 
 def audit_run(
@@ -34,13 +34,17 @@ def audit_run(
     if missing:
         there = ", ".join(map(str, run.steps))
         raise ConfigError(f"{path}: step {missing[0]} has no audit record; there are {there}")
+    parts = set(only)
     lines: list[Line] = []
     models: Models | None = None
     for step in sorted(chosen):
         record = run.record(step)
         if models is None or models.dtype != record.state["dtype"]:
             models = Models(run, record.state["dtype"])
-        lines += audit_step(run, record, models, set(only), tell or (lambda text: None))
+        lines += audit_step(run, record, models, parts, tell or (lambda text: None))
+    if "export" in parts and models is not None:
+        last = max(run.metrics, default=0)
+        lines += numbers.audit_export(Judge(last, models.dtype), run.config, models)
     return lines
 
 

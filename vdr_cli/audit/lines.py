@@ -30,6 +30,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "draw": Bound(1e-5),
         "norm": Bound(1e-7, 5e-4),
         "change": Bound(0.0, 2e-3),
+        "weights": Bound(0.0, 1e-6),
         "rate": Bound(0.0, 1e-9),
     },
     "bfloat16": {
@@ -46,6 +47,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "draw": Bound(5e-2),
         "norm": Bound(1e-3, 0.1),
         "change": Bound(0.0, 0.5),
+        "weights": Bound(0.0, 1e-2),
         "rate": Bound(0.0, 1e-9),
     },
 }

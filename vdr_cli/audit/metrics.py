@@ -115,6 +115,8 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
     mask = record.mask
     measure = cfg.disagreement.measure
     columns: dict[str, Array] = {
+        "row": record.numbers("row"),
+        "truncated": record.truncated.astype(np.float64),
         "reward": record.numbers("task_reward"),
         "advantage": (record.tokens("advantages") * mask).sum(1) / np.maximum(mask.sum(1), 1),
     }

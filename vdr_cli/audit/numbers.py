@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from vdr_cli.audit.files import Record
 from vdr_cli.audit.inputs import places_of
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models, copied
-from vdr_cli.config import Config
+from vdr_cli.config import Config, ModelConfig
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -175,8 +176,8 @@ def audit_update(
     else:
         lines.append(_relative(judge, "mean of the gradient (Adam)", after.first, adam.first))
         lines.append(_relative(judge, "mean of its square (Adam)", after.second, adam.second))
-        pair = [_minus(after.weights, saved.weights), _minus(weights, saved.weights)]
-        lines.append(_relative(judge, "update of the weights", *pair))
+        theirs, ours = (_minus(each, saved.weights) for each in (after.weights, weights))
+        lines.append(_relative(judge, "update of the weights", theirs, ours))
     return lines, outcome.means() | outcome.maxima | {"refused_steps": 0.0}
 
 
@@ -193,12 +194,31 @@ def _given(record: Record, cfg: Config) -> update.Given:
 
 
 def _minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: a[name].double() - b[name].double() for name in b}
+    return {name: a[name].detach().double() - b[name].detach().double() for name in b}
 
 
-def _relative(judge: Judge, quantity: str, on_file: dict[str, Tensor], ours: dict[str, Tensor]) -> Line:
+def audit_export(judge: Judge, cfg: Config, models: Models) -> list[Line]:
+    """model/ against the last checkpoint, adapters merged."""
+    folder = models.run.path / "model"
+    policy = models.at(judge.step)
+    if not (folder / "config.json").is_file():
+        return []
+    if policy is None:
+        return [judge.skipped("weights in model/", no_weights(judge.step))]
+    plain = copy.deepcopy(policy).merge_and_unload() if cfg.model.lora is not None else policy
+    exported = model.load_start(ModelConfig(name=str(folder)), "float32", 0)
+    theirs, ours = (dict(each.named_parameters()) for each in (exported, plain))
+    if theirs.keys() != ours.keys():
+        odd = sorted(theirs.keys() ^ ours.keys())
+        return [Line(judge.step, "weights in model/", within=False, note=f"parameters differ: {odd[0]}")]
+    return [_relative(judge, "weights in model/", theirs, ours, "weights")]
+
+
+def _relative(
+    judge: Judge, quantity: str, on_file: dict[str, Tensor], ours: dict[str, Tensor], kind: str = "change"
+) -> Line:
     """Norms of all parameters together; the difference is the norm of the difference, over ours."""
     theirs, own = (optimizer.norm_of(values.values()) for values in (on_file, ours))
     apart = optimizer.norm_of(_minus(on_file, ours).values()) / max(own, 1e-300)
-    line = judge.compare(quantity, own * (1.0 + apart), own, "change")
+    line = judge.compare(quantity, own * (1.0 + apart), own, kind)
     return Line(line.step, quantity, theirs, own, apart, f"{line.allowed}", line.within, note="norm over all weights")

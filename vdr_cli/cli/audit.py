@@ -36,7 +36,7 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Parts: inputs, rewards, sampling, members, advantages, policy, update, metrics. Default: all.",
+            help="Parts of: inputs, rewards, sampling, members, advantages, policy, update, metrics, export.",
         ),
     ] = None,
     outside: Annotated[bool, typer.Option("--outside", help="Show only lines outside their bound.")] = False,

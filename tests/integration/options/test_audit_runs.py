@@ -26,7 +26,6 @@ ALL = {
     "train.checkpoint_every": 1,
     "train.keep_last": 9,
     "train.steps": 2,
-    "train.save_model": False,
 }
 EOS = {"disagreement.mode": "end_of_sequence", "disagreement.members": 4}
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}

@@ -1,0 +1,63 @@
+"""What is written of a step: its numbers, and its completions as columns."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.test_batch import batch_of
+from vdr_cli.config import Config
+from vdr_cli.training import record
+from vdr_cli.training.batch import Advantages, Updates
+from vdr_cli.training.completion_table import completion_columns
+from vdr_cli.training.timing import PhaseTimer
+
+
+def resources(**sections: Any) -> Any:
+    config = Config.model_validate({"rollout": {"group_size": 2}, **sections})
+    timer = PhaseTimer()
+    with timer.phase("step"):
+        pass
+    rewards = [SimpleNamespace(name="one", weight=1.0)]
+    engine = SimpleNamespace(peak_flops=lambda: None)
+    return SimpleNamespace(config=config, rewards=rewards, timer=timer, engine=engine)
+
+
+def test_completions_hold_the_bonus_as_it_was_added() -> None:
+    res = resources(disagreement={"mode": "per_token"})
+    batch = batch_of([0, 1], 2)
+    mask = batch.completions.completion_mask  # one token, then two
+    bonus = torch.tensor([[0.5, 7.0], [0.2, 0.4]])
+    advantages = Advantages(bonus * 2, mask, torch.zeros(2), torch.tensor([1.0, 2.0]), bonus)
+    columns = completion_columns(res, batch, advantages)
+    assert columns["bonus"] == pytest.approx([0.5, 0.3])
+    assert columns["advantage"] == pytest.approx([1.0, 0.6])
+    assert columns["bald"] == [1.0, 2.0] and columns["rewards/one"] == [0.0, 1.0]
+    assert columns["completion_ids"] == [[0], [1, 1]]
+
+
+def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
+    res = resources(disagreement={"mode": "per_token"}, grpo={"num_iterations": 2}, train={"steps": 4})
+    batch = batch_of([0, 1, 2, 3], 3)  # 1, 2, 3 and 1 tokens
+    mask = batch.completions.completion_mask
+    bonus = torch.tensor([[0.5, 9.0, 9.0], [-0.5, 1.0, 9.0], [0.0, 0.0, 0.0], [0.0, 9.0, 9.0]])
+    per_completion, task = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0.5, -0.5, 1.0, 0.0])
+    updates = Updates(loss=3.0, pairs={"entropy": (6.0, 4.0)}, maxima={"ratio/max": 1.5}, grad_norm=2.0)
+    found = record.step_metrics(res, batch, Advantages(bonus, mask, task, per_completion, bonus), updates)
+    expected = {
+        "loss": 1.5,
+        "entropy": 1.5,
+        "ratio/max": 1.5,
+        "grad_norm": 2.0,
+        "advantage_abs": 0.5,
+        "disagreement/bonus_abs": 2.0 / 7,
+        "disagreement/groups_with_spread": 0.5,
+        "completions/min_length": 1.0,
+        "completions/max_length": 3.0,
+        "step_tokens": 7.0,
+        "reward": 1.5,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
