@@ -121,7 +121,13 @@ def together() -> dict[str, Settings]:
     return {
         "credit": {**PER_TOKEN, "disagreement.credit": "token", "disagreement.discount": 0.9},
         "credit_rmi": {**PER_TOKEN, "disagreement.credit": "token", "disagreement.measure": "rmi"},
-        "lora": {**EOS, "model.lora": {"rank": 4, "alpha": 8}, "grpo.beta": 0.1, "train.weight_decay": 0.1},
+        "lora": {
+            **EOS,
+            "model.lora": {"rank": 4, "alpha": 8},
+            "grpo.beta": 0.1,
+            "train.weight_decay": 0.1,
+            "train.seed": 9,
+        },
         "resample": {"grpo.resample_groups": 3, "train.steps": 3},
         "ahead": {**EOS, "rollout.ahead": 1, "train.steps": 3, "train.learning_rate": 5e-3},
         "kl_k3": {"grpo.beta": 0.5, "grpo.kl_in": "reward", "grpo.kl": "k3", "train.learning_rate": 3e-3},
