@@ -71,8 +71,8 @@ LOOP = _of(
     (
         "temperature 1 for the reference",
         "training/reading.py",
-        "                res.config.rollout.temperature,\n",
-        "                1.0,\n",
+        "            res.config.rollout.temperature,\n",
+        "            1.0,\n",
         "kl_reward",
     ),
     (
@@ -111,7 +111,13 @@ LOOP = _of(
         "batch.task_reward > res.config.rewards.solved_at",
         "epochs",
     ),
-    ("members of step 0 in every step", "training/reading.py", '"step": step,', '"step": 0,', "members"),
+    (
+        "members of step 0 in every step",
+        "training/reading.py",
+        "        step,\n        positions=",
+        "        0,\n        positions=",
+        "members",
+    ),
     (
         "samples do not depend on train.seed",
         "train.py",

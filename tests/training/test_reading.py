@@ -11,7 +11,7 @@ import torch
 from tests.training.test_batch import batch_of
 from vdr_cli.config import Config
 from vdr_cli.disagreement.information import Statistics
-from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.training import reading
 from vdr_cli.training.timing import PhaseTimer
 
@@ -19,7 +19,7 @@ from vdr_cli.training.timing import PhaseTimer
 def resources(**sections: Any) -> Any:
     config = Config.model_validate({"rollout": {"group_size": 2, "temperature": 0.7}, **sections})
     engine = SimpleNamespace(device=torch.device("cpu"), share_prompts=True, as_trees=False, by_layers=False)
-    return SimpleNamespace(config=config, engine=engine, timer=PhaseTimer(), ensemble=EnsembleSpec(4, seed=3))
+    return SimpleNamespace(config=config, engine=engine, timer=PhaseTimer())
 
 
 def test_log_probabilities_are_at_the_sampling_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,20 +37,21 @@ def test_log_probabilities_are_at_the_sampling_temperature(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("mode", "shown", "asked"),
-    [("end_of_sequence", False, ["last"]), ("end_of_sequence", True, ["last", "all"]), ("per_token", True, ["all"])],
+    ("mode", "positions", "step", "shown"),
+    [("end_of_sequence", "last", 6, 0), ("end_of_sequence", "last", 0, 2), ("per_token", "all", 6, 0)],
 )
-def test_members_are_the_steps(mode: str, shown: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[dict[str, Any]] = []
+def test_members_are_the_steps(mode: str, positions: str, step: int, shown: int) -> None:
+    requests: list[MeasureRequest] = []
 
-    def measure(model: Any, **request: Any) -> Statistics:
-        calls.append(request)
-        return Statistics(rmi=torch.full((len(request["completions"]),), 0.5))
+    def measure(model: Any, request: MeasureRequest) -> Statistics:
+        requests.append(request)
+        return Statistics(rmi=torch.arange(float(len(request.completions))))
 
-    monkeypatch.setattr(reading, "measure", measure)
     res = resources(disagreement={"mode": mode, "measure": "rmi"})
-    found = reading.measure_disagreement(res, 6, None, batch_of([0, 1, 2, 3], 4).completions, None, shown)
-    assert found is not None and len(found.values) == 4
-    assert [call["positions"] for call in calls] == asked
-    assert all(call["step"] == 6 and call["spec"] is res.ensemble and call["group_size"] == 2 for call in calls)
-    assert [len(call["completions"]) for call in calls] == [4, 2][: len(asked)]
+    res.ensemble = SimpleNamespace(measure=measure)
+    res.shows_tokens = lambda step: step == 0
+    found = reading.measure_disagreement(res, step, None, batch_of([0, 1, 2, 3], 4).completions)
+    assert found is not None and found.tolist() == [0, 1, 2, 3]
+    (request,) = requests
+    assert (request.step, request.positions, request.shown_rows) == (step, positions, shown)
+    assert request.group_size == 2 and tuple(request.measures) == ("rmi",)

@@ -23,7 +23,7 @@ def resources(**sections: Any) -> Any:
         pass
     rewards = [SimpleNamespace(name="one", weight=1.0)]
     engine = SimpleNamespace(peak_flops=lambda: None)
-    return SimpleNamespace(config=config, rewards=rewards, timer=timer, engine=engine)
+    return SimpleNamespace(config=config, rewards=rewards, timer=timer, engine=engine, shown_measure=lambda: None)
 
 
 def test_completions_hold_the_bonus_as_it_was_added() -> None:
