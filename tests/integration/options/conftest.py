@@ -52,20 +52,25 @@ def entries(folder: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 class Left:
-    """What the runs left."""
+    """What the runs left. named: the runs that the test names with @pytest.mark.runs; None: it may read all."""
 
-    def __init__(self, folder: Path, ended: dict[str, str]) -> None:
-        self.folder, self.ended = folder, ended
+    def __init__(self, folder: Path, ended: dict[str, str], named: set[str] | None = None) -> None:
+        self.folder, self.ended, self.named = folder, ended, named
+
+    def of(self, run: str) -> Path:
+        """The run's directory."""
+        assert self.named is None or run in self.named, f"name it: @pytest.mark.runs({run!r})"
+        return self.folder / run
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
         clocked = ("time/", "step_time", "tokens_per_second", "memory")
-        lines = [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (self.of(run) / "metrics.jsonl").read_text().splitlines()]
         return [{name: value for name, value in line.items() if not name.startswith(clocked)} for line in lines]
 
     def weights(self, run: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        return load_file(self.folder / run / "model" / "model.safetensors")
+        return load_file(self.of(run) / "model" / "model.safetensors")
 
     def update(self, run: str) -> Tensor:
         """Every weight's change, in one vector."""
@@ -78,15 +83,15 @@ class Left:
         return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 
     def probes(self, run: str, ranks: int = 2) -> list[dict[str, Any]]:
-        return [torch.load(self.folder / run / f"probe_rank{rank}.pt") for rank in range(ranks)]
+        return [torch.load(self.of(run) / f"probe_rank{rank}.pt") for rank in range(ranks)]
 
     def table(self, run: str, step: int = 1) -> dict[str, list[Any]]:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.folder / run / "completions" / f"step_{step:06d}.parquet").to_pydict()
+        return pq.read_table(self.of(run) / "completions" / f"step_{step:06d}.parquet").to_pydict()
 
     def state(self, run: str, step: int = 1) -> dict[str, Any]:
-        return json.loads((self.folder / run / "checkpoints" / f"step_{step:06d}" / "state.json").read_text())
+        return json.loads((self.of(run) / "checkpoints" / f"step_{step:06d}" / "state.json").read_text())
 
     @staticmethod
     def start_weights() -> dict[str, Tensor]:
@@ -100,6 +105,27 @@ class Left:
     def distance(a: Tensor, b: Tensor) -> float:
         """|a - b| / |b|"""
         return float((a - b).norm() / b.norm())
+
+
+def named_runs(item: pytest.Item) -> set[str]:
+    """The runs that a test names, its parameters filled in: `runs("{loss}_two")`."""
+    parameters = getattr(item, "callspec", None)
+    values = parameters.params if parameters is not None else {}
+    return {name.format(**values) for mark in item.iter_markers("runs") for name in mark.args}
+
+
+@pytest.fixture(scope="module")
+def chosen(request: pytest.FixtureRequest) -> Callable[[Sequence[Run]], list[Run]]:
+    """chosen(runs): those that the selected tests of this file name; all where none of these names any."""
+    items = [item for item in request.session.items if item.path == request.path]
+    wanted = set().union(*map(named_runs, items))
+    return lambda runs: [run for run in runs if run[0] in wanted or not wanted]
+
+
+@pytest.fixture
+def left(trained: Left, request: pytest.FixtureRequest) -> Left:
+    """What the runs left that this test names (a file's fixture `trained` has trained them)."""
+    return Left(trained.folder, trained.ended, named_runs(request.node) or None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -79,10 +79,10 @@ def training_runs(folder: Path) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def left(work_through: Callable[..., Left], tmp_path_factory: pytest.TempPathFactory) -> Left:
+def trained(work_through: Callable[..., Left], chosen: Any, tmp_path_factory: pytest.TempPathFactory) -> Left:
     folder = tmp_path_factory.mktemp("options")
     (folder / "mine.py").write_text(REWARDS)
-    return work_through(folder, training_runs(folder))
+    return work_through(folder, chosen(training_runs(folder)))
 
 
 def test_every_run_ends_well(left: Left) -> None:
@@ -92,6 +92,7 @@ def test_every_run_ends_well(left: Left) -> None:
 # ---- completions of the step before --------------------------------------------------------------------------------
 
 
+@pytest.mark.runs("ahead", "ahead_parts")
 def test_ahead_resumes_bit_for_bit(left: Left) -> None:
     assert left.metrics("ahead") == left.metrics("ahead_parts")
     for step in range(1, 5):
@@ -100,6 +101,7 @@ def test_ahead_resumes_bit_for_bit(left: Left) -> None:
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.runs("ahead", "unmoved")
 def test_ahead_samples_under_the_weights_before_and_corrects_for_it(left: Left) -> None:
     """The second step's completions are the start model's, though the first step moved it far."""
     assert left.table("ahead", 2)["completion_ids"] == left.table("unmoved", 2)["completion_ids"]
@@ -114,6 +116,7 @@ def test_ahead_samples_under_the_weights_before_and_corrects_for_it(left: Left) 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs("lora", "lora_parts")
 def test_lora_resumes_bit_for_bit(left: Left) -> None:
     assert left.metrics("lora") == left.metrics("lora_parts")
     whole, parts = left.weights("lora"), left.weights("lora_parts")
@@ -121,13 +124,15 @@ def test_lora_resumes_bit_for_bit(left: Left) -> None:
     assert left.update("lora").norm() > 0
 
 
+@pytest.mark.runs("lora")
 def test_lora_checkpoint_holds_no_frozen_weight(left: Left) -> None:
-    folder = left.folder / "lora" / "checkpoints" / "step_000003" / "engine"
+    folder = left.of("lora") / "checkpoints" / "step_000003" / "engine"
     size = sum(file.stat().st_size for file in folder.glob("*model_states.pt"))
     whole = sum(tensor.numel() * 4 for tensor in left.start_weights().values())
     assert 0 < size < whole / 2
 
 
+@pytest.mark.runs("lora")
 def test_lora_disagrees_and_its_reference_is_the_base_model_to_the_bit(left: Left) -> None:
     lines = left.metrics("lora")
     assert lines[0]["disagreement/mean"] > 0
@@ -139,11 +144,12 @@ def test_lora_disagrees_and_its_reference_is_the_base_model_to_the_bit(left: Lef
         assert not torch.equal(probe["logits"], base)
 
 
+@pytest.mark.runs("{run}")
 @pytest.mark.parametrize("run", ["plain", "lora"])
 def test_export_has_the_logits_of_the_trained_model(left: Left, run: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    path = left.folder / run / "model"
+    path = left.of(run) / "model"
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(path)(input_ids=PROMPT).logits
         ours = load_causal_lm(str(path))(input_ids=PROMPT).logits
@@ -156,6 +162,7 @@ def test_export_has_the_logits_of_the_trained_model(left: Left, run: str) -> Non
 # ---- reference -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs("{kind}_{place}", "plain2")
 @pytest.mark.parametrize(("kind", "place"), KL)
 def test_kl_of_the_unchanged_policy_is_exactly_zero(left: Left, kind: str, place: str) -> None:
     first, second = left.metrics(f"{kind}_{place}")
@@ -164,12 +171,14 @@ def test_kl_of_the_unchanged_policy_is_exactly_zero(left: Left, kind: str, place
     assert first["loss"] == pytest.approx(left.metrics("plain2")[0]["loss"], abs=1e-9)
 
 
+@pytest.mark.runs("plain2", *(f"{kind}_{place}" for kind, place in KL))
 def test_every_kl_acts_and_differs(left: Left) -> None:
     runs = ["plain2", *[f"{kind}_{place}" for kind, place in KL]]
     for one, other in combinations(runs, 2):
         assert left.distance(left.update(one), left.update(other)) > 1e-4, (one, other)
 
 
+@pytest.mark.runs("k1_reward", "plain2")
 def test_kl_in_the_reward_is_in_the_advantages(left: Left) -> None:
     def of(run: str, step: int) -> list[float]:
         return left.table(run, step)["advantage"]
@@ -178,6 +187,7 @@ def test_kl_in_the_reward_is_in_the_advantages(left: Left) -> None:
     assert of("k1_reward", 2) != of("plain2", 2)
 
 
+@pytest.mark.runs("synced", "synced_parts")
 def test_synchronised_reference_is_the_policy_and_survives_a_resume(left: Left) -> None:
     kl = [line["kl"] for line in left.metrics("synced")]
     assert kl[0] == 0.0 and kl[1] > 0.0 and kl[2] == 0.0 and kl[3] > 0.0
@@ -185,13 +195,14 @@ def test_synchronised_reference_is_the_policy_and_survives_a_resume(left: Left) 
     for whole, parts in zip(left.probes("synced"), left.probes("synced_parts"), strict=True):
         assert torch.equal(whole["logits"], parts["logits"])
         assert torch.equal(whole["reference"], parts["reference"])
-    checkpoints = left.folder / "synced" / "checkpoints"
+    checkpoints = left.of("synced") / "checkpoints"
     assert (checkpoints / "step_000002" / "reference.safetensors").is_file()
 
 
 # ---- options of the loss and the batch -----------------------------------------------------------------------------
 
 
+@pytest.mark.runs("iterations", "plain")
 def test_several_iterations_are_off_policy_after_the_first(left: Left) -> None:
     (line,) = left.metrics("iterations")
     assert line["step"] == 2 and line["ratio/max"] > 1.0
@@ -207,6 +218,7 @@ def test_several_iterations_are_off_policy_after_the_first(left: Left) -> None:
             assert moved == bool(early["mask"].any())  # the last of the rank with fewer rows is empty
 
 
+@pytest.mark.runs("resample", "plain")
 def test_resampling_leaves_fewer_groups_without_signal(left: Left) -> None:
     (with_it,), (without,) = left.metrics("resample"), left.metrics("plain")
     assert with_it["frac_reward_zero_std"] < without["frac_reward_zero_std"]
@@ -214,6 +226,7 @@ def test_resampling_leaves_fewer_groups_without_signal(left: Left) -> None:
     assert len(left.table("resample")["prompt"]) == 20
 
 
+@pytest.mark.runs("quantile", "plain")
 def test_top_entropy_quantile_keeps_the_share_of_highest_entropy(left: Left) -> None:
     calls = [call for probe in left.probes("quantile") for call in probe["calls"]]
     mask = torch.cat([call["mask"].flatten() for call in calls])
@@ -225,6 +238,7 @@ def test_top_entropy_quantile_keeps_the_share_of_highest_entropy(left: Left) -> 
     assert left.distance(left.update("quantile"), left.update("plain")) > 1e-3
 
 
+@pytest.mark.runs("entropy", "no_entropy")
 def test_entropy_weight_raises_entropy_without_any_reward(left: Left) -> None:
     assert left.update("no_entropy").norm() == 0.0
 
@@ -234,6 +248,7 @@ def test_entropy_weight_raises_entropy_without_any_reward(left: Left) -> None:
     assert after > before * 1.001
 
 
+@pytest.mark.runs("truncated")
 def test_truncated_completions_give_no_gradient(left: Left) -> None:
     truncated = sum(left.table("truncated")["truncated"])
     assert 0 < truncated < 20
@@ -242,6 +257,7 @@ def test_truncated_completions_give_no_gradient(left: Left) -> None:
     assert int(counted.sum()) == 20 - truncated
 
 
+@pytest.mark.runs("truncated")
 def test_the_share_of_high_entropy_is_of_the_tokens_that_are_trained_on(left: Left) -> None:
     calls = [call for probe in left.probes("truncated") for call in probe["calls"]]
     mask, selected, entropy = (
@@ -252,6 +268,7 @@ def test_the_share_of_high_entropy_is_of_the_tokens_that_are_trained_on(left: Le
     assert torch.equal(selected[mask], entropy[mask] >= smallest)
 
 
+@pytest.mark.runs("overlong")
 def test_overlong_completions_are_penalised(left: Left) -> None:
     table = left.table("overlong")
     for ids, reward, task in zip(table["completion_ids"], table["reward"], table["rewards/countdown"], strict=True):
@@ -259,12 +276,14 @@ def test_overlong_completions_are_penalised(left: Left) -> None:
     assert any(reward != task for reward, task in zip(table["reward"], table["rewards/countdown"], strict=True))
 
 
+@pytest.mark.runs("capped", "plain")
 def test_importance_cap_scales_the_gradient(left: Left) -> None:
     (capped,), (plain,) = left.metrics("capped"), left.metrics("plain")
     assert capped["grad_norm"] == pytest.approx(0.5 * plain["grad_norm"], rel=1e-4)
     assert capped["sampling/importance_sampling_ratio/mean"] == pytest.approx(0.5)
 
 
+@pytest.mark.runs("normalised")
 def test_normalise_then_sum_is_its_formula(left: Left) -> None:
     table = left.table("normalised")
     rewards = torch.tensor([table["rewards/countdown"], table["rewards/digits"]]).T
@@ -273,6 +292,7 @@ def test_normalise_then_sum_is_its_formula(left: Left) -> None:
     torch.testing.assert_close(torch.tensor(table["advantage"]), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.runs("masked")
 def test_a_rank_with_only_masked_micro_batches_stays_in_step(left: Left) -> None:
     first, second = left.probes("masked")
     assert not any(bool(call["mask"].any()) for call in first["calls"])
@@ -281,8 +301,9 @@ def test_a_rank_with_only_masked_micro_batches_stays_in_step(left: Left) -> None
     assert left.update("masked").norm() > 0
 
 
+@pytest.mark.runs("ahead")
 def test_every_phase_has_its_speed_and_share(left: Left) -> None:
-    line = json.loads((left.folder / "ahead" / "metrics.jsonl").read_text().splitlines()[1])
+    line = json.loads((left.of("ahead") / "metrics.jsonl").read_text().splitlines()[1])
     for phase in ("rollout", "disagreement", "update"):
         rate = line["step_tokens"] / line[f"time/{phase}"]
         assert line[f"tokens_per_second/{phase}"] == pytest.approx(rate)
