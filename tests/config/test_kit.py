@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -47,3 +48,10 @@ def test_ci_runs_the_readmes_test_command() -> None:
     command = steps[-1]["run"]
     assert command in (ROOT / "README.md").read_text(encoding="utf-8")
     assert (ROOT / ".ci/run").read_text().endswith(f"exec {command}\n")
+
+
+def test_no_test_asserts_seconds() -> None:
+    """A busy machine would fail it: an order, a flag or an exit code says the same."""
+    timed = re.compile(r"assert .*(monotonic|perf_counter|time)\(\) - \w+ *<")
+    found = [path.name for path in ROOT.glob("tests/**/*.py") if timed.search(path.read_text(encoding="utf-8"))]
+    assert found == []

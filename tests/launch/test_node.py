@@ -35,9 +35,10 @@ RANK = (PROGRAMS / "saving_rank.py").read_text(encoding="utf-8")
 
 def test_a_signal_to_every_process_lets_the_rank_save(tmp_path: Path) -> None:
     from vdr_cli.launch.commands import Target, node_command
+    from vdr_cli.launch.environment import free_port
 
     (tmp_path / "rank.py").write_text(RANK)
-    command = node_command(Target((str(tmp_path),)), {"localhost": [0]}, 0, "127.0.0.1", 29555)
+    command = node_command(Target((str(tmp_path),)), {"localhost": [0]}, 0, "127.0.0.1", free_port())
     at = command.index("--module")
     command[at : at + 2] = [str(tmp_path / "rank.py")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

@@ -45,7 +45,7 @@ with watchdog.connected(rank, size, share):
     if rank == 1 and what == "fork":  # as a reward function does, in a thread; the copy outlives its parent
         from threading import Thread
 
-        Thread(target=lambda: os.fork() or time.sleep(20) or os._exit(0)).start()
+        Thread(target=lambda: os.fork() or time.sleep(45) or os._exit(0)).start()
     if what == "pool":
         import multiprocessing
         from multiprocessing.pool import ThreadPool
