@@ -51,9 +51,9 @@ ARCHITECTURES = ["qwen2", "llama", "gpt2", "gemma2", "mixtral", "opt", "bloom"]
 
 @functools.cache
 def sibling(name: str) -> Any:
-    """The module of another test file, for the loops that it compares with."""
-    (path,) = Path(__file__).parent.parent.rglob(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"gpu_sibling_{name}", path)
+    """The module of another test file, such as models/test_logprobs, for the loops that it compares with."""
+    path = Path(__file__).parent.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"gpu_sibling_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # where dataclasses look for their own

@@ -37,7 +37,7 @@ SPECS = {
 
 @pytest.mark.parametrize(("M", "V", "spread", "between"), [(2, 5, 1, 1), (8, 300, 2, 0.3), (5, 1000, 6, 2)])
 def test_measures_equal_the_definitions(device: torch.device, M: int, V: int, spread: float, between: float) -> None:
-    plain = sibling("test_information")
+    plain = sibling("disagreement/test_information")
     logits = plain.random_logits(4, M, V, spread, between)
     targets = torch.tensor([0, 1, 2, V - 1])
     found = information.from_logits(logits.to(device), targets.to(device), MEASURES)
@@ -56,7 +56,7 @@ def test_the_head_in_chunks_keeps_float32(device: torch.device, dtype: torch.dty
     head = Head(weight, torch.randn(997, generator=generator).to(device, dtype), 0.7, 6.0)
     exact = Head(weight.double(), head.bias.double(), head.scale, head.softcap).logits(hidden.double())
     targets = torch.arange(10, device=device)
-    truth = sibling("test_members").float64_measures(exact[:, None], targets[None])
+    truth = sibling("disagreement/test_members").float64_measures(exact[:, None], targets[None])
     found = information.token_statistics(hidden, targets, head, EVERYTHING, budget)
     for name in EVERYTHING:
         expected = truth[name].reshape(found.get(name).shape)
@@ -67,7 +67,7 @@ def test_the_head_in_chunks_keeps_float32(device: torch.device, dtype: torch.dty
 def test_members_equal_the_definitions(device: torch.device, dtype: torch.dtype, scope: str) -> None:
     model, batch, spec = model_on(device, dtype), ragged(device), SPECS[scope]
     exact = logits_by_hand(model, batch, spec, 7)
-    truth = sibling("test_members").float64_measures(exact, batch.completion_ids)
+    truth = sibling("disagreement/test_members").float64_measures(exact, batch.completion_ids)
     valid = batch.completion_mask
     assert truth["bald"][valid].min() > 1e-3, "members must differ for the test to mean anything"
     allowed = {name: measure_error(dtype, truth[name][valid]) for name in ("bald", "rmi")}

@@ -45,7 +45,7 @@ def test_log_probabilities_never_hold_all_logits(device: torch.device, dtype: to
     hidden = torch.randn(N, D, device=device).to(dtype).requires_grad_()
     weight = torch.randn(V, D, device=device).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device)
-    chunked = sibling("test_logprobs").chunked_logps
+    chunked = sibling("models/test_logprobs").chunked_logps
 
     def work() -> None:
         logps, entropy = chunked(hidden, weight, None, targets)

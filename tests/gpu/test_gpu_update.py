@@ -40,8 +40,8 @@ def test_chunked_log_probabilities(device: torch.device, dtype: torch.dtype, sha
     A GPU keeps the float32 sums of bfloat16 products, so values are float32's there. Gradients round to bfloat16 what
     goes into their products and what comes out: 2^-9 each at most. A CPU rounds logits up to 16 by 2^-5.
     """
-    chunked = sibling("test_logprobs").chunked_logps
-    dense = sibling("test_logprobs").dense_logps
+    chunked = sibling("models/test_logprobs").chunked_logps
+    dense = sibling("models/test_logprobs").dense_logps
     *leaves, targets = made(device, dtype, bias)
     coefficients = torch.linspace(-1, 1, len(targets), dtype=torch.float64, device=device)
     results = []
@@ -61,7 +61,7 @@ def test_chunked_log_probabilities(device: torch.device, dtype: torch.dtype, sha
 
 
 def test_chunks_change_nothing(device: torch.device, dtype: torch.dtype) -> None:
-    chunked = sibling("test_logprobs").chunked_logps
+    chunked = sibling("models/test_logprobs").chunked_logps
     hidden, weight, targets = made(device, dtype, bias=False)
     whole = chunked(hidden, weight, None, targets)
     for rows in (1, 7, 100):
@@ -71,7 +71,7 @@ def test_chunks_change_nothing(device: torch.device, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("loss", list(VARIANTS))
 def test_losses(device: torch.device, loss: str) -> None:
     """Against the loops written from the papers: clips on both sides, KL, sampler correction, entropy."""
-    paper = sibling("test_losses")
+    paper = sibling("grpo/test_losses")
     configurations = [
         GrpoConfig(loss=loss, beta=0.0),
         GrpoConfig(loss=loss, beta=0.04, kl="k3", epsilon_high=0.28, entropy_weight=0.01),

@@ -17,6 +17,10 @@ from vdr_cli.models.limits import CHUNK_BYTES
 from vdr_cli.models.products import product
 
 
+ADDS_IN_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()  # type: ignore[no-untyped-call]
+"""True if torch adds a product of bfloat16 factors to a float32 matrix without rounding it (torch 2.8 and newer)."""
+
+
 def chunk_rows(vocabulary: int, device_type: str, itemsize: int = 4) -> int:
     """Rows of a chunk so that its two (rows, V) buffers keep within CHUNK_BYTES."""
     budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
@@ -155,7 +159,7 @@ def _logits_gradient(
 
 def _accumulate_weight_gradient(total: Tensor, grad_z: Tensor, hidden: Tensor, dtype: torch.dtype) -> None:
     """total (V, D) += grad_zᵀ (V, n) @ hidden (n, D), summed over chunks in total's dtype."""
-    if hidden.is_cuda and dtype != total.dtype:
+    if hidden.is_cuda and dtype != total.dtype and ADDS_IN_FLOAT32:
         half = grad_z.to(dtype).t(), hidden.to(dtype)
         torch.addmm(total, *half, out_dtype=total.dtype, out=total)
     else:
