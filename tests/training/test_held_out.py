@@ -1,0 +1,71 @@
+"""Held-out evaluations: which prompts, with what, and what the loop remembers of them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vdr_cli.config.load import load_config
+from vdr_cli.training import held_out
+from vdr_cli.training.timing import PhaseTimer
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every evaluation was given; it finds pass@1 0.5."""
+    given: list[dict[str, Any]] = []
+
+    def evaluate_model(*arguments: Any, **named: Any) -> Any:
+        given.append({"prompts": arguments[3], "samples": arguments[5], "ks": arguments[6], **named})
+        return SimpleNamespace(metrics=lambda: {"pass@1": 0.5, "reward": 0.25})
+
+    monkeypatch.setattr(held_out, "evaluate_model", evaluate_model)
+    return given
+
+
+def resources(prompts: list[str] | None) -> Any:
+    @contextmanager
+    def twin() -> Any:
+        yield "model"
+
+    overrides = ["model.name=other", "train.eval_prompts=3", "train.eval_samples=4", "rewards.solved_at=0.5"]
+    parts = dict.fromkeys(("tokenizer", "rollout", "rewards", "sampling"))
+    return SimpleNamespace(
+        config=load_config(overrides=overrides), held_out=prompts, engine=SimpleNamespace(twin=twin),
+        timer=PhaseTimer(), **parts,
+    )  # fmt: skip
+
+
+def state(pending: Any = None) -> Any:
+    best: list[float] = []
+    return SimpleNamespace(pending=pending, best=best, remember_best=best.append)
+
+
+def test_without_held_out_prompts_there_is_nothing(evaluated: list[dict[str, Any]]) -> None:
+    assert held_out.evaluate(resources(None), state()) == {}
+    assert evaluated == []
+
+
+def test_the_first_prompts_are_evaluated_and_the_best_is_remembered(evaluated: list[dict[str, Any]]) -> None:
+    res, loop = resources(["a", "b", "c", "d"]), state()
+    assert held_out.evaluate(res, loop) == {"eval/pass@1": 0.5, "eval/reward": 0.25}
+    (given,) = evaluated
+    assert given["prompts"] == ["a", "b", "c"] and given["samples"] == 4 and given["ks"] == [1, 4]
+    assert given["solved_at"] == 0.5
+    assert loop.best == [0.5]
+    assert set(res.timer.take()) == {"evaluation"}
+
+
+def test_fewer_prompts_than_asked_for_are_all_evaluated(evaluated: list[dict[str, Any]]) -> None:
+    held_out.evaluate(resources(["a"]), state())
+    assert evaluated[0]["prompts"] == ["a"]
+
+
+def test_a_pending_rollout_ends_before_the_weights_are_used(evaluated: list[dict[str, Any]]) -> None:
+    waited: list[int] = []
+    pending = SimpleNamespace(wait=lambda: waited.append(len(evaluated)))
+    held_out.evaluate(resources(["a"]), state(pending))
+    assert waited == [0], "before the evaluation"
