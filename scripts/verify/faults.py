@@ -37,6 +37,7 @@ UNITS = {
     "stats/ranking.py": "tests/stats/test_ranking.py",
     "scoring/columns.py": "tests/scoring/test_columns.py",
     "grpo/advantages.py": "tests/grpo/test_advantages.py",
+    "grpo/estimators.py": "tests/grpo/test_estimators.py",
     "grpo/losses.py": "tests/grpo/test_losses.py",
 }
 """Where a large directory has a file for the code; elsewhere the whole directory is run."""
@@ -413,6 +414,19 @@ GRPO = _of(
         "grpo/losses.py",
         "torch.where(terms.advantages > 0, positive",
         "torch.where(terms.advantages <= 0, positive",
+    ),
+    (
+        "leave_one_out counts the completion itself",
+        "grpo/estimators.py",
+        "/ (count - 1).clamp_min(1)",
+        "/ count",
+    ),
+    ("maxrl subtracts nothing", "grpo/estimators.py", "(groups - mean) / mean", "groups / mean"),
+    (
+        "pass_at_k of k - 1",
+        "grpo/estimators.py",
+        "best = [math.comb(j, k - 1) / subsets",
+        "best = [math.comb(j, k - 2) / subsets",
     ),
     (
         "the KL's weight is not applied",
