@@ -21,6 +21,7 @@ from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.grpo import advantages as grpo_advantages
 from vdr_cli.grpo.estimators import ADVANTAGES
 from vdr_cli.grpo.losses import (
+    LossSettings,
     Totals,
     entropy_threshold,
     kl_penalised_rewards,
@@ -223,7 +224,7 @@ def add_bonus(
     """(advantages with the bonus, the measure per completion (B,), the bonus). Collective; moves `rms` on."""
     cfg, G = res.config.disagreement, res.config.rollout.group_size
     mask = batch.completions.completion_mask
-    weight = bonuses.weight_at(cfg, step, res.config.train.steps)
+    weight = bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step, res.config.train.steps)
     solved = batch.task_reward >= res.config.rewards.solved_at
     gate = bonuses.gated(cfg.gate, batch.task_reward, solved, G)
     per_completion = bonuses.reduce(measure, mask, cfg.last_n)
@@ -283,6 +284,7 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
     entropy_weights = token_weights("dapo", advantages.mask, totals, cfg.rollout.max_new_tokens)
     size = cfg.train.micro_batch_size
     micro_batches = micro_batches_of(batch, advantages, weights, entropy_weights, size, engine.device)
+    settings = LossSettings(**cfg.loss_settings)
     updates = Updates()
     with res.timer.phase("update"):
         for iteration in range(cfg.grpo.num_iterations):
@@ -292,7 +294,7 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
                     updates.first_logps.append(logps.detach())
                     updates.first_entropies.append(entropy.detach())
                 inputs = micro.inputs(logps, updates.first_logps[index], entropy)
-                output = policy_loss(inputs, micro.weights, cfg.corrected_grpo)
+                output = policy_loss(inputs, micro.weights, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)
             updates.learning_rate = learning_rate_at(step + iteration, cfg.train)

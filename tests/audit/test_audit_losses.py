@@ -42,7 +42,6 @@ RATIOS = [math.exp(step) for step in STEPS]
     ("loss", "expected"),
     [
         ("dapo", -(1.28 + RATIOS[1]) / 10),
-        ("bnpo", -(1.28 + RATIOS[1]) / 10),
         ("grpo", -(1.28 + RATIOS[1]) / (2 * 4)),
         ("dr_grpo", -(1.28 + RATIOS[1]) / (4 * 5)),
         ("gspo", -2.0 / (2 * 4)),  # the mean of log ρ is 0

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -86,19 +87,22 @@ def test_impossible_ensembles_name_their_key() -> None:
 
 def test_scope_follows_the_mode() -> None:
     """A table of fidelity decides: at the end of the sequence the top quarter ranks as well as all layers."""
-    assert EnsembleSpec.from_config(DisagreementConfig(), 0).scope == "last_k"
-    assert EnsembleSpec.from_config(DisagreementConfig(mode="per_token"), 0).scope == "full"
-    assert EnsembleSpec.from_config(DisagreementConfig(scope="full"), 0).scope == "full"
-    assert EnsembleSpec.from_config(DisagreementConfig(mode="per_token", scope="last_k"), 0).scope == "last_k"
+    assert spec_of().scope == "last_k"
+    assert spec_of(mode="per_token").scope == "full"
+    assert spec_of(scope="full").scope == "full"
+    assert spec_of(mode="per_token", scope="last_k").scope == "last_k"
     quarter = EnsembleSpec(members=2, scope="last_k")
     assert [count - first_layer(count, quarter) for count in (1, 3, 4, 5, 12, 80)] == [1, 1, 1, 2, 3, 20]
 
 
-def test_from_config_takes_every_field() -> None:
-    config = DisagreementConfig(
-        members=3, dropout=0.2, scope="last_k", last_k=2, mask_sharing="token", blocks={"mlp": "ffn"}
-    )
-    spec = EnsembleSpec.from_config(config, seed=9)
+def spec_of(seed: int = 0, **settings: object) -> EnsembleSpec:
+    return EnsembleSpec(**DisagreementConfig(**settings).member_settings, seed=seed)
+
+
+def test_settings_give_every_field() -> None:
+    settings = {"members": 3, "dropout": 0.2, "scope": "last_k", "last_k": 2, "mask_sharing": "token"}
+    spec = spec_of(9, **settings, blocks={"mlp": "ffn"})
+    assert {field.name for field in fields(EnsembleSpec)} == {*DisagreementConfig().member_settings, "seed"}
     assert spec == EnsembleSpec(3, 0.2, "last_k", 2, "token", "residual", (("mlp", "ffn"),), 9)
     assert spec.block_names == {"mlp": "ffn"}
-    assert hash(spec) == hash(EnsembleSpec.from_config(config, seed=9))
+    assert hash(spec) == hash(spec_of(9, **settings, blocks={"mlp": "ffn"}))

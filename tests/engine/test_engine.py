@@ -73,7 +73,7 @@ def test_dropout_never_leaks(build: Build, completions, one_step, stage: int) ->
     """The configuration has dropout 0.3: the same log-probabilities in training, around an ensemble, in the twin."""
     engine = build(stage)
     before = policy_logps(engine, completions)
-    spec = EnsembleSpec.from_config(DisagreementConfig(members=4), seed=0)
+    spec = EnsembleSpec(**DisagreementConfig(members=4).member_settings)
     with engine.twin() as model:
         sampled = logps_of(model, completions)
         disagreement = EnsembleReader(spec).measure(model, MeasureRequest(completions, 2, 0))

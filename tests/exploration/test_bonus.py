@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.exploration import bonus
 from vdr_cli.exploration.bonus import NOISE, BonusWatch, RunningRms
 from vdr_cli.grpo.advantages import group_advantages
@@ -54,9 +53,9 @@ def test_bald_at_the_token_itself_is_a_baseline() -> None:
     ],
 )
 def test_schedules_fall_to_zero(schedule: str, expected: list[float]) -> None:
-    config = DisagreementConfig(weight=0.4, schedule=schedule, schedule_fraction=0.5)
-    assert [bonus.weight_at(config, step, 100) for step in (0, 25, 50, 75, 100)] == pytest.approx(expected)
-    assert bonus.weight_at(DisagreementConfig(weight=1.0, schedule="staircase"), 26, 100) == 0.75
+    found = [bonus.weight_at(schedule, 0.4, 0.5, step, 100) for step in (0, 25, 50, 75, 100)]
+    assert found == pytest.approx(expected)
+    assert bonus.weight_at("staircase", 1.0, 1.0, 26, 100) == 0.75
 
 
 def test_additive_is_standardised_and_sums_to_zero_before_the_clip() -> None:
@@ -181,10 +180,10 @@ def test_additive_sums_to_zero_and_commutes_with_permutation(values: list[float]
 
 
 def test_watch_speaks_once_with_the_cause() -> None:
-    config, watch = DisagreementConfig(), BonusWatch(3, 3)
-    said = [watch.look(config, False, 0.0, 1.0) for _ in range(6)]
+    watch = BonusWatch("rmi", 0.1, "full", flat_after=3, outweighed_after=3)
+    said = [watch.warning(False, 0.0, 1.0) for _ in range(6)]
     assert [line is not None for line in said] == [False, False, True, False, False, False]
-    assert "not differed" in said[2] and "disagreement.dropout" in said[2]
-    said = [watch.look(config, True, 2.0, 1.0) for _ in range(6)]
+    assert said[2].startswith("the rmi of") and "(disagreement.dropout is 0.1, scope full)" in said[2]
+    said = [watch.warning(True, 2.0, 1.0) for _ in range(6)]
     assert sum(line is not None for line in said) == 1
     assert "disagreement.weight" in said[2]

@@ -15,6 +15,7 @@ from vdr_cli.grpo.losses import (
     VARIANTS,
     LossInputs,
     LossOutput,
+    LossSettings,
     Totals,
     entropy_threshold,
     kl_estimate,
@@ -48,7 +49,7 @@ def make(seed: int = 0) -> dict[str, np.ndarray]:
 # ---- the papers, as loops ------------------------------------------------------------------------------------
 
 
-def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: GrpoConfig) -> tuple[float, float]:
+def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: LossSettings) -> tuple[float, float]:
     """−J of one token and its derivative by log π, for the losses with a ratio per token."""
     logp, old, advantage = data["logps"][b, t], data["old_logps"][b, t], data["advantages"][b, t]
     ratio = np.exp(logp - old)
@@ -62,7 +63,7 @@ def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: GrpoConfig) ->
     return paper_clip(ratio, advantage, ratio, cfg)
 
 
-def paper_clip(ratio: float, advantage: float, slope: float, cfg: GrpoConfig) -> tuple[float, float]:
+def paper_clip(ratio: float, advantage: float, slope: float, cfg: LossSettings) -> tuple[float, float]:
     """−min(min(ρ, δ) A, clip(ρ) A) and its derivative, when dρ = slope."""
     delta = np.inf if cfg.delta is None else cfg.delta
     first = min(ratio, delta) * advantage
@@ -90,7 +91,7 @@ def paper_weight(loss: str, lengths: np.ndarray, b: int) -> float:
     return 1 / lengths.sum()
 
 
-def paper_policy_terms(data: dict[str, np.ndarray], cfg: GrpoConfig) -> tuple[np.ndarray, np.ndarray]:
+def paper_policy_terms(data: dict[str, np.ndarray], cfg: LossSettings) -> tuple[np.ndarray, np.ndarray]:
     """−J per token (B, T) and derivative by log π; GSPO in its sequence form, spread evenly over the tokens."""
     values, gradients = np.zeros((B, T)), np.zeros((B, T))
     for b in range(B):
@@ -106,7 +107,7 @@ def paper_policy_terms(data: dict[str, np.ndarray], cfg: GrpoConfig) -> tuple[np
     return values, gradients
 
 
-def paper_loss(data: dict[str, np.ndarray], cfg: GrpoConfig, selected: np.ndarray | None = None) -> tuple[float, Any]:
+def paper_loss(data: dict[str, np.ndarray], cfg: LossSettings, selected: np.ndarray | None = None) -> tuple[float, Any]:
     """The step's loss and its gradient by log π, (B, T)."""
     lengths = data["mask"].sum(1)
     values, gradients = paper_policy_terms(data, cfg)
@@ -146,14 +147,14 @@ def step_totals(mask: Tensor) -> Totals:
     return Totals(completions=len(mask), tokens=float(mask.sum()))
 
 
-def ours(inputs: LossInputs, cfg: GrpoConfig, totals: Totals | None = None) -> LossOutput:
+def ours(inputs: LossInputs, cfg: LossSettings, totals: Totals | None = None) -> LossOutput:
     totals = totals or step_totals(inputs.mask)
     dtype = inputs.logps.dtype
     inputs.entropy_weights = token_weights("dapo", inputs.mask, totals, T_MAX, dtype)
     return policy_loss(inputs, token_weights(cfg.loss, inputs.mask, totals, T_MAX, dtype), cfg)
 
 
-def check_against_paper(cfg: GrpoConfig, dtype: torch.dtype = torch.float64, selected: bool = False) -> None:
+def check_against_paper(cfg: LossSettings, dtype: torch.dtype = torch.float64, selected: bool = False) -> None:
     tolerance = 1e-10 if dtype == torch.float64 else 1e-5
     for seed in range(4):
         data = make(seed)
@@ -194,17 +195,17 @@ def possible(loss: str, settings: dict[str, Any]) -> bool:
     ("loss", "settings"), [(loss, each) for loss in LOSSES for each in SETTINGS if possible(loss, each)]
 )
 def test_equals_the_paper(loss: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
-    check_against_paper(GrpoConfig(loss=loss, **settings), dtype)
+    check_against_paper(LossSettings(loss=loss, **settings), dtype)
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "gspo"])
 def test_only_selected_tokens_make_the_policy_term(loss: str) -> None:
-    check_against_paper(GrpoConfig(loss=loss, beta=0.1), selected=True)
+    check_against_paper(LossSettings(loss=loss, beta=0.1), selected=True)
 
 
 def test_entropy_bonus_raises_entropy() -> None:
     inputs = tensors(make(), torch.float64)
-    loss = ours(inputs, GrpoConfig(entropy_weight=0.2)).loss
+    loss = ours(inputs, LossSettings(entropy_weight=0.2)).loss
     (gradient,) = torch.autograd.grad(loss, inputs.entropy)
     expected = -0.2 * inputs.mask.double() / inputs.mask.sum()
     torch.testing.assert_close(gradient, expected)
@@ -216,7 +217,7 @@ def test_gspo_takes_an_advantage_per_token() -> None:
     data["old_logps"] = data["logps"] + 0.01
     data["advantages"] = np.random.default_rng(5).normal(size=(B, T))
     inputs = tensors(data, torch.float64)
-    (gradient,) = torch.autograd.grad(ours(inputs, GrpoConfig(loss="gspo")).loss, inputs.logps)
+    (gradient,) = torch.autograd.grad(ours(inputs, LossSettings(loss="gspo")).loss, inputs.logps)
     lengths = data["mask"].sum(1, keepdims=True)
     expected = -np.exp(-0.01) * data["advantages"] * data["mask"] / lengths / B
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-10)
@@ -226,9 +227,9 @@ def test_on_policy_old_logps_may_be_left_out() -> None:
     data = make()
     data["old_logps"] = data["logps"]
     inputs = tensors(data, torch.float64)
-    with_old = ours(inputs, GrpoConfig())
+    with_old = ours(inputs, LossSettings())
     inputs.old_logps = None
-    without = ours(inputs, GrpoConfig())
+    without = ours(inputs, LossSettings())
     assert torch.equal(with_old.loss, without.loss)
     assert without.maxima["ratio/max"] == 1.0
 
@@ -240,7 +241,7 @@ def rows(data: dict[str, np.ndarray], index: Any) -> dict[str, np.ndarray]:
     return {name: value[index] for name, value in data.items()}
 
 
-def gradient_by_parts(data: dict[str, np.ndarray], cfg: GrpoConfig, parts: list[Any]) -> tuple[float, np.ndarray]:
+def gradient_by_parts(data: dict[str, np.ndarray], cfg: LossSettings, parts: list[Any]) -> tuple[float, np.ndarray]:
     """Loss and gradient of a step that is split into these micro-batches."""
     totals = step_totals(torch.tensor(data["mask"]))
     loss, gradient = 0.0, np.zeros(data["logps"].shape)
@@ -253,7 +254,7 @@ def gradient_by_parts(data: dict[str, np.ndarray], cfg: GrpoConfig, parts: list[
 
 
 def check_split(loss: str) -> None:
-    data, cfg = make(1), GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1)
+    data, cfg = make(1), LossSettings(loss=loss, beta=0.1, entropy_weight=0.1)
     whole = gradient_by_parts(data, cfg, [slice(0, B)])
     for parts in (2, 4, 8, "unequal"):
         cuts = [0, 1, 6, 8] if parts == "unequal" else list(range(0, B + 1, B // int(parts)))
@@ -264,7 +265,7 @@ def check_split(loss: str) -> None:
 
 def check_padding(loss: str) -> None:
     """Columns of padding, filled with anything, change nothing."""
-    data, cfg = make(2), GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0)
+    data, cfg = make(2), LossSettings(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0)
     plain = gradient_by_parts(data, cfg, [slice(0, B)])
     for junk in (7.0, np.inf, np.nan):
         padded = {
@@ -289,7 +290,7 @@ def test_padding_does_not_matter(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_order_does_not_matter(loss: str) -> None:
-    data, cfg = make(3), GrpoConfig(loss=loss, beta=0.1)
+    data, cfg = make(3), LossSettings(loss=loss, beta=0.1)
     order = np.random.default_rng(0).permutation(B)
     plain = gradient_by_parts(data, cfg, [slice(0, B)])
     shuffled = gradient_by_parts(rows(data, order), cfg, [slice(0, 3), slice(3, B)])
@@ -302,7 +303,7 @@ def test_all_masked_is_exactly_zero(loss: str) -> None:
     data = make()
     data["mask"][:] = False
     inputs = tensors(data, torch.float32)
-    output = ours(inputs, GrpoConfig(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0))
+    output = ours(inputs, LossSettings(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0))
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
     assert output.loss == 0
     assert (gradient == 0).all()
@@ -314,7 +315,7 @@ def test_zero_advantages_are_exactly_zero(loss: str) -> None:
     data = make()
     data["advantages"][:] = 0.0
     inputs = tensors(data, torch.float32)
-    output = ours(inputs, GrpoConfig(loss=loss))
+    output = ours(inputs, LossSettings(loss=loss))
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
     assert output.loss == 0
     assert (gradient == 0).all()
@@ -324,7 +325,7 @@ def test_zero_advantages_are_exactly_zero(loss: str) -> None:
 
 
 def test_metrics_are_sums_that_add_up() -> None:
-    data, cfg = make(1), GrpoConfig(beta=0.1)
+    data, cfg = make(1), LossSettings(beta=0.1)
     mask = data["mask"]
     ratio, advantages = np.exp(data["logps"] - data["old_logps"]), data["advantages"]
     high = ((ratio > 1.28) & (advantages > 0) & mask).sum() / mask.sum()

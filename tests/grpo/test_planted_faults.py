@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdr_cli.config import GrpoConfig
 from vdr_cli.grpo import losses
-from vdr_cli.grpo.losses import Terms, TokenLoss, Totals, Variant
+from vdr_cli.grpo.losses import LossSettings, Terms, TokenLoss, Totals, Variant
 
 HERE = Path(__file__).parent
 LOSS = "dapo"
@@ -25,28 +25,28 @@ def checks() -> dict[str, Callable[[], None]]:
     of_losses = runpy.run_path(str(HERE / "test_losses.py"))
     of_learning = runpy.run_path(str(HERE / "test_learning.py"))
     return {
-        "paper": lambda: of_losses["check_against_paper"](GrpoConfig(loss=LOSS, delta=1.5, beta=0.3)),
+        "paper": lambda: of_losses["check_against_paper"](LossSettings(loss=LOSS, delta=1.5, beta=0.3)),
         "micro_batches": lambda: of_losses["check_split"](LOSS),
         "padding": lambda: of_losses["check_padding"](LOSS),
         "learning": lambda: of_learning["check_learns"](LOSS),
     }
 
 
-def negated(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def negated(terms: Terms, cfg: LossSettings) -> TokenLoss:
     return TokenLoss(-PLAIN.token_loss(terms, cfg).value)
 
 
-def clip_swapped(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
-    swapped = cfg.model_copy(update={"epsilon_low": cfg.epsilon_high, "epsilon_high": cfg.epsilon_low})
+def clip_swapped(terms: Terms, cfg: LossSettings) -> TokenLoss:
+    swapped = replace(cfg, epsilon_low=cfg.epsilon_high, epsilon_high=cfg.epsilon_low)
     return PLAIN.token_loss(terms, swapped)
 
 
-def max_for_min(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def max_for_min(terms: Terms, cfg: LossSettings) -> TokenLoss:
     value = PLAIN.token_loss(terms._replace(advantages=-terms.advantages), cfg).value
     return TokenLoss(-value)
 
 
-def ratio_detached(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def ratio_detached(terms: Terms, cfg: LossSettings) -> TokenLoss:
     return PLAIN.token_loss(terms._replace(log_ratio=terms.log_ratio.detach()), cfg)
 
 

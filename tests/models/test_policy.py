@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vdr_cli.config import GrpoConfig
-from vdr_cli.grpo.losses import LossInputs, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, Totals, policy_loss, token_weights
 from vdr_cli.models.policy import (
     Policy,
     can_share_prompts,
@@ -242,7 +241,7 @@ def test_gradient_checkpointing_runs_and_changes_nothing() -> None:
 
 def step_gradient(model: nn.Module, data: dict[str, Tensor], parts: list[list[int]], loss: str) -> Tensor:
     """The whole step's gradient, its rows split into these micro-batches, each with padding of its own."""
-    cfg = GrpoConfig(loss=loss, entropy_weight=0.1)
+    cfg = LossSettings(loss=loss, entropy_weight=0.1)
     totals = Totals(completions=len(data["prompt_ids"]), tokens=float(data["completion_mask"].sum()))
     advantages = torch.randn(len(data["prompt_ids"]), generator=torch.Generator().manual_seed(3))
     model.zero_grad()

@@ -75,7 +75,7 @@ def reference(prompt: list[int], completion: list[int]) -> dict[str, float]:
     plain = log_probabilities()
     members = []
     for member in range(M):
-        with ensemble(model, EnsembleSpec.from_config(ENSEMBLE, 0), 0, range(member, member + 1)):
+        with ensemble(model, EnsembleSpec(**ENSEMBLE.member_settings), 0, range(member, member + 1)):
             members.append(log_probabilities())
     logs = np.stack(members)  # (M, T, V)
     p = np.exp(logs)

@@ -12,7 +12,7 @@ from vdr_cli.config import GrpoConfig
 
 MEAN_OF_MEANS = ("grpo", "gspo", "sapo")
 """Losses whose tokens weigh 1/(B·|y|)."""
-TOKEN_MEAN = ("dapo", "bnpo", "cispo")
+TOKEN_MEAN = ("dapo", "cispo")
 """Losses whose tokens weigh 1/N."""
 
 

@@ -221,10 +221,27 @@ class DisagreementConfig(Section):
         by_mode: Literal["full", "last_k"] = "last_k" if self.mode == "end_of_sequence" else "full"
         return self.scope or by_mode
 
+    @property
+    def member_settings(self) -> dict[str, Any]:
+        """The numbers and names that make the members, by the fields of `disagreement.masks.EnsembleSpec`."""
+        names = ("members", "dropout", "last_k", "mask_sharing", "site")
+        blocks = tuple(sorted(self.blocks.items())) if self.blocks else None
+        return {name: getattr(self, name) for name in names} | {"scope": self.effective_scope, "blocks": blocks}
+
 
 class GrpoConfig(Section):
-    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "gspo", "sapo"] = "dapo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"] = "dapo"
     """Token loss and what it is averaged over; formulas in docs/losses.md."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _bnpo_is_dapo(cls, value: Any) -> Any:
+        if value == "bnpo":
+            raise ValueError(
+                "bnpo is TRL's mean over a micro-batch's tokens; set dapo, the mean over the whole step's tokens"
+            )
+        return value
+
     epsilon_low: Annotated[float, Field(ge=0)] = 0.2
     """The ratio is clipped below at 1 - epsilon_low."""
     epsilon_high: Annotated[float, Field(ge=0)] = 0.28
@@ -415,11 +432,17 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
 
     @property
-    def corrected_grpo(self) -> GrpoConfig:
-        """`grpo` with the correction that completions of older weights need."""
-        if not self.rollout.ahead or self.grpo.importance_cap is not None:
-            return self.grpo
-        return self.grpo.model_copy(update={"importance_cap": AHEAD_CAP})
+    def loss_settings(self) -> dict[str, Any]:
+        """The numbers and names of the loss, by the fields of `grpo.losses.LossSettings`.
+
+        Completions of older weights are corrected (`importance_cap`) even if nothing is set.
+        """
+        kept = "loss epsilon_low epsilon_high delta sapo_temperature_positive sapo_temperature_negative"
+        names = f"{kept} beta kl kl_in entropy_weight importance_cap".split()
+        found = {name: getattr(self.grpo, name) for name in names}
+        if self.rollout.ahead and found["importance_cap"] is None:
+            found["importance_cap"] = AHEAD_CAP
+        return found
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.errors import ConfigError
 
 Site = Literal["attention", "mlp", "embedding", "probabilities"]
@@ -43,20 +42,6 @@ class EnsembleSpec:
                 "disagreement.site is embedding and scope is last_k: the embedding lies below the top layers; "
                 "set scope to full"
             )
-
-    @classmethod
-    def from_config(cls, config: DisagreementConfig, seed: int) -> EnsembleSpec:
-        """The ensemble of a run; seed is the run's."""
-        return cls(
-            members=config.members,
-            dropout=config.dropout,
-            scope=config.effective_scope,
-            last_k=config.last_k,
-            mask_sharing=config.mask_sharing,
-            site=config.site,
-            blocks=tuple(sorted(config.blocks.items())) if config.blocks else None,
-            seed=seed,
-        )
 
 
 def member_mask(spec: EnsembleSpec, step: int, member: int, layer: int, site: Site, width: int) -> Tensor:

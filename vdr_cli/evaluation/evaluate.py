@@ -180,7 +180,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
-    ensemble = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
+    ensemble = _members(request)
     rewards = load_rewards(request.rewards, request.data.name)
     results = []
     for name in request.models:
@@ -219,6 +219,11 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
         )
         results.append(replace(result, per_prompt=_text_measures(result, request)))
     return results
+
+
+def _members(request: EvalRequest) -> EnsembleSpec | None:
+    asked = request.disagreement
+    return None if asked is None else EnsembleSpec(**asked.member_settings, seed=request.seed)
 
 
 def evaluate_model(

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vdr_cli.config.schema import DisagreementConfig
 from vdr_cli.grpo.advantages import zero_variance
 from vdr_cli.samples import last_tokens
 
@@ -25,7 +24,7 @@ that turns rounding into reward."""
 
 
 PATIENCE = 20
-"""Steps in a row after which something is not chance."""
+"""Consecutive steps before a condition is reported."""
 
 
 def reduce(statistic: Tensor, mask: Tensor, last_n: int | None = None) -> Tensor:
@@ -63,17 +62,20 @@ def token_credit(
     return (credit * mask).float()
 
 
-def weight_at(config: DisagreementConfig, step: int, steps: int) -> float:
-    """λ or β at a step (from 0): `weight` falling to 0 over `schedule_fraction` of the run (staircase: in 4)."""
-    if config.schedule == "constant":
-        return config.weight
-    progress = min(step / (config.schedule_fraction * steps), 1.0)
+def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: int) -> float:
+    """λ or β at a step (from 0): `weight`, falling to 0 over this fraction of the run unless the schedule is constant.
+
+    schedule: constant, linear, cosine, or staircase, which falls in four equal steps. KeyError for another name.
+    """
+    if schedule == "constant":
+        return weight
+    progress = min(step / (fraction * steps), 1.0)
     falling = {
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
         "staircase": 1.0 - math.floor(4 * progress) / 4,
     }
-    return config.weight * falling[config.schedule]
+    return weight * falling[schedule]
 
 
 def gated(
@@ -199,27 +201,36 @@ def _centred(rewards: Tensor, group_size: int) -> Tensor:
 
 @dataclass
 class BonusWatch:
-    """Says once that the bonus does nothing, and once that it outweighs the task, after so many steps in a row."""
+    """Warns once when the bonus does nothing, and once when it outweighs the task, for many consecutive steps."""
 
+    measure: str
+    dropout: float
+    scope: str
+    """Settings of the ensemble that the warnings name."""
     flat_after: int = PATIENCE
     outweighed_after: int = PATIENCE
     flat: int = 0
+    """Consecutive steps so far without any spread."""
     outweighed: int = 0
-    said: frozenset[str] = frozenset()
+    """Consecutive steps so far in which the bonus was larger than the task advantage."""
+    warned: frozenset[str] = frozenset()
 
-    def look(self, config: DisagreementConfig, spread: bool, bonus: float, task: float) -> str | None:
-        """A warning or None. spread: any group's measures differ; bonus, task: mean absolute values over the step."""
+    def warning(self, spread: bool, bonus: float, task: float) -> str | None:
+        """Count one step; the warning that is due, or None.
+
+        spread: the measures differ within some group. bonus, task: mean absolute values over the step.
+        """
         self.flat = 0 if spread else self.flat + 1
         self.outweighed = self.outweighed + 1 if bonus > task else 0
-        if self.flat >= self.flat_after and "flat" not in self.said:
-            self.said |= {"flat"}
+        if self.flat >= self.flat_after and "flat" not in self.warned:
+            self.warned |= {"flat"}
             return (
-                f"the {config.measure} of the completions has not differed within any group for {self.flat} steps, so "
+                f"the {self.measure} of the completions has not differed within any group for {self.flat} steps, so "
                 f"the bonus is 0: groups of equal completions, or members that agree (disagreement.dropout is "
-                f"{config.dropout}, scope {config.effective_scope})"
+                f"{self.dropout}, scope {self.scope})"
             )
-        if self.outweighed >= self.outweighed_after and "outweighed" not in self.said:
-            self.said |= {"outweighed"}
+        if self.outweighed >= self.outweighed_after and "outweighed" not in self.warned:
+            self.warned |= {"outweighed"}
             return (
                 f"the bonus has been larger than the task advantage for {self.outweighed} steps: task rewards "
                 "are equal in most groups, or disagreement.weight is too large; lower it or give it a schedule"

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vdr_cli.config import GrpoConfig
-
 
 @dataclass(frozen=True)
 class Totals:
@@ -27,9 +25,32 @@ class Totals:
     """Valid tokens: True in the loss mask."""
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """What a loss is made of; the defaults are those of `grpo` in docs/configuration.md."""
+
+    loss: str = "dapo"
+    """Name of a variant in VARIANTS."""
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.28
+    """The ratio is clipped to [1 − epsilon_low, 1 + epsilon_high]."""
+    delta: float | None = None
+    """Cap of the ratio in the unclipped term; None: none."""
+    sapo_temperature_positive: float = 1.0
+    sapo_temperature_negative: float = 1.05
+    beta: float = 0.0
+    """Weight of the KL to the reference model."""
+    kl: str = "k3"
+    kl_in: str = "loss"
+    """Where the KL acts: loss or reward."""
+    entropy_weight: float = 0.0
+    importance_cap: float | None = None
+    """Cap of π_old/π_sampler; None: no correction."""
+
+
 @dataclass
 class LossInputs:
-    """One micro-batch. None: not needed by the configured loss."""
+    """One micro-batch, on one device. None: the loss does not need it."""
 
     logps: Tensor  # (B, T), with gradient
     advantages: Tensor  # (B,) or (B, T)
@@ -73,15 +94,15 @@ class Terms(NamedTuple):
 # ---- per-token terms ----------------------------------------------------------------------------------------
 
 
-def clipped_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def clipped_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
     """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A), ρ = π/π_old. PPO (Schulman et al. 2017), GRPO (Shao et al. 2024);
     ε_high > ε_low is clip-higher (DAPO, Yu et al. 2025); δ caps ρ in the first term, which matters for
     A < 0 (two-sided clipping, INTELLECT-2, 2025).
     """
-    return _clipped(torch.exp(terms.log_ratio), terms.advantages, cfg)
+    return _clipped(torch.exp(terms.log_ratio), terms.advantages, settings)
 
 
-def gspo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def gspo_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
     """−min(s_t A_t, clip(s_t, 1−ε_low, 1+ε_high) A_t), s_t = sg[s] · π_t/sg[π_t], s = exp(mean_t log ρ_t).
 
     GSPO-token (Zheng et al. 2025, eq. 13-14): the value and, with one advantage per completion, the gradient
@@ -90,31 +111,31 @@ def gspo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
     mask = terms.mask.to(terms.log_ratio.dtype)
     length = mask.sum(dim=1, keepdim=True).clamp_min(1.0)
     log_s = (terms.log_ratio * mask).sum(dim=1, keepdim=True) / length  # (B, 1)
-    return _clipped(torch.exp(log_s.detach() + terms.logps - terms.logps.detach()), terms.advantages, cfg)
+    return _clipped(torch.exp(log_s.detach() + terms.logps - terms.logps.detach()), terms.advantages, settings)
 
 
-def cispo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def cispo_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
     """−sg[min(ρ, 1+ε_high)] A log π. CISPO (MiniMax-M1, 2025, eq. 4-5): the weight is clipped, the gradient never;
     as in the paper's runs there is no lower bound.
     """
     ratio = torch.exp(terms.log_ratio).detach()
-    value = -ratio.clamp(max=1.0 + cfg.epsilon_high) * terms.advantages * terms.logps
-    return TokenLoss(value, torch.zeros_like(terms.mask), ratio > 1.0 + cfg.epsilon_high)
+    value = -ratio.clamp(max=1.0 + settings.epsilon_high) * terms.advantages * terms.logps
+    return TokenLoss(value, torch.zeros_like(terms.mask), ratio > 1.0 + settings.epsilon_high)
 
 
-def sapo_surrogate(terms: Terms, cfg: GrpoConfig) -> TokenLoss:
+def sapo_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
     """−(4/τ) σ(τ(ρ − 1)) A with τ = τ_pos where A > 0 and τ_neg elsewhere: a soft gate in place of the clip.
     SAPO (Gao et al. 2025).
     """
     ratio = torch.exp(terms.log_ratio)
-    positive = torch.full_like(ratio, cfg.sapo_temperature_positive)
-    tau = torch.where(terms.advantages > 0, positive, cfg.sapo_temperature_negative)
+    positive = torch.full_like(ratio, settings.sapo_temperature_positive)
+    tau = torch.where(terms.advantages > 0, positive, settings.sapo_temperature_negative)
     return TokenLoss(-torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * terms.advantages)
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, cfg: GrpoConfig) -> TokenLoss:
-    low, high = 1.0 - cfg.epsilon_low, 1.0 + cfg.epsilon_high
-    capped = ratio if cfg.delta is None else ratio.clamp(max=cfg.delta)
+def _clipped(ratio: Tensor, advantages: Tensor, settings: LossSettings) -> TokenLoss:
+    low, high = 1.0 - settings.epsilon_low, 1.0 + settings.epsilon_high
+    capped = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
     value = -torch.min(capped * advantages, ratio.clamp(low, high) * advantages)
     return TokenLoss(value, (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0))
 
@@ -139,7 +160,7 @@ def token_mean(mask: Tensor, totals: Totals, max_new_tokens: int) -> Tensor:
 
 
 class Variant(NamedTuple):
-    token_loss: Callable[[Terms, GrpoConfig], TokenLoss]
+    token_loss: Callable[[Terms, LossSettings], TokenLoss]
     aggregation: Callable[[Tensor, Totals, int], Tensor]
 
 
@@ -147,7 +168,6 @@ VARIANTS: dict[str, Variant] = {
     "grpo": Variant(clipped_surrogate, mean_of_means),
     "dr_grpo": Variant(clipped_surrogate, constant_length),
     "dapo": Variant(clipped_surrogate, token_mean),
-    "bnpo": Variant(clipped_surrogate, token_mean),  # TRL: tokens of the local batch; ours: of the step, like dapo
     "cispo": Variant(cispo_surrogate, token_mean),
     "gspo": Variant(gspo_surrogate, mean_of_means),
     "sapo": Variant(sapo_surrogate, mean_of_means),
@@ -214,7 +234,7 @@ def entropy_threshold(entropies: Tensor, share: float) -> float:
 # ---- the loss -------------------------------------------------------------------------------------------------
 
 
-def policy_loss(inputs: LossInputs, weights: Tensor, cfg: GrpoConfig) -> LossOutput:
+def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> LossOutput:
     """Σ_{b,t} w · (policy term + β KL) − c · entropy, and its metrics.
 
     weights: (B, T) from token_weights. Padding is replaced before it is weighed, so nothing there can spread.
@@ -228,26 +248,26 @@ def policy_loss(inputs: LossInputs, weights: Tensor, cfg: GrpoConfig) -> LossOut
         advantages=_where(mask, advantages.to(inputs.logps.dtype).expand_as(inputs.logps)),
         mask=mask,
     )
-    token_loss = VARIANTS[cfg.loss].token_loss(terms, cfg)
+    token_loss = VARIANTS[settings.loss].token_loss(terms, settings)
     value = token_loss.value
     if inputs.selected is not None:
         value = _where(inputs.selected, value)
-    if inputs.sampler_logps is not None and cfg.importance_cap is not None:
-        value = value * sampler_weights(old_logps, inputs.sampler_logps, mask, cfg.importance_cap)
-    if cfg.beta != 0.0 and cfg.kl_in == "loss":
-        value = value + cfg.beta * kl_estimate(
-            _where(mask, inputs.logps - _required(inputs.ref_logps, "ref_logps")), cfg.kl
+    if inputs.sampler_logps is not None and settings.importance_cap is not None:
+        value = value * sampler_weights(old_logps, inputs.sampler_logps, mask, settings.importance_cap)
+    if settings.beta != 0.0 and settings.kl_in == "loss":
+        value = value + settings.beta * kl_estimate(
+            _where(mask, inputs.logps - _required(inputs.ref_logps, "ref_logps")), settings.kl
         )
     loss = (weights * _where(mask, value)).sum()
-    if cfg.entropy_weight != 0.0:
+    if settings.entropy_weight != 0.0:
         bonus = _required(inputs.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
-        loss = loss - cfg.entropy_weight * _where(mask, bonus).sum()
-    return LossOutput(loss, _metrics(inputs, terms, token_loss, old_logps, cfg), _maxima(inputs, terms, old_logps))
+        loss = loss - settings.entropy_weight * _where(mask, bonus).sum()
+    return LossOutput(loss, _metrics(inputs, terms, token_loss, old_logps, settings), _maxima(inputs, terms, old_logps))
 
 
 @torch.no_grad()
 def _metrics(
-    inputs: LossInputs, terms: Terms, token_loss: TokenLoss, old_logps: Tensor, cfg: GrpoConfig
+    inputs: LossInputs, terms: Terms, token_loss: TokenLoss, old_logps: Tensor, settings: LossSettings
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Token means, as (sum, count) pairs; names as TRL's."""
     mask = terms.mask
@@ -261,7 +281,7 @@ def _metrics(
     if inputs.entropy is not None:
         metrics["entropy"] = (_where(mask, inputs.entropy).sum(), count)
     if inputs.ref_logps is not None:
-        kl = kl_estimate(_where(mask, inputs.logps - inputs.ref_logps), cfg.kl)
+        kl = kl_estimate(_where(mask, inputs.logps - inputs.ref_logps), settings.kl)
         metrics["kl"] = (_where(mask, kl).sum(), count)
     if inputs.sampler_logps is not None:
         known = mask & ~inputs.sampler_logps.isnan()
@@ -269,8 +289,8 @@ def _metrics(
         known_count = known.sum().float()
         metrics["sampling/sampling_logp_difference/mean"] = (difference.abs().sum(), known_count)
         ratio = _where(known, difference.exp())
-        if cfg.importance_cap is not None:
-            ratio = ratio.clamp(max=cfg.importance_cap)
+        if settings.importance_cap is not None:
+            ratio = ratio.clamp(max=settings.importance_cap)
         metrics["sampling/importance_sampling_ratio/mean"] = (ratio.sum(), known_count)
     return metrics
 

@@ -337,7 +337,8 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
     kept = {key: own[key] for key in ("dropout", "scope", "last_k", "mask_sharing", "site", "blocks") if key in own}
     if own.get("mode") == "per_token":
         kept["mode"] = "per_token"  # what scope None means depends on it
-    spec = EnsembleSpec.from_config(DisagreementConfig(members=members, **kept), run.config["train"]["seed"])
+    settings = DisagreementConfig(members=members, **kept).member_settings
+    spec = EnsembleSpec(**settings, seed=run.config["train"]["seed"])
     reader = EnsembleReader(spec)
     causal_lm = load_causal_lm(model)
     name = own.get("measure", "bald")

@@ -134,7 +134,8 @@ class Scorer:
             longest=usable_length(model.config),
             use_ids=ids_fit(sample, request.fields, tokenizer),
         )
-        spec = EnsembleSpec.from_config(request.disagreement, request.seed) if request.disagreement else None
+        asked = request.disagreement
+        spec = None if asked is None else EnsembleSpec(**asked.member_settings, seed=request.seed)
         if spec is not None:
             check_members(model, spec)
         names = score_columns(request)

@@ -179,7 +179,7 @@ def _load(
 ) -> Resources:
     """The models and the sampler, once everything that can be wrong with the settings has been checked."""
     cfg = config.disagreement
-    members = None if cfg.mode == "none" else EnsembleSpec.from_config(cfg, config.train.seed)
+    members = None if cfg.mode == "none" else EnsembleSpec(**cfg.member_settings, seed=config.train.seed)
     engine = build_engine(config, device, universal=universal)
     _check_model(engine, members)
     _prepare_directory(directory, config, fresh)
@@ -222,7 +222,12 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
             view = stack.enter_context(LiveView(observe.live))
     steps = res.config.train.steps
     rewards = RewardWatch([reward.name for reward in res.rewards], steps)
-    return RunLog(res.directory, writer, view, BonusWatch(flat_after=min(PATIENCE, steps)), rewards)
+    return RunLog(res.directory, writer, view, _bonus_watch(res.config), rewards)
+
+
+def _bonus_watch(config: Config) -> BonusWatch:
+    cfg, steps = config.disagreement, config.train.steps
+    return BonusWatch(cfg.measure, cfg.dropout, cfg.effective_scope, flat_after=min(PATIENCE, steps))
 
 
 def sampling_of(config: Config) -> Sampling:

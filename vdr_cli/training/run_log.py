@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vdr_cli.config.schema import Config, DisagreementConfig
+from vdr_cli.config.schema import Config
 from vdr_cli.data.completions import write_completions
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
@@ -79,7 +79,7 @@ class RunLog:
             self.note(line)
         if warning := sampler_warning(res.config, state.step, metrics):
             self.note(warning)
-        if res.ensemble is not None and (warning := bonus_warning(self._watch, res.config.disagreement, metrics)):
+        if res.ensemble is not None and (warning := bonus_warning(self._watch, metrics)):
             self.note(warning)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
@@ -123,10 +123,10 @@ def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str
     )
 
 
-def bonus_warning(watch: BonusWatch, config: DisagreementConfig, metrics: dict[str, float]) -> str | None:
+def bonus_warning(watch: BonusWatch, metrics: dict[str, float]) -> str | None:
     """Why the bonus does not act, or acts too much, once it has been so for a while; None while all is well."""
     spread = metrics.get("disagreement/groups_with_spread", 0.0) > 0
     bonus, task = metrics.get("disagreement/bonus_abs"), metrics.get("advantage_abs")
     if bonus is None or task is None:  # the step's numbers are not finite: its refusal is reported instead
         return None
-    return watch.look(config, spread, bonus, task)
+    return watch.warning(spread, bonus, task)

@@ -77,7 +77,7 @@ def alone(folder: Path) -> dict[str, Settings]:
             "grpo.overlong_cache": 3,
             "grpo.mask_truncated": True,
             "rollout.max_new_tokens": 6,
-            "grpo.loss": "bnpo",
+            "grpo.loss": "dapo",
         },
         "rewards": {**two, **EOS, "disagreement.shape": "quality"},
         "gdpo": {**two, **EOS, "grpo.multi_reward": "normalise_then_sum", "disagreement.shape": "reward"},
