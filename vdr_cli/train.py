@@ -229,7 +229,7 @@ def add_bonus(
     gate = bonuses.gated(cfg.gate, batch.task_reward, solved, G)
     per_completion = bonuses.reduce(measure, mask, cfg.last_n)
     if cfg.shape == "reward":
-        shaped_rewards = bonuses.shaped_rewards(rewards, per_completion, gate, weight)
+        shaped_rewards = bonuses.shaped_rewards(rewards, per_completion, gate, weight, G)
         advantages = group_relative(res, batch.rewards, shaped_rewards)
         return advantages, per_completion, advantages - task_advantages
     b, token_mask = per_completion, None

@@ -103,8 +103,14 @@ def test_multiplicative_and_quality_formulas() -> None:
 
 def test_reward_shape_adds_before_normalisation() -> None:
     rewards = torch.tensor([0.0, 1.0, float("nan"), 1.0])
-    shaped = bonus.shaped_rewards(rewards, torch.tensor([0.5, 0.0, 1.0, 1.0]), OPEN, 0.1)
+    shaped = bonus.shaped_rewards(rewards, torch.tensor([0.5, 0.0, 1.0, 1.0]), OPEN, 0.1, 4)
     torch.testing.assert_close(shaped, torch.tensor([0.05, 1.0, float("nan"), 1.1]), equal_nan=True)
+
+
+def test_reward_shape_leaves_groups_without_spread_as_they_are() -> None:
+    """To the bit: a constant would only add rounding, which is no bonus."""
+    rewards, b = torch.tensor([0.1, 0.7, 0.7, 0.3]), torch.full((4,), 0.0123)
+    assert torch.equal(bonus.shaped_rewards(rewards, b, OPEN, 0.1, 4), rewards)
 
 
 @pytest.mark.parametrize("shape", ["additive", "multiplicative", "quality"])

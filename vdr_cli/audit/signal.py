@@ -42,7 +42,9 @@ def found(record: Record, cfg: Config) -> Found:
     weight = bonuses.weight_at(d.schedule, d.weight, d.schedule_fraction, record.step, cfg.train.steps)
     gate = bonuses.open_gate(d.gate, record.numbers("task_reward"), cfg.rewards.solved_at, cfg.rollout.group_size)
     if d.shape == "reward":
-        with_bonus = _group_relative(record, cfg, penalised + weight * on_file * gate)
+        counted = np.ones((len(on_file), 1), dtype=bool)
+        differs = np.repeat(bonuses.spread(on_file[:, None], counted, cfg.rollout.group_size), cfg.rollout.group_size)
+        with_bonus = _group_relative(record, cfg, penalised + weight * on_file * gate * differs)
         return Found(task, _over_tokens(with_bonus, record), with_bonus - task, reduced)
     return _shaped(record, cfg, task, penalised, reduced, weight, gate)
 

@@ -146,9 +146,13 @@ class RunningRms:
         self.decay, self.average, self.weight = state["decay"], state["average"], state["weight"]
 
 
-def shaped_rewards(task_rewards: Tensor, b: Tensor, gate: Tensor, weight: float) -> Tensor:
-    """r + λ·b before group normalisation, (B,): shape `reward`. NaN rewards stay NaN."""
-    return task_rewards + weight * b * gate
+def shaped_rewards(task_rewards: Tensor, b: Tensor, gate: Tensor, weight: float, group_size: int) -> Tensor:
+    """r + λ·b before group normalisation, (B,): shape `reward`. NaN rewards stay NaN.
+
+    Groups without spread keep r: a constant would only leave rounding in their advantages.
+    """
+    differs = has_spread(b, group_size).repeat_interleave(group_size)
+    return task_rewards + weight * b * gate * differs
 
 
 def shaped_advantages(
