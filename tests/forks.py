@@ -60,7 +60,7 @@ def run_of(arguments: list[str], environments: list[dict[str, str]], said: list[
 
 
 if __name__ == "__main__":
-    importlib.import_module("vdr_cli.engine.library").leave_muon_uncompiled()
+    importlib.import_module("vdr_cli.engine.deepspeed_import").leave_muon_uncompiled()
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:

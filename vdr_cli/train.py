@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import learning_rate_at
+from vdr_cli.engine.optimizer import learning_rate_at
 from vdr_cli.exploration import bonus as bonuses
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.grpo import advantages as grpo_advantages
@@ -82,7 +82,7 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
     The weights are gathered once for all of it; between the collectives ranks go their own pace.
     """
     cfg = res.config
-    with res.engine.twin() as model:
+    with res.engine.gathered_model() as model:
         batch = sample_informative(res, state, model)
         if cfg.rollout.ahead:
             counts = collectives.even_shares(cfg.train.prompts_per_step)
@@ -120,15 +120,15 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
         prompts = [res.prompt_at(position) for position in positions]
         keys = [completion_key(cfg.train.seed, Stream.TRAINING, position) for position in positions]
         rewards = reward_stream(cfg, res.rewards, res.tokenizer, prompts, step)
-        with res.timer.phase("rollout"):
-            wait = res.rollout.begin(
-                model,
-                [prompt.token_ids for prompt in prompts],
-                cfg.rollout.group_size,
-                res.sampling,
-                keys,
-                rewards.finished,
-            )
+    with collectives.agreed(), res.timer.phase("rollout"):
+        wait = res.rollout.begin(
+            model,
+            [prompt.token_ids for prompt in prompts],
+            cfg.rollout.group_size,
+            res.sampling,
+            keys,
+            rewards.finished,
+        )
     return PendingRollout(positions, prompts, wait, rewards)
 
 

@@ -56,7 +56,7 @@ def stopping(owner: Any, method: str, name: str) -> None:
 def install() -> None:
     """Only where the run has come far enough to load rewards, so what is wrapped is what it will call."""
     from vdr_cli.engine import checkpoint
-    from vdr_cli.engine.build import Engine
+    from vdr_cli.engine.engine import Engine
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     stopping(TransformersRollout, "generate", "rollout")

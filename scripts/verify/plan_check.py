@@ -115,19 +115,19 @@ def rank(config_path: str, out: str) -> None:
 
 
 def count_copy() -> list[int]:
-    """Bytes of the weights that the twin has at each moment at which some are lent to it, from now on."""
-    from vdr_cli.engine.twin import Twin
+    """Bytes of the weights that the gathered model has each time it gets some, from now on."""
+    from vdr_cli.engine.gathered import GatheredModel
 
     counted: list[int] = []
-    original = Twin._bound
+    original = GatheredModel._bound
 
     @contextlib.contextmanager
-    def bound(twin: Any, *rest: Any) -> Any:
-        with original(twin, *rest):
-            counted.append(sum(p.numel() * p.element_size() for p in twin.module.parameters() if not p.is_meta))
+    def bound(model: Any, *rest: Any) -> Any:
+        with original(model, *rest):
+            counted.append(sum(p.numel() * p.element_size() for p in model.module.parameters() if not p.is_meta))
             yield
 
-    Twin._bound = bound  # type: ignore[method-assign]
+    GatheredModel._bound = bound  # type: ignore[method-assign]
     return counted
 
 
@@ -148,7 +148,7 @@ def states(engine: Any) -> dict[str, int]:
     return {"weights": size(shards), "moments": size(inner), "masters": size(masters), "gradients": size(flat)}
 
 
-def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, new_tokens: int) -> Path:
+def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, new_tokens: int) -> Path:
     """The configuration of a run in which every parameter is sharded and nothing is kept between uses."""
     zero = {
         "stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
@@ -161,7 +161,7 @@ def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, by_layers
         "rollout": {"group_size": GROUP, "max_new_tokens": new_tokens},
         "train": {"steps": 3, "prompts_per_step": PROMPTS, "micro_batch_size": micro_batch_size,
                   "output": str(folder / "run"), "save_model": False},
-        "engine": {"ds_config": str(folder / "ds.json"), "copy_of_weights": "layers" if by_layers else "whole"},
+        "engine": {"ds_config": str(folder / "ds.json")},
         "observe": {"tensorboard": False, "report": False, "completions_every": 0},
     }  # fmt: skip
     path = folder / "run.yaml"
@@ -183,7 +183,7 @@ def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
 
 
 def rows(
-    folder: Path, micro_batch_size: int, checkpointing: bool, by_layers: bool, new_tokens: int, counted: Any
+    folder: Path, micro_batch_size: int, checkpointing: bool, new_tokens: int, counted: Any
 ) -> list[tuple[str, float, float]]:
     """What, bytes measured, bytes by formula."""
     from vdr_cli.planning import resources as plan
@@ -191,7 +191,7 @@ def rows(
     shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
     work = plan.Work(
         gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=new_tokens,
-        micro_batch_size=micro_batch_size, checkpointing=checkpointing, by_layers=by_layers, members=8,
+        micro_batch_size=micro_batch_size, checkpointing=checkpointing, members=8,
     )  # fmt: skip
     moved, states, held = plan.traffic(shape, work), plan.model_states(shape, work), counted["held"]
     payload = RANKS / (RANKS - 1)  # the formula has what a rank receives of it
@@ -213,7 +213,6 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--by-layers", action="store_true", help="engine.copy_of_weights: layers")
     parser.add_argument("--new-tokens", type=int, default=8, help="65 and more: prompts are read before completions")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -222,7 +221,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        how = arguments.micro_batch_size, arguments.checkpointing, arguments.by_layers, arguments.new_tokens
+        how = arguments.micro_batch_size, arguments.checkpointing, arguments.new_tokens
         make_model(folder / "model", arguments.layers, arguments.hidden)
         counted = measured(folder, run_yaml(folder, *how))
         table = rows(folder, *how, counted)

@@ -13,7 +13,7 @@ from vdr_cli.disagreement import hooks
 from vdr_cli.disagreement.information import MEASURES
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
-from vdr_cli.engine.twin import Twin
+from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models import anatomy
 from vdr_cli.models.anatomy import WholeLayer
@@ -31,9 +31,9 @@ SPECS = {
 
 
 @contextmanager
-def empty_twin(model: nn.Module, entered: list[int]) -> Iterator[tuple[nn.Module, WholeLayer]]:
-    """The model's twin, whose decoder layers are empty but for the one that is whole."""
-    with Twin(model, torch.device("cpu")).by_layers() as (twin, whole_layer):
+def empty_model(model: nn.Module, entered: list[int]) -> Iterator[tuple[nn.Module, WholeLayer]]:
+    """A copy of the model whose decoder layers are empty but for the one that is whole."""
+    with GatheredModel(model, torch.device("cpu"), None).layer_by_layer() as (twin, whole_layer):
 
         @contextmanager
         def noted(layer: int) -> Iterator[None]:
@@ -55,7 +55,7 @@ def check_agreement(
     request = MeasureRequest(batch, 3, 1, positions=positions, measures=MEASURES)
     whole = EnsembleReader(spec).measure(model, request)
     entered: list[int] = []
-    with empty_twin(model, entered) as (twin, whole_layer):
+    with empty_model(model, entered) as (twin, whole_layer):
         found = by_layers(spec, whole_layer).measure(
             twin, MeasureRequest(batch, 3, 1, positions=positions, measures=MEASURES, budget=budget)
         )
@@ -110,7 +110,7 @@ def test_out_of_memory_halves_members_then_rows(spec: EnsembleSpec, tiny_model: 
         if len(arguments[0]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with empty_twin(model, entered) as (twin, whole_layer):
+    with empty_model(model, entered) as (twin, whole_layer):
         layer = anatomy.decoder_layers(twin)[-1]
         with hooks.hooked(layer.register_forward_hook, scarce):
             found = by_layers(spec, whole_layer).measure(twin, MeasureRequest(batch, 4, 1)).bald
@@ -126,7 +126,7 @@ def test_a_rank_that_fails_goes_on_gathering(tiny_model: Callable, ragged: Calla
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with empty_twin(tiny_model(), entered) as (twin, whole_layer):
+    with empty_model(tiny_model(), entered) as (twin, whole_layer):
         layer = anatomy.decoder_layers(twin)[0]
         with hooks.hooked(layer.register_forward_hook, never), pytest.raises(MachineError, match="not enough memory"):
             by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))
@@ -141,7 +141,7 @@ def test_a_head_that_cannot_hold_the_logits_of_one_position(
 
     monkeypatch.setattr(Head, "logits_into", never)
     with (
-        empty_twin(tiny_model(), []) as (twin, whole_layer),
+        empty_model(tiny_model(), []) as (twin, whole_layer),
         pytest.raises(MachineError, match="not enough memory for one member"),
     ):
         by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))
@@ -150,5 +150,5 @@ def test_a_head_that_cannot_hold_the_logits_of_one_position(
 def test_layers_that_use_each_others_keys_are_refused(tiny_model: Callable, ragged: Callable) -> None:
     model = tiny_model("qwen2", hidden_act="gelu")
     model.config.num_kv_shared_layers = 1
-    with empty_twin(model, []) as (twin, whole_layer), pytest.raises(ConfigError, match=r"engine\.copy_of_weights"):
+    with empty_model(model, []) as (twin, whole_layer), pytest.raises(ConfigError, match=r"engine\.gather"):
         by_layers(SPEC, whole_layer).measure(twin, MeasureRequest(ragged(), 3, 1))

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from vdr_cli.config import Config
-from vdr_cli.engine.build import Engine, build_engine, start_distributed
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.engine import Engine
+from vdr_cli.engine.processes import start_distributed
 from vdr_cli.samples import Completions
 
 

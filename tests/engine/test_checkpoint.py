@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vdr_cli.engine import checkpoint as checkpoints
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import ConfigError, MachineError
 
 Build = Callable[..., Engine]
@@ -210,5 +210,5 @@ def test_random_states_go_on_where_they_were(build: Build, tmp_path: Path) -> No
 
 
 def weights_of(engine: Engine) -> list[torch.Tensor]:
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         return [parameter.clone() for parameter in model.parameters()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from vdr_cli.config import DisagreementConfig
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.export import export_model
 from vdr_cli.engine.reference import Adapterless, FrozenCopy, build_reference
 from vdr_cli.errors import ConfigError
@@ -33,7 +33,7 @@ def policy_logps(engine: Engine, batch: Completions) -> Tensor:
 
 
 def twin_logps(engine: Engine, batch: Completions) -> Tensor:
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         return logps_of(model, batch)
 
 
@@ -44,7 +44,7 @@ def logps_of(model: Any, batch: Completions) -> Tensor:
 
 
 def parameters_of(engine: Engine) -> dict[str, Tensor]:
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
@@ -61,7 +61,7 @@ def test_twin_is_the_policy_after_a_step(build: Build, completions, one_step, st
 
 def test_twin_gives_its_weights_back_also_after_an_exception(build: Build) -> None:
     engine = build(3)
-    with pytest.raises(RuntimeError, match="inside"), engine.twin() as model:
+    with pytest.raises(RuntimeError, match="inside"), engine.gathered_model() as model:
         assert not any(parameter.is_meta for parameter in model.parameters())
         raise RuntimeError("inside")
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -74,7 +74,7 @@ def test_dropout_never_leaks(build: Build, completions, one_step, stage: int) ->
     engine = build(stage)
     before = policy_logps(engine, completions)
     spec = EnsembleSpec(**DisagreementConfig(members=4).member_settings)
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         sampled = logps_of(model, completions)
         disagreement = EnsembleReader(spec).measure(model, MeasureRequest(completions, 2, 0))
         again = logps_of(model, completions)
@@ -169,15 +169,13 @@ def test_only_adapters_are_trained(build: Build, completions, one_step) -> None:
         assert torch.equal(tensor, start[name]) == ("lora_" not in name), name
 
 
-@pytest.mark.parametrize("leaves", [True, False])
-def test_adapter_gradients_are_those_of_a_plain_model(build: Build, device, config, completions, leaves: bool) -> None:
+def test_adapter_gradients_are_those_of_a_plain_model(build: Build, device, config, completions) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     from vdr_cli.engine.build import build_engine
     from vdr_cli.models.adapters import with_adapters
 
     made = config(3, **LORA)
-    made = made.model_copy(update={"engine": made.engine.model_copy(update={"leaf_layers": leaves})})
     engine = build_engine(made, device)
     plain = with_adapters(load_causal_lm(made.model.name), made.model.lora, made.train.seed)
     tokens = completions.prompt_ids, completions.prompt_mask, completions.completion_ids, completions.completion_mask
@@ -228,7 +226,7 @@ def test_reference_is_the_starting_model_exactly(
     for _ in range(2):
         one_step(engine, completions)
     base = logps_of(load_causal_lm(str(tiny_path)), completions)
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         with reference.whole(model) as whole:
             assert torch.equal(logps_of(whole, completions), base)
         assert not torch.allclose(logps_of(model, completions), base)
@@ -261,7 +259,7 @@ def test_no_reference_is_loaded_with_beta_zero(build: Build, config) -> None:
 
 PORT_TAKEN = """
 import os, socket
-from vdr_cli.engine.build import start_distributed
+from vdr_cli.engine.processes import start_distributed
 with socket.create_server(("", 0)) as taken:
     os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(taken.getsockname()[1])

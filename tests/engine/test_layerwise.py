@@ -24,7 +24,8 @@ from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import build_engine, start_distributed
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.export import export_model
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.samples import Completions, Sampling
@@ -47,9 +48,10 @@ def counted(function):
 for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
     setattr(deepspeed.comm, name, counted(getattr(deepspeed.comm, name)))
 
-def engine_of(copy):
-    sections = {"ds_config": folder + "/ds.json", "copy_of_weights": copy}
-    return build_engine(Config(model={"name": folder, "dtype": "float32"}, engine=sections), device)
+def engine_of(gather):
+    sections = {"ds_config": folder + "/ds.json", "gather": gather}
+    model = {"name": folder, "dtype": "float32"}
+    return build_engine(Config(model=model, engine=sections, rollout={"backend": "vllm"}), device)
 
 def since(before):
     return {name: moved[name] - before[name] for name in moved}
@@ -64,7 +66,7 @@ def scarce(model):  # on rank 1 alone the last layer has memory for four rows
     return hooked(layer.register_forward_hook, no_more_than_four_rows) if rank else nullcontext()
 
 tries = []
-whole, layers = engine_of("whole"), engine_of("layers")
+whole, layers = engine_of("whole"), engine_of("layer")
 assert layers.by_layers and not whole.by_layers
 prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]][: 1 + 2 * rank]  # one prompt here, three there
 rollout, sampling = TransformersRollout(0, [2]), Sampling(max_new_tokens=3 + 4 * rank)
@@ -82,33 +84,34 @@ with whole.twin() as model:
         collectives.barrier()
     found |= {"scarce whole": again.bald.tolist(), "moved scarce whole": since(before), "tries": tries.copy()}
 with layers.twin() as model:
-    again = rollout.generate(model, prompts, 3, sampling, keys)
-    assert torch.equal(again.completion_ids, completions.completion_ids)
-    torch.testing.assert_close(again.sampler_logps, completions.sampler_logps)
+    before = dict(moved)
+    logps, entropies = layers.read_logps(model, completions, 2, 1.0)  # two micro-batches here, five there
+    found["read"] = since(before)
+    torch.testing.assert_close(logps, completions.sampler_logps)
+    assert (entropies > 0).equal(completions.completion_mask)
     for M in (2, 8, 32):
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
         collectives.barrier()
         before = dict(moved)
         budget = None if rank == 0 else 1  # all at once here, a member and a row at a time there
         request = MeasureRequest(completions, 3, 4, budget=budget)
-        statistics = EnsembleReader(spec, layers.one_by_one).measure(model, request)
+        statistics = EnsembleReader(spec, layers.whole_layers).measure(model, request)
         found[f"moved{M}"] = since(before)
         found[f"layers{M}"] = statistics.bald.tolist()
     tries.clear()
     before = dict(moved)
     with scarce(model):
-        reader = EnsembleReader(EnsembleSpec(8, dropout=0.2, seed=1), layers.one_by_one)
+        reader = EnsembleReader(EnsembleSpec(8, dropout=0.2, seed=1), layers.whole_layers)
         again = reader.measure(model, MeasureRequest(completions, 3, 4))
     found |= {"scarce layers": again.bald.tolist(), "moved scarce layers": since(before), "layer tries": tries.copy()}
+    before = dict(moved)
+    model(input_ids=torch.tensor([prompts[0]]))
+    found["forward"] = since(before)
     try:
         with collectives.agreed():
-            rollout.generate(model, prompts, 3, sampling, keys) if rank else 1 / 0
+            None if rank else 1 / 0
     except Exception as error:
         found["error"] = type(error).__name__
-    before = dict(moved)
-    model(input_ids=torch.tensor([prompts[0]])) if rank else None
-    collectives.barrier()
-    found["forward"] = since(before)
 before = dict(moved)
 with whole.twin():
     found["copy"] = since(before)
@@ -199,8 +202,15 @@ def test_a_rank_short_of_memory_splits_its_work_and_the_other_does_not_notice(
         assert found["moved scarce layers"] == found["moved8"]
 
 
-def test_a_forward_of_one_rank_is_gathered_by_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_forward_gathers_each_layer_once(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [found["forward"]["gathers"] for found in ranks[1]] == [LAYERS * PARAMETERS] * 2
+
+
+def test_ranks_with_fewer_micro_batches_take_part_in_the_others_gathers(
+    ranks: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    """Five micro-batches on the rank with three groups, each read in one pass."""
+    assert [found["read"]["gathers"] for found in ranks[1]] == [5 * LAYERS * PARAMETERS] * 2
 
 
 def test_an_error_of_one_rank_is_one_of_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:

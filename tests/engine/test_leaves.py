@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdr_cli.engine.build import Engine, build_engine
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.samples import Completions

@@ -27,7 +27,9 @@ from gpu_reference import ragged, tokens
 
 from vdr_cli.config import Config
 from vdr_cli.engine import checkpoint as checkpoints
-from vdr_cli.engine.build import Engine, build_engine, start_distributed
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.engine import Engine
+from vdr_cli.engine.processes import start_distributed
 from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.samples import Completions
@@ -74,7 +76,7 @@ def step(engine: Engine, batch: Completions, poison: float = 1.0) -> tuple[Tenso
 
 
 def weights_of(engine: Engine) -> dict[str, Tensor]:
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
@@ -84,7 +86,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def twin_logps(engine: Engine, batch: Completions) -> Tensor:
-    with engine.twin() as model:
+    with engine.gathered_model() as model:
         ways = {"share_prompts": engine.share_prompts, "as_trees": engine.as_trees}
         return completion_logps(model, *tokens(batch), 0.7, **ways)[0]
 

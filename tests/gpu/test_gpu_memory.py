@@ -17,7 +17,7 @@ from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.information import token_statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
-from vdr_cli.engine.twin import Twin
+from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.head import Head
 
@@ -123,7 +123,7 @@ def test_layers_without_room_split_their_rows(device: torch.device, monkeypatch:
     spec = EnsembleSpec(members=8, dropout=0.2, seed=5)
     truth = EnsembleReader(spec).measure(model, request).bald
     with (
-        Twin(model, device).by_layers() as (twin, whole_layer),
+        GatheredModel(model, device, None).layer_by_layer() as (twin, whole_layer),
         scarce(device, 700 * 2**20, twin, monkeypatch) as halved,
     ):
         found = EnsembleReader(spec, partial(nullcontext, whole_layer)).measure(twin, request).bald

@@ -26,7 +26,7 @@ from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
-from vdr_cli.engine.twin import Twin
+from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -85,7 +85,7 @@ def test_layer_by_layer(device: torch.device, dtype: torch.dtype, spec: Ensemble
 
 @contextmanager
 def lent(model: nn.Module, device: torch.device, lendings: list[int]) -> Iterator[tuple[Any, Any]]:
-    with Twin(model, device).by_layers() as (twin, lend):
+    with GatheredModel(model, device, None).layer_by_layer() as (twin, lend):
 
         @contextmanager
         def noted(layer: int) -> Iterator[None]:

@@ -23,7 +23,8 @@ import torch
 from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import build_engine, start_distributed
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.processes import start_distributed
 from deepspeed.utils import safe_get_full_grad
 
 torch.set_num_threads(1)

@@ -153,7 +153,7 @@ def test_a_directory_that_stays_read_only_ends_the_run_with_one_line(train, read
 
 BETWEEN_STEPS = """
 import os, signal
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.starter.countdown import countdown
 
 def killed_before(number, step=Engine.step):

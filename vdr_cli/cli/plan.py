@@ -56,7 +56,7 @@ def command(
     shape = find_shape(config.model.name)
     work = work_of(config, gpus or world_size(config.launch), prompt_tokens)
     gpu_bytes = None if gpu_memory is None else gpu_memory * GIB
-    work = replace(work, by_layers=wants_layers(config.engine.copy_of_weights, shape, work, gpu_bytes))
+    work = replace(work, by_layers=wants_layers(config.engine.gather, shape, work, gpu_bytes))
     show(config.model.name, shape, work, gpu_memory, bandwidth)
     if config.model.lora is not None:
         print("model.lora: counted as if all parameters were trained; adapters need less")
@@ -107,7 +107,7 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
     )
     if work.stage >= 3:
         held = "one decoder layer at a time" if work.by_layers else "a full copy of the weights"
-        print(f"rollout and disagreement read {held} (engine.copy_of_weights)")
+        print(f"rollout and disagreement read {held} (engine.gather)")
     console.print(_table("Memory a GPU, always", model_states(shape, work), GIB, "GiB"))
     console.print(_table("Memory a GPU, one phase at a time", phase_memory(shape, work), GIB, "GiB"))
     moved = traffic(shape, work)

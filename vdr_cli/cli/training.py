@@ -59,7 +59,7 @@ def show_plan(config: Config, processes: int) -> None:
 def _agreed_output(config: Config, resume: str | None) -> Config:
     """The run directory that rank 0 decides and checks for all: another may look when the run is in it already."""
     from vdr_cli.engine import collectives
-    from vdr_cli.engine.build import start_distributed
+    from vdr_cli.engine.processes import start_distributed
 
     prepare_process(config.launch)
     start_distributed()

@@ -353,12 +353,10 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     ds_config: PathText = "zero3"
     """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, or a path to a JSON file."""
-    leaf_layers: bool = True
-    """Under ZeRO-3 a decoder layer is fetched as one unit: fewer, larger gathers."""
-    copy_of_weights: Literal["auto", "whole", "layers"] = "auto"
-    """What rollout and ensemble read under ZeRO-3. whole: a full copy of the weights on every device meanwhile; layers:
-    one decoder layer at a time, where that does not fit (slow sampling: the model is gathered for every forward of any
-    process; the ensemble gathers it once); auto: layers on a GPU where a full copy would take most of the memory."""
+    gather: Literal["auto", "whole", "layer"] = "auto"
+    """How weights are gathered under ZeRO-3 to be read. whole: a full copy on every device during rollout and
+    disagreement. layer: one decoder layer at a time, for models whose full copy does not fit; vLLM samples, and is sent
+    the weights layer by layer. auto: layer on GPUs where a full copy would take most of the memory, else whole."""
 
 
 class LaunchConfig(Section):
@@ -471,6 +469,16 @@ class Config(Section):
         if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps > 0:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is not below train.steps {self.train.steps}"
+            )
+        if self.engine.gather == "layer" and self.rollout.backend != "vllm":
+            raise ValueError(
+                "engine.gather is layer, so no process has a full copy of the weights to sample with: set "
+                "rollout.backend to vllm, or engine.gather to whole"
+            )
+        if self.engine.gather == "layer" and self.model.lora is not None and self.rollout.vllm.push == "broadcast":
+            raise ValueError(
+                "engine.gather is layer, and adapters are merged in the host's memory only: set rollout.vllm.push to "
+                "directory"
             )
         processes = self.launch.num_processes or 1
         if self.train.prompts_per_step < processes:

@@ -240,7 +240,7 @@ def breadth_first(model: nn.Module, spec: EnsembleSpec, whole_layer: WholeLayer)
     """
     if not layers_stand_alone(model):
         raise ConfigError(
-            f"engine.copy_of_weights: layers of {type(anatomy.unwrapped(model)).__name__} use each other's keys, so "
+            f"engine.gather: layers of {type(anatomy.unwrapped(model)).__name__} use each other's keys, so "
             "they cannot be read one by one; set it to whole, or disagreement.mode to none"
         )
     count = len(anatomy.decoder_layers(model))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import sync, sync_tree
 

@@ -5,7 +5,7 @@ Rule: no collective depends on a condition that only one rank knows. Errors are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,6 @@ import torch
 import torch.distributed as dist
 
 from vdr_cli.errors import VdrError
-
-_settlers: list[Callable[[], None]] = []
-"""What must be done before a collective, while a model gathers by itself (layerwise.py); the last one counts."""
 
 
 def rank() -> int:
@@ -38,7 +35,6 @@ def even_shares(count: int) -> list[int]:
 
 def barrier() -> None:
     if world_size() > 1:
-        settle()
         dist.barrier()
 
 
@@ -55,7 +51,6 @@ def gather_objects(value: Any) -> list[Any]:
     """Everybody's value on every rank, in rank order."""
     if world_size() == 1:
         return [value]
-    settle()
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -65,7 +60,6 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank."""
     if world_size() == 1:
         return value
-    settle()
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
@@ -102,37 +96,9 @@ def agreed() -> Iterator[None]:
 
 
 def _all_reduce(values: Sequence[float], op: Any) -> list[float]:
-    settle()
-    return _reduced(values, op)
-
-
-def _reduced(values: Sequence[float], op: Any) -> list[float]:
     if world_size() == 1:
         return [float(value) for value in values]
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op=op)
     return tensor.tolist()  # type: ignore[no-any-return]
-
-
-def announce(busy: bool) -> bool:
-    """Whether any rank says busy: one has a forward to make that all must gather for."""
-    return _reduced([float(busy)], dist.ReduceOp.MAX)[0] > 0
-
-
-def settle() -> None:
-    """Before anything that all ranks do together: wait for the forwards of ranks that are behind."""
-    if _settlers:
-        _settlers[-1]()
-
-
-@contextmanager
-def settling(work: Callable[[], None]) -> Iterator[None]:
-    """Inside the block every collective, and the block's end, is preceded by work()."""
-    settle()
-    _settlers.append(work)
-    try:
-        yield
-    finally:
-        work()
-        _settlers.pop()

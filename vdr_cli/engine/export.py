@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import MachineError
 from vdr_cli.models.adapters import merged
 from vdr_cli.system.files import replacing

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from vdr_cli.engine.library import deepspeed
+from vdr_cli.engine.deepspeed_import import deepspeed
 
 
 def fetch_whole(causal_lm: nn.Module, layers: Sequence[nn.Module]) -> None:

@@ -10,10 +10,10 @@ SHOWN = ("cpu_adam", "fused_adam", "async_io", "transformer_inference")
 
 def operators() -> list[tuple[str, bool, bool]]:
     """Name, whether it is installed, whether it could be compiled when first used."""
-    from vdr_cli.engine import library
+    from vdr_cli.engine import deepspeed_import
 
-    installed_ops = library.module("git_version_info").installed_ops
-    builders = library.module("ops.op_builder.all_ops").ALL_OPS
+    installed_ops = deepspeed_import.module("git_version_info").installed_ops
+    builders = deepspeed_import.module("ops.op_builder.all_ops").ALL_OPS
     found = []
     for name in SHOWN:
         builder = builders.get(name)

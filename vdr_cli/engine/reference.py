@@ -14,8 +14,9 @@ from torch import nn
 
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import Engine, gather, gatherer, sharded_loading
-from vdr_cli.engine.twin import Twin
+from vdr_cli.engine.engine import Engine
+from vdr_cli.engine.gathered import GatheredModel
+from vdr_cli.engine.partition import gather, gather_to_read, gather_to_write, sharded_loading
 from vdr_cli.models.loading import load_for_training, resolve_dtype
 
 WEIGHTS = "reference.safetensors"
@@ -27,18 +28,23 @@ class FrozenCopy:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         with sharded_loading(engine.ds_config):
-            model = load_for_training(config.model, resolve_dtype(config.model.dtype), gatherer(engine.ds_config))
+            model = load_for_training(
+                config.model, resolve_dtype(config.model.dtype), gather_to_write(engine.ds_config)
+            )
         if engine.stage < 3:
             model.to(engine.device)
         self._model = model.requires_grad_(False)
         self._engine = engine
-        self._twin = Twin(model, engine.device)
+        self._gathered = GatheredModel(model, engine.device, gather_to_read(engine.ds_config))
         self._moved = False
 
     @contextmanager
     def whole(self, policy: nn.Module) -> Iterator[Any]:
-        """The full reference model. Collective on entry under ZeRO-3. policy: not used, see Adapterless."""
-        with self._engine.lent(self._twin) as (model, _), torch.no_grad():
+        """The gathered reference model, as `Engine.gathered_model` describes. Collective.
+
+        policy: not used, see Adapterless.
+        """
+        with self._engine.show(self._gathered) as model, torch.no_grad():
             yield model
 
     def synchronise(self) -> None:
@@ -56,12 +62,12 @@ class FrozenCopy:
         """
         if not self._moved:
             return
-        with self._engine.for_writing(self._twin) as model:
+        with self._engine.for_writing(self._gathered) as model:
             if collectives.is_main():
                 save_file({name: p.contiguous() for name, p in model.named_parameters()}, folder / WEIGHTS)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, if it wrote anything. Collective."""
+        """Read what `save` wrote, if it wrote anything. Collective."""
         path = folder / WEIGHTS
         self._moved = collectives.broadcast_object(path.is_file())
         if not self._moved:
@@ -76,17 +82,17 @@ class FrozenCopy:
 
 
 class Adapterless:
-    """With LoRA: the policy itself with its adapters off."""
+    """The reference with LoRA: the policy itself with its adapters off."""
 
     @contextmanager
     def whole(self, policy: Any) -> Iterator[Any]:
-        """policy: the twin, already whole."""
+        """The policy without its adapters. policy: the gathered model."""
         with policy.disable_adapter():
             yield policy
 
 
 def build_reference(config: Config, engine: Engine) -> FrozenCopy | Adapterless | None:
-    """None with beta 0: nothing is loaded."""
+    """The reference model that grpo.beta needs; None with beta 0, where nothing is loaded. Collective."""
     if config.grpo.beta == 0.0:
         return None
     return Adapterless() if config.model.lora else FrozenCopy(config, engine)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,9 @@ from vdr_cli.stats.passk import pass_at_k
 logger = logging.getLogger(__name__)
 
 MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first step
+EntropySums = Callable[[Completions | None], NDArray[np.float64]]
+"""(B,) sums of token entropies in nats; None: this rank has no completions and only takes part."""
+
 CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
@@ -240,21 +244,35 @@ def evaluate_model(
     timeout: float = 300.0,
     name: str = "",
     ensemble: EnsembleSpec | None = None,
+    entropy_sums: EntropySums | None = None,
 ) -> EvalResult:
-    """n completions of every prompt; a collective when there are several processes, with the same result on each."""
+    """Measure n completions of every prompt. A collective over all processes, with the same result on each.
+
+    entropy_sums: reads entropies where that is a collective itself, as often on every rank; None: the model, here.
+    Raises DataError without prompts, or when a reward function fails.
+    """
     if not prompts:
         raise DataError("there are no prompts to evaluate on: give a split with at least one row")
     step = max(CHUNK_COMPLETIONS // n, 1)
     chunks = [range(start, min(start + step, len(prompts))) for start in range(0, len(prompts), step)]
     mine = chunks[collectives.rank() :: collectives.world_size()]
     shares: list[dict[str, Any]] = []
-
+    sampled: list[Completions] = []
     with collectives.agreed():
+        rollout.refresh(model, [prompt.token_ids for prompt in prompts], sampling)
         for places in mine:
             chunk = [prompts[index] for index in places]
-            shares.append(
-                _sample_chunk(model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble)
+            completions, share = _sample_chunk(
+                model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble
             )
+            sampled.append(completions)
+            shares.append(share)
+    read = entropy_sums or partial(_entropy_sums, model, temperature=sampling.temperature or 1.0)
+    for completions, share in zip(sampled, shares, strict=True):
+        share["entropy_sum"] = read(completions).reshape(-1, n)
+    if entropy_sums is not None:
+        for _ in range(-(-len(chunks) // collectives.world_size()) - len(mine)):
+            entropy_sums(None)  # ranks with more chunks read another one
     rows = [index for chunk in mine for index in chunk]
     gathered = collectives.gather_objects((rows, _joined(shares)))
     return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
@@ -315,8 +333,8 @@ def _sample_chunk(
     sampling: Sampling,
     timeout: float,
     ensemble: EnsembleSpec | None,
-) -> dict[str, Any]:
-    """Completions of some prompts as arrays (prompts, n, ...)."""
+) -> tuple[Completions, dict[str, Any]]:
+    """Completions of some prompts, and what they are worth as arrays (prompts, n, ...)."""
     keys = [completion_key(seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
     completions = rollout.generate(model, [prompt.token_ids for prompt in prompts], n, sampling, keys)
     repeated = [prompt for prompt in prompts for _ in range(n)]
@@ -324,20 +342,18 @@ def _sample_chunk(
     lengths = completions.completion_mask.sum(1)
     ids = [row[:count].tolist() for row, count in zip(completions.completion_ids, lengths.tolist(), strict=True)]
     scores = compute_rewards(list(rewards), repeated, texts, ids, timeout)  # (B, F)
-    entropy = _entropy_sums(model, completions, sampling.temperature or 1.0)
     shape = (len(prompts), n)
     measured = {} if ensemble is None else {"disagreement": _mean_bald(model, completions, n, ensemble).reshape(shape)}
-    return measured | {
+    return completions, measured | {
         "texts": [completion_text(text) for text in texts],
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": lengths.cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
-        "entropy_sum": entropy.reshape(shape),
     }
 
 
 @torch.no_grad()
-def _entropy_sums(model: nn.Module, completions: Completions, temperature: float) -> NDArray[np.float64]:
+def _entropy_sums(model: nn.Module, completions: Completions, temperature: float = 1.0) -> NDArray[np.float64]:
     """(B,) sum of the token entropies at this temperature, in batches of similar length."""
     device = next(model.parameters()).device
     lengths = completions.completion_mask.sum(1)

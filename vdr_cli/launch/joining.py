@@ -12,7 +12,7 @@ from vdr_cli.engine import collectives
 def join_processes(device: str) -> torch.device:
     """Join the process group when a launcher started us. device: auto is this process's accelerator, else the CPU."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
-        from vdr_cli.engine.build import start_distributed
+        from vdr_cli.engine.processes import start_distributed
         from vdr_cli.launch import watchdog
 
         own = start_distributed()

@@ -30,9 +30,9 @@ def orphans_only(install: Install, parent: int) -> Install:
 
 def main() -> None:
     """Run the launcher with this process's arguments."""
-    from vdr_cli.engine import library
+    from vdr_cli.engine import deepspeed_import
 
-    launch = library.module("launcher.launch")
+    launch = deepspeed_import.module("launcher.launch")
     launch.signal.signal = orphans_only(signal.signal, os.getppid())
     launch.main()
 

@@ -20,9 +20,9 @@ class Heard(subprocess.Popen[Any]):
 
 def main() -> None:
     """Run the runner with this process's arguments."""
-    from vdr_cli.engine import library
+    from vdr_cli.engine import deepspeed_import
 
-    runner = library.module("launcher.runner")
+    runner = deepspeed_import.module("launcher.runner")
     runner.subprocess.Popen = Heard
     runner.main()
 

@@ -47,7 +47,10 @@ OUTPUT_PROJECTIONS = ("dense", "dense_4h_to_h", "out_proj", "down_proj")
 """Last linear map of a block that adds the residual itself (Bloom, MPT): its output is the branch."""
 
 WholeLayer = Callable[[int], AbstractContextManager[Any]]
-"""Takes the number of a layer; inside the block that it opens, the weights of that layer are whole."""
+"""Takes the number of a layer; inside the block that it opens, the weights of that layer are whole.
+
+Collective where they are sharded.
+"""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """What a run needs: memory a GPU and bytes over the network a step, by formula. Pure arithmetic, no torch.
 
-The formulas follow the code (engine/twin.py, engine/build.py, models/policy.py) and are held against
+The formulas follow the code (engine/gathered.py, engine/build.py, models/policy.py) and are held against
 measurements by scripts/verify/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
 fragmentation come on top: leave a tenth of the memory free.
 """
@@ -91,7 +91,7 @@ class Work:
     reference: bool = False
     """A frozen reference model (grpo.beta above 0)."""
     by_layers: bool = False
-    """engine.copy_of_weights: layers: no full copy of the weights, one decoder layer at a time (stage 3)."""
+    """engine.gather layer (stage 3): no full copy of the weights, one decoder layer at a time; vLLM samples."""
     gloo: bool = False
     """CPU: gloo has no reduce-scatter, torch does an all-reduce instead and keeps a share of it."""
 
@@ -159,7 +159,9 @@ def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
     row = work.prompt_tokens + work.new_tokens
     completions = work.groups_per_rank * work.group_size
     decoded = min(work.cached_tokens, completions * row)
-    memory = {"rollout": copied + e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary}
+    memory = {"rollout": copied}  # by layers vLLM samples, elsewhere
+    if not work.by_layers:
+        memory["rollout"] += e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary
     if work.reference:
         memory["reference"] = 2 * copied + CHUNK_BYTES["cuda"]
     if work.members:
@@ -195,11 +197,11 @@ def copy_of_weights(shape: Shape, work: Work) -> float:
 
 
 def wants_layers(asked: str, shape: Shape, work: Work, gpu_bytes: float | None) -> bool:
-    """engine.copy_of_weights on GPUs of this much memory, as the engine decides it; `auto` is `whole` when unknown."""
+    """engine.gather on GPUs of this much memory, as the engine decides it; `auto` is `whole` when unknown."""
     if work.stage < 3 or asked == "whole" or (asked == "auto" and gpu_bytes is None):
         return False
     free = (gpu_bytes or 0.0) - sum(model_states(shape, work).values())
-    return asked == "layers" or work.element_bytes * shape.parameters > MOST_OF_MEMORY * free
+    return asked == "layer" or work.element_bytes * shape.parameters > MOST_OF_MEMORY * free
 
 
 def activations(shape: Shape, work: Work) -> float:
@@ -252,17 +254,19 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def _gathered_before_the_update(shape: Shape, work: Work) -> dict[str, float]:
-    """Parameters gathered by phase at stage 3. Layer by layer: by every forward, and once by all members."""
+    """Parameters gathered by phase at stage 3.
+
+    Layer by layer: once to send them to vLLM, once for each pass that checks what arrived, once by all members.
+    """
     n, layers = shape.parameters, shape.layers * shape.layer_parameters
     reference = n if work.reference else 0
     if not work.by_layers:
         return {"rollout and disagreement": float(n + reference)}
-    tokens = work.groups_per_rank * work.group_size * (work.prompt_tokens + work.new_tokens)
-    forwards = -(-tokens // work.cached_tokens) * work.new_tokens
+    passes = 2 if work.two_passes else 1
     rest = n - layers + (layers if work.members else 0)
     if work.reference:
-        rest += n - layers + layers * work.micro_batches
-    return {"rollout, at most": float(layers * forwards), "reference and disagreement": float(rest)}
+        rest += n - layers + layers * passes * work.micro_batches
+    return {"weights to vLLM": float(layers * (1 + passes)), "reference and disagreement": float(rest)}
 
 
 def _layer_bytes(shape: Shape, e: int) -> int:

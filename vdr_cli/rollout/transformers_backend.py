@@ -72,6 +72,9 @@ class TransformersRollout:
         self.can_capture = True
 
     @torch.no_grad()
+    def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Nothing to do: this process samples with the model that it is given."""
+
     def generate(
         self,
         model: nn.Module,

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -16,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
+from vdr_cli.rollout.base import LayeredWeights
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
-from vdr_cli.rollout.weights import checksum, served_weights, write_model, write_weights
+from vdr_cli.rollout.weights import checksum, in_layer_order, served_weights, write_model, write_weights
 from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
 from vdr_cli.system.files import write_whole
 
@@ -54,13 +56,18 @@ class VllmRollout:
         eos_ids: Sequence[int],
         directory: Path,
         main: bool = True,
+        layered: LayeredWeights | None = None,
     ) -> None:
-        """directory: where weights are handed over. main: this rank starts the server and pushes."""
+        """directory: where weights are handed over. main: this rank starts the server and pushes.
+
+        layered: the weights, where no full copy of them exists; what `generate` and `begin` get is then a model whose
+        decoder layers are empty, and both are collectives when weights have changed.
+        """
         self.config, self.settings = config, config.vllm
         if self.settings.python and len(self.settings.urls) > 1:
             raise ConfigError("rollout.vllm.urls: with rollout.vllm.python give the one address of vdr's own server")
         self.tokenizer, self.pad_id, self.eos_ids = tokenizer, pad_id, tuple(eos_ids)
-        self.directory, self.main = directory.resolve(), main
+        self.directory, self.main, self.layered = directory.resolve(), main, layered
         self.clients = [
             VllmClient(
                 url, self.settings.request_timeout, self.settings.start_timeout, self.settings.retries, self._ended
@@ -69,6 +76,7 @@ class VllmRollout:
         ]
         self.server: VllmServer | None = None
         self.names: list[str] = []
+        """Of the served model, by server."""
         self.pushed: int | None = None
         self.broadcast: Broadcast | None = None
         self.noise: float | None = None
@@ -97,7 +105,7 @@ class VllmRollout:
         finished: Finished | None = None,
         watcher: Watcher | None = None,
     ) -> Callable[[], Completions]:
-        self._push(model, prompts, sampling)
+        self.refresh(model, prompts, sampling)
 
         def group(index: int) -> list[Answer]:
             answers = self._complete(index, prompts[index], n, sampling, keys[index])
@@ -133,8 +141,11 @@ class VllmRollout:
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
-    def _push(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Bring the servers to the model's weights, unless they hold them."""
+        if self.layered is not None:
+            self._push_layers(model, self.layered, prompts, sampling)
+            return
         version = checksum(model)
         if version == self.pushed:
             return
@@ -143,27 +154,74 @@ class VllmRollout:
             self._hand_over(model)
         else:
             self._await(version)
-        if not self.names:
-            longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
-            self.names = [client.check(longest) for client in self.clients]
+        self._find_names(prompts, sampling)
         if self.main:
             for server in range(len(self.clients)):
-                self._prove(model, prompts, server)
+                sampled = self._sample_probes(prompts, server)
+                self._check_probes(mean_difference(model, sampled, PROBE.temperature), server)
             self._announce(version)
         self.pushed = version
 
+    def _push_layers(
+        self, model: nn.Module, layered: LayeredWeights, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> None:
+        """`refresh` where no full copy of the weights exists. Collective."""
+        version = layered.version
+        if version == self.pushed:
+            return
+        wait(self.sampling)
+        if self.pushed is None or not self.by_broadcast:
+            with layered.on_host(self.main) as whole, layered.agreed():
+                if self.main:
+                    self._write(whole)
+        is_fresh = self.settings.python is not None and self.pushed is None
+        with layered.agreed():
+            if self.main:
+                self._bring_up(model.get_input_embeddings().weight, is_fresh)  # type: ignore[operator,union-attr]
+        if self.by_broadcast and not is_fresh:
+            self._broadcast_layers(model, layered)
+        with layered.agreed():
+            self._find_names(prompts, sampling)
+        for server in range(len(self.clients)):
+            with layered.agreed():
+                sampled = self._sample_probes(prompts, server) if self.main else assemble([], 1, [], self.pad_id)
+            logps = layered.read_logps(model, sampled, PROBE.temperature)
+            with layered.agreed():
+                if self.main:
+                    self._check_probes(_mean_gap(sampled, logps), server)
+        self.pushed = version
+
+    @property
+    def by_broadcast(self) -> bool:
+        return self.settings.push == "broadcast"
+
     def _hand_over(self, model: nn.Module) -> None:
-        fresh = self.settings.python is not None and self.server is None
-        by_broadcast = self.settings.push == "broadcast"
+        is_fresh = self.settings.python is not None and self.server is None
+        if self.pushed is None or not self.by_broadcast:
+            self._write(model)
+        self._bring_up(next(model.parameters()), is_fresh)
+        if self.by_broadcast and not is_fresh:
+            weights = served_weights(model)
+            self._open_broadcast(next(model.parameters()).device).send(weights)
+            self._forget_cached_prompts()
+
+    def _write(self, model: nn.Module) -> None:
+        """Write the weights where the servers read them; the first time everything that makes a model directory."""
         try:
             if self.pushed is None:
                 write_model(model, self.tokenizer, self.directory)
-            elif not by_broadcast:
+            else:
                 write_weights(model, self.directory)
         except OSError as fault:
             raise MachineError(f"rollout.vllm.directory {self.directory}: cannot be written ({fault})") from None
-        if fresh:
-            weight = next(model.parameters())
+
+    def _bring_up(self, weight: Tensor, is_fresh: bool) -> None:
+        """Start vdr's own server, or wait for servers that run; those reload the directory unless a broadcast follows.
+
+        weight: one of the trainer's, for type and device.
+        """
+        by_broadcast = self.by_broadcast
+        if is_fresh:
             dtype, on_cpu = str(weight.dtype).removeprefix("torch."), weight.device.type == "cpu"
             assert self.settings.python is not None
             self.server = VllmServer(
@@ -178,20 +236,52 @@ class VllmRollout:
         for client in self.clients:
             if self.pushed is None:
                 client.wait_until_ready(
-                    self.settings.start_timeout if fresh else min(10.0, self.settings.start_timeout)
+                    self.settings.start_timeout if is_fresh else min(10.0, self.settings.start_timeout)
                 )
-            if not fresh and not by_broadcast:
+            if not is_fresh and not by_broadcast:
                 client.reload(self.directory)
-        if by_broadcast and not fresh:
-            self._broadcast(model)
 
-    def _broadcast(self, model: nn.Module) -> None:
+    def _open_broadcast(self, device: torch.device) -> Broadcast:
         if self.broadcast is None:
-            on_gpu = next(model.parameters()).device.type == "cuda"
-            self.broadcast = Broadcast(self.clients, on_gpu, self.settings.start_timeout)
-        self.broadcast.send(served_weights(model))
+            self.broadcast = Broadcast(self.clients, device.type == "cuda", self.settings.start_timeout)
+        return self.broadcast
+
+    def _broadcast_layers(self, model: nn.Module, layered: LayeredWeights) -> None:
+        """Send each layer's tensors while they are whole, then the others. Collective.
+
+        After an error on rank 0 it still takes part in the gathers that the other ranks wait for.
+        """
+        weights = served_weights(model)
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+        error: Exception | None = None
+        with ExitStack() as stack, layered.agreed():
+            send = None
+            try:
+                if self.main:
+                    send = stack.enter_context(self._open_broadcast(device).sending(in_layer_order(model, weights)))
+            except Exception as raised:
+                error = raised
+            for tensors in layered.layers(model):
+                try:
+                    if send is not None and error is None:
+                        send(tensors)
+                except Exception as raised:
+                    error = raised
+            if error is not None:
+                raise error
+            if send is not None:
+                send({name: tensor for name, tensor in weights.items() if not tensor.is_meta})
+                stack.close()
+                self._forget_cached_prompts()
+
+    def _forget_cached_prompts(self) -> None:
         for client in self.clients:
             client.forget()
+
+    def _find_names(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        if not self.names:
+            longest = max((len(prompt) for prompt in prompts), default=1) + sampling.max_new_tokens
+            self.names = [client.check(longest) for client in self.clients]
 
     def _announce(self, version: int) -> None:
         write_whole(self.directory / "pushed.json", json.dumps({"version": version, "process": os.getpid()}))
@@ -207,14 +297,16 @@ class VllmRollout:
                 )
             time.sleep(0.05)
 
-    def _prove(self, model: nn.Module, prompts: Sequence[Sequence[int]], server: int) -> None:
-        """Compare the server's log-probabilities of a few completions with the trainer's."""
+    def _sample_probes(self, prompts: Sequence[Sequence[int]], server: int) -> Completions:
+        """A few completions from this server, for `_check_probes`."""
         chosen = [list(prompt) for prompt in prompts[:PROBES]] or [[self.eos_ids[0] if self.eos_ids else self.pad_id]]
         with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
             jobs = [pool.submit(self._complete, 0, prompt, 1, PROBE, 0, server) for prompt in chosen]
             answers = [answer for job in jobs for answer in job.result()]
-        sampled = assemble(chosen, 1, answers, self.pad_id)
-        difference = mean_difference(model, sampled, PROBE.temperature)
+        return assemble(chosen, 1, answers, self.pad_id)
+
+    def _check_probes(self, difference: float, server: int) -> None:
+        """Raise ConfigError when this difference, in nats per token, shows that the server holds other weights."""
         allowed = self.settings.tolerance
         if self.noise is not None:
             allowed = min(allowed, max(NOISE * self.noise, FLOOR))
@@ -236,8 +328,12 @@ def mean_difference(model: nn.Module, sampled: Completions, temperature: float) 
     answers = sampled.completion_ids.to(device), sampled.completion_mask.to(device)
     with torch.no_grad():
         logps, _ = completion_logps(model, *prompts, *answers, temperature)
-    mask = sampled.completion_mask
-    return float((logps.cpu() - sampled.sampler_logps).abs()[mask].mean())
+    return _mean_gap(sampled, logps.cpu())
+
+
+def _mean_gap(sampled: Completions, logps: Tensor) -> float:
+    """Mean |sampler - trainer| log-probability over valid tokens; logps (B, T): the trainer's."""
+    return float((logps - sampled.sampler_logps).abs()[sampled.completion_mask].mean())
 
 
 def assemble(prompts: Sequence[Sequence[int]], n: int, answers: Sequence[Answer], pad_id: int) -> Completions:

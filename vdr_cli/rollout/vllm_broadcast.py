@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -57,17 +59,27 @@ class Broadcast:
 
     def send(self, weights: dict[str, Tensor]) -> None:
         """Returns when every server has loaded the tensors, which may lie on any device."""
-        device = torch.device("cuda" if self.backend == "nccl" else "cpu")
-        sent = {name: tensor.to(device).contiguous() for name, tensor in weights.items()}
-        received = self._ask("vdr_receive", [described(sent)] * len(self.clients))
+        with self.sending(weights) as send_some:
+            send_some(weights)
+
+    @contextmanager
+    def sending(self, weights: dict[str, Tensor]) -> Iterator[Callable[[dict[str, Tensor]], None]]:
+        """Yields a function that sends some tensors after others: those of `weights`, in this order, over its calls.
+
+        weights: names, types and shapes are read, no data. Leaving the block waits until every server has loaded all.
+        """
+        received = self._ask("vdr_receive", [described(weights)] * len(self.clients))
         try:
-            self._beside(received, self._broadcast, list(sent.values()))
+            yield lambda tensors: self._beside([], self._broadcast, list(tensors.values()), watched=received)
+            self._beside(received, lambda: None)
         except BaseException:
             self._group.abort()  # what is under way would wait for the failed one
             raise
 
     def _broadcast(self, tensors: list[Tensor]) -> None:
-        for work in [broadcast(self._group, tensor) for tensor in tensors]:
+        device = torch.device("cuda" if self.backend == "nccl" else "cpu")
+        sent = [tensor.to(device).contiguous() for tensor in tensors]
+        for work in [broadcast(self._group, tensor) for tensor in sent]:
             work.wait()
 
     def _ask(self, method: str, arguments: Sequence[dict[str, Any]]) -> list[Future[Any]]:
@@ -77,13 +89,22 @@ class Broadcast:
             for client, each in zip(self.clients, arguments, strict=True)
         ]
 
-    def _beside(self, requests: list[Future[Any]], own: Callable[..., Result], *arguments: Any) -> Result:
-        """Our part, while the servers do theirs; the first failure of either ends it, a server's by preference."""
+    def _beside(
+        self,
+        requests: list[Future[Any]],
+        own: Callable[..., Result],
+        *arguments: Any,
+        watched: Sequence[Future[Any]] = (),
+    ) -> Result:
+        """Do our part while the servers do theirs; the first failure of either ends it, a server's by preference.
+
+        watched: requests that go on after our part, but whose failure ends it too.
+        """
         part = self._pool.submit(own, *arguments)
-        wait([*requests, part], self.timeout, FIRST_EXCEPTION)
+        _wait_for([*requests, part], watched, self.timeout)
         if part.done() and part.exception():
-            wait(requests, GRACE, FIRST_EXCEPTION)
-        for request in requests:
+            wait([*requests, *watched], GRACE, FIRST_EXCEPTION)
+        for request in [*requests, *watched]:
             if request.done():
                 request.result()
         if all(each.done() for each in (*requests, part)) and not part.exception():
@@ -95,6 +116,16 @@ class Broadcast:
             f"rollout.vllm.push broadcast to {names} over {self.backend}: {reason}; rollout.vllm.push=directory needs "
             "no such connection"
         ) from error
+
+
+def _wait_for(needed: Sequence[Future[Any]], watched: Sequence[Future[Any]], seconds: float) -> None:
+    """Until all needed ones are done, one of all fails, or the time is over."""
+    deadline = time.monotonic() + seconds
+    while not all(each.done() for each in needed):
+        pending = [each for each in (*needed, *watched) if not each.done()]
+        ended = wait(pending, deadline - time.monotonic(), FIRST_COMPLETED).done
+        if not ended or any(each.exception() for each in ended):
+            return
 
 
 def _places(client: VllmClient) -> list[dict[str, Any]]:

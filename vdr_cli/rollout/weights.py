@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.system.files import replacing
 
 WEIGHTS = "model.safetensors"
@@ -49,6 +50,16 @@ def served_weights(model: nn.Module) -> dict[str, Tensor]:
     if head is not None:
         state[f"{names[id(head)]}.weight"] = head.weight.detach()
     return state
+
+
+def in_layer_order(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as they are sent from a model that is gathered layer by layer: its layers first, then the others.
+
+    weights: as `served_weights` gives them, on the meta device in the layers.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = [f"{names[id(layer)]}.{name}" for layer in decoder_layers(model) for name in layer.state_dict()]
+    return {name: weights[name] for name in layers} | {name: t for name, t in weights.items() if not t.is_meta}
 
 
 def write_weights(model: nn.Module, directory: Path) -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from vdr_cli.engine import collectives
 from vdr_cli.evaluation.evaluate import evaluate_model
+from vdr_cli.samples import Completions
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.state import LoopState
 
@@ -19,7 +27,7 @@ def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
     if state.pending is not None:  # servers that sample for the next step must not get newer weights meanwhile
         with collectives.agreed():
             state.pending.wait()
-    with res.timer.phase("evaluation"), res.engine.twin() as model:
+    with res.timer.phase("evaluation"), res.engine.gathered_model() as model:
         result = evaluate_model(
             model,
             res.tokenizer,
@@ -32,7 +40,23 @@ def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
             res.sampling,
             solved_at=cfg.rewards.solved_at,
             timeout=cfg.rewards.timeout,
+            entropy_sums=partial(_entropy_sums, res, model) if res.engine.by_layers else None,
         )
     metrics = {f"eval/{name}": value for name, value in result.metrics().items()}
     state.remember_best(metrics["eval/pass@1"])
     return metrics
+
+
+def _entropy_sums(res: Resources, model: Any, completions: Completions | None) -> NDArray[np.float64]:
+    """(B,) sum of each completion's token entropies in nats, read layer by layer. Collective.
+
+    None: this rank has no completions and only takes part.
+    """
+    cfg = res.config
+    nothing = torch.zeros((0, 1))
+    if completions is None:
+        ids, flags = nothing.long(), nothing.bool()
+        completions = Completions(ids, flags, ids, flags, nothing, flags[:, 0])
+    _, entropy = res.engine.read_logps(model, completions, cfg.train.micro_batch_size, cfg.rollout.temperature)
+    sums: NDArray[np.float64] = (entropy.double() * completions.completion_mask).sum(1).numpy()
+    return sums

@@ -23,9 +23,12 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
-from vdr_cli.engine.build import Engine, build_engine, start_distributed
+from vdr_cli.engine.build import build_engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.export import export_model
+from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
+from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.bonus import PATIENCE, BonusWatch
 from vdr_cli.launch import outcome, watchdog
@@ -184,11 +187,12 @@ def _load(
     _check_model(engine, members)
     _prepare_directory(directory, config, fresh)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
-    opened = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main())
+    layered = ServedLayers(engine) if engine.by_layers else None
+    opened = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main(), layered)
     rollout: Rollout = stack.enter_context(opened)
     reader = None
     if members is not None:
-        reader = EnsembleReader(members, engine.one_by_one if engine.by_layers else None)
+        reader = EnsembleReader(members, engine.whole_layers if engine.by_layers else None)
         rollout = WatchedRollout(rollout, reader)
     return Resources(
         config=config,
@@ -204,7 +208,7 @@ def _load(
 
 def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
     """Raise ConfigError when the model lacks the modules that the run needs. Collective."""
-    with engine.twin() as model, collectives.agreed():
+    with engine.gathered_model() as model, collectives.agreed():
         check_head(model)
         check_independence(model)
         if members is not None:

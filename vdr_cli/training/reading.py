@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine import collectives
-from vdr_cli.models.policy import completion_logps
-from vdr_cli.samples import Completions, to_device
+from vdr_cli.samples import Completions
 from vdr_cli.training.resources import Resources
 
 
@@ -38,25 +36,6 @@ def measure_disagreement(res: Resources, step: int, model: Any, completions: Com
 
 
 def read_logps(res: Resources, model: Any, completions: Completions) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (B, T) of the completions under a whole model, float32, on the CPU.
-
-    In the update's own micro-batches, read in its own way: an unchanged policy gives the same numbers to the last bit.
-    """
-    logps = torch.zeros(completions.completion_ids.shape)
-    entropy = torch.zeros_like(logps)
-    size = res.config.train.micro_batch_size
-    for start in range(0, len(completions), size):
-        rows = slice(start, start + size)
-        part = to_device(completions.rows(rows).trimmed(), res.engine.device)
-        T = part.completion_ids.shape[1]
-        logps[rows, :T], entropy[rows, :T] = completion_logps(
-            model,
-            part.prompt_ids,
-            part.prompt_mask,
-            part.completion_ids,
-            part.completion_mask,
-            res.config.rollout.temperature,
-            share_prompts=res.engine.share_prompts,
-            as_trees=res.engine.as_trees,
-        )
-    return logps, entropy
+    """Log-probabilities and entropies (B, T) of the completions under a gathered model, as `Engine.read_logps` says."""
+    cfg = res.config
+    return res.engine.read_logps(model, completions, cfg.train.micro_batch_size, cfg.rollout.temperature)

@@ -13,7 +13,7 @@ from vdr_cli.config import Config
 from vdr_cli.data.order import stream_indices
 from vdr_cli.data.prompts import PromptSet
 from vdr_cli.disagreement.reader import EnsembleReader
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout

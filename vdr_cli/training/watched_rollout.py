@@ -19,6 +19,9 @@ class WatchedRollout:
     rollout: Rollout
     ensemble: EnsembleReader
 
+    def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        self.rollout.refresh(model, prompts, sampling)
+
     def generate(
         self,
         model: nn.Module,

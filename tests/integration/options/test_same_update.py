@@ -65,8 +65,6 @@ def training_runs() -> list[Run]:
             for M in (2, 8, 32)
         ],
         ("members0", {"train.steps": 3}),
-        ("whole_copy", {**consulted, **IN_PROPORTION}),
-        ("by_layers", {**consulted, **IN_PROPORTION, "engine.copy_of_weights": "layers"}),
         ("recorded", top),
         ("unrecorded", top, "unrecorded"),
         *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
@@ -143,20 +141,6 @@ def test_gathers_do_not_depend_on_the_number_of_members(left: Left) -> None:
     assert none[0] > 0 and many[0] - none[0] <= 1
     weights = sum(tensor.nbytes for tensor in left.weights("members8").values())
     assert none[1] > weights and many[1] - none[1] <= 1.1 * weights
-
-
-@pytest.mark.runs("whole_copy", "by_layers")
-def test_one_layer_at_a_time_is_the_same_run(left: Left) -> None:
-    """Sampling, ensemble, reference and log-probabilities where no copy of the weights is ever whole."""
-    whole, layers = left.table("whole_copy"), left.table("by_layers")
-    assert layers["completion"] == whole["completion"]
-    torch.testing.assert_close(
-        torch.tensor(layers["advantage"]), torch.tensor(whole["advantage"]), rtol=1e-3, atol=1e-4
-    )
-    assert left.distance(left.gradient("by_layers"), left.gradient("whole_copy")) <= 1e-5
-    assert max(abs(bonus) for bonus in layers["bonus"]) > 0
-    assert left.ended["by_layers"] == "0"
-    assert left.distance(left.update("by_layers"), left.update("whole_copy")) <= 1e-5
 
 
 @pytest.mark.runs("recorded", "unrecorded")

@@ -29,7 +29,7 @@ from vdr_cli import train
 from vdr_cli.config.load import load_config
 from vdr_cli.disagreement import reader
 from vdr_cli.engine import build, collectives
-from vdr_cli.engine.build import Engine
+from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
 from vdr_cli.models import limits, products
@@ -108,7 +108,7 @@ def watched_step(self: Any, learning_rate: float) -> Any:
 def probed_complete(self: Any) -> None:
     found = {"calls": list(calls), "gathers": list(gathers_at_step_end), "gradient": dict(gradient)}
     res = self.resources
-    with res.engine.twin() as model:
+    with res.engine.gathered_model() as model:
         found["logits"] = model(input_ids=PROMPT).logits
         if res.reference is not None:
             with res.reference.whole(model) as reference:

@@ -1,0 +1,41 @@
+"""This process as a rank: joining the process group, its device, leaving."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from vdr_cli.engine.cpu import keep_to_one_thread_each
+from vdr_cli.engine.deepspeed_import import deepspeed
+from vdr_cli.engine.determinism import fixed_kernels
+from vdr_cli.errors import MachineError
+
+
+def start_distributed() -> torch.device:
+    """Join the process group and choose this rank's device. The launcher's environment must be set.
+
+    Raises MachineError when rank 0 cannot listen, or cannot be reached.
+    """
+    if not torch.cuda.is_available():
+        # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _join_group()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        fixed_kernels()
+        return device
+    keep_to_one_thread_each()
+    return torch.device("cpu")
+
+
+def _join_group() -> None:
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        if os.environ.get("RANK") == "0":
+            raise MachineError(f"rank 0 cannot listen on {place}: {reason}; give another --master-port") from error
+        raise MachineError(f"rank 0 cannot be reached at {place}: {reason}; give --master-addr") from error
