@@ -19,7 +19,7 @@ HOSTS = ("tests/cluster/", "tests/rollout/test_vllm_real.py", "tests/integration
 PROCESSES = (
     *HOSTS,
     "tests/integration/options/",
-    "tests/engine/test_layerwise.py",
+    "tests/engine/test_gather_layer.py",
     "tests/gpu/test_gpu_engine.py",
     "tests/integration/",
     "tests/recipes/test_recipe_runs.py",

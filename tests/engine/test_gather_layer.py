@@ -72,7 +72,7 @@ prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]][: 1 + 2 * rank]  # one prompt he
 rollout, sampling = TransformersRollout(0, [2]), Sampling(max_new_tokens=3 + 4 * rank)
 keys = list(range(10 * rank, 10 * rank + len(prompts)))
 found = {}
-with whole.twin() as model:
+with whole.gathered_model() as model:
     completions = rollout.generate(model, prompts, 3, sampling, keys)
     for M in (2, 8, 32):
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
@@ -83,7 +83,7 @@ with whole.twin() as model:
         again = reader.measure(model, request)
         collectives.barrier()
     found |= {"scarce whole": again.bald.tolist(), "moved scarce whole": since(before), "tries": tries.copy()}
-with layers.twin() as model:
+with layers.gathered_model() as model:
     before = dict(moved)
     logps, entropies = layers.read_logps(model, completions, 2, 1.0)  # two micro-batches here, five there
     found["read"] = since(before)
@@ -113,7 +113,7 @@ with layers.twin() as model:
     except Exception as error:
         found["error"] = type(error).__name__
 before = dict(moved)
-with whole.twin():
+with whole.gathered_model():
     found["copy"] = since(before)
 
 class NoTokenizer:
@@ -209,8 +209,8 @@ def test_a_forward_gathers_each_layer_once(ranks: tuple[Path, list[dict[str, Any
 def test_ranks_with_fewer_micro_batches_take_part_in_the_others_gathers(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
-    """Five micro-batches on the rank with three groups, each read in one pass."""
-    assert [found["read"]["gathers"] for found in ranks[1]] == [5 * LAYERS * PARAMETERS] * 2
+    """Five micro-batches on the rank with three groups, each read in two passes: prompts, then completions."""
+    assert [found["read"]["gathers"] for found in ranks[1]] == [5 * 2 * LAYERS * PARAMETERS] * 2
 
 
 def test_an_error_of_one_rank_is_one_of_both(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
