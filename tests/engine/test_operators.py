@@ -24,7 +24,7 @@ def test_installed_and_buildable_are_told_apart(monkeypatch: pytest.MonkeyPatch,
         "git_version_info": SimpleNamespace(installed_ops={"cpu_adam": True, "fused_adam": False}),
         "ops.op_builder.all_ops": SimpleNamespace(ALL_OPS={"cpu_adam": Builder(True), "fused_adam": Builder(False)}),
     }
-    monkeypatch.setattr("vdr_cli.engine.library.module", modules.__getitem__)
+    monkeypatch.setattr("vdr_cli.engine.deepspeed_import.module", modules.__getitem__)
     assert operators.operators() == [
         ("cpu_adam", True, True),
         ("fused_adam", False, False),
