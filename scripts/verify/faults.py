@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 UNITS = {
     "train.py": "tests/test_train.py",
-    "engine/build.py": "tests/engine/test_optimizer_settings.py",
+    "engine/optimizer.py": "tests/engine/test_optimizer_settings.py",
+    "engine/engine.py": "tests/engine/test_engine.py",
     "engine/ds_config.py": "tests/engine/test_optimizer_settings.py",
     "engine/checkpoint.py": "tests/engine/test_checkpoint.py",
     "engine/reference.py": "tests/engine/test_engine.py",
@@ -72,8 +73,8 @@ LOOP = _of(
     (
         "temperature 1 for the reference",
         "training/reading.py",
-        "            res.config.rollout.temperature,\n",
-        "            1.0,\n",
+        "cfg.train.micro_batch_size, cfg.rollout.temperature)",
+        "cfg.train.micro_batch_size, 1.0)",
         "kl_reward",
     ),
     (
@@ -179,40 +180,46 @@ LOOP = _of(
 
 ENGINE = _of(
     "tests/engine",
-    ("AdamW's betas swapped", "engine/build.py", "betas=cfg.adam_betas,", "betas=cfg.adam_betas[::-1],", "dapo"),
-    ("AdamW's epsilon is torch's", "engine/build.py", "eps=cfg.adam_epsilon,", "eps=1e-8,", "dapo"),
-    ("linear schedule inverted", "engine/build.py", '"linear": 1.0 - progress, "', '"linear": progress, "', "dr_grpo"),
+    ("AdamW's betas swapped", "engine/optimizer.py", "betas=cfg.adam_betas,", "betas=cfg.adam_betas[::-1],", "dapo"),
+    ("AdamW's epsilon is torch's", "engine/optimizer.py", "eps=cfg.adam_epsilon,", "eps=1e-8,", "dapo"),
+    (
+        "linear schedule inverted",
+        "engine/optimizer.py",
+        '"linear": 1.0 - progress, "',
+        '"linear": progress, "',
+        "dr_grpo",
+    ),
     (
         "cosine schedule inverted",
-        "engine/build.py",
+        "engine/optimizer.py",
         '"cosine": 0.5 * (1.0 + math.cos',
         '"cosine": 0.5 * (1.0 - math.cos',
         "grpo",
     ),
     (
         "warm-up off by one",
-        "engine/build.py",
+        "engine/optimizer.py",
         "* (step + 1) / cfg.warmup_steps",
         "* step / cfg.warmup_steps",
         "dr_grpo",
     ),
     (
         "the schedule forgets the warm-up",
-        "engine/build.py",
+        "engine/optimizer.py",
         "progress = (step - cfg.warmup_steps) /",
         "progress = step /",
         "dr_grpo",
     ),
     (
         "norms and biases decay",
-        "engine/build.py",
+        "engine/optimizer.py",
         'matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]',
         'matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 0]',
         "zero1",
     ),
     (
         "the loss is averaged over ranks",
-        "engine/build.py",
+        "engine/engine.py",
         "loss * finite * collectives.world_size()",
         "loss * finite",
         "two",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vdr_cli.config import TrainConfig
-from vdr_cli.engine import build
+from vdr_cli.engine.optimizer import build_optimizer, learning_rate_at
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ from vdr_cli.engine import build
 )
 def test_warmup_reaches_the_rate_and_the_schedule_leaves_it(schedule: str, expected: list[float]) -> None:
     settings = TrainConfig(steps=8, learning_rate=2.0, warmup_steps=4, lr_schedule=schedule)
-    rates = [build.learning_rate_at(step, settings) for step in range(8)]
+    rates = [learning_rate_at(step, settings) for step in range(8)]
     assert rates == pytest.approx([2.0 * share for share in expected])
 
 
 def test_without_warmup_the_first_step_has_the_whole_rate() -> None:
     settings = TrainConfig(steps=4, learning_rate=2.0, lr_schedule="linear")
-    assert [build.learning_rate_at(step, settings) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+    assert [learning_rate_at(step, settings) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
 def test_adamw_gets_betas_epsilon_and_decay_of_matrices_alone() -> None:
     settings = TrainConfig(adam_betas=(0.7, 0.95), adam_epsilon=1e-5, weight_decay=0.3)
     model = nn.Linear(3, 2)
-    optimizer = build._optimizer(model, settings, torch.device("cpu"))
+    optimizer = build_optimizer(model, settings, torch.device("cpu"))
     assert isinstance(optimizer, torch.optim.AdamW)
     found = [(group["weight_decay"], [p.dim() for p in group["params"]]) for group in optimizer.param_groups]
     assert found == [(0.3, [2]), (0.0, [1])]

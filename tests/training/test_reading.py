@@ -12,13 +12,16 @@ from tests.training.test_batch import batch_of
 from vdr_cli.config import Config
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.reader import MeasureRequest
+from vdr_cli.engine.engine import Engine
 from vdr_cli.training import reading
 from vdr_cli.training.timing import PhaseTimer
 
 
 def resources(**sections: Any) -> Any:
     config = Config.model_validate({"rollout": {"group_size": 2, "temperature": 0.7}, **sections})
-    engine = SimpleNamespace(device=torch.device("cpu"), share_prompts=True, as_trees=False, by_layers=False)
+    engine = object.__new__(Engine)
+    engine.device, engine.by_layers = torch.device("cpu"), False
+    engine.ds_engine = SimpleNamespace(module=SimpleNamespace(share_prompts=True, as_trees=False))
     return SimpleNamespace(config=config, engine=engine, timer=PhaseTimer())
 
 
@@ -28,7 +31,7 @@ def test_log_probabilities_are_at_the_sampling_temperature(monkeypatch: pytest.M
     def plain(model: Any, prompts: Any, prompt_mask: Any, ids: Any, mask: Any, temperature: float, **_: Any) -> Any:
         return ids * mask / temperature, ids * mask * 10.0
 
-    monkeypatch.setattr(reading, "completion_logps", plain)
+    monkeypatch.setattr("vdr_cli.engine.engine.completion_logps", plain)
     completions = batch_of([0, 1, 2, 3], 4).completions
     logps, entropy = reading.read_logps(resources(train={"micro_batch_size": 2}), None, completions)
     expected = completions.completion_ids * completions.completion_mask
