@@ -34,9 +34,12 @@ def resources(prompts: list[str] | None) -> Any:
     overrides = ["model.name=other", "train.eval_prompts=3", "train.eval_samples=4", "rewards.solved_at=0.5"]
     parts = dict.fromkeys(("tokenizer", "rollout", "rewards", "sampling"))
     return SimpleNamespace(
-        config=load_config(overrides=overrides), held_out=prompts, engine=SimpleNamespace(gathered_model=gathered_model, by_layers=False),
-        timer=PhaseTimer(), **parts,
-    )  # fmt: skip
+        config=load_config(overrides=overrides),
+        held_out=prompts,
+        engine=SimpleNamespace(gathered_model=gathered_model, by_layers=False),
+        timer=PhaseTimer(),
+        **parts,
+    )
 
 
 def state(pending: Any = None) -> Any:
