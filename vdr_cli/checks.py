@@ -107,13 +107,11 @@ def check_rewards(config: Config) -> None:
 
 
 def check_extras(config: Config) -> None:
-    """What is asked for and comes with an extra of the package must be installed."""
-    needed = {"wandb": config.observe.wandb, "peft": config.model.lora is not None}
-    keys = {"wandb": ("observe.wandb", "wandb"), "peft": ("model.lora", "lora")}
-    for package, wanted in needed.items():
-        key, extra = keys[package]
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key} needs the package {package}: pip install 'vdr-cli[{extra}]'")
+    """Optional packages that the settings ask for must be installed."""
+    wanted = {"observe.wandb": ("wandb", config.observe.wandb), "model.lora": ("peft", config.model.lora is not None)}
+    for key, (package, is_wanted) in wanted.items():
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key} needs {package}: pip install {package}")
 
 
 def check_output(config: Config, resume: str | None) -> None:

@@ -57,7 +57,7 @@ def test_one_line_and_exit_code_two(
 def test_pictures_need_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert app.run(["report", str(tmp_path), "--png", "figures"]) == 2
-    assert "--png needs the package matplotlib: pip install 'vdr-cli[plots]'" in capsys.readouterr().err
+    assert "--png needs matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 def test_reports_do_without_matplotlib() -> None:

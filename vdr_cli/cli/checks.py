@@ -38,7 +38,7 @@ def check_writable_file(path: str, flag: str) -> None:
         raise MachineError(f"{flag} {path}: no permission to write in {parent}")
 
 
-def check_package(package: str, extra: str, flag: str) -> None:
+def check_package(module: str, package: str, flag: str) -> None:
     """Check that an optional package is installed. Raises ConfigError with the command that installs it."""
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"{flag} needs the package {package}: pip install 'vdr-cli[{extra}]'")
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{flag} needs {package}: pip install {package}")

@@ -51,7 +51,7 @@ def command(
     if output is not None:
         check_writable_file(output, "-o")
     if png is not None:
-        check_package("matplotlib", "plots", "--png")
+        check_package("matplotlib", "matplotlib", "--png")
 
     from vdr_cli.report.page import write_pictures, write_report
 

@@ -28,7 +28,7 @@ def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("model.lora needs PEFT, which is an extra: pip install 'vdr-cli[lora]'") from error
+        raise ConfigError("model.lora needs PEFT: pip install peft") from error
     settings = peft.LoraConfig(
         r=cfg.rank,
         lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # annotated int, only ever divided by the rank

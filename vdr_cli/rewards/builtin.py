@@ -65,7 +65,7 @@ def built_in(name: str) -> Callable[..., Any]:
             import math_verify as _  # noqa: F401
         except ImportError as error:
             raise ConfigError(
-                "rewards.functions: math_verify needs the package math-verify; pip install 'vdr-cli[math]'"
+                "rewards.functions: math_verify needs the package math-verify; pip install math-verify"
             ) from error
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
     return BUILT_IN[name]

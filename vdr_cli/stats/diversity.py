@@ -37,7 +37,7 @@ def rouge_l(texts: Sequence[str], reference: str) -> list[float]:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise ConfigError("ROUGE-L needs rouge-score: pip install 'vdr-cli[metrics]'") from None
+        raise ConfigError("ROUGE-L needs rouge-score: pip install rouge-score") from None
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     return [float(scorer.score(reference, text)["rougeL"].fmeasure) for text in texts]
 
@@ -46,5 +46,5 @@ def _bleu() -> Any:
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
-        raise ConfigError("self-BLEU needs sacrebleu: pip install 'vdr-cli[metrics]'") from None
+        raise ConfigError("self-BLEU needs sacrebleu: pip install sacrebleu") from None
     return BLEU(effective_order=True, tokenize="none")

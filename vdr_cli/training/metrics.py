@@ -141,7 +141,7 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any] | None) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("observe.wandb is on but wandb is not installed: pip install 'vdr-cli[wandb]'") from None
+        raise ConfigError("observe.wandb is on but wandb is not installed: pip install wandb") from None
     identity = run_dir / "wandb_id"
     run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
     write_whole(identity, run_id + "\n")
