@@ -1,4 +1,4 @@
-"""What goes wrong for reasons a user can mend: one line each, with an exit code.
+"""Errors that a user can fix: one line each, with an exit code.
 
 Raise one of these with a message that says what is wrong, where (key, file, row, host) and what to
 do. `cli.app` prints the message alone and exits with `exit_code`; everything else is a bug and

@@ -94,7 +94,7 @@ class Watcher(Protocol):
     """Told what a model in this process has just read, for whoever looks into the model while it is sampled from."""
 
     seen: Tensor | None
-    """What the watched layer gave in the newest pass; a pass replayed from a CUDA graph sets it from outside."""
+    """The watched layer's output in the newest pass; a pass replayed from a CUDA graph sets it from outside."""
 
     def prompts_were_read(self, prompts: Tensor) -> None:
         """prompts (N,): places in the call; one row each, padded left to the widest of them."""

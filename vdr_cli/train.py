@@ -29,6 +29,7 @@ from vdr_cli.grpo.losses import (
     policy_loss,
     token_weights,
 )
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.samples import Completions, Stream, completion_key
 from vdr_cli.training import audit_record
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates, concatenate, micro_batches_of
@@ -120,15 +121,11 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
         prompts = [res.prompt_at(position) for position in positions]
         keys = [completion_key(cfg.train.seed, Stream.TRAINING, position) for position in positions]
         rewards = reward_stream(cfg, res.rewards, res.tokenizer, prompts, step)
+    request = RolloutRequest(
+        [prompt.token_ids for prompt in prompts], cfg.rollout.group_size, res.sampling, keys, rewards.finished
+    )
     with collectives.agreed(), res.timer.phase("rollout"):
-        wait = res.rollout.begin(
-            model,
-            [prompt.token_ids for prompt in prompts],
-            cfg.rollout.group_size,
-            res.sampling,
-            keys,
-            rewards.finished,
-        )
+        wait = res.rollout.start(model, request)
     return PendingRollout(positions, prompts, wait, rewards)
 
 

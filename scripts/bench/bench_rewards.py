@@ -22,6 +22,7 @@ from vdr_cli.config import RewardsConfig
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.stream import RewardStream
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Prompt, Sampling
 
@@ -54,7 +55,9 @@ def until_rewarded(model: PreTrainedModel, prompts: list[Prompt], group: int, re
     stream = RewardStream(rewards, prompts, group, 300.0, TrainerState(), texts)
     rollout = TransformersRollout(PAD, range(1, VOCABULARY // 16))
     ids = [prompt.token_ids for prompt in prompts]
-    rollout.generate(model, ids, group, Sampling(max_new_tokens=NEW), list(range(len(ids))), stream.finished)
+    rollout.generate(
+        model, RolloutRequest(ids, group, Sampling(max_new_tokens=NEW), list(range(len(ids))), stream.finished)
+    )
     stream.result()
     return time.perf_counter() - begin
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from vdr_cli.models.anatomy import decoder_layers, output_head
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Sampling
 
@@ -99,7 +100,11 @@ def main() -> None:
     keys, sampling = list(range(args.prompts)), Sampling(max_new_tokens=args.new)
     ours, theirs = [], []
     for _ in range(args.repeats + 1):
-        ours.append(seconds_of(lambda: rollout.generate(model, ids.tolist(), args.group, sampling, keys), device.type))
+        ours.append(
+            seconds_of(
+                lambda: rollout.generate(model, RolloutRequest(ids.tolist(), args.group, sampling, keys)), device.type
+            )
+        )
         theirs.append(seconds_of(lambda: transformers_generate(model, ids, args.group, args.new), device.type))
     pairs = list(zip(ours, theirs, strict=True))[1:]  # the first of each warms up
     own, other = (statistics.median(wall for wall, _ in side[1:]) for side in (ours, theirs))
@@ -119,7 +124,10 @@ def main() -> None:
         compiled = compiled_between_products(model)
         first, *pairs = (
             [
-                seconds_of(lambda m=m: rollout.generate(m, ids.tolist(), args.group, sampling, keys), device.type)[0]
+                seconds_of(
+                    lambda m=m: rollout.generate(m, RolloutRequest(ids.tolist(), args.group, sampling, keys)),
+                    device.type,
+                )[0]
                 for m in both
             ]
             for both in [(compiled, model)] * (args.repeats + 1)

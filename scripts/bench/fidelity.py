@@ -27,6 +27,7 @@ from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.exploration.bonus import reduce
 from vdr_cli.models import anatomy
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling, Stream, completion_key
 
@@ -45,7 +46,7 @@ def sampled(name: str, groups: int, group_size: int, length: int) -> tuple[nn.Mo
     rollout = TransformersRollout(tokenizer.pad_token_id, eos_token_ids(model, tokenizer))
     chosen = [prompts[index].token_ids for index in range(groups)]
     keys = [completion_key(0, Stream.EVALUATION, index) for index in range(groups)]
-    return model, rollout.generate(model, chosen, group_size, Sampling(max_new_tokens=length), keys)
+    return model, rollout.generate(model, RolloutRequest(chosen, group_size, Sampling(max_new_tokens=length), keys))
 
 
 SHARES = {"half": 0.5, "a quarter": 0.25}

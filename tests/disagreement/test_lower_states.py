@@ -14,6 +14,7 @@ from vdr_cli.disagreement.lower_states import cache_for
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.models import anatomy
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling
 
@@ -26,7 +27,9 @@ def sampled(model: nn.Module, reader: EnsembleReader, batch_tokens: int = 4096) 
     """Ragged completions: ends are frequent, so rows leave the decode batch."""
     rollout = TransformersRollout(pad_id=0, eos_ids=range(2, 20), batch_tokens=batch_tokens)
     with reader.watching(model, tokens=1000) as watcher:
-        completions = rollout.generate(model, PROMPTS, G, Sampling(T), range(len(PROMPTS)), watcher=watcher)
+        completions = rollout.generate(
+            model, RolloutRequest(PROMPTS, G, Sampling(T), range(len(PROMPTS)), watcher=watcher)
+        )
     assert watcher is not None
     watcher.completions = completions
     lengths = completions.completion_mask.sum(1)

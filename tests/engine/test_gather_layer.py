@@ -18,6 +18,7 @@ WORKER = """
 import json, sys
 from contextlib import nullcontext
 import deepspeed, torch
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
 from vdr_cli.disagreement.hooks import hooked
@@ -73,7 +74,7 @@ rollout, sampling = TransformersRollout(0, [2]), Sampling(max_new_tokens=3 + 4 *
 keys = list(range(10 * rank, 10 * rank + len(prompts)))
 found = {}
 with whole.gathered_model() as model:
-    completions = rollout.generate(model, prompts, 3, sampling, keys)
+    completions = rollout.generate(model, RolloutRequest(prompts, 3, sampling, keys))
     for M in (2, 8, 32):
         spec = EnsembleSpec(M, dropout=0.2, seed=1)
         found[f"whole{M}"] = EnsembleReader(spec).measure(model, MeasureRequest(completions, 3, 4)).bald.tolist()

@@ -10,6 +10,7 @@ from gpu_reference import logits_by_hand, logp_error, model_on
 from torch import Tensor, nn
 
 from vdr_cli.rollout import static_cache
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
 from vdr_cli.samples import Completions, Sampling
 
@@ -20,7 +21,7 @@ def sampled(model: nn.Module, graphs: CudaGraphs, new_tokens: int = 40, watcher:
     rollout = TransformersRollout(0, [3, 4], cuda_graphs=graphs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a capture that fails warns
-        return rollout.generate(model, PROMPTS, 6, Sampling(new_tokens), KEYS, watcher=watcher)
+        return rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(new_tokens), KEYS, watcher=watcher))
 
 
 class Seen:
@@ -87,13 +88,13 @@ def test_a_model_that_waits_for_the_device_is_sampled_without_graphs(device: tor
     try:
         if device.type == "cuda":
             with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
-                drawn = rollout.generate(model, PROMPTS, 6, Sampling(8), KEYS)
+                drawn = rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(8), KEYS))
             assert not rollout.can_capture
         else:
-            drawn = rollout.generate(model, PROMPTS, 6, Sampling(8), KEYS)
+            drawn = rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(8), KEYS))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            again = rollout.generate(model, PROMPTS, 6, Sampling(8), KEYS)
+            again = rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(8), KEYS))
     finally:
         handle.remove()
     assert torch.equal(drawn.completion_ids, expected.completion_ids)

@@ -29,6 +29,7 @@ from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.policy import completion_logps
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling
 
@@ -60,7 +61,9 @@ def test_states_from_sampling(device: torch.device, dtype: torch.dtype, batch_to
     model, reader = model_on(device, dtype), EnsembleReader(TOP)
     rollout = TransformersRollout(pad_id=0, eos_ids=range(2, 14), batch_tokens=batch_tokens)
     with reader.watching(model, tokens=1000) as watcher:
-        here = rollout.generate(model, [[7, 8, 9], [4, 5, 6, 7, 8]], 4, Sampling(9), [3, 4], watcher=watcher)
+        here = rollout.generate(
+            model, RolloutRequest([[7, 8, 9], [4, 5, 6, 7, 8]], 4, Sampling(9), [3, 4], watcher=watcher)
+        )
     assert watcher is not None and watcher.has_states
     watcher.completions = here
     lowest, calls = decoder_layers(model)[0].mlp, []

@@ -8,6 +8,7 @@ from gpu_reference import ARCHITECTURES, VOCABULARY, logits_by_hand, logp_error,
 from torch import Tensor
 
 from vdr_cli.models.policy import completion_logps
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.sampling import inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling
@@ -74,7 +75,9 @@ def test_scores_that_are_no_numbers_are_told(device: torch.device) -> None:
 
 
 def sampled(model: torch.nn.Module, sampling: Sampling, n: int = 4, batch_tokens: int = 262_144) -> Completions:
-    return TransformersRollout(0, range(1, 6), batch_tokens=batch_tokens).generate(model, PROMPTS, n, sampling, KEYS)
+    return TransformersRollout(0, range(1, 6), batch_tokens=batch_tokens).generate(
+        model, RolloutRequest(PROMPTS, n, sampling, KEYS)
+    )
 
 
 def test_greedy_tokens_are_the_likeliest(device: torch.device, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import MachineError
 from vdr_cli.launch import preflight
 from vdr_cli.launch.environment import free_port
-from vdr_cli.launch.preflight import Answer, Question, ask, check_hosts, compare, examine, question
+from vdr_cli.launch.preflight import Answer, Question, ask, check_hosts, compare, examine, question_for
 
 ASKED = Question(
     ("/data/rows.jsonl",), ("/runs",), {"address": "10.0.0.1", "port": 29500, "others": 1, "patience": 0.2}
@@ -131,7 +131,7 @@ def test_a_run_asks_for_what_it_names(tmp_path: Path) -> None:
             "launch": {"master_addr": "10.0.0.1"},
         }
     )
-    asked = question(config, {"h1": [0], "h2": [0]}, ["train", "run.yaml", "--steps", "3"])
+    asked = question_for(config, {"h1": [0], "h2": [0]}, ["train", "run.yaml", "--steps", "3"])
     assert [Path(path).name for path in asked.files] == ["run.yaml", "rows.jsonl", "own.py"]
     assert asked.shared == (str(tmp_path),)
     assert asked.meeting is not None

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Sampling
@@ -142,7 +143,7 @@ class FakeVllm:
         temperature = body["temperature"]
         sampling = Sampling(body["max_tokens"], temperature, max(body["top_k"], 0), body["top_p"], body["min_p"])
         rollout = TransformersRollout(0, body["stop_token_ids"])
-        out = rollout.generate(self.model, [body["prompt"]], body["n"], sampling, [body["seed"]])
+        out = rollout.generate(self.model, RolloutRequest([body["prompt"]], body["n"], sampling, [body["seed"]]))
         choices = []
         for index in range(body["n"]):
             mask = out.completion_mask[index]

@@ -19,6 +19,7 @@ from transformers import (
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import cache_arguments
 from vdr_cli.rollout import cache as decode_cache
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.cache import DecodeCache, ExpandedLayer, Grouping, SharedPromptLayer, without_holes
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Sampling, pad_prompts
@@ -101,9 +102,9 @@ def test_decoding_equals_a_full_forward_while_rows_leave(share: bool, monkeypatc
 def test_shared_and_expanded_prompts_give_the_same_completions(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sampling = tiny(), Sampling(max_new_tokens=20, temperature=1.0)
     rollout = TransformersRollout(0, [1, 2, 3])
-    shared = rollout.generate(model, PROMPTS, 8, sampling, [1, 2, 3])
+    shared = rollout.generate(model, RolloutRequest(PROMPTS, 8, sampling, [1, 2, 3]))
     monkeypatch.setattr(decode_cache, "_can_share", lambda model, cache: False)
-    expanded = rollout.generate(model, PROMPTS, 8, sampling, [1, 2, 3])
+    expanded = rollout.generate(model, RolloutRequest(PROMPTS, 8, sampling, [1, 2, 3]))
     assert torch.equal(shared.completion_ids, expanded.completion_ids)
     assert torch.allclose(shared.sampler_logps, expanded.sampler_logps, atol=1e-5)
     assert shared.completion_mask.sum(1).unique().numel() > 3  # rows did leave at different times
@@ -112,7 +113,7 @@ def test_shared_and_expanded_prompts_give_the_same_completions(monkeypatch: pyte
 def test_the_models_own_attention_is_put_back() -> None:
     model = tiny()
     before = model.config._attn_implementation
-    TransformersRollout(0, [1]).generate(model, PROMPTS, 2, Sampling(3), [1, 2, 3])
+    TransformersRollout(0, [1]).generate(model, RolloutRequest(PROMPTS, 2, Sampling(3), [1, 2, 3]))
     assert model.config._attn_implementation == before
     ids, mask = pad_prompts(PROMPTS, 0)
     inner = DynamicCache(config=model.config)
@@ -151,7 +152,9 @@ def test_what_shared_prompts_do_not_compute_is_never_left_out(config: PreTrained
     """As they come such models run eagerly and share no prompt; were one to run under sdpa, it is refused."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    greedy = TransformersRollout(0, [1]).generate(model, PROMPTS, 1, Sampling(2, temperature=0.0), [1, 2, 3])
+    greedy = TransformersRollout(0, [1]).generate(
+        model, RolloutRequest(PROMPTS, 1, Sampling(2, temperature=0.0), [1, 2, 3])
+    )
     whole = torch.tensor([PROMPTS[0] + greedy.completion_ids[0, :1].tolist()])
     assert model(input_ids=whole).logits[0, -1].argmax() == greedy.completion_ids[0, 1]
     ids, mask = pad_prompts(PROMPTS[:1], 0)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from vdr_cli.rollout import static_cache
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.static_cache import Columns
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
 from vdr_cli.samples import Completions, Sampling
@@ -42,7 +43,7 @@ def llama() -> PreTrainedModel:
 
 def sampled(model: PreTrainedModel, graphs: CudaGraphs, new_tokens: int, eos: list[int]) -> Completions:
     rollout = TransformersRollout(0, eos, cuda_graphs=graphs)
-    return rollout.generate(model, PROMPTS, 4, Sampling(max_new_tokens=new_tokens), [1, 2, 3])
+    return rollout.generate(model, RolloutRequest(PROMPTS, 4, Sampling(max_new_tokens=new_tokens), [1, 2, 3]))
 
 
 @pytest.mark.parametrize("build", [qwen2, llama])

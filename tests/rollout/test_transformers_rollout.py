@@ -24,6 +24,7 @@ from transformers import (
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import position_ids
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.sampling import processors
 from vdr_cli.rollout.transformers_backend import TransformersRollout, _batches
 from vdr_cli.samples import Completions, Sampling
@@ -100,7 +101,7 @@ def answers(out: Completions) -> list[list[int]]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_equals_transformers_generate(name: str) -> None:
     model = tiny(name)
-    out = rollout().generate(model, PROMPTS, 1, Sampling(max_new_tokens=14, temperature=0), KEYS)
+    out = rollout().generate(model, RolloutRequest(PROMPTS, 1, Sampling(max_new_tokens=14, temperature=0), KEYS))
     theirs = model.generate(
         input_ids=out.prompt_ids, attention_mask=out.prompt_mask.long(), do_sample=False, max_new_tokens=14
     )[:, out.prompt_ids.shape[1] :]
@@ -113,7 +114,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logps_equal_a_full_forward(name: str) -> None:
     model = tiny(name)
-    out = rollout().generate(model, PROMPTS, 3, Sampling(max_new_tokens=12, temperature=0.7), KEYS)
+    out = rollout().generate(model, RolloutRequest(PROMPTS, 3, Sampling(max_new_tokens=12, temperature=0.7), KEYS))
     logps = (full_logits(model, out) / 0.7).log_softmax(-1).gather(-1, out.completion_ids[..., None])[..., 0]
     assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
     assert (out.sampler_logps[~out.completion_mask] == 0).all()
@@ -137,7 +138,7 @@ def test_logps_equal_a_full_forward_whichever_rows_leave(
     prompts = [[21 + 5 * index + step for step in range(length)] for index, length in enumerate(lengths)]
     eos = range(1, 1 + ends)
     out = TransformersRollout(PAD, eos, batch_tokens=batch_tokens).generate(
-        model, prompts, n, Sampling(max_new_tokens=9), [key + index for index in range(len(prompts))]
+        model, RolloutRequest(prompts, n, Sampling(max_new_tokens=9), [key + index for index in range(len(prompts))])
     )
     logps = full_logits(model, out).log_softmax(-1).gather(-1, out.completion_ids[..., None])[..., 0]
     assert torch.allclose(out.sampler_logps, logps * out.completion_mask, atol=1e-5)
@@ -156,7 +157,7 @@ def test_logps_equal_a_full_forward_whichever_rows_leave(
 def test_logps_are_those_of_the_filtered_distribution_of_a_full_forward(sampling: Sampling) -> None:
     model = tiny("qwen2", spread=2.0)
     for index, prompt in enumerate(PROMPTS):  # one prompt at a time: no padding that a penalty could see
-        out = rollout().generate(model, [prompt], 4, sampling, KEYS[index : index + 1])
+        out = rollout().generate(model, RolloutRequest([prompt], 4, sampling, KEYS[index : index + 1]))
         logits, ids = full_logits(model, out), torch.cat([out.prompt_ids, out.completion_ids], 1)
         for t in range(out.completion_ids.shape[1]):
             scores = processors(sampling)(ids[:, : len(prompt) + t], logits[:, t].clone())
@@ -167,7 +168,7 @@ def test_logps_are_those_of_the_filtered_distribution_of_a_full_forward(sampling
 
 def test_rows_end_at_eos_and_truncated_says_which_did_not() -> None:
     model = tiny("qwen2", spread=1.0)
-    out = rollout().generate(model, PROMPTS, 40, Sampling(max_new_tokens=30, temperature=1.0), KEYS)
+    out = rollout().generate(model, RolloutRequest(PROMPTS, 40, Sampling(max_new_tokens=30, temperature=1.0), KEYS))
     ended = 0
     for ids, truncated in zip(answers(out), out.truncated.tolist(), strict=True):
         assert EOS not in ids[:-1]
@@ -180,10 +181,12 @@ def test_rows_end_at_eos_and_truncated_says_which_did_not() -> None:
 
 def test_eos_as_the_last_allowed_token_is_not_truncated() -> None:
     model = tiny("qwen2")
-    first = rollout().generate(model, PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1])
+    first = rollout().generate(model, RolloutRequest(PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1]))
     assert first.truncated.tolist() == [True]
     token = int(first.completion_ids[0, 0])
-    out = TransformersRollout(PAD, [EOS, token]).generate(model, PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1])
+    out = TransformersRollout(PAD, [EOS, token]).generate(
+        model, RolloutRequest(PROMPTS[:1], 1, Sampling(1, temperature=0), KEYS[:1])
+    )
     assert out.truncated.tolist() == [False]
     assert out.completion_mask.sum() == 1
 
@@ -193,15 +196,17 @@ def test_eos_as_the_last_allowed_token_is_not_truncated() -> None:
 def test_a_completion_does_not_depend_on_batch_size_or_order(name: str) -> None:
     model = tiny(name)
     sampling = Sampling(max_new_tokens=10, temperature=1.3, top_p=0.95)
-    together = answers(rollout().generate(model, PROMPTS, 6, sampling, KEYS))
+    together = answers(rollout().generate(model, RolloutRequest(PROMPTS, 6, sampling, KEYS)))
     order = [3, 1, 4, 0, 2]
-    shuffled = rollout().generate(model, [PROMPTS[i] for i in order], 6, sampling, [KEYS[i] for i in order])
+    shuffled = rollout().generate(
+        model, RolloutRequest([PROMPTS[i] for i in order], 6, sampling, [KEYS[i] for i in order])
+    )
     for place, index in enumerate(order):
         assert answers(shuffled)[place * 6 : place * 6 + 6] == together[index * 6 : index * 6 + 6]
     for rows in (1, 7, 64):
-        split = rollout(batch_tokens=rows * 18).generate(model, PROMPTS, 6, sampling, KEYS)
+        split = rollout(batch_tokens=rows * 18).generate(model, RolloutRequest(PROMPTS, 6, sampling, KEYS))
         assert answers(split) == together
-    fewer = answers(rollout().generate(model, PROMPTS[1:2], 2, sampling, KEYS[1:2]))
+    fewer = answers(rollout().generate(model, RolloutRequest(PROMPTS[1:2], 2, sampling, KEYS[1:2])))
     assert fewer == together[6:8]
     assert len({tuple(ids) for ids in together}) > 20
 
@@ -213,7 +218,7 @@ def test_200000_completions_follow_the_joint_distribution_of_their_tokens() -> N
         for parameter in model.parameters():
             parameter.mul_(3.0)
     prompt, sampling = [5, 2, 6], Sampling(max_new_tokens=2, temperature=0.9)
-    out = TransformersRollout(PAD, []).generate(model, [prompt], 200_000, sampling, [77])
+    out = TransformersRollout(PAD, []).generate(model, RolloutRequest([prompt], 200_000, sampling, [77]))
     with torch.no_grad():
         continued = torch.tensor([[*prompt, token] for token in range(7)])
         logits = model(input_ids=continued).logits.double() / 0.9
@@ -250,10 +255,10 @@ def test_every_prompt_is_told_once_and_before_the_last_are_sampled(batch_tokens:
     model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     sampling = Sampling(max_new_tokens=30, temperature=1.0)
     backend = TransformersRollout(PAD, range(1, 12), batch_tokens=batch_tokens)  # many tokens end a completion
-    out = backend.generate(model, PROMPTS, 4, sampling, KEYS, finished)
+    out = backend.generate(model, RolloutRequest(PROMPTS, 4, sampling, KEYS, finished))
     assert told == {place: answers(out)[4 * place : 4 * place + 4] for place in range(len(PROMPTS))}
     assert len(forwards) > 1 and forwards[0] < calls[0]
-    again = backend.begin(model, PROMPTS, 4, sampling, KEYS)()
+    again = backend.start(model, RolloutRequest(PROMPTS, 4, sampling, KEYS))()
     assert answers(again) == answers(out) and torch.equal(again.truncated, out.truncated)
 
 
@@ -267,11 +272,11 @@ class Letters:
 def test_a_stop_string_ends_after_the_token_that_completes_it() -> None:
     model = tiny("qwen2")
     sampling = Sampling(max_new_tokens=12, temperature=1.5)
-    free = answers(rollout().generate(model, PROMPTS, 4, sampling, KEYS))
+    free = answers(rollout().generate(model, RolloutRequest(PROMPTS, 4, sampling, KEYS)))
     text = Letters().batch_decode(free)
     stop = next(t[3:5] for t in text if len(t) >= 8)
     stopped = rollout(tokenizer=Letters()).generate(
-        model, PROMPTS, 4, Sampling(max_new_tokens=12, temperature=1.5, stop=("zzz", stop)), KEYS
+        model, RolloutRequest(PROMPTS, 4, Sampling(max_new_tokens=12, temperature=1.5, stop=("zzz", stop)), KEYS)
     )
     hits = 0
     for before, after, truncated in zip(text, Letters().batch_decode(answers(stopped)), stopped.truncated, strict=True):
@@ -286,14 +291,14 @@ def test_a_stop_string_ends_after_the_token_that_completes_it() -> None:
 
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
     with pytest.raises(ConfigError, match="stop needs a tokenizer"):
-        rollout().generate(tiny("qwen2"), PROMPTS, 1, Sampling(4, stop=("x",)), KEYS)
+        rollout().generate(tiny("qwen2"), RolloutRequest(PROMPTS, 1, Sampling(4, stop=("x",)), KEYS))
 
 
 def test_an_empty_prompt_is_refused_and_no_prompts_give_no_rows() -> None:
     model = tiny("qwen2")
     with pytest.raises(DataError, match="prompt 1"):
-        rollout().generate(model, [[3], []], 1, Sampling(4), [1, 2])
-    out = rollout().generate(model, [], 4, Sampling(4), [])
+        rollout().generate(model, RolloutRequest([[3], []], 1, Sampling(4), [1, 2]))
+    out = rollout().generate(model, RolloutRequest([], 4, Sampling(4), []))
     assert len(out) == 0
     assert out.completion_ids.shape[0] == 0
 
@@ -302,21 +307,21 @@ def test_repetition_penalty_ignores_padding() -> None:
     """transformers penalises the pad token of padded rows; a completion must not depend on its neighbours."""
     model = tiny("qwen2")
     sampling = Sampling(max_new_tokens=8, temperature=1.0, repetition_penalty=1.7)
-    together = answers(rollout().generate(model, PROMPTS, 4, sampling, KEYS))
+    together = answers(rollout().generate(model, RolloutRequest(PROMPTS, 4, sampling, KEYS)))
     for index, prompt in enumerate(PROMPTS):
-        alone = rollout().generate(model, [prompt], 4, sampling, [KEYS[index]])
+        alone = rollout().generate(model, RolloutRequest([prompt], 4, sampling, [KEYS[index]]))
         assert answers(alone) == together[index * 4 : index * 4 + 4]
 
 
 def test_the_model_is_used_in_inference_only() -> None:
     model = tiny("qwen2")
-    out = rollout().generate(model, PROMPTS, 2, Sampling(3), KEYS)
+    out = rollout().generate(model, RolloutRequest(PROMPTS, 2, Sampling(3), KEYS))
     assert not out.sampler_logps.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_bfloat16_models_give_float32_logps() -> None:
     model = tiny("qwen2").to(torch.bfloat16)
-    out = rollout().generate(model, PROMPTS, 2, Sampling(5), KEYS)
+    out = rollout().generate(model, RolloutRequest(PROMPTS, 2, Sampling(5), KEYS))
     assert out.sampler_logps.dtype == torch.float32
     assert torch.isfinite(out.sampler_logps).all()

@@ -19,6 +19,7 @@ from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
 from vdr_cli.rollout import vllm_backend, weights
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.rollout.vllm_backend import PROBE, VllmRollout, mean_difference
 from vdr_cli.rollout.vllm_broadcast import Broadcast
@@ -64,9 +65,11 @@ def test_greedy_tokens_and_logps_are_transformers_before_and_after_a_push(rollou
     greedy, warm = Sampling(7, temperature=0), Sampling(7, temperature=0.8)
     own = TransformersRollout(rollout.pad_id, rollout.eos_ids)
     for _ in range(3):
-        theirs = rollout.generate(model, PROMPTS, 1, greedy, [1, 2, 3])
-        assert torch.equal(theirs.completion_ids, own.generate(model, PROMPTS, 1, greedy, [1, 2, 3]).completion_ids)
-        sampled = rollout.generate(model, PROMPTS, 16, warm, [1, 2, 3])
+        theirs = rollout.generate(model, RolloutRequest(PROMPTS, 1, greedy, [1, 2, 3]))
+        assert torch.equal(
+            theirs.completion_ids, own.generate(model, RolloutRequest(PROMPTS, 1, greedy, [1, 2, 3])).completion_ids
+        )
+        sampled = rollout.generate(model, RolloutRequest(PROMPTS, 16, warm, [1, 2, 3]))
         assert mean_difference(model, sampled, 0.8) < 1e-5
         with torch.no_grad():
             for parameter in model.parameters():
@@ -75,8 +78,8 @@ def test_greedy_tokens_and_logps_are_transformers_before_and_after_a_push(rollou
 
 def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
     model, sampling = load_causal_lm("starter", torch.float32), Sampling(7)
-    together = rollout.generate(model, PROMPTS, 4, sampling, [11, 22, 33])
-    alone = rollout.generate(model, PROMPTS[1:2], 4, sampling, [22]).completion_ids
+    together = rollout.generate(model, RolloutRequest(PROMPTS, 4, sampling, [11, 22, 33]))
+    alone = rollout.generate(model, RolloutRequest(PROMPTS[1:2], 4, sampling, [22])).completion_ids
     assert torch.equal(alone, together.completion_ids[4:8, : alone.shape[1]])
 
 
@@ -90,7 +93,7 @@ def test_stale_weights_and_a_head_that_stayed_are_caught(
     fault: str, rollout: VllmRollout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_causal_lm("starter", torch.float32)
-    rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, PROBE, [1, 2, 3]))
     if fault == "stale":
         monkeypatch.setattr(VllmClient, "reload", lambda self, directory: None)
         monkeypatch.setattr(Broadcast, "send", lambda self, weights: None)
@@ -101,7 +104,7 @@ def test_stale_weights_and_a_head_that_stayed_are_caught(
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     with pytest.raises(ConfigError, match="differ from the trainer's by"):
-        rollout.generate(model, PROMPTS, 2, PROBE, [1, 2, 3])
+        rollout.generate(model, RolloutRequest(PROMPTS, 2, PROBE, [1, 2, 3]))
 
 
 @pytest.mark.parametrize(("ahead", "push"), [(0, "directory"), (1, "broadcast")])

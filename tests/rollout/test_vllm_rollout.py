@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout import in_vllm
-from vdr_cli.rollout.base import Rollout
+from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver, own_address
 from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -71,8 +71,8 @@ def connect(fake: Any, directory: Path, main: bool = True, **settings: Any) -> V
 
 def test_completions_and_logps_are_the_servers(fake_vllm: Any, tmp_path: Path) -> None:
     model, sampling = tiny(), Sampling(max_new_tokens=9, temperature=1.2, top_k=20)
-    out = connect(fake_vllm, tmp_path).generate(model, PROMPTS, 4, sampling, KEYS)
-    own = TransformersRollout(0, [1]).generate(model, PROMPTS, 4, sampling, [key >> 1 for key in KEYS])
+    out = connect(fake_vllm, tmp_path).generate(model, RolloutRequest(PROMPTS, 4, sampling, KEYS))
+    own = TransformersRollout(0, [1]).generate(model, RolloutRequest(PROMPTS, 4, sampling, [key >> 1 for key in KEYS]))
     assert torch.equal(out.completion_ids, own.completion_ids)
     assert torch.equal(out.completion_mask, own.completion_mask)
     assert torch.equal(out.prompt_ids, own.prompt_ids)
@@ -85,8 +85,10 @@ def test_prompts_are_spread_over_several_servers(fake_vllm: Any, tmp_path: Path)
     try:
         urls = [fake_vllm.url, second.url]
         sampling = Sampling(max_new_tokens=6)
-        out = connect(fake_vllm, tmp_path, urls=urls).generate(tiny(), PROMPTS, 2, sampling, KEYS)
-        own = TransformersRollout(0, [1]).generate(tiny(), PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+        out = connect(fake_vllm, tmp_path, urls=urls).generate(tiny(), RolloutRequest(PROMPTS, 2, sampling, KEYS))
+        own = TransformersRollout(0, [1]).generate(
+            tiny(), RolloutRequest(PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+        )
         assert torch.equal(out.completion_ids, own.completion_ids)
         assert fake_vllm.reloads == second.reloads == 1
         assert second.completions > len(PROMPTS)  # its own proof, and a prompt
@@ -94,27 +96,27 @@ def test_prompts_are_spread_over_several_servers(fake_vllm: Any, tmp_path: Path)
         rollout, model = connect(fake_vllm, tmp_path, urls=urls), tiny()
         change(model)
         with pytest.raises(ConfigError, match=f"log-probabilities of {second.url} differ"):
-            rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+            rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     finally:
         second.stop()
 
 
 def test_greedy_completions_are_asked_for_once(fake_vllm: Any, tmp_path: Path) -> None:
     sampling = Sampling(max_new_tokens=5, temperature=0)
-    out = connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 3, sampling, KEYS)
-    own = TransformersRollout(0, [1]).generate(tiny(), PROMPTS, 3, sampling, KEYS)
+    out = connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest(PROMPTS, 3, sampling, KEYS))
+    own = TransformersRollout(0, [1]).generate(tiny(), RolloutRequest(PROMPTS, 3, sampling, KEYS))
     assert torch.equal(out.completion_ids, own.completion_ids)
 
 
 def test_weights_are_pushed_when_they_changed_and_only_then(fake_vllm: Any, tmp_path: Path) -> None:
     model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
-    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
-    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     assert fake_vllm.reloads == 1
     change(model)
-    out = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    out = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     assert fake_vllm.reloads == 2
-    own = TransformersRollout(0, [1]).generate(model, PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+    own = TransformersRollout(0, [1]).generate(model, RolloutRequest(PROMPTS, 2, sampling, [key >> 1 for key in KEYS]))
     assert torch.equal(out.completion_ids, own.completion_ids)
 
 
@@ -145,17 +147,17 @@ def test_wrong_weights_after_a_push_stop_the_run(
     plant: Callable[[Any], None], amount: float, fake_vllm: Any, tmp_path: Path
 ) -> None:
     model, rollout = tiny(tied=plant is plant_old_head), connect(fake_vllm, tmp_path)
-    rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, Sampling(6), KEYS))
     plant(fake_vllm)
     change(model, amount)
     with pytest.raises(ConfigError, match="differ from the trainer's by"):
-        rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+        rollout.generate(model, RolloutRequest(PROMPTS, 2, Sampling(6), KEYS))
 
 
 def test_raw_logps_are_noticed_at_any_training_temperature(fake_vllm: Any, tmp_path: Path) -> None:
     fake_vllm.raw_logps = True
     with pytest.raises(ConfigError, match="processed_logprobs"):
-        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(6, temperature=1.0), KEYS)
+        connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(6, temperature=1.0), KEYS))
 
 
 def test_a_tied_model_is_served_untied(tmp_path: Path) -> None:
@@ -171,29 +173,31 @@ def test_a_tied_model_is_served_untied(tmp_path: Path) -> None:
 
 def test_a_server_error_is_retried_with_a_limit(fake_vllm: Any, tmp_path: Path) -> None:
     rollout = connect(fake_vllm, tmp_path)
-    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
     fake_vllm.fails = 1
-    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
     fake_vllm.fails = 100
     with pytest.raises(MachineError, match=f"{fake_vllm.url} answered /v1/completions with 500.*planted"):
-        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 def test_a_server_lost_in_the_middle_is_named(fake_vllm: Any, tmp_path: Path) -> None:
     rollout = connect(fake_vllm, tmp_path)
-    rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+    rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
     url = fake_vllm.url
     fake_vllm.stop()
     with pytest.raises(MachineError, match=f"vLLM server {url} does not answer"):
-        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 def test_servers_sample_while_the_trainer_does_something_else(fake_vllm: Any, tmp_path: Path) -> None:
     model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
-    whole = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    whole = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     told: dict[int, Any] = {}
     with fake_vllm.lock:  # nothing is answered meanwhile
-        wait = rollout.begin(model, PROMPTS, 2, sampling, KEYS, lambda places, given: told.update({places[0]: given}))
+        wait = rollout.start(
+            model, RolloutRequest(PROMPTS, 2, sampling, KEYS, lambda places, given: told.update({places[0]: given}))
+        )
         assert not told
     assert torch.equal(wait().completion_ids, whole.completion_ids)
     assert sorted(told) == [0, 1, 2] and len(told[1]) == 2
@@ -203,15 +207,15 @@ def test_a_push_waits_for_what_is_sampled_under_the_old_weights(
     fake_vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
-    whole = rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    whole = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     fake_vllm.lock.acquire()
-    wait = rollout.begin(model, PROMPTS, 2, sampling, KEYS)
+    wait = rollout.start(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     before, done = list(rollout.sampling), []
     reload = VllmClient.reload
     monkeypatch.setattr(VllmClient, "reload", lambda *a: (done.append(all(each.done() for each in before)), reload(*a)))
     change(model)
     threading.Timer(0.3, fake_vllm.lock.release).start()
-    rollout.generate(model, PROMPTS, 2, sampling, KEYS)
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     assert done == [True]
     assert torch.equal(wait().completion_ids, whole.completion_ids)
 
@@ -220,36 +224,38 @@ def test_no_server_at_the_start_is_named(tmp_path: Path) -> None:
     config = RolloutConfig(backend="vllm", vllm={"urls": ["http://127.0.0.1:9"], "start_timeout": 0.1})
     rollout = VllmRollout(config, NoTokenizer(), 0, [1], tmp_path)  # type: ignore[arg-type]
     with pytest.raises(MachineError, match=r"127.0.0.1:9 is not ready"):
-        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 def test_old_versions_short_contexts_and_closed_servers_are_refused(fake_vllm: Any, tmp_path: Path) -> None:
     fake_vllm.version = "0.9.2"
     with pytest.raises(ConfigError, match=r"runs vLLM 0.9.2; 0.11 or newer"):
-        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
     fake_vllm.version, fake_vllm.max_model_len = "0.32.1+cpu", 10
     with pytest.raises(ConfigError, match=r"rollout.max_new_tokens: .* take 104 tokens"):
-        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(100), KEYS)
+        connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(100), KEYS))
     fake_vllm.development = False
     with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
-        connect(fake_vllm, tmp_path).generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 def test_other_ranks_wait_for_rank_0s_push(fake_vllm: Any, tmp_path: Path) -> None:
     model, sampling = tiny(), Sampling(max_new_tokens=6)
     other = connect(fake_vllm, tmp_path, main=False, start_timeout=0.2)
     with pytest.raises(MachineError, match="rank 0 did not report"):
-        other.generate(model, PROMPTS, 2, sampling, KEYS)
-    first = connect(fake_vllm, tmp_path).generate(model, PROMPTS, 2, sampling, KEYS)
-    assert torch.equal(first.completion_ids, other.generate(model, PROMPTS, 2, sampling, KEYS).completion_ids)
+        other.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    first = connect(fake_vllm, tmp_path).generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    assert torch.equal(
+        first.completion_ids, other.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS)).completion_ids
+    )
     change(model)
     with pytest.raises(MachineError, match="rank 0 did not report"):
-        other.generate(model, PROMPTS, 2, sampling, KEYS)
+        other.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
     assert fake_vllm.reloads == 1
 
 
 def test_a_rank_without_prompts_still_pushes(fake_vllm: Any, tmp_path: Path) -> None:
-    out = connect(fake_vllm, tmp_path).generate(tiny(), [], 2, Sampling(4), [])
+    out = connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest([], 2, Sampling(4), []))
     assert len(out) == 0
     assert fake_vllm.reloads == 1
 
@@ -261,14 +267,14 @@ def test_a_server_that_ends_while_starting_is_explained(tmp_path: Path) -> None:
     with open_rollout(config, NoTokenizer(), [1], tmp_path, main=True) as rollout:
         backend: Rollout = rollout
         with pytest.raises(MachineError, match=r"ended while starting: it ended with code 1; last line of .*vllm"):
-            backend.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+            backend.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 def test_a_wrong_interpreter_is_refused(tmp_path: Path) -> None:
     config = RolloutConfig(backend="vllm", vllm={"python": str(tmp_path / "python")})
     rollout = VllmRollout(config, NoTokenizer(), 0, [1], tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"rollout.vllm.python: .* is not an interpreter"):
-        rollout.generate(tiny(), PROMPTS, 2, Sampling(4), KEYS)
+        rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
 # ---- weights by broadcast, over gloo, to workers that are threads here ---------------------------------------------
@@ -311,8 +317,10 @@ def test_a_run_that_pushes_by_broadcast_writes_no_weights_after_the_first(server
     urls = [server.url for server in servers]
     rollout = connect(servers[0], tmp_path, urls=urls, push="broadcast", start_timeout=20)
     for step in range(3):
-        out = rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
-        own = TransformersRollout(0, [1]).generate(model, PROMPTS, 2, Sampling(6), [key >> 1 for key in KEYS])
+        out = rollout.generate(model, RolloutRequest(PROMPTS, 2, Sampling(6), KEYS))
+        own = TransformersRollout(0, [1]).generate(
+            model, RolloutRequest(PROMPTS, 2, Sampling(6), [key >> 1 for key in KEYS])
+        )
         assert torch.equal(out.completion_ids, own.completion_ids)
         if step == 0:
             (tmp_path / WEIGHTS).unlink()
@@ -325,11 +333,11 @@ def test_a_run_that_pushes_by_broadcast_writes_no_weights_after_the_first(server
 def test_wrong_weights_after_a_broadcast_stop_the_run(fault: str, fake_vllm: Any, tmp_path: Path) -> None:
     model, fake_vllm.model = tiny(), tiny()
     rollout = connect(fake_vllm, tmp_path, push="broadcast", start_timeout=20)
-    rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, Sampling(6), KEYS))
     setattr(fake_vllm, fault, True)
     change(model)
     with pytest.raises(ConfigError, match="differ from the trainer's by"):
-        rollout.generate(model, PROMPTS, 2, Sampling(6), KEYS)
+        rollout.generate(model, RolloutRequest(PROMPTS, 2, Sampling(6), KEYS))
 
 
 def test_a_server_that_fails_in_the_middle_is_named_at_once(servers: list[Any]) -> None:

@@ -54,8 +54,8 @@ def examine(config: Config, config_file: str | None) -> int:
     hosts = hosts_of(config.launch)
     if config.launch.hostfile is None:
         hosts = {"localhost": hosts["localhost"]}
-    asked = preflight.question(config, hosts, [config_file] if config_file else [])
-    answers, problems = preflight.examine(config.launch, hosts, asked)
+    question = preflight.question_for(config, hosts, [config_file] if config_file else [])
+    answers, problems = preflight.examine(config.launch, hosts, question)
     console.print(host_table(answers, problems))
     console.print(operator_table())
     for problem in problems:

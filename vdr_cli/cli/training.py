@@ -11,7 +11,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, with_output
 from vdr_cli.errors import ConfigError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
-from vdr_cli.launch.preflight import question
+from vdr_cli.launch.preflight import question_for
 from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
 from vdr_cli.planning.batches import batch_plan
 
@@ -71,7 +71,9 @@ def _agreed_output(config: Config, resume: str | None) -> Config:
 
 
 def _launch(config: Config, arguments: list[str]) -> int:
-    return launch(config.launch, arguments, config.train.output, question(config, hosts_of(config.launch), arguments))
+    return launch(
+        config.launch, arguments, config.train.output, question_for(config, hosts_of(config.launch), arguments)
+    )
 
 
 def _node_rank(config: Config) -> int:

@@ -131,9 +131,9 @@ class RolloutConfig(Section):
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """A completion ends after any of these strings."""
     ahead: Literal[0, 1] = 0
-    """1: each step's completions are drawn in the step before it, under the weights before that step's update, so that
-    vLLM servers sample while the trainer updates; truncated importance sampling is then on (grpo.importance_cap,
-    2 unless it is given). 0: from the newest weights."""
+    """1: vLLM servers sample each step's completions while the trainer updates the step before, under the weights from
+    before that update; truncated importance sampling is then on (grpo.importance_cap, 2 unless it is given). Only with
+    backend vllm. 0: from the newest weights."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
@@ -141,6 +141,15 @@ class RolloutConfig(Section):
     thousand. auto: on a GPU, for models with plain attention."""
     vllm: VllmConfig = VllmConfig()
     """Servers of backend vllm."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.ahead and self.backend == "transformers":
+            raise ValueError(
+                "ahead is 1 but backend is transformers, which samples and updates on the same device: set backend to "
+                "vllm or ahead to 0"
+            )
+        return self
 
 
 class RewardFunction(Section):

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
 BROKEN = (gzip.BadGzipFile, lzma.LZMAError, EOFError, OSError)
-"""What reading a damaged compressed file raises."""
+"""Errors that reading a damaged compressed file raises."""
 
 
 def data_suffix(path: Path) -> str:
@@ -22,7 +22,7 @@ def data_suffix(path: Path) -> str:
 
 
 ENDINGS = ("", *_OPENERS)
-"""What may follow a data suffix."""
+"""Suffixes that may follow a data suffix."""
 
 
 def is_compressed(path: Path) -> bool:

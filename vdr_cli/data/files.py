@@ -41,7 +41,7 @@ class Table:
     columns: tuple[str, ...]
     lines: Sequence[int] = field(default=(), repr=False)
     digest: str = ""
-    """Of the file's bytes; empty for data that `datasets` keeps."""
+    """Hash of the file's bytes; empty for data that `datasets` keeps."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +127,7 @@ def no_column(table: Table, column: str) -> str:
 
 
 def csv_delimiter(header: str) -> str:
-    """What separates the columns of a CSV file, by its first line: the first of `,` `;` tab `|` outside quotes."""
+    """The mark between the columns of a CSV file: the first of `,` `;` tab `|` that its header has outside quotes."""
     unquoted = re.sub(r'"[^"]*"?', "", header)
     return next((mark for mark in DELIMITERS if mark in unquoted), ",")
 

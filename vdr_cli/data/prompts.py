@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can read; None: not known."""
+    """The longest prompt and the vocabulary that a model can read; None: not known."""
 
     prompt_tokens: int | None = None
     vocabulary: int | None = None
@@ -127,7 +127,7 @@ class PromptSet(Sequence[Prompt]):
         return ids[-limit:]
 
     def _check_rows(self) -> tuple[bool, str]:
-        """Whether the prompts are chats, and the rows' digest. DataError names the first row that cannot be used."""
+        """(True when the prompts are chats, the rows' digest). DataError names the first row that cannot be used."""
         column, table = self._prompt_column, self._table
         if column not in table.columns:
             raise DataError(no_column(table, column))
@@ -237,7 +237,7 @@ def _check_text(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{what} has a lone surrogate at character {error.start}; mend or remove the row") from None
+        raise DataError(f"{what} has a lone surrogate at character {error.start}; fix or remove the row") from None
 
 
 def _reason(error: Exception) -> str:

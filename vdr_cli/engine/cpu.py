@@ -16,7 +16,7 @@ ROUNDS = 16
 GLOO_THREADS = 2
 """Of a process group, as torch makes it."""
 
-PATIENCE = 1.0
+COPY_SECONDS = 1.0
 """Seconds that a thread is held for the others, in case there are none."""
 
 
@@ -37,7 +37,7 @@ def keep_to_one_thread_each() -> None:
     def hold(_: object) -> None:
         if threading.get_ident() != here:
             copied.add(threading.get_ident())
-            if len(copied) == GLOO_THREADS or not all_have.wait(PATIENCE):
+            if len(copied) == GLOO_THREADS or not all_have.wait(COPY_SECONDS):
                 all_have.set()
 
     allowed = torch.get_num_threads()

@@ -29,7 +29,7 @@ from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import completion_texts, compute_rewards
-from vdr_cli.rollout.base import Rollout
+from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.samples import Completions, Prompt, Sampling, Stream, completion_key, to_device
 from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
@@ -336,7 +336,7 @@ def _sample_chunk(
 ) -> tuple[Completions, dict[str, Any]]:
     """Completions of some prompts, and what they are worth as arrays (prompts, n, ...)."""
     keys = [completion_key(seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
-    completions = rollout.generate(model, [prompt.token_ids for prompt in prompts], n, sampling, keys)
+    completions = rollout.generate(model, RolloutRequest([prompt.token_ids for prompt in prompts], n, sampling, keys))
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = completion_texts(tokenizer, repeated, completions)
     lengths = completions.completion_mask.sum(1)

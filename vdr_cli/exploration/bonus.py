@@ -23,7 +23,7 @@ the rounding of a float32 log-probability, up to 16 · 2^-24 = 1e-6. Standardisi
 that turns rounding into reward."""
 
 
-PATIENCE = 20
+STEPS_BEFORE_WARNING = 20
 """Consecutive steps before a condition is reported."""
 
 
@@ -211,8 +211,8 @@ class BonusWatch:
     dropout: float
     scope: str
     """Settings of the ensemble that the warnings name."""
-    flat_after: int = PATIENCE
-    outweighed_after: int = PATIENCE
+    flat_after: int = STEPS_BEFORE_WARNING
+    outweighed_after: int = STEPS_BEFORE_WARNING
     flat: int = 0
     """Consecutive steps so far without any spread."""
     outweighed: int = 0

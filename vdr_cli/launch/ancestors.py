@@ -48,7 +48,7 @@ def launchers(chain: Sequence[Ancestor]) -> list[Ancestor]:
 
 
 def missing(chain: Sequence[Ancestor], environ: Mapping[str, str]) -> Ancestor | None:
-    """What the launch says is above this process and is not: it ended before this process looked."""
+    """The ancestor that the launch names and that is not there: it ended before this process looked."""
     supervisor = int(environ.get(SUPERVISOR, 0))
     if supervisor and all(ancestor.pid != supervisor for ancestor in chain):
         return Ancestor(supervisor, "vdr", ())
@@ -99,7 +99,7 @@ def _is_launcher(ancestor: Ancestor) -> bool:
 
 
 def _came_over_ssh(below: Ancestor) -> bool:
-    """Whether an sshd right above this process is the launch's connection: a node's launcher, or its shell."""
+    """True when an sshd right above is the launch's connection: this process is a node's launcher, or its shell."""
     return _is_remote_shell(below) or "deepspeed.launcher.launch" in below.command
 
 

@@ -21,7 +21,7 @@ LOG_LEVEL = "--log_level=warning"
 
 @dataclass(frozen=True)
 class Target:
-    """What every rank runs: the arguments of vdr, and where DeepSpeed's launchers find this Python's modules."""
+    """The command of every rank: the arguments of vdr, and the Python whose modules DeepSpeed's launchers find."""
 
     arguments: tuple[str, ...]
     python: str = sys.executable

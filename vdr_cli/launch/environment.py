@@ -40,12 +40,12 @@ _VALUE = re.compile(r"[A-Za-z0-9_@+=:,./ -]*")
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one of several."""
+    """True when a launcher started this process as one of several."""
     return "RANK" in environ and "WORLD_SIZE" in environ
 
 
 def translated(environ: Mapping[str, str]) -> dict[str, str]:
-    """What srun or mpirun told this task, in the names that DeepSpeed reads; empty when neither started it.
+    """The variables of srun or mpirun under the names that DeepSpeed reads; empty when neither started this task.
 
     SLURM_STEP_NUM_TASKS is set by srun alone: inside an sbatch script, where SLURM_PROCID is 0 as well,
     a plain `vdr train` stays one process.
@@ -145,7 +145,7 @@ def checked(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_plain(value: str) -> bool:
-    """Whether every shell, and pdsh, takes the text as it is between double quotes."""
+    """True when every shell, and pdsh, takes the text as it is between double quotes."""
     return _VALUE.fullmatch(value) is not None
 
 

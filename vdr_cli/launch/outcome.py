@@ -54,7 +54,7 @@ def write_fault(directory: Path, rank: int, message: str, exit_code: int, host: 
 
 
 def finished(directory: Path) -> bool:
-    """Whether the run in this directory said that it is complete."""
+    """True when the run in this directory recorded that it is complete."""
     return (directory / FINISHED).is_file()
 
 
@@ -69,7 +69,7 @@ def read_fault(directory: Path) -> Fault | None:
 def ask_to_stop(directory: Path, signal_number: int) -> bool:
     """Ask every rank, on every host that sees the directory, to behave as if it had this signal.
 
-    Whether it could be asked: not before there is a directory, nor on a disk that is full.
+    Returns False before there is a directory, and on a full disk.
     """
     try:
         _write(directory / STOP, signal_number)

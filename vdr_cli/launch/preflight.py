@@ -1,4 +1,4 @@
-"""Before a run over a hostfile starts: every host is asked, in parallel, whether it could take part.
+"""Before a run over a hostfile starts: ask every host, in parallel, whether it could take part.
 
 `vdr train --hostfile` refuses to start on the first thing found; `vdr doctor --hostfile` shows everything.
 """
@@ -32,7 +32,7 @@ from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pydantic", "peft")
 TIMEOUT = 30.0
-PATIENCE = 8.0
+MEETING_SECONDS = 8.0
 MOST_CLOCK_SECONDS = 10.0
 PARALLEL = 64
 SHOWN = 8
@@ -50,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Question:
-    """What every host is asked."""
+    """The request that every host answers."""
 
     files: tuple[str, ...] = ()
     """Absolute paths that must be there, the same on every host."""
@@ -62,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a host said, or why it said nothing."""
+    """A host's facts, or why it gave none."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     silence: str = ""
@@ -71,16 +71,16 @@ class Answer:
     """Seconds its clock is ahead of ours."""
 
 
-def check_hosts(launch: LaunchConfig, hosts: Hosts, asked: Question) -> None:
+def check_hosts(launch: LaunchConfig, hosts: Hosts, question: Question) -> None:
     """MachineError naming every host that cannot take part, and the cure. A few seconds."""
-    _, problems = examine(launch, hosts, asked)
+    _, problems = examine(launch, hosts, question)
     if problems:
         shown = "; ".join(problem.line() for problem in problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise MachineError(f"{shown}{more} (all of it: vdr doctor --hostfile {launch.hostfile})")
 
 
-def answering(launch: LaunchConfig, hosts: Hosts) -> Hosts:
+def reachable_hosts(launch: LaunchConfig, hosts: Hosts) -> Hosts:
     """The hosts that answer over ssh, with their slots. In parallel."""
     request = _request(Question(), (), first=False)
     with ThreadPoolExecutor(min(PARALLEL, len(hosts))) as pool:
@@ -88,22 +88,22 @@ def answering(launch: LaunchConfig, hosts: Hosts) -> Hosts:
     return {host: hosts[host] for host, silence in zip(hosts, silences, strict=True) if not silence}
 
 
-def examine(launch: LaunchConfig, hosts: Hosts, asked: Question) -> tuple[dict[str, Answer], list[Problem]]:
+def examine(launch: LaunchConfig, hosts: Hosts, question: Question) -> tuple[dict[str, Answer], list[Problem]]:
     """Ask every host in parallel; the answers and everything that is wrong."""
     check_plain(launch, str(Path.cwd()))
-    with shared_tokens(asked.shared) as tokens, ThreadPoolExecutor(min(PARALLEL, len(hosts))) as pool:
-        here = probe.look(_request(asked, tokens, first=False) | {"meeting": None})
-        answering = {
-            host: pool.submit(ask, launch, host, _request(asked, tokens, first=number == 0))
+    with shared_tokens(question.shared) as tokens, ThreadPoolExecutor(min(PARALLEL, len(hosts))) as pool:
+        ours = probe.host_facts(_request(question, tokens, first=False) | {"meeting": None})
+        pending = {
+            host: pool.submit(ask, launch, host, _request(question, tokens, first=number == 0))
             for number, host in enumerate(hosts)
         }
-        answers = {host: answer.result() for host, answer in answering.items()}
-    problems = [found for host in hosts for found in compare(host, answers[host], here, len(hosts[host]), asked)]
+        answers = {host: answer.result() for host, answer in pending.items()}
+    problems = [found for host in hosts for found in compare(host, answers[host], ours, len(hosts[host]), question)]
     return answers, problems
 
 
-def question(config: Config, hosts: Hosts, arguments: Sequence[str] = ()) -> Question:
-    """What a run with this configuration, typed with these arguments, needs of every host."""
+def question_for(config: Config, hosts: Hosts, arguments: Sequence[str] = ()) -> Question:
+    """The question to every host for a run with this configuration, typed with these arguments."""
     named = [config.model.name, config.data.name, config.data.eval_name or "", config.engine.ds_config]
     named += [function.name.partition(":")[0] for function in config.rewards.functions]
     settings = [word for word in arguments if word.endswith((".yaml", ".yml"))]
@@ -120,7 +120,7 @@ def meeting_of(launch: LaunchConfig, hosts: Hosts) -> dict[str, Any] | None:
         return None
     others = len(hosts) - 1 if launch.master_addr else 0
     port = launch.master_port or DEFAULT_PORT
-    return {"address": launch.master_addr, "port": port, "others": others, "patience": PATIENCE}
+    return {"address": launch.master_addr, "port": port, "others": others, "patience": MEETING_SECONDS}
 
 
 def ask(launch: LaunchConfig, host: str, request: Mapping[str, Any]) -> Answer:
@@ -147,53 +147,53 @@ def ask(launch: LaunchConfig, host: str, request: Mapping[str, Any]) -> Answer:
     return Answer(facts, seconds=ended - started, clock=clock)
 
 
-def compare(host: str, answer: Answer, here: Mapping[str, Any], slots: int, asked: Question) -> list[Problem]:
+def compare(host: str, answer: Answer, ours: Mapping[str, Any], slots: int, question: Question) -> list[Problem]:
     """Everything about one host that would make the run fail or differ. Pure."""
     if answer.silence:
         return [Problem(host, f"no answer over ssh: {answer.silence}", _ssh_cure(host, answer.silence))]
     facts = answer.facts
-    problems = [*_software(host, facts, here), *_files(host, facts, here, asked), *_network(host, facts, asked)]
+    problems = [*_software(host, facts, ours), *_files(host, facts, ours, question), *_network(host, facts, question)]
     gpus = len(facts["accelerators"])
     if 0 < gpus < slots:
         problems.append(Problem(host, f"{slots} slots but {gpus} GPUs", "correct its line in the hostfile"))
-    if here["accelerators"] and not gpus:
+    if ours["accelerators"] and not gpus:
         problems.append(Problem(host, "no GPU, unlike this machine", "check its driver (nvidia-smi) or exclude it"))
     if abs(answer.clock) > MOST_CLOCK_SECONDS:
         problems.append(Problem(host, f"its clock differs by {answer.clock:+.0f} s", "start a time service on it"))
     return problems
 
 
-def _software(host: str, facts: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Problem]:
-    if facts["python"] != here["python"]:
+def _software(host: str, facts: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[Problem]:
+    if facts["python"] != ours["python"]:
         cure = f"use the same environment ({sys.executable})"
-        yield Problem(host, f"Python {facts['python']}, here {here['python']}", cure)
-    for name, version in here["packages"].items():
+        yield Problem(host, f"Python {facts['python']}, here {ours['python']}", cure)
+    for name, version in ours["packages"].items():
         theirs = facts["packages"].get(name)
         if theirs != version:
             cure = f"install {name}=={version} there" if version else f"remove {name} there or install it here"
             yield Problem(host, f"{name} {theirs or 'is missing'}, here {version or 'none'}", cure)
     if facts["code"] is None:
         yield Problem(host, "vdr_cli cannot be imported", "install it there, or start in a directory that has it")
-    elif facts["code"] != here["code"]:
+    elif facts["code"] != ours["code"]:
         yield Problem(host, "another version of vdr_cli", "install the same one, or share the directory")
 
 
-def _files(host: str, facts: Mapping[str, Any], here: Mapping[str, Any], asked: Question) -> Iterator[Problem]:
-    for path in asked.files:
+def _files(host: str, facts: Mapping[str, Any], ours: Mapping[str, Any], question: Question) -> Iterator[Problem]:
+    for path in question.files:
         if facts["files"][path] is None:
             yield Problem(host, f"{path} is not there", "copy it, or put it on a shared file system")
-        elif facts["files"][path] != here["files"][path]:
-            theirs, ours = facts["files"][path], here["files"][path]
+        elif facts["files"][path] != ours["files"][path]:
+            theirs, ours = facts["files"][path], ours["files"][path]
             yield Problem(host, f"{path} differs ({theirs}, here {ours})", "copy it again")
     for path, seen in facts["shared"].items():
         if not seen:
             yield Problem(host, f"{Path(path).parent} is not the directory that it is here", "mount it on every host")
 
 
-def _network(host: str, facts: Mapping[str, Any], asked: Question) -> Iterator[Problem]:
-    if asked.meeting is None:
+def _network(host: str, facts: Mapping[str, Any], question: Question) -> Iterator[Problem]:
+    if question.meeting is None:
         return
-    address, port = asked.meeting["address"], asked.meeting["port"]
+    address, port = question.meeting["address"], question.meeting["port"]
     if facts.get("port"):
         yield Problem(host, f"port {port} cannot be used: {facts['port']}", "give another launch.master_port")
     if facts.get("reached"):
@@ -222,14 +222,14 @@ def _remote_python(launch: LaunchConfig, host: str) -> list[str]:
     return ["ssh", *options, *port, host, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.quote(sys.executable)} -"]
 
 
-def _request(asked: Question, tokens: Sequence[str], first: bool) -> dict[str, Any]:
+def _request(question: Question, tokens: Sequence[str], first: bool) -> dict[str, Any]:
     return {
         "path": [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(":"))],
         "packages": PACKAGES,
-        "files": asked.files,
+        "files": question.files,
         "tokens": tokens,
-        "disk": asked.shared,
-        "meeting": asked.meeting,
+        "disk": question.shared,
+        "meeting": question.meeting,
         "first": first,
     }
 

@@ -1,4 +1,4 @@
-"""What one host says about itself. Sent over ssh as source text, so it needs nothing but Python itself.
+"""The facts that one host reports about itself. Sent over ssh as source text, so it needs nothing but Python itself.
 
 Reads a JSON request from the variable REQUEST (put before this text by preflight.py), prints one JSON line.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 MARK = "vdr-probe:"
 
 
-def look(request: dict) -> dict:
+def host_facts(request: dict) -> dict:
     """Facts about this host, in the words of the request."""
     return {
         "hostname": socket.gethostname(),
@@ -46,7 +46,7 @@ def version(name: str) -> str | None:
 
 
 def code_digest() -> str | None:
-    """Of the vdr_cli that a rank would import here."""
+    """A hash of the vdr_cli that a rank would import here; None when there is none."""
     import importlib.util
 
     spec = importlib.util.find_spec("vdr_cli")
@@ -96,7 +96,7 @@ def free_bytes(path: str) -> int | None:
 
 
 def rendezvous(request: dict) -> dict:
-    """Whether rank 0's port is free (first host) and can be reached (the others)."""
+    """Try rank 0's port: it must be free on the first host, and reachable from the others."""
     meeting = request["meeting"]
     if meeting is None:
         return {}
@@ -136,6 +136,6 @@ def reach(meeting: dict) -> str | None:
 
 
 if __name__ == "__main__":
-    asked = json.loads(globals()["REQUEST"])
-    sys.path[:0] = asked["path"]
-    print(MARK + json.dumps(look(asked)), flush=True)
+    request = json.loads(globals()["REQUEST"])
+    sys.path[:0] = request["path"]
+    print(MARK + json.dumps(host_facts(request)), flush=True)

@@ -24,14 +24,14 @@ from vdr_cli.launch.environment import (
     travelling,
 )
 from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_hostfile, select
-from vdr_cli.launch.preflight import Question, answering, check_hosts, meeting_of
+from vdr_cli.launch.preflight import Question, check_hosts, meeting_of, reachable_hosts
 from vdr_cli.launch.supervisor import Plan, supervise
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
 
 
 def wants_ranks(launch: LaunchConfig) -> bool:
-    """Whether this process only starts others."""
+    """True when this process only starts others."""
     if is_rank():
         return False
     several = (launch.num_processes or 1) > 1 or launch.hostfile is not None
@@ -56,17 +56,17 @@ def world_size(launch: LaunchConfig) -> int:
 
 
 def launch(
-    launch: LaunchConfig, arguments: Sequence[str], directory: str | None = None, asked: Question | None = None
+    launch: LaunchConfig, arguments: Sequence[str], directory: str | None = None, question: Question | None = None
 ) -> int:
     """Start every rank with the arguments of this command, wait, and return the exit code.
 
     directory: the run directory, where the run says how it ended; None for commands without one.
-    asked: what the run needs of every host (preflight.question); None: the software alone.
+    question: to every host (preflight.question_for); None: about the software alone.
     """
     place = Path(directory).absolute() if directory else None
     hosts = check_launch(launch, place)
     if launch.check_hosts and _node_rank(launch, hosts) is None and launch.launcher != "slurm":
-        check_hosts(launch, hosts, asked or Question(meeting=meeting_of(launch, hosts)))
+        check_hosts(launch, hosts, question or Question(meeting=meeting_of(launch, hosts)))
     with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
         plan = make_plan(launch, hosts, place, Path(scratch))
 
@@ -79,7 +79,7 @@ def launch(
 
 
 def check_launch(launch: LaunchConfig, directory: Path | None) -> Hosts:
-    """The hosts of a launch; ConfigError for whatever can be wrong with it before a host is asked."""
+    """The hosts of a launch; ConfigError for whatever can be wrong with it before any host is contacted."""
     hosts = hosts_of(launch)
     checked(launch.env)
     if _node_rank(launch, hosts) is None:
@@ -90,7 +90,7 @@ def check_launch(launch: LaunchConfig, directory: Path | None) -> Hosts:
 
 def remaining(launch: LaunchConfig, hosts: Hosts) -> tuple[LaunchConfig, Hosts]:
     """The launch without the hosts that do not answer any more."""
-    left = answering(launch, hosts)
+    left = reachable_hosts(launch, hosts)
     if not left:
         raise MachineError("no host answers over ssh any more; the newest checkpoint is intact: --resume auto")
     lost = [host for host in hosts if host not in left]

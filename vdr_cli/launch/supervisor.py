@@ -34,7 +34,7 @@ SLACK = 5.0
 USERS_OWN = (2, 3)
 """Exit codes of configuration and data errors: a restart would meet them again."""
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of ranks that a signal asked to save and end, whoever sent it, and to which of them."""
+"""Exit codes of ranks that saved and ended after a signal, whoever sent it, and to which of them."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Plan:
 
 
 class HostEnds:
-    """What pdsh says on stderr about the launcher of each host; everything is passed on to our stderr."""
+    """Reads the end of each host's launcher off pdsh's stderr, and passes all of it on to our stderr."""
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self.code = 0
@@ -129,7 +129,9 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
     """One attempt: start, wait, pass signals on, leave nothing behind. The exit code."""
     if plan.directory is not None:
         outcome.clear(plan.directory)
-    child = processes.start(plan.command(arguments), plan.environment, subprocess.PIPE if plan.over_ssh else None)
+    child = processes.start(
+        plan.command(arguments), plan.environment, stderr=subprocess.PIPE if plan.over_ssh else None
+    )
     hosts = HostEnds(child)
     try:
         launcher_code = _wait(child, plan, signals, hosts)
@@ -139,7 +141,7 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
 
 
 def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> int:
-    """What the run's own word and the launcher's say together; never 0 unless both do."""
+    """The exit code, from the run's own record and the launcher's code; 0 only when both say success."""
     fault = outcome.read_fault(plan.directory) if plan.directory else None
     if fault is not None:
         return fault.exit_code
@@ -177,14 +179,14 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
 
 
 def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:
-    """Whether there is anybody who heard: not while the ranks are still being started, nor in a command without a
-    run directory on other hosts."""
+    """Pass the signal on; False when no rank could hear it: they are still being started, or run on other hosts
+    without a run directory."""
     ranks = ranks_below()
     for process in ranks:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(number)
-    asked = plan.over_ssh and plan.directory is not None and outcome.ask_to_stop(plan.directory, number)
-    return asked or bool(ranks)
+    has_left_word = plan.over_ssh and plan.directory is not None and outcome.ask_to_stop(plan.directory, number)
+    return has_left_word or bool(ranks)
 
 
 @contextmanager

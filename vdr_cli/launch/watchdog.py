@@ -81,16 +81,16 @@ class Watchdog:
             self._peers.close()
 
     def _run(self) -> None:
-        asked = False
+        is_stopping = False
         while not self._ended.wait(0 if self._peers else POLL):
             gone = self._watched.gone()
             if gone is not None:
                 self._exit(f"its launcher ({gone.name}, process {gone.pid}) is gone")
             self._look_at_signals()
-            if self.directory is not None and not asked:
+            if self.directory is not None and not is_stopping:
                 number = outcome.asked_to_stop(self.directory)
                 if number is not None:
-                    asked = True
+                    is_stopping = True
                     os.kill(os.getpid(), number)
             peers = self._peers
             loss = peers.step(POLL) if peers is not None else None
@@ -154,7 +154,7 @@ def connect(rank: int, world_size: int, share: Callable[[Any], Any]) -> None:
 
 
 def phase(name: str) -> None:
-    """What this rank is doing, for the line it leaves when it is ended."""
+    """Note the phase that this rank is in, for the line that it leaves when it is ended."""
     if _watchdog is not None:
         _watchdog.phase = name
 
@@ -184,7 +184,7 @@ _mask = threading.local()
 
 
 def _hold_signals() -> None:
-    """A fork that is signalled before it is no rank any more would tell us of a signal that is not ours."""
+    """Block signals while forking: a child that is signalled before it stops being a rank would report its signal."""
     _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
@@ -193,7 +193,7 @@ def _let_signals_through() -> None:
 
 
 def _be_no_rank() -> None:
-    """In what a reward function forks (multiprocessing): its signals are its own, its end and ours are no news.
+    """In a forked child of a reward function: stop handling our signals, and do not report its end as a lost rank.
 
     It has our handlers, so SIGTERM would not end it and multiprocessing's pools would wait for ever; our pipe, on
     which it would tell us of its signals; and our connections, which would seem alive after our death. Ctrl-C stays

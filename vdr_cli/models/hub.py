@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
-PATIENCE = 5.0
+ANSWER_SECONDS = 5.0
 """Seconds for one answer of the hub."""
 
 
@@ -22,7 +22,7 @@ def settle_on_cache_if_away() -> None:
     if constants.is_offline_mode():
         return
     try:
-        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
     except Exception:  # of whatever HTTP library the client uses
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries not imported yet, and processes not started yet

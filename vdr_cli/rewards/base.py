@@ -1,4 +1,4 @@
-"""What a reward function is: TRL's signature, and what it asks of the dataset.
+"""Reward functions: TRL's signature, and the columns that they need.
 
     f(prompts, completions, completion_ids, **columns) -> list[float | None]     (sync or async)
 
@@ -70,7 +70,7 @@ class LoadedReward:
         }
 
     def asks_for(self, name: str) -> bool:
-        """Whether the function has a parameter of this name."""
+        """True when the function has a parameter of this name."""
         return name in self._named()
 
     def _named(self) -> set[str]:

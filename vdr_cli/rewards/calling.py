@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
-from vdr_cli.rewards.leaving import leaving_is_an_error
+from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rewards.main_thread import need_of, noticing_attempts
 from vdr_cli.samples import Completions, Messages, Prompt, Undecoded
@@ -54,7 +54,7 @@ class _Call:
 
     @property
     def needs_main_thread(self) -> str | None:
-        """What it wanted of a main thread; None: nothing."""
+        """The thing for which it needs a main thread; None: it needs none."""
         return None if self._is_elsewhere else need_of(self.attempts, self.error)
 
     @property
@@ -73,7 +73,7 @@ class _Call:
 
     def _run(self) -> None:
         try:
-            with leaving_is_an_error(), _thread_event_loop(), noticing_attempts() as self.attempts:
+            with exit_is_an_error(), _thread_event_loop(), noticing_attempts() as self.attempts:
                 value = self._function(**accepted_by(self.reward, self.arguments))
                 if inspect.iscoroutine(value):  # a plain function around an async one
                     value = asyncio.run(_awaited(value))
@@ -84,7 +84,7 @@ class _Call:
 
     async def _await(self) -> None:
         try:
-            with leaving_is_an_error(), noticing_attempts() as self.attempts:
+            with exit_is_an_error(), noticing_attempts() as self.attempts:
                 value = await self.reward.function(**accepted_by(self.reward, self.arguments))
                 self.value = listed(value, self._count)
         except BaseException as error:
@@ -117,7 +117,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Completions) -> list[str] | list[Messages]:
-    """What reward functions see of each row: a string, or one assistant message when the prompt is a chat."""
+    """Each completion as reward functions get it: a string, or one assistant message when the prompt is a chat."""
     rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
     texts = tokenizer.batch_decode([ids[:count] for ids, count in rows], skip_special_tokens=True)
     if any(not isinstance(prompt.value, str) for prompt in prompts):

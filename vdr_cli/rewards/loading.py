@@ -15,10 +15,10 @@ from typing import Any
 from vdr_cli.config import RewardsConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError
-from vdr_cli.rewards import leaving
+from vdr_cli.rewards import exiting
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
-from vdr_cli.rewards.leaving import leaving_is_an_error
+from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.main_thread import OwnProcess, watch_signals
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 from vdr_cli.rewards.user_files import make_importable, module_name
@@ -100,7 +100,7 @@ def _import_file(place: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     try:
-        with leaving_is_an_error():
+        with exit_is_an_error():
             return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"rewards.functions: importing {path} failed: {one_line(error)}") from error
@@ -109,7 +109,7 @@ def _import_file(place: str) -> ModuleType:
 def _import_module(place: str, given: str) -> ModuleType:
     make_importable(Path.cwd())
     try:
-        with leaving_is_an_error():
+        with exit_is_an_error():
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
@@ -142,7 +142,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     shown = "".join(character if character.isprintable() else "?" for character in text)
     shown = shown if len(shown) <= 200 else shown[:197] + "..."
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != leaving.__file__]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != exiting.__file__]
     if isinstance(error, SyntaxError):
         place = f" ({Path(error.filename or '').name}:{error.lineno})" if error.lineno else ""
         shown = str(error.msg)

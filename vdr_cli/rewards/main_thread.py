@@ -39,7 +39,7 @@ def noticing_attempts() -> Iterator[list[str]]:
 
 
 def need_of(attempts: list[str], error: BaseException | None) -> str | None:
-    """What a call wanted of the main thread, from what was noticed and what it raised; None: nothing."""
+    """The thing for which a call needs a main thread, from its attempts and its error; None: it needs none."""
     if attempts:
         return f"signal.{attempts[0]}"
     told = "" if error is None or isinstance(error, RaisedThereError) else str(error)

@@ -21,12 +21,12 @@ from typing import Any
 
 from vdr_cli.rewards.base import LoadedReward
 
-PATIENCE = 5.0
+EXIT_SECONDS = 5.0
 """Seconds between a worker's closed socket and its end."""
 
 
 class RaisedThereError(Exception):
-    """What a function raised in its process, in one line."""
+    """An exception of a function in its process, as one line."""
 
 
 class RewardProcesses:
@@ -86,7 +86,7 @@ class _Worker:
         """How it ended: `with code 3`, `by SIGSEGV`."""
         self.connection.close()
         try:
-            code = self.process.wait(PATIENCE)
+            code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()

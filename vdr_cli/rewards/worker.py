@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
-import os
 import pickle
 import signal
 import sys
@@ -15,17 +13,17 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vdr_cli.rewards.base import listed
-from vdr_cli.rewards.leaving import leaving_is_an_error
+from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import find_function, one_line
+from vdr_cli.system.processes import end_with_parent
 
-PR_SET_PDEATHSIG = 1
 MANY = 1_000_000  # answers of a function that is told of no completions
 
 
 def main() -> None:
     """Answer (name, arguments) with (value, None) or (None, what went wrong) until the socket is closed."""
     socket, parent = int(sys.argv[1]), int(sys.argv[2])
-    _end_with(parent)
+    end_with_parent(parent, signal.SIGKILL)  # whatever a function does, also inside C, it does not outlive the run
     with Connection(socket) as connection, contextlib.suppress(EOFError):
         while True:
             name, arguments = connection.recv()
@@ -40,20 +38,12 @@ def _answer(name: str, arguments: dict[str, Any]) -> bytes:
 
 
 def _value(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    with leaving_is_an_error():
+    with exit_is_an_error():
         value = function(**arguments)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
         counts = (len(argument) for argument in arguments.values() if isinstance(argument, list))
         return listed(value, next(counts, MANY))
-
-
-def _end_with(parent: int) -> None:
-    """Linux: whatever a function does, also inside C, it does not outlive the run."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,51 +13,48 @@ from torch import Tensor, nn
 from vdr_cli.samples import Completions, Finished, Sampling, Watcher
 
 
+@dataclass(frozen=True)
+class RolloutRequest:
+    """A request for n completions of each of N prompts: B = N * n rows, prompt by prompt."""
+
+    prompts: Sequence[Sequence[int]]
+    """Token ids."""
+    n: int
+    """Completions per prompt."""
+    sampling: Sampling
+    keys: Sequence[int]
+    """A 64-bit number per prompt. Completion g of a prompt is drawn from a generator seeded by (key, g), so it depends
+    on neither batch size, order nor rank."""
+    finished: Finished | None = None
+    """Called once for every prompt, while others are still sampled, perhaps from another thread."""
+    watcher: Watcher | None = None
+    """Sees what the model in this process reads; a server reads elsewhere and calls nothing."""
+
+
 class Rollout(Protocol):
     """A sampling backend. The loop does not know which one."""
 
+    @abstractmethod
     def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        """Bring whatever samples to the model's weights; `begin` does so too.
+        """Bring whatever samples to the model's weights; `start` does so too.
 
         prompts, sampling: what will be sampled, for checks. A collective where weights are gathered layer by layer.
         """
         ...
 
-    def generate(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Completions:
-        """Draw n completions of each prompt.
+    @abstractmethod
+    def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
+        """Sample, as far as that needs the model; what is returned waits for the rest.
 
-        model: the gathered one. prompts: token ids. keys: one 64-bit number a prompt;
-        completion g of a prompt is drawn from a generator seeded by (key, g), so it depends on neither
-        batch size, order nor rank. finished: told of every prompt once, while others are still sampled, perhaps
-        from another thread. watcher: told what `model` reads; a server reads elsewhere and tells nothing. Returns
-        B = len(prompts) * n rows, prompt-major.
+        model: full hook-free weights. A server samples meanwhile, under the weights of this moment; the model in this
+        process has sampled everything when this returns. Raises ConfigError for a model or request that the backend
+        cannot serve, DataError for a prompt without tokens, MachineError for a server that fails.
         """
         ...
 
-    def begin(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Callable[[], Completions]:
-        """`generate`, as far as it needs the model; what is returned waits for the rest.
-
-        A server samples meanwhile, under the weights of now; the model in this process is done before it returns.
-        """
-        ...
+    def generate(self, model: nn.Module, request: RolloutRequest) -> Completions:
+        """`start`, and wait: the completions in the order of the request."""
+        return self.start(model, request)()
 
 
 class LayeredWeights(Protocol):

@@ -28,7 +28,7 @@ class _Captured:
     positions: Tensor  # (R, 1)
     logits: Tensor  # (R, V)
     seen: Tensor | None
-    """What the watched layer gives, at its fixed address."""
+    """The watched layer's output, at its fixed address."""
 
 
 class GraphedForward:

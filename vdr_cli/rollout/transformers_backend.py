@@ -14,11 +14,12 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, last_logits_argument, position_ids
 from vdr_cli.models.products import packed_linears
+from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.static_cache import StaticCache
-from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
+from vdr_cli.samples import Completions, Finished, Sampling, pad_prompts
 
 COMPACT_SHARE = 8
 """Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""
@@ -37,7 +38,7 @@ class _Row:
     completion: int
 
 
-class TransformersRollout:
+class TransformersRollout(Rollout):
     """The Rollout protocol on a model in this process.
 
     sampler_logps are those of the distribution that was sampled: temperature-scaled, and renormalised
@@ -71,47 +72,30 @@ class TransformersRollout:
         # resumed run, which has yet to find out, would not be the same run.
         self.can_capture = True
 
-    @torch.no_grad()
+    def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
+        completions = self._sample(model, request)
+        return lambda: completions
+
     def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Nothing to do: this process samples with the model that it is given."""
 
-    def generate(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Completions:
+    @torch.no_grad()
+    def _sample(self, model: nn.Module, request: RolloutRequest) -> Completions:
+        prompts, n, sampling = request.prompts, request.n, request.sampling
         for index, prompt in enumerate(prompts):
             if not prompt:
                 raise DataError(f"prompt {index} of the batch has no tokens: a completion needs something to follow")
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
-        collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, finished)
+        collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, request.finished)
         with packed_linears(model):
             for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
                 at = torch.tensor([row.prompt * n + row.completion for row in rows])
-                decoder = _Decoder(model, self, prompts, rows, sampling, keys, at, watcher)
+                decoder = _Decoder(model, self, request, rows, at)
                 decoder.run(collected.taker(at))
                 if decoder.graphed is not None and decoder.graphed.has_failed:
                     self.can_capture = False
         return collected.out.trimmed()
-
-    def begin(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Callable[[], Completions]:
-        completions = self.generate(model, prompts, n, sampling, keys, finished, watcher)
-        return lambda: completions
 
 
 Take = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -184,21 +168,18 @@ class _Decoder:
         self,
         model: nn.Module,
         rollout: TransformersRollout,
-        prompts: Sequence[Sequence[int]],
+        request: RolloutRequest,
         batch: list[_Row],
-        sampling: Sampling,
-        keys: Sequence[int],
         at: Tensor,
-        watcher: Watcher | None,
     ) -> None:
         """at: (R,) row of the call that each row of the batch is."""
         self.model: Any = model
-        self.sampling = sampling
-        self.at, self.watcher = at, watcher
+        self.sampling = sampling = request.sampling
+        self.at, self.watcher = at, request.watcher
         self.device = next(model.parameters()).device
         groups = [(prompt, len(list(rows))) for prompt, rows in groupby(batch, key=lambda row: row.prompt)]
         self.prompts = torch.tensor([prompt for prompt, _ in groups])  # (N,) of the call
-        ids, mask = pad_prompts([prompts[prompt] for prompt, _ in groups], rollout.pad_id)
+        ids, mask = pad_prompts([request.prompts[prompt] for prompt, _ in groups], rollout.pad_id)
         self.prompt_ids, self.prompt_mask = ids.to(self.device), mask.to(self.device)  # (N, P)
         owner = torch.arange(len(groups)).repeat_interleave(torch.tensor([count for _, count in groups]))
         self.owner = owner.to(self.device)  # (R,)
@@ -210,7 +191,7 @@ class _Decoder:
         self.eos = torch.tensor(rollout.eos_ids, dtype=torch.int64, device=self.device)
         self.uniforms: Tensor | None = None
         if sampling.temperature > 0:
-            streams = [(keys[row.prompt], row.completion) for row in batch]
+            streams = [(request.keys[row.prompt], row.completion) for row in batch]
             self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
         self.pad_id = rollout.pad_id
         self.cuda_graphs, self.can_capture = rollout.cuda_graphs, rollout.can_capture
@@ -288,7 +269,7 @@ class _Decoder:
         return logits
 
     def _is_static(self, cache: Cache) -> bool:
-        """Whether token steps run on a cache at fixed addresses, as CUDA graphs need it."""
+        """True when token steps run on a cache at fixed addresses, as CUDA graphs need it."""
         wanted = self.cuda_graphs == "on" or (self.cuda_graphs == "auto" and self.device.type == "cuda")
         return wanted and has_plain_attention(self.model, cache)
 
@@ -328,7 +309,7 @@ class _Decoder:
 
 
 class StopStrings:
-    """Whether the newest token completes a stop string in the completion's own text (never in the prompt's)."""
+    """Finds rows whose newest token completes a stop string in the completion's own text, never in the prompt's."""
 
     def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
         assert tokenizer is not None

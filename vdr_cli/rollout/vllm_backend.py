@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rollout.base import LayeredWeights
+from vdr_cli.rollout.base import LayeredWeights, Rollout, RolloutRequest
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, in_layer_order, served_weights, write_model, write_weights
-from vdr_cli.samples import Completions, Finished, Sampling, Watcher, pad_prompts
+from vdr_cli.samples import Completions, Sampling, pad_prompts
 from vdr_cli.system.files import write_whole
 
 PROBE = Sampling(max_new_tokens=16, temperature=0.5)
@@ -32,7 +32,7 @@ PROBES = 4
 """Prompts drawn from for it, on each server."""
 
 MOST_REQUESTS = 256
-"""Prompts asked for at once; the server queues what it cannot decode together."""
+"""Requests in flight at once; the server queues those that it cannot decode together."""
 
 NOISE = 4.0
 """A push must agree to within this many times the difference right after the server started."""
@@ -41,7 +41,7 @@ FLOOR = 2e-5
 """Nats; differences below it are rounding and never counted as stale weights."""
 
 
-class VllmRollout:
+class VllmRollout(Rollout):
     """The Rollout protocol on one or several servers; sampler_logps are those the servers sampled with.
 
     Completion g of a prompt is drawn by the server's generator, seeded by the prompt's key and g. Rank 0 hands
@@ -81,44 +81,24 @@ class VllmRollout:
         self.broadcast: Broadcast | None = None
         self.noise: float | None = None
         self.sampling: list[Future[list[Answer]]] = []
-        """What the servers were asked for last."""
+        """The newest requests to the servers."""
 
-    def generate(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Completions:
-        return self.begin(model, prompts, n, sampling, keys, finished, watcher)()
-
-    def begin(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Callable[[], Completions]:
-        self.refresh(model, prompts, sampling)
+    def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
+        prompts, n = request.prompts, request.n
+        self.refresh(model, prompts, request.sampling)
 
         def group(index: int) -> list[Answer]:
-            answers = self._complete(index, prompts[index], n, sampling, keys[index])
-            if finished is not None:
-                finished([index], assemble([prompts[index]], n, answers, self.pad_id))
+            answers = self._complete(index, prompts[index], n, request.sampling, request.keys[index])
+            if request.finished is not None:
+                request.finished([index], assemble([prompts[index]], n, answers, self.pad_id))
             return answers
 
         pool = ThreadPoolExecutor(max_workers=min(max(len(prompts), 1), MOST_REQUESTS))
-        self.sampling = asked = [pool.submit(group, index) for index in range(len(prompts))]
+        self.sampling = requests = [pool.submit(group, index) for index in range(len(prompts))]
 
         def whole() -> Completions:
             try:
-                answers = [answer for future in asked for answer in future.result()]
+                answers = [answer for future in requests for answer in future.result()]
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
             return assemble(prompts, n, answers, self.pad_id)

@@ -129,7 +129,7 @@ def _wait_for(needed: Sequence[Future[Any]], watched: Sequence[Future[Any]], sec
 
 
 def _places(client: VllmClient) -> list[dict[str, Any]]:
-    """Of the server's workers, in their order. ConfigError where they cannot be reached one by one."""
+    """The places of the server's workers, in order. Raises ConfigError when they cannot be reached one by one."""
     try:
         places: list[dict[str, Any]] = client.call_workers("vdr_place", {})
     except (ConfigError, MachineError) as error:

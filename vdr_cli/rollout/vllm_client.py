@@ -39,7 +39,7 @@ class VllmClient:
     push_timeout: float = 600.0
     retries: int = 3
     lost: Callable[[], str] = lambda: ""
-    """What is known of a server's end: read when it does not answer."""
+    """Returns why the server ended, or "". Called when it does not answer."""
 
     def wait_until_ready(self, timeout: float) -> None:
         """Return when the server answers /health; MachineError when it ended or the time is over."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,9 +11,9 @@ from urllib.parse import urlsplit
 
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout import in_vllm
+from vdr_cli.system.processes import start
 
 MODEL_NAME = "vdr"
-PR_SET_PDEATHSIG = 1
 
 
 class VllmServer:
@@ -48,14 +46,12 @@ class VllmServer:
         ]
         with log.open("ab") as output:
             try:
-                self.process = subprocess.Popen(
+                self.process = start(
                     command,
+                    _environment(on_cpu, receives),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=_environment(on_cpu, receives),
-                    start_new_session=True,
-                    preexec_fn=_end_with_parent,
                 )
             except OSError as fault:
                 raise MachineError(f"rollout.vllm.python: {python} could not be started ({fault.strerror})") from None
@@ -90,9 +86,3 @@ def _environment(on_cpu: bool, receives: bool) -> dict[str, str]:
     if on_cpu:
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     return env
-
-
-def _end_with_parent() -> None:
-    """Linux: SIGTERM to the child when its parent dies, kill -9 included."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

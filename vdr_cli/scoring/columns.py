@@ -14,13 +14,13 @@ from vdr_cli.disagreement.information import Statistics, at_last, ig_seq, rmi_se
 MEASURES = frozenset(
     ("total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "vote_disagree", "bald_jk", "bald_se", "member_logps")
 )
-"""What the ensemble is asked for."""
+"""The measures that the ensemble computes."""
 
 Columns = dict[str, NDArray[Any]]
 
 
 def base_columns(logps: Tensor, entropy: Tensor, mask: Tensor) -> Columns:
-    """Of the model itself, dropout off: logps (B, T), entropy (B, T), mask (B, T) bool with a token in every row."""
+    """Columns of the model itself, dropout off. logps, entropy, mask: (B, T), the mask with a token in every row."""
     count = mask.sum(1)
     nll_sum = -(logps.double() * mask).sum(1)
     nll_mean = nll_sum / count
@@ -35,7 +35,7 @@ def base_columns(logps: Tensor, entropy: Tensor, mask: Tensor) -> Columns:
 
 
 def ensemble_columns(statistics: Statistics, mask: Tensor) -> Columns:
-    """Of the ensemble: the statistics at all positions, (B, T) each."""
+    """Columns of the ensemble, from its statistics at all positions, (B, T) each."""
     bald = statistics.get("bald")
     member_logps = statistics.get("member_logps")
     means = {

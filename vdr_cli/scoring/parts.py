@@ -64,7 +64,7 @@ class Parts:
         if changed:
             raise ConfigError(
                 f"{self.folder}: cannot resume, {', '.join(changed)} changed since: give the same arguments, "
-                "or remove the folder to start anew"
+                "or remove the folder to start over"
             )
 
     def begin(self) -> None:

@@ -94,7 +94,7 @@ def loss_of(labels: NDArray[np.float64]) -> tuple[bool, NDArray[np.float64]]:
 
 
 def _calibration(nll: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
-    """Of exp(−nll) as the probability of being right."""
+    """The calibration error of exp(−nll) as the probability of being right."""
     kept = np.isfinite(nll) & np.isfinite(labels)
     return expected_calibration_error(np.exp(-nll[kept]), labels[kept])
 
@@ -175,7 +175,7 @@ class _Numbers:
 
 
 def _key(row: dict[str, Any], group: str | None, fields: Fields, where: str) -> object:
-    """What the row shares with the others of its group."""
+    """The key of the row's group."""
     if group is not None:
         return value_at(row, group)
     try:
@@ -185,7 +185,7 @@ def _key(row: dict[str, Any], group: str | None, fields: Fields, where: str) -> 
 
 
 def as_number(value: Any, where: str) -> float:
-    """What a cell of any format says; NaN when it is empty. DataError for what is no number."""
+    """The number in a cell of any format; NaN when it is empty. DataError when it is not a number."""
     if value is None or value == "":
         return float("nan")
     if value in ("True", "true", "False", "false"):  # a CSV's booleans

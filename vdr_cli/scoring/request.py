@@ -1,4 +1,4 @@
-"""What `vdr score` was asked for, and what it answers. No torch import."""
+"""The request and the result of `vdr score`. No torch import."""
 
 from __future__ import annotations
 

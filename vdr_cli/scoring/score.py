@@ -253,7 +253,7 @@ def _as_result(summary: dict[str, Any]) -> dict[str, Any]:
     if summary["empty"]:
         notes.append(f"{summary['empty']} completions have no tokens: their measures are null")
     if summary["ids_ignored"]:
-        notes.append("the token ids in the file are another tokenizer's: the text was tokenised anew")
+        notes.append("the token ids in the file are another tokenizer's: the text was tokenised again")
     if summary["replaced"]:
         notes.append(f"columns of the input gave way to ours of the same name: {', '.join(summary['replaced'])}")
     return {

@@ -47,7 +47,7 @@ class Source:
 
     @property
     def stamp(self) -> dict[str, Any]:
-        """What tells a changed file; stdin is written anew each time."""
+        """Path, size and time, which tell a changed file; the copy of stdin is a new file each time."""
         changed = {} if self.path.endswith(SPOOL) else {"changed": Path(self.path).stat().st_mtime_ns}
         return {"path": self.path, "bytes": self.size, **changed}
 

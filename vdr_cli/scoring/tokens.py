@@ -75,7 +75,7 @@ class Tokeniser:
         return items
 
     def _part(self, at: int, row: Row) -> _Part | None:
-        """What is to be tokenised of a row."""
+        """The parts of a row that are to be tokenised."""
         if row.error is not None or row.values is None:
             return None
         try:
@@ -105,7 +105,7 @@ class Tokeniser:
         return Item(at, prompt_ids, completion_ids, is_cut)
 
     def _prompts(self, texts: Sequence[str]) -> dict[str, list[int]]:
-        """What data.prompts.encode gives for each text, tokenised together."""
+        """The ids that data.prompts.encode gives each text, tokenised together."""
         unique = list(dict.fromkeys(texts))
         if not unique:
             return {}
@@ -223,7 +223,7 @@ def value_at(values: Any, path: str) -> Any:
 
 
 def ids_fit(rows: Sequence[Row], fields: Fields, tokenizer: Any) -> bool:
-    """Whether the ids that rows bring decode to their completions: False when another tokenizer made them."""
+    """True when the ids that rows bring decode to their completions; False when another tokenizer made them."""
     same = other = 0
     for row in rows[:64]:
         ids = value_at(row.values, fields.completion_ids) if row.values else None
@@ -241,7 +241,7 @@ def ids_fit(rows: Sequence[Row], fields: Fields, tokenizer: Any) -> bool:
 
 
 def group_key(values: dict[str, Any], fields: Fields) -> object:
-    """What rows of one group share, wherever their prompts lie: the prompt, or its token ids where there is no text.
+    """The key of a row's group: its prompt, wherever that lies, or its token ids where there is no text.
 
     Raises RowError for a row without either.
     """
@@ -255,7 +255,7 @@ def group_key(values: dict[str, Any], fields: Fields) -> object:
 
 
 def is_lm_eval(values: dict[str, Any]) -> bool:
-    """Whether the row is from a sample log of lm-evaluation-harness, also as it stands in a Parquet or CSV output."""
+    """True when the row is from a sample log of lm-evaluation-harness, also as it stands in a Parquet or CSV output."""
     if "resps" not in values or "arguments" not in values:
         return False
     return isinstance(_parsed(values["resps"]), list) and isinstance(_parsed(values["arguments"]), list | dict)

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import psutil
 
@@ -15,25 +17,27 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 end_process = os._exit
-"""Ends this process at once. Reward functions that call os._exit get an exception instead (rewards/leaving.py)."""
+"""Ends this process at once. Reward functions that call os._exit get an exception instead (rewards/exiting.py)."""
 
 
-def start(command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> subprocess.Popen[bytes]:
     """A child in a session of its own (Ctrl-C in the terminal reaches only us) that gets SIGTERM when we die.
 
-    stderr: subprocess.PIPE to read it here; None: ours.
+    streams: stdin, stdout and stderr as of subprocess.Popen; each is ours unless it is given. Raises OSError.
     """
-    parent = os.getpid()
-    libc = ctypes.CDLL(None, use_errno=True)
+    follow = partial(end_with_parent, os.getpid())
+    return subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=follow, **streams)
 
-    def follow_parent() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
 
-    return subprocess.Popen(
-        command, env=dict(environment), stderr=stderr, start_new_session=True, preexec_fn=follow_parent
-    )
+def end_with_parent(parent: int, number: int = signal.SIGTERM) -> None:
+    """In a child: get this signal when the parent dies, kill -9 included; exit with 1 when it has died already (Linux).
+
+    parent: its process id. The signal comes when the thread that started this process ends.
+    """
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        end_process(1)
 
 
 def adopt_orphans() -> None:

@@ -35,7 +35,7 @@ def shortened(text: str, limit: int) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold it: JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """True when UTF-8 can hold it: JSON can spell half of a surrogate pair, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:

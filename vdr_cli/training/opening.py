@@ -30,7 +30,7 @@ from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
-from vdr_cli.exploration.bonus import PATIENCE, BonusWatch
+from vdr_cli.exploration.bonus import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import prepare_process
 from vdr_cli.models.anatomy import check_head
@@ -231,7 +231,7 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
 
 def _bonus_watch(config: Config) -> BonusWatch:
     cfg, steps = config.disagreement, config.train.steps
-    return BonusWatch(cfg.measure, cfg.dropout, cfg.effective_scope, flat_after=min(PATIENCE, steps))
+    return BonusWatch(cfg.measure, cfg.dropout, cfg.effective_scope, flat_after=min(STEPS_BEFORE_WARNING, steps))
 
 
 def sampling_of(config: Config) -> Sampling:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from vdr_cli.disagreement.reader import EnsembleReader
-from vdr_cli.rollout.base import Rollout
-from vdr_cli.samples import Completions, Finished, Sampling, Watcher
+from vdr_cli.rollout.base import Rollout, RolloutRequest
+from vdr_cli.samples import Completions, Sampling
 
 
 @dataclass(frozen=True)
-class WatchedRollout:
-    """A rollout that lets the ensemble watch what `begin` samples; `generate`, which evaluates, is not watched."""
+class WatchedRollout(Rollout):
+    """A rollout that lets the ensemble watch what `start` samples; `generate`, which evaluates, is not watched."""
 
     rollout: Rollout
     ensemble: EnsembleReader
@@ -22,34 +22,17 @@ class WatchedRollout:
     def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.rollout.refresh(model, prompts, sampling)
 
-    def generate(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Completions:
-        return self.rollout.generate(model, prompts, n, sampling, keys, finished, watcher)
+    def generate(self, model: nn.Module, request: RolloutRequest) -> Completions:
+        return self.rollout.generate(model, request)
 
-    def begin(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        n: int,
-        sampling: Sampling,
-        keys: Sequence[int],
-        finished: Finished | None = None,
-        watcher: Watcher | None = None,
-    ) -> Callable[[], Completions]:
-        """The ensemble watches in place of `watcher`, which must be None."""
-        if watcher is not None:
+    def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
+        """The ensemble watches in place of the request's watcher. Raises ValueError when there is one."""
+        if request.watcher is not None:
             raise ValueError("the ensemble watches this rollout: give no other watcher")
-        widest = max(map(len, prompts), default=0)
-        with self.ensemble.watching(model, len(prompts) * (widest + n * sampling.max_new_tokens)) as watched:
-            wait = self.rollout.begin(model, prompts, n, sampling, keys, finished, watched)
+        widest = max(map(len, request.prompts), default=0)
+        tokens = len(request.prompts) * (widest + request.n * request.sampling.max_new_tokens)
+        with self.ensemble.watching(model, tokens) as watched:
+            wait = self.rollout.start(model, replace(request, watcher=watched))
         if watched is None:
             return wait
         known = watched

@@ -24,6 +24,7 @@ from common import (
 )
 from torch import Tensor
 
+from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
 from vdr_cli.samples import Sampling
 
@@ -77,7 +78,7 @@ def measure(case: Case, device: torch.device, dtype: torch.dtype, bandwidth: flo
 
     def ours(graphs: CudaGraphs, new_tokens: int = case.new_tokens) -> object:
         rollout = TransformersRollout(0, [], cuda_graphs=graphs)
-        return rollout.generate(model, prompts, case.group, Sampling(max_new_tokens=new_tokens), keys)
+        return rollout.generate(model, RolloutRequest(prompts, case.group, Sampling(max_new_tokens=new_tokens), keys))
 
     ways: dict[str, Callable[[], object]] = {
         "vdr": lambda: ours("on"),

@@ -129,7 +129,7 @@ def together() -> dict[str, Settings]:
             "train.seed": 9,
         },
         "resample": {"grpo.resample_groups": 3, "train.steps": 3},
-        "ahead": {**EOS, "rollout.ahead": 1, "train.steps": 3, "train.learning_rate": 5e-3},
+        "ahead": {**EOS, "rollout.ahead": 1, "rollout.backend": "vllm", "train.steps": 3, "train.learning_rate": 5e-3},
         "kl_k3": {"grpo.beta": 0.5, "grpo.kl_in": "reward", "grpo.kl": "k3", "train.learning_rate": 3e-3},
         "two": {**TWICE, **EOS, "engine.ds_config": "zero2", "train.weight_decay": 0.1},
     }

@@ -27,6 +27,7 @@ LORA = {"rank": 4, "alpha": 8}
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}
 AHEAD = {
     "rollout.ahead": 1,
+    "rollout.backend": "vllm",  # the worker samples in its own process all the same
     "train.learning_rate": 5e-3,
     "train.checkpoint_every": 2,
     "train.eval_every": 2,
@@ -314,6 +315,7 @@ def test_every_phase_has_its_speed_and_share(left: Left) -> None:
     ("settings", "says"),
     [
         ({"train": {"steps": 3}, "grpo": {"num_iterations": 2}}, "train.steps 3 is not a multiple"),
+        ({"rollout": {"ahead": 1}}, "ahead is 1 but backend is transformers"),
         (
             {"rollout": {"group_size": 1}, "grpo": {"scale_rewards": "none"}, "disagreement": {"mode": "none"}},
             "rollout.group_size is 1",

@@ -117,6 +117,11 @@ def probed_complete(self: Any) -> None:
     complete(self)
 
 
+def sampled_here(config: Any, *more: Any) -> Any:
+    """A sampler in this process for both backends: what is tested of rollout.ahead is the loop's part of it."""
+    return open_rollout(config.model_copy(update={"backend": "transformers"}), *more)
+
+
 for name in ("allgather_fn", "all_gather_into_tensor", "all_gather"):
     setattr(deepspeed.comm, name, counted(getattr(deepspeed.comm, name)))
 policy_loss, train.policy_loss = train.policy_loss, watched_loss
@@ -125,6 +130,7 @@ loss_mask, train.loss_mask = train.loss_mask, watched_mask
 cache_for, reader.cache_for = reader.cache_for, watched_cache
 end_step, LoopState.end_step = LoopState.end_step, watched_end_step
 step, Engine.step = Engine.step, watched_step
+open_rollout, opening.open_rollout = opening.open_rollout, sampled_here
 complete, opening.Run.complete = opening.Run.complete, probed_complete
 leave, opening.leave_process_group = opening.leave_process_group, lambda: None  # the runs share one process group
 

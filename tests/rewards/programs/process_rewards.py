@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-import threading
 import time
 
 import numpy as np
@@ -60,10 +59,7 @@ def where(completions, **_):
 
 
 def ends(completions, **_):
-    thread = threading.Thread(target=lambda: os._exit(0))
-    thread.start()
-    thread.join()
-    return [1.0] * len(completions)
+    os._exit(0)
 
 
 fallen = lambda completions, **_: [1.0] * len(completions)  # noqa: E731  a user's file

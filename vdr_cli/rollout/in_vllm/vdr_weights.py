@@ -86,7 +86,7 @@ def own_address(peer: str) -> str:
 
 
 def described(weights: dict[str, Tensor]) -> dict[str, Sequence[Any]]:
-    """What `vdr_receive` needs to know of tensors that will be broadcast in this order."""
+    """The arguments of `vdr_receive` for tensors that will be broadcast in this order."""
     return {
         "names": list(weights),
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()],
