@@ -572,8 +572,8 @@ ELSEWHERE = [
         (
             "all completions of a group are one",
             "rollout/transformers_backend.py",
-            "(keys[row.prompt], row.completion) for row",
-            "(keys[row.prompt], 0) for row",
+            "(request.keys[row.prompt], row.completion) for row",
+            "(request.keys[row.prompt], 0) for row",
             "members",
         ),
         (
