@@ -19,7 +19,7 @@ class Session:
 
     def head(self, url: str, timeout: float) -> None:
         self.asked += 1
-        assert url == constants.ENDPOINT and timeout == hub.PATIENCE
+        assert url == constants.ENDPOINT and timeout == hub.ANSWER_SECONDS
         if self.fails:
             raise ConnectionError
 
