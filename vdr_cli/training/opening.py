@@ -46,6 +46,7 @@ from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
 from vdr_cli.training.checkpointer import Checkpointer
+from vdr_cli.training.closing import closing_lines
 from vdr_cli.training.live import LiveView
 from vdr_cli.training.metrics import MetricsWriter
 from vdr_cli.training.resources import Resources
@@ -88,6 +89,8 @@ class Run:
         with collectives.agreed():
             if collectives.is_main():
                 _mark_finished(res.directory, self.state.step)
+                for line in closing_lines(res.directory, res.config):
+                    self.log.note(line)
 
 
 @contextmanager

@@ -1,0 +1,38 @@
+"""The last lines of a run: what it made, what improved, and which commands come next."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from vdr_cli.config.schema import Config
+from vdr_cli.data.metrics import METRICS_FILE, read_metrics
+from vdr_cli.errors import DataError
+
+HELD_OUT = "eval/pass@1"
+
+
+def closing_lines(directory: Path, config: Config) -> list[str]:
+    """Two or three lines for the user of a run that reached its end."""
+    made = [name for name in ("model/", "report.html") if (directory / name).exists()]
+    lines = [f"finished: {' and '.join(made) or 'the last checkpoint'} in {directory}"]
+    if (improved := _improvement(directory)) is not None:
+        lines.append(improved)
+    if (directory / "model").is_dir():
+        start, run = shlex.quote(config.model.name), shlex.quote(str(directory))
+        lines.append(f"next: vdr eval {start} {run}; vdr score {run} --model {run}; vdr audit {run}")
+    return lines
+
+
+def _improvement(directory: Path) -> str | None:
+    """Held-out pass@1 of the first and last evaluation; without evaluations, the reward of the first and last step."""
+    try:
+        lines = list(read_metrics(directory / METRICS_FILE))
+    except (OSError, DataError):  # a disk that was full may have cost some lines; the run is done all the same
+        return None
+    for name, words in ((HELD_OUT, "held-out pass@1"), ("reward", "reward")):
+        found = [(int(line["step"]), float(line[name])) for line in lines if name in line]
+        if len(found) > 1:
+            (first, before), (last, after) = found[0], found[-1]
+            return f"{words} {before:.3f} at step {first}, {after:.3f} at step {last}"
+    return None
