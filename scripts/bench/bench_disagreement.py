@@ -1,6 +1,7 @@
 """What disagreement costs, side by side with the way the original code computed it.
 
     python scripts/bench/bench_disagreement.py --asked [--json PATH]      the asked cases beside the measured
+    python scripts/bench/bench_disagreement.py --shortcuts --rounds 9     what each shortcut saves
     python scripts/bench/bench_disagreement.py --curves docs/images/disagreement_cost.png    cost against M, T, G and P
 
 Every case runs in a process of its own, so that its peak memory is its own. Times are the least of the repeats, ours
@@ -25,6 +26,7 @@ import torch
 from harness import parser_of, seconds_of, write_results
 from torch import Tensor, nn
 
+from vdr_cli.disagreement import reading
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
@@ -358,10 +360,61 @@ def straightness(values: list[int], times: list[float]) -> str:
     return f"{float(start):.3f} + {float(slope):.5f} x seconds, R² {1 - float(left):.4f}"
 
 
+# ---- shortcuts -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_shortcut(name: str) -> Iterator[None]:
+    """Inside the block members read without one of the ways to do less in the first or the last layer."""
+
+    @contextmanager
+    def whole_mlp(mlp: nn.Module, column: Tensor) -> Iterator[None]:
+        yield
+
+    changes: dict[str, tuple[object, str, object]] = {
+        "first attention once for all members": (reading.Reading, "shared_attention", lambda self, count: None),
+        "last MLP at one column": (reading, "mlp_at_one_column", whole_mlp),
+    }
+    owner, attribute, replacement = changes[name]
+    kept = getattr(owner, attribute)
+    setattr(owner, attribute, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, kept)
+
+
+def shortcuts(base: Case, rounds: int) -> str:
+    """CPU time of the ensemble without each shortcut over that with both, in turns in one process; medians."""
+    cases = {
+        "per_token, full": base,
+        "per_token, last_k 3": replace(base, last_k=3),
+        "end_of_sequence, full": replace(base, mode="end_of_sequence"),
+        "end_of_sequence, last_k 3": replace(base, mode="end_of_sequence", last_k=3),
+    }
+    names = ("first attention once for all members", "last MLP at one column")
+    torch.set_num_threads(base.threads)
+    rows = []
+    for label, case in cases.items():
+        model, batch = build(case)
+        ours(model, batch, case)  # first call: thread pools, kernels
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name in names:
+                with_both = seconds_of(lambda: ours(model, batch, case), case.device)[1]  # noqa: B023
+                with without_shortcut(name):
+                    found[name].append(seconds_of(lambda: ours(model, batch, case), case.device)[1] / with_both)  # noqa: B023
+        medians = [sorted(found[name])[rounds // 2] for name in names]
+        rows.append(f"| {label} | " + " | ".join(f"{value:.3f}" for value in medians) + " |")
+        print(rows[-1], flush=True)
+    return f"| case | {' | '.join(f'without: {name}' for name in names)} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--one", help="a case as JSON: run it here and print its numbers as JSON")
     parser.add_argument("--asked", action="store_true", help="run the asked cases")
+    parser.add_argument("--shortcuts", action="store_true", help="CPU time without each shortcut over that with it")
     parser.add_argument("--curves", type=Path, help="run the cost curves and write the plot here")
     parser.add_argument("--rounds", type=int, default=2, help="times that every asked case runs")
     parser.add_argument("--threads", type=int, default=2)
@@ -373,6 +426,9 @@ def main() -> None:
         found = asked(replace(base, repeats=1), arguments.rounds)
         show(found)
         write_results(arguments.json, found)
+    if arguments.shortcuts:
+        shape = {"width": 256, "inner": 1024, "heads": 4, "kv_heads": 4, "vocabulary": 8000, "completion": 64}
+        print(shortcuts(replace(base, threads=1, **shape), arguments.rounds))
     if arguments.curves:
         curves(base, arguments.curves)
 

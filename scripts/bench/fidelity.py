@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from fidelity_sites import SITES, measure_at
 from harness import parser_of, write_results
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -65,8 +66,6 @@ def variants(layers: int, members: int) -> dict[str, tuple[EnsembleSpec, float]]
         cost = (members * k + layers - k) / (members * layers)
         found[f"last_k, k {k}"] = (replace(full, scope="last_k", last_k=k), cost)
     found["mask_sharing token"] = (replace(full, mask_sharing="token"), 1.0)
-    found["site embedding"] = (replace(full, site="embedding"), 1.0)
-    found["site attention"] = (replace(full, site="attention"), 1.0)
     return found
 
 
@@ -74,9 +73,20 @@ Scores = dict[tuple[str, str], Tensor]
 """(measure, mode) to (B,)."""
 
 
-def scores(model: nn.Module, batch: Completions, group_size: int, spec: EnsembleSpec, share: float = 1.0) -> Scores:
-    """share: of the valid positions, drawn at random, that make the mean of per_token."""
-    statistics = EnsembleReader(spec).measure(model, MeasureRequest(batch, group_size, 0, measures={"bald", "rmi"}))
+def scores(
+    model: nn.Module,
+    batch: Completions,
+    group_size: int,
+    spec: EnsembleSpec,
+    share: float = 1.0,
+    site: str | None = None,
+) -> Scores:
+    """share: of the valid positions, drawn at random, that make the mean of per_token. site: another place of masks."""
+    measures = {"bald", "rmi"}
+    if site is None:
+        statistics = EnsembleReader(spec).measure(model, MeasureRequest(batch, group_size, 0, measures=measures))
+    else:
+        statistics = measure_at(site, model, batch, spec, measures)
     found = {}
     for name in ("bald", "rmi"):
         values = statistics.get(name)
@@ -110,8 +120,8 @@ def judged(title: str, name: str, arguments: argparse.Namespace) -> dict[str, An
     layers = len(anatomy.decoder_layers(model))
     truth = scores(model, batch, size, EnsembleSpec(REFERENCE_MEMBERS, seed=0))
 
-    def row(label: str, spec: EnsembleSpec, cost: float, share: float = 1.0) -> dict[str, Any]:
-        draws = [scores(model, batch, size, replace(spec, seed=1 + draw), share) for draw in range(DRAWS)]
+    def row(label: str, spec: EnsembleSpec, cost: float, share: float = 1.0, site: str | None = None) -> dict[str, Any]:
+        draws = [scores(model, batch, size, replace(spec, seed=1 + draw), share, site) for draw in range(DRAWS)]
         cells: dict[str, Any] = {"ensemble": label, "cost": cost}
         for column, reference in truth.items():
             found = [within_groups(draw[column], reference, batch, size) for draw in draws]
@@ -121,6 +131,7 @@ def judged(title: str, name: str, arguments: argparse.Namespace) -> dict[str, An
 
     rows = [row(label, spec, cost) for label, (spec, cost) in variants(layers, arguments.members).items()]
     full = EnsembleSpec(arguments.members)
+    rows += [row(f"site {site}", full, 1.0, site=site) for site in SITES]
     rows += [row(f"full, {label} of the positions", full, 1.0, share) for label, share in SHARES.items()]
     means = {" ".join(column): float(values.mean()) for column, values in truth.items()}
     return {"title": title, "layers": layers, "reference_nats": means, "rows": rows}

@@ -57,7 +57,7 @@ def by_hand(model: Toy, cfg: Config, step: int, token: int, masks) -> np.ndarray
     """(M, V) log-probabilities after one token; masks(member, layer, site): (D,)."""
     rows = []
     for member in range(M):
-        x = model.embed.weight[token] * masks(member, 0, "embedding")
+        x = model.embed.weight[token]
         for number, layer in enumerate(model.layers):
             x = x + layer.self_attn(x) * masks(member, number, "attention")
             x = x + layer.mlp(x) * masks(member, number, "mlp")
@@ -77,7 +77,6 @@ def expected(log_p: np.ndarray, y: int) -> tuple[float, float]:
     [
         ({}, {(layer, site) for layer in (0, 1) for site in ("attention", "mlp")}),
         ({"scope": "last_k", "last_k": 1}, {(1, "attention"), (1, "mlp")}),
-        ({"site": "embedding"}, {(0, "embedding")}),
     ],
 )
 def test_measures_of_members(given, masked):
@@ -106,8 +105,6 @@ def test_masks_drawn_per_token_follow_the_sequences_own_stream():
     for before, y, t in ((2, 4, 0), (4, 0, 1)):
 
         def masks(member, layer, site, token=before):
-            if site == "embedding":
-                return torch.ones(D)
             drawn = streams.mask(4, f"6/{member}/{layer}/{site}/{name[token]}", 2 * D, 0.3)
             return torch.from_numpy(drawn.reshape(2, D)[place[token]])
 
@@ -122,8 +119,6 @@ def test_last_k_defaults_to_a_quarter_rounded_up():
 
 def test_what_cannot_be_read_says_why():
     model = Toy()
-    with pytest.raises(members.CannotReadError, match="attention probabilities"):
-        members.measures(model, settings(site="attention"), 0, [[1]], [[2]])
     model.layers[1].mlp.forward = lambda hidden, residual: hidden
     with pytest.raises(members.CannotReadError, match="adds the residual"):
         members.measures(model, settings(), 0, [[1]], [[2]])

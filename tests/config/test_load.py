@@ -102,7 +102,7 @@ def test_yaml_means_what_it_says(write):
         ("train: {steps: 3\0}\n", "run.yaml: not valid YAML"),
         ("train: {steps: !!int abc}\n", "run.yaml: not valid YAML"),
         ("a: &a [*a]\n", "run.yaml: not valid YAML"),
-        ("grpo: {loss: bnpo}\n", "grpo.loss bnpo is TRL's mean over a micro-batch's tokens; set dapo"),
+        ("grpo: {loss: bnpo}\n", "grpo.loss: bnpo is TRL's mean over a micro-batch's tokens; set dapo"),
         ("train: {steps: true}\n", "run.yaml:1: train.steps must be a whole number, not true"),
         ("train: {learning_rate: false}\n", "train.learning_rate must be a number, not false"),
         ("train: {seed: 99999999999}\n", "train.seed must be at most 4294967295, not 99999999999"),

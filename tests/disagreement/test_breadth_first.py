@@ -25,8 +25,6 @@ SPECS = {
     "full": SPEC,
     "top": replace(SPEC, scope="last_k", last_k=1),
     "token": replace(SPEC, mask_sharing="token"),
-    "emb": replace(SPEC, site="embedding"),
-    "att": replace(SPEC, site="attention"),
 }
 
 

@@ -81,8 +81,6 @@ def test_positions_of_a_token_mask_are_independent() -> None:
 def test_impossible_ensembles_name_their_key() -> None:
     with pytest.raises(ConfigError, match=r"disagreement\.members"):
         EnsembleSpec(members=1)
-    with pytest.raises(ConfigError, match=r"disagreement\.site"):
-        EnsembleSpec(members=2, scope="last_k", last_k=1, site="embedding")
 
 
 def test_scope_follows_the_mode() -> None:
@@ -103,6 +101,6 @@ def test_settings_give_every_field() -> None:
     settings = {"members": 3, "dropout": 0.2, "scope": "last_k", "last_k": 2, "mask_sharing": "token"}
     spec = spec_of(9, **settings, blocks={"mlp": "ffn"})
     assert {field.name for field in fields(EnsembleSpec)} == {*DisagreementConfig().member_settings, "seed"}
-    assert spec == EnsembleSpec(3, 0.2, "last_k", 2, "token", "residual", (("mlp", "ffn"),), 9)
+    assert spec == EnsembleSpec(3, 0.2, "last_k", 2, "token", (("mlp", "ffn"),), 9)
     assert spec.block_names == {"mlp": "ffn"}
     assert hash(spec) == hash(spec_of(9, **settings, blocks={"mlp": "ffn"}))

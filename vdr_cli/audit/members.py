@@ -66,16 +66,11 @@ def one_member(model: nn.Module, cfg: Config, mask_of: MaskOf) -> Iterator[None]
     d = cfg.disagreement
     blocks = d.blocks or {}
     sites: list[tuple[int, str, nn.Module]] = []
-    if d.site == "embedding":
-        sites = [(0, "embedding", model.get_input_embeddings())]  # type: ignore[operator, list-item]
-    elif d.site == "residual":
-        layers = layers_of(model)
-        for number in range(first_layer(len(layers), d.effective_scope, d.last_k), len(layers)):
-            attention = block_of(layers[number], blocks.get("attention"), ATTENTION)
-            sites.append((number, "attention", attention))
-            sites.append((number, "mlp", block_of(layers[number], blocks.get("mlp"), MLP)))
-    else:
-        raise CannotReadError("disagreement.site attention masks attention probabilities, which the audit does not")
+    layers = layers_of(model)
+    for number in range(first_layer(len(layers), d.effective_scope, d.last_k), len(layers)):
+        attention = block_of(layers[number], blocks.get("attention"), ATTENTION)
+        sites.append((number, "attention", attention))
+        sites.append((number, "mlp", block_of(layers[number], blocks.get("mlp"), MLP)))
 
     def hook(layer: int, site: str) -> Callable[..., Any]:
         def multiply(module: nn.Module, arguments: object, output: Any) -> Any:

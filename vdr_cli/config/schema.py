@@ -190,8 +190,6 @@ class DisagreementConfig(Section):
     """Layers that members differ in, with scope last_k; None: a quarter of the model's, rounded up."""
     mask_sharing: Literal["member", "token"] = "member"
     """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
-    site: Literal["residual", "embedding", "attention"] = "residual"
-    """Where masks act. attention: attention probabilities, only to compare with the original code."""
     blocks: dict[str, str] | None = None
     """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for
     architectures where they are not found; None: found."""
@@ -233,7 +231,7 @@ class DisagreementConfig(Section):
     @property
     def member_settings(self) -> dict[str, Any]:
         """The numbers and names that make the members, by the fields of `disagreement.masks.EnsembleSpec`."""
-        names = ("members", "dropout", "last_k", "mask_sharing", "site")
+        names = ("members", "dropout", "last_k", "mask_sharing")
         blocks = tuple(sorted(self.blocks.items())) if self.blocks else None
         return {name: getattr(self, name) for name in names} | {"scope": self.effective_scope, "blocks": blocks}
 

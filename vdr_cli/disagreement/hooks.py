@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement.attention import masked_probabilities
 from vdr_cli.disagreement.masks import EnsembleSpec, Site, member_mask, token_mask
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import anatomy
@@ -49,30 +48,6 @@ class Members:
         ]
         return torch.cat(rows)
 
-    def probability_mask(self, layer: int, probabilities: Tensor) -> Tensor:
-        """Masks of attention probabilities (m·rows, H, W, K), by the positions of the two tokens, not by columns."""
-        rows, heads, width, visible = probabilities.shape
-        rows //= len(self.members)
-        if self.positions is None:
-            reading, seen = torch.arange(visible - width, visible), torch.arange(visible)
-            reading, seen = reading.expand(rows, -1), seen.expand(rows, -1)
-        else:
-            reading, seen = (positions.cpu() for positions in self.positions)
-        size = int(seen.max()) + 1
-        shared = self.spec.mask_sharing == "member"
-        masks = []
-        for m in self.members:
-            tables = {}
-            for row, key in enumerate([""] * rows if shared else self.keys):
-                if key not in tables:
-                    drawn = [
-                        token_mask(self.spec, self.step, m, layer, "probabilities", f"{key}{q}", size, heads)
-                        for q in range(size)
-                    ]
-                    tables[key] = torch.stack(drawn)  # (reading position, seen position, H)
-                masks.append(tables[key][reading[row]][:, seen[row]].permute(2, 0, 1))
-        return torch.stack(masks).to(probabilities.device)
-
 
 class _BranchHook:
     """Forward hook that multiplies a block's output, or the first entry of a tuple, by the members' masks."""
@@ -107,7 +82,7 @@ def ensemble(
 ) -> Iterator[Members]:
     """Inside the block a batch is read by `members`, laid out member-major: row = m_local * B + b.
 
-    layer: the only one whose masks are wanted; None: all. The embedding belongs to layer 0.
+    layer: the only one whose masks are wanted; None: all.
     The model is put into eval mode, so that no dropout of its own is active, and left as it was found: hooks removed,
     training flags restored, whatever happens inside. Not to be nested on one model.
     """
@@ -117,27 +92,18 @@ def ensemble(
     active = Members(spec, step, members)
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
-        if spec.site == "attention" and sites:
-            attentions = [(layer, block) for layer, _, block in sites]
-            restore.enter_context(masked_probabilities(model, attentions, active.probability_mask))
-        else:
-            for layer, site, block in sites:
-                restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, layer, site)))
+        for number, site, block in sites:
+            restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, number, site)))
         yield active
 
 
 def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
     """(layer, site, module) of every mask of the ensemble."""
-    if spec.site == "embedding":
-        return [(0, "embedding", anatomy.input_embeddings(model))]
     sites: list[tuple[int, Site, nn.Module]] = []
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):
         attention, mlp = anatomy.residual_blocks(layers[number], spec.block_names)
-        if spec.site == "attention":
-            sites.append((number, "probabilities", attention))
-        else:
-            sites += [(number, "attention", attention), (number, "mlp", mlp)]
+        sites += [(number, "attention", attention), (number, "mlp", mlp)]
     return sites
 
 

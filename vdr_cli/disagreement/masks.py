@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vdr_cli.errors import ConfigError
 
-Site = Literal["attention", "mlp", "embedding", "probabilities"]
+Site = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class EnsembleSpec:
     last_k: int | None = None
     """None: a quarter of the layers."""
     mask_sharing: Literal["member", "token"] = "member"
-    site: Literal["residual", "embedding", "attention"] = "residual"
     blocks: tuple[tuple[str, str], ...] | None = None
     seed: int = 0
 
@@ -37,11 +36,6 @@ class EnsembleSpec:
     def __post_init__(self) -> None:
         if self.members < 2:
             raise ConfigError(f"disagreement.members is {self.members}: disagreement needs at least 2")
-        if self.scope == "last_k" and self.site == "embedding":
-            raise ConfigError(
-                "disagreement.site is embedding and scope is last_k: the embedding lies below the top layers; "
-                "set scope to full"
-            )
 
 
 def member_mask(spec: EnsembleSpec, step: int, member: int, layer: int, site: Site, width: int) -> Tensor:

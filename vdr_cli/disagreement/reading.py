@@ -168,7 +168,7 @@ class Reading:
         """
         layers = anatomy.decoder_layers(self.model)
         first = first_layer(len(layers), self.spec)
-        if count == 1 or self.spec.site != "residual" or first != (self.states[0].layer if self.states else 0):
+        if count == 1 or first != (self.states[0].layer if self.states else 0):
             return None
         attention, _ = anatomy.residual_blocks(layers[first], self.spec.block_names)
         biased = {"alibi", "position_bias"} & set(inspect.signature(attention.forward).parameters)

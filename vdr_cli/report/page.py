@@ -334,7 +334,7 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
     from vdr_cli.scoring.tokens import Item
 
     own = run.config.get("disagreement", {})
-    kept = {key: own[key] for key in ("dropout", "scope", "last_k", "mask_sharing", "site", "blocks") if key in own}
+    kept = {key: own[key] for key in ("dropout", "scope", "last_k", "mask_sharing", "blocks") if key in own}
     if own.get("mode") == "per_token":
         kept["mode"] = "per_token"  # what scope None means depends on it
     settings = DisagreementConfig(members=members, **kept).member_settings

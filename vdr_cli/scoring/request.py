@@ -56,7 +56,7 @@ class ScoreRequest:
     output: str
     """OUT.parquet, OUT.jsonl or OUT.csv."""
     disagreement: DisagreementConfig | None = field(default_factory=lambda: DisagreementConfig(scope="full"))
-    """members, dropout, scope, last_k, mask_sharing, site, blocks are read; None: nll and entropy only."""
+    """members, dropout, scope, last_k, mask_sharing, blocks are read; None: nll and entropy only."""
     seed: int = 0
     fields: Fields = Fields()
     tokens: bool = False

@@ -173,7 +173,7 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
     """Everything that the output depends on: its metadata, and what a resumed scoring must have in common."""
     ensemble = None
     if request.disagreement is not None:
-        keys = ("members", "dropout", "last_k", "mask_sharing", "site", "blocks")
+        keys = ("members", "dropout", "last_k", "mask_sharing", "blocks")
         ensemble = {key: getattr(request.disagreement, key) for key in keys}
         ensemble["scope"] = request.disagreement.effective_scope
     return {

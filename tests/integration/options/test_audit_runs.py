@@ -107,7 +107,7 @@ def alone(folder: Path) -> dict[str, Settings]:
         "members": {**EOS, "disagreement.clip": 1.0, "train.steps": 3, "disagreement.dropout": 0.25, "train.seed": 11},
         "rmi": {**EOS, "disagreement.measure": "rmi", "disagreement.shape": "multiplicative"},
         "by_token": {**PER_TOKEN, "disagreement.mask_sharing": "token", "disagreement.last_n": 3},
-        "embedding": {**PER_TOKEN, "disagreement.site": "embedding", "disagreement.measure": "rmi"},
+        "rmi_tokens": {**PER_TOKEN, "disagreement.measure": "rmi"},
         "linear": {**EOS, "disagreement.schedule": "linear", "disagreement.schedule_fraction": 0.8, "train.steps": 3},
         "cosine": {**EOS, "disagreement.schedule": "cosine", "disagreement.gate": "zero_variance", "train.steps": 3},
         "staircase": {**EOS, "disagreement.schedule": "staircase", "train.steps": 4, "disagreement.shape": "reward"},
