@@ -84,6 +84,8 @@ def _node_rank(config: Config) -> int:
 def _train(config: Config, resume: str | None) -> int:
     prepare_process(config.launch)  # before torch is imported: it reads its number of threads once
 
+    from vdr_cli.system import stopping
     from vdr_cli.train import train
 
+    stopping.this_is_a_command()
     return train(config, resume)

@@ -1,7 +1,12 @@
-"""This process as a rank: joining the process group, its device, leaving."""
+"""This process as a rank: joining the process group, its device, leaving.
+
+A process stays in its group until it ends: DeepSpeed keeps references to the first one, and several runs in one process
+(a notebook, a sweep) share it.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -15,8 +20,10 @@ from vdr_cli.errors import MachineError
 def start_distributed() -> torch.device:
     """Join the process group and choose this rank's device. The launcher's environment must be set.
 
-    Raises MachineError when rank 0 cannot listen, or cannot be reached.
+    In a group already: stay. Raises MachineError when rank 0 cannot listen, or cannot be reached.
     """
+    if not torch.distributed.is_initialized():
+        atexit.register(leave_process_group)
     if not torch.cuda.is_available():
         # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -39,3 +46,9 @@ def _join_group() -> None:
         if os.environ.get("RANK") == "0":
             raise MachineError(f"rank 0 cannot listen on {place}: {reason}; give another --master-port") from error
         raise MachineError(f"rank 0 cannot be reached at {place}: {reason}; give --master-addr") from error
+
+
+def leave_process_group() -> None:
+    """Destroy the process group, if there is one. DeepSpeed cannot be used in this process any more."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

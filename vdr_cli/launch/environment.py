@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
@@ -119,6 +120,20 @@ def prepare_process(launch: LaunchConfig) -> None:
     if os.environ["WORLD_SIZE"] != "1":
         watchdog.begin(os.environ.get("VDR_RUN_DIRECTORY"), launch.fault_timeout)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(os.environ)))
+
+
+@contextmanager
+def environment_restored() -> Iterator[None]:
+    """Afterwards the variables that make this process a rank are as before: its children are not that rank."""
+    before = {name: os.environ.get(name) for name in single_process()}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def threads_per_process(environ: Mapping[str, str]) -> int:

@@ -11,6 +11,14 @@ from vdr_cli.system.processes import end_process
 ONE_SIGNAL = 1.0
 """Seconds within which several are one: the terminal, Slurm, a launcher and vdr itself may all pass the same one on."""
 
+_command = False
+
+
+def this_is_a_command() -> None:
+    """Say that this process runs a `vdr` command and nothing else: a second signal ends it."""
+    global _command
+    _command = True
+
 
 class StopSignal:
     """Remembers the first SIGINT or SIGTERM of this process."""
@@ -39,4 +47,6 @@ class StopSignal:
         if not self._received:
             self._received, self._received_at = number, now
         elif now - self._received_at > ONE_SIGNAL:
-            end_process(128 + number)
+            if _command:
+                end_process(128 + number)
+            raise KeyboardInterrupt  # a notebook or a script goes on

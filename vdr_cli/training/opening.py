@@ -32,7 +32,7 @@ from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.bonus import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
-from vdr_cli.launch.environment import prepare_process
+from vdr_cli.launch.environment import environment_restored, prepare_process
 from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
@@ -99,14 +99,18 @@ def open_run(config: Config, resume: str | None) -> Iterator[Run]:
 
     After a VdrError in the loop the last finished step is saved before the error is raised again.
     """
-    prepare_process(config.launch)
+    with environment_restored():
+        prepare_process(config.launch)
+        yield from _opened(config, resume)
+
+
+def _opened(config: Config, resume: str | None) -> Iterator[Run]:
     if config.train.output is None:
         raise ConfigError("train.output is needed: the run directory, the same for every process")
     directory = Path(config.train.output)
     watchdog.begin(str(directory), config.launch.fault_timeout)
     device = start_distributed()
     with ExitStack() as stack:
-        stack.callback(leave_process_group)
         rank, size = collectives.rank(), collectives.world_size()
         stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
         refuse_other_settings(config)
@@ -322,9 +326,3 @@ def _seed(seed: int) -> None:
     random.seed(own)
     np.random.seed(own % 2**32)
     torch.manual_seed(own)
-
-
-def leave_process_group() -> None:
-    """Destroy the process group, if there is one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -30,6 +30,7 @@ from vdr_cli.config.load import load_config
 from vdr_cli.disagreement import reader
 from vdr_cli.engine import build, collectives
 from vdr_cli.engine.engine import Engine
+from vdr_cli.engine.processes import leave_process_group
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
 from vdr_cli.models import limits, products
@@ -132,7 +133,6 @@ end_step, LoopState.end_step = LoopState.end_step, watched_end_step
 step, Engine.step = Engine.step, watched_step
 open_rollout, opening.open_rollout = opening.open_rollout, sampled_here
 complete, opening.Run.complete = opening.Run.complete, probed_complete
-leave, opening.leave_process_group = opening.leave_process_group, lambda: None  # the runs share one process group
 
 
 def work_through(runs: list[dict[str, Any]]) -> None:
@@ -150,7 +150,7 @@ def work_through(runs: list[dict[str, Any]]) -> None:
         except VdrError as error:
             ended = f"{type(error).__name__}: {error}"
         print("ended", entry["name"], ended, flush=True)
-    leave()
+    leave_process_group()
 
 
 def be_rank(rank: int, ranks: int, port: int, runs: list[dict[str, Any]]) -> NoReturn:
