@@ -71,7 +71,7 @@ def test_a_path_is_read_where_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("{", r"mine.json:1: .*; mend the JSON"),
+        ("{", r"mine.json:1: .*; correct the JSON"),
         ("[]", "a JSON object is needed, not list"),
         ('{"zero_optimisation": {}}', "unknown key zero_optimisation; did you mean zero_optimization?"),
         ('{"bf16": true}', "bf16 must be an object"),

@@ -44,7 +44,7 @@ class Checkpoint:
 
     path: Path
     state: dict[str, Any]
-    """What the loop saved: step, prompt position, bonus statistics, world size."""
+    """Contents of state.json: step, prompt position, bonus statistics, world size."""
 
 
 def save(
@@ -137,7 +137,7 @@ def find_fault(path: Path, contents: bool = True) -> str | None:
 
 
 def needs_conversion(checkpoint: Checkpoint | None) -> bool:
-    """Whether it was written by another number of processes, so that every shard is cut differently."""
+    """True when another number of processes wrote it, so that every shard is cut differently."""
     return checkpoint is not None and checkpoint.state["world_size"] != collectives.world_size()
 
 
@@ -267,7 +267,7 @@ def _written(folder: Path) -> Iterator[None]:
 
 
 def _reason(fault: Exception, folder: Path) -> str:
-    """What happened, and the room there is: torch says `unexpected pos` when a disk is full."""
+    """The fault and the free space: torch says `unexpected pos` when a disk is full."""
     said = " ".join(str(fault).split())
     with suppress(OSError):
         said += f" ({shutil.disk_usage(folder).free >> 20} MiB free on the disk)"

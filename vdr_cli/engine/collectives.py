@@ -1,4 +1,4 @@
-"""What ranks tell each other, as plain functions; every one is a no-op with one process.
+"""Communication between ranks, as plain functions; each is a no-op with one process.
 
 Rule: no collective depends on a condition that only one rank knows. Errors are agreed on first (`agreed`).
 """
@@ -28,7 +28,7 @@ def is_main() -> bool:
 
 
 def even_shares(count: int) -> list[int]:
-    """How many of `count` things each rank takes: they differ by at most one."""
+    """Shares of `count` things, by rank; they differ by at most one."""
     size = world_size()
     return [count * (each + 1) // size - count * each // size for each in range(size)]
 

@@ -1,4 +1,4 @@
-"""What makes a GPU sum gradients in a fixed order, so that a run can be repeated and resumed to the bit.
+"""Gradients on a GPU summed in a fixed order, so that a run can be repeated and resumed to the bit.
 
 Forward passes are repeatable as they are. Some backward kernels add with atomics, in whatever order their blocks end:
 attention's, and that of a prompt's keys and values, which all its completions read.

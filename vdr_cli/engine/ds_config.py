@@ -69,7 +69,7 @@ def read_ds_config(name: str) -> DsConfig:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"engine.ds_config {path}:{error.lineno}: {error.msg}; mend the JSON") from error
+        raise ConfigError(f"engine.ds_config {path}:{error.lineno}: {error.msg}; correct the JSON") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"engine.ds_config {path}: cannot be read as JSON: {error}") from error
     if not isinstance(loaded, dict):

@@ -1,4 +1,4 @@
-"""Which of DeepSpeed's compiled operators exist or could be built on this machine."""
+"""DeepSpeed's compiled operators: those that are installed, and those that this machine could build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sampling server is handed where no full copy of the weights is ever made: one decoder layer after another."""
+"""Weights for a sampling server, one decoder layer after another, where no full copy of them is ever made."""
 
 from __future__ import annotations
 

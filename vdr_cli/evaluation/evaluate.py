@@ -47,7 +47,7 @@ ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What `vdr eval` was asked for. The prompts are the held-out ones of `data` (eval_name, eval_split)."""
+    """A request to `vdr eval`. The prompts are the held-out ones of `data` (eval_name, eval_split)."""
 
     models: tuple[str, ...]
     data: DataConfig = field(default_factory=DataConfig)
@@ -88,7 +88,7 @@ class EvalResult:
     entropy_sum: NDArray[np.float64]  # (N, n) nats, summed over tokens
     disagreement: NDArray[np.float64] | None = None  # (N, n) mean bald of the tokens, nats
     per_prompt: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """What was asked for beside: name to (N,), NaN where there is none."""
+    """Further measures that were asked for: name to (N,), NaN where a prompt has none."""
 
     def pass_at(self, k: int) -> NDArray[np.float64]:
         """(N,) unbiased pass@k of each prompt."""
@@ -167,7 +167,7 @@ class EvalResult:
         return columns
 
     def record(self) -> dict[str, Any]:
-        """What `--json` writes of this model."""
+        """This model's entry in the `--json` file."""
         return {"model": self.model, "prompts": len(self.prompts), "samples": self.solved.shape[1], **self.metrics()}
 
 
@@ -439,7 +439,7 @@ def _result(
 
 
 def _summed(values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of (N, n) values: (N,) sums and (N,) counts of those that are numbers."""
+    """(N,) sums and (N,) counts of the numbers among (N, n) values."""
     return np.nansum(values.astype(np.float64), axis=1), (~np.isnan(values.astype(np.float64))).sum(1).astype(float)
 
 

@@ -43,7 +43,7 @@ TYPES = {
 
 
 def is_due(config: Config, step: int) -> bool:
-    """Whether the rollout at this step leaves a record (observe.audit_every)."""
+    """True when the rollout at this step leaves a record (observe.audit_every)."""
     every, before = config.observe.audit_every, step - config.grpo.num_iterations
     if every is None:
         return step == 0
@@ -84,7 +84,7 @@ def remove_from(directory: Path, step: int) -> None:
 
 
 def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
-    """What the step began with, and the RMS that it ended with."""
+    """Counters at the step's beginning, and the RMS at its beginning and end."""
     return {
         "step": state.step,
         "drawn": state.drawn,

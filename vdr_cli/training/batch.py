@@ -21,7 +21,7 @@ class RewardedGroups:
     prompts: list[Prompt]  # one per completion, length B
     completions: Completions
     texts: list[str] | list[Messages]
-    """What the reward functions see: a string, or one assistant message when the prompt is a chat."""
+    """Completions as the reward functions see them: strings, or one assistant message each for chats."""
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
 

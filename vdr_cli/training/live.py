@@ -1,4 +1,4 @@
-"""What `vdr train` shows while it runs: a live view on a terminal, a line a step elsewhere.
+"""The display of `vdr train`: a live view on a terminal, one line per step elsewhere.
 
 The view keeps a bounded history (a run of any length costs the same memory) and redraws at most twice a second.
 """

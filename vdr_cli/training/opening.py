@@ -1,4 +1,4 @@
-"""How a run opens, resumes and ends: everything that train.py's loop finds in place."""
+"""Opening, resuming and ending a run: everything that train.py's loop finds in place."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from vdr_cli.training.watched_rollout import WatchedRollout
 
 @dataclass
 class Run:
-    """What train.py's loop works with."""
+    """A run as train.py's loop sees it."""
 
     resources: Resources
     state: LoopState
@@ -156,7 +156,7 @@ def _open(
 
 @dataclass
 class _Inputs:
-    """What is read before a weight is loaded."""
+    """Inputs that are read before a weight is loaded."""
 
     tokenizer: Any
     prompts: PromptSet
@@ -242,7 +242,7 @@ def _bonus_watch(config: Config) -> BonusWatch:
 
 
 def sampling_of(config: Config) -> Sampling:
-    """How the run's completions are drawn."""
+    """The run's sampling settings."""
     cfg = config.rollout
     return Sampling(
         cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tuple(cfg.stop)

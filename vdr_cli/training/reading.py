@@ -1,4 +1,4 @@
-"""How completions are read under whole weights: log-probabilities, and the members' disagreement."""
+"""Completions read under gathered weights: log-probabilities, and the members' disagreement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run does about updates whose gradient was not finite."""
+"""Updates that were refused because their gradient was not finite."""
 
 from __future__ import annotations
 

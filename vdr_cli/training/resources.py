@@ -1,4 +1,4 @@
-"""What a run works with and never changes."""
+"""The parts of a run that never change."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Resources:
         )
 
     def shows_tokens(self, step: int) -> bool:
-        """Whether people will see the rollout of this step token by token: it is saved, or the first of the run."""
+        """True when people will see the rollout of this step token by token: it is saved, or the first of the run."""
         return step == 0 or self.due(step, step + self.config.grpo.num_iterations).completions
 
     def synchronise_reference(self) -> None:

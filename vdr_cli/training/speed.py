@@ -1,4 +1,4 @@
-"""How fast the phases of a step were, and how much of it each took. Pure: plain numbers in and out."""
+"""Speed and share of each phase of a step. Pure: plain numbers in and out."""
 
 from __future__ import annotations
 

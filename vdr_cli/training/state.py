@@ -1,4 +1,4 @@
-"""What changes from step to step: what a checkpoint carries of the loop, and groups on their way."""
+"""State that changes from step to step: the part that a checkpoint carries, and groups that are being sampled."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Due:
-    """What the settings ask for after a step."""
+    """Things that are to be done after a step."""
 
     evaluation: bool
     completions: bool
@@ -100,7 +100,7 @@ def due_after(
     sync_reference_every: int,
     checkpoint_every: int,
 ) -> Due:
-    """What is due when the optimizer steps before+1 ... now are done; 0 switches a thing off.
+    """Things to do when the optimizer steps before+1 ... now are done; 0 switches a thing off.
 
     The run's last step is always evaluated and its completions saved. Its checkpoint is written as the run ends.
     """

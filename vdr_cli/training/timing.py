@@ -28,6 +28,6 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + perf_counter() - started
 
     def take(self) -> dict[str, float]:
-        """The sums so far; starts anew."""
+        """The sums so far, which start again from 0."""
         taken, self._seconds = self._seconds, {}
         return taken
