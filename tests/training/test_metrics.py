@@ -66,7 +66,7 @@ def test_tensorboard_purges_what_a_resumed_run_writes_again(tmp_path: Path) -> N
 
 def test_wandb_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"vdr-cli\[wandb\]"):
+    with pytest.raises(ConfigError, match=r"pip install wandb"):
         MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False))
 
 
