@@ -31,7 +31,7 @@ from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.models import anatomy
-from vdr_cli.models.products import product, with_products
+from vdr_cli.models.cpu_linear import product, with_cpu_linears
 from vdr_cli.samples import Completions
 
 
@@ -130,7 +130,7 @@ def build(case: Case) -> tuple[nn.Module, Completions]:
     with torch.device(case.device):
         model = Qwen2ForCausalLM(config).to(getattr(torch, case.dtype)).eval()
         if case.way == "ours":
-            with_products(model)  # as vdr loads it
+            with_cpu_linears(model)  # as vdr loads it
         prompts = torch.randint(0, case.vocabulary, (case.groups, case.prompt)).repeat_interleave(case.group_size, 0)
         rows = len(prompts)
         answers = torch.randint(0, case.vocabulary, (rows, case.completion))

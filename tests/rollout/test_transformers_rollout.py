@@ -75,7 +75,7 @@ def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which matrix products; models as small as those here are not packed otherwise."""
     if request.param == "packed":
-        monkeypatch.setattr("vdr_cli.models.products.LEAST_BYTES", 0)
+        monkeypatch.setattr("vdr_cli.models.cpu_linear.LEAST_BYTES", 0)
     return str(request.param)
 
 

@@ -23,8 +23,8 @@ from vdr_cli.models.anatomy import decoder_layers, output_head
 from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.models.prompt_tree import can_read_trees
 from vdr_cli.models.sizes import language_part, largest
-from vdr_cli.models.trees import can_read_trees
 
 
 def build_engine(config: Config, device: torch.device, universal: bool = False) -> Engine:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.models.products import product_into
+from vdr_cli.models.cpu_linear import product_into
 
 LEAST_BIAS = -1e30
 """Smallest bias that reaches a logit. Models mark unused vocabulary entries with -inf, and 0 · inf would make their

@@ -8,7 +8,7 @@ CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 """Bytes of the (rows, V) buffers of one chunk of logits: enough rows for a matrix product to run at full speed."""
 
 TREE_TOKENS = 256
-"""Most tokens of a prompt's completions together for which the update reads them in one row (trees.py)."""
+"""Most tokens of a prompt's completions together for which the update reads them in one row (prompt_tree.py)."""
 
 MOST_OF_MEMORY = 0.7
 """Largest part of a GPU's free memory, beside the model states, that a full copy of the weights may take."""

@@ -15,9 +15,9 @@ from torch import nn
 from vdr_cli.config import ModelConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import Gather, add_adapter
+from vdr_cli.models.cpu_linear import with_cpu_linears
 from vdr_cli.models.hub import settle_on_cache_if_away
 from vdr_cli.models.paths import adapter_directory, resolve_model_path
-from vdr_cli.models.products import with_products
 from vdr_cli.models.tied_head import untied_if_files_are
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,7 +110,7 @@ def _load_weights(
         )
     if (adapter := adapter_directory(name)) is not None:
         add_adapter(model, adapter, gather)
-    return with_products(model)
+    return with_cpu_linears(model)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:

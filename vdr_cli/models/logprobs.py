@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vdr_cli.models.cpu_linear import product
 from vdr_cli.models.head import Head
 from vdr_cli.models.limits import CHUNK_BYTES
-from vdr_cli.models.products import product
 
 ADDS_IN_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()  # type: ignore[no-untyped-call]
 """True if torch adds a product of bfloat16 factors to a float32 matrix without rounding it (torch 2.8 and newer)."""

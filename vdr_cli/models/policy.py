@@ -17,7 +17,7 @@ from vdr_cli.models.anatomy import (
 from vdr_cli.models.head import Head
 from vdr_cli.models.logprobs import chunked_logps
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
-from vdr_cli.models.trees import distinct_prompts, tree_completion_hidden
+from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
 
 NOISE_NAMES = ("drop", "jitter")
 """Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
@@ -44,7 +44,7 @@ class Policy(nn.Module):
 
     share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
     model alone, never on a batch: ranks that choose differently wait for each other forever.
-    as_trees: in one row with all of them, see `trees`; as little a matter of the batch.
+    as_trees: in one row with all of them, see `prompt_tree`; as little a matter of the batch.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.anatomy import cache_arguments, forward_arguments, last_logits_argument, position_ids
-from vdr_cli.models.products import packed_linears
+from vdr_cli.models.cpu_linear import packed_linears
 from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward

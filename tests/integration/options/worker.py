@@ -33,12 +33,12 @@ from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.processes import leave_process_group
 from vdr_cli.errors import VdrError
 from vdr_cli.launch.environment import free_port
-from vdr_cli.models import limits, products
+from vdr_cli.models import cpu_linear, limits
 from vdr_cli.system.processes import end_process
 from vdr_cli.training import opening
 from vdr_cli.training.state import LoopState
 
-LEAST_WORK = products.LEAST_WORK
+LEAST_WORK = cpu_linear.LEAST_WORK
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 gathers, gathered_bytes = 0, 0
 plant: str | None = None
@@ -143,7 +143,7 @@ def work_through(runs: list[dict[str, Any]]) -> None:
         gathers_at_step_end.clear()
         gradient.clear()
         build.TREE_TOKENS = 0 if plant == "two_passes" else limits.TREE_TOKENS
-        products.LEAST_WORK = 1 if plant == "onednn" else LEAST_WORK
+        cpu_linear.LEAST_WORK = 1 if plant == "onednn" else LEAST_WORK
         overrides = [f"{key}={json.dumps(value)}" for key, value in entry["settings"].items()]
         try:
             ended: Any = train.train(load_config(None, overrides), entry["resume"])

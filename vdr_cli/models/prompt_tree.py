@@ -19,7 +19,7 @@ FULL_ATTENTION = frozenset({"full_attention", "attention"})
 """Entries of a configuration's layer_types that see all tokens before theirs."""
 
 
-class Places(NamedTuple):
+class TreeLayout(NamedTuple):
     """Where the tokens of B completions are in their trees, U of them, S wide: the prompt first, then those tokens of
     its completions that others follow, without padding between them."""
 
@@ -58,14 +58,14 @@ def tree_completion_hidden(
     causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> Tensor:
     """(B, T, D): the hidden states that produced each completion token. Always one pass, whatever the batch."""
-    places = places_of(prompt_ids, prompt_mask, completion_mask)
+    layout = layout_of(prompt_ids, prompt_mask, completion_mask)
     dtype = anatomy.output_head(causal_lm).weight.dtype
-    trees = folded(prompt_ids, prompt_mask, completion_ids, places, dtype)
+    trees = pack(prompt_ids, prompt_mask, completion_ids, layout, dtype)
     arguments = {"attention_mask": trees.mask, "position_ids": trees.positions}
-    return unfolded(anatomy.backbone(causal_lm)(input_ids=trees.ids, use_cache=False, **arguments)[0], places)
+    return unpack(anatomy.backbone(causal_lm)(input_ids=trees.ids, use_cache=False, **arguments)[0], layout)
 
 
-def places_of(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> Places:
+def layout_of(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> TreeLayout:
     """Rows with the same prompt (B, P), next to each other, become one tree."""
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
     P, read = prompt_ids.shape[1], completion_mask[:, 1:].bool()
@@ -74,28 +74,28 @@ def places_of(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) 
     start = before - before[firsts][owner]  # (B,) where a completion begins behind the prompt
     columns = P + start[:, None] + torch.arange(read.shape[1], device=read.device)
     columns = nn.functional.pad(columns.masked_fill(~read, P - 1), (1, 0), value=P - 1)
-    return Places(firsts, owner, columns, read, P + int((start + count).max()))
+    return TreeLayout(firsts, owner, columns, read, P + int((start + count).max()))
 
 
-def folded(
-    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, places: Places, dtype: torch.dtype
+def pack(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, layout: TreeLayout, dtype: torch.dtype
 ) -> Trees:
     """prompts (B, P), completions (B, T); columns that nothing takes hold token 0."""
-    prompts, behind = prompt_mask[places.firsts], places.width - prompt_ids.shape[1]
-    ids = nn.functional.pad(prompt_ids[places.firsts], (0, behind))
+    prompts, behind = prompt_mask[layout.firsts], layout.width - prompt_ids.shape[1]
+    ids = nn.functional.pad(prompt_ids[layout.firsts], (0, behind))
     positions = nn.functional.pad(anatomy.position_ids(prompts), (0, behind))
     branch = nn.functional.pad(prompts.long() - 1, (0, behind), value=-1)  # (U, S), 0 in the prompt, -1 at padding
-    row, t = places.read.nonzero(as_tuple=True)  # of each token that is read
-    at = places.owner[row], places.columns[row, t + 1]
+    row, t = layout.read.nonzero(as_tuple=True)  # of each token that is read
+    at = layout.owner[row], layout.columns[row, t + 1]
     ids[at] = completion_ids[row, t]
-    positions[at] = prompts.sum(1)[places.owner[row]] + t
+    positions[at] = prompts.sum(1)[layout.owner[row]] + t
     branch[at] = row + 1
     return Trees(ids, positions, _mask(branch, dtype))
 
 
-def unfolded(hidden: Tensor, places: Places) -> Tensor:
+def unpack(hidden: Tensor, layout: TreeLayout) -> Tensor:
     """(U, S, D) to (B, T, D)."""
-    at = places.owner[:, None] * places.width + places.columns
+    at = layout.owner[:, None] * layout.width + layout.columns
     return hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
 
 

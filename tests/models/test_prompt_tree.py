@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.disagreement.conftest import architecture, ragged, tiny_model
 from tests.models.test_policy import ARCHITECTURES, batch, groups, tiny
 from vdr_cli.models.policy import Policy, silence_dropout
-from vdr_cli.models.trees import can_read_trees, folded, places_of
+from vdr_cli.models.prompt_tree import can_read_trees, layout_of, pack
 
 TREELESS = {"gemma2", "falcon"}
 """Windows; attention that transformers does not exchange."""
@@ -100,10 +100,10 @@ def test_a_token_sees_its_prompt_and_its_own_completion() -> None:
     mask = torch.tensor([[True, True], [True, True], [False, True]])
     ids = torch.tensor([[7, 8], [7, 8], [0, 9]])
     completions = torch.tensor([[1, 2, 0], [3, 4, 5], [6, 0, 0]])
-    places = places_of(ids, mask, torch.arange(3) < torch.tensor([2, 3, 1])[:, None])
+    places = layout_of(ids, mask, torch.arange(3) < torch.tensor([2, 3, 1])[:, None])
     assert places.owner.tolist() == [0, 0, 1]
     assert places.columns.tolist() == [[1, 2, 1], [1, 3, 4], [1, 1, 1]]
-    trees = folded(ids, mask, completions, places, torch.float32)
+    trees = pack(ids, mask, completions, places, torch.float32)
     assert trees.ids.tolist() == [[7, 8, 1, 3, 4], [0, 9, 0, 0, 0]]
     assert trees.positions[0].tolist() == [0, 1, 2, 2, 3]
     seen = (trees.mask[:, 0] == 0).long()

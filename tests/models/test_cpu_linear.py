@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.models import products
-from vdr_cli.models.products import LEAST_BYTES, SLAB, Linear, packed_linears, product, product_into, with_products
+from vdr_cli.models import cpu_linear
+from vdr_cli.models.cpu_linear import LEAST_BYTES, SLAB, Linear, packed_linears, product, product_into, with_cpu_linears
 
 
 class Small(nn.Module):
@@ -33,7 +33,7 @@ def drawn(rows: tuple[int, ...], width: int, outputs: int) -> tuple[Tensor, Tens
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    monkeypatch.setattr(cpu_linear, "LEAST_WORK", 1)
 
 
 @pytest.mark.usefixtures("any_size")
@@ -85,9 +85,9 @@ def test_other_formats_and_nothing_at_all_are_torchs(dtype: torch.dtype) -> None
 
 def test_small_products_are_torchs_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = drawn((7,), 96, 160)
-    monkeypatch.setattr(products, "_onednn", None)
+    monkeypatch.setattr(cpu_linear, "_onednn", None)
     assert torch.equal(product(x, weight, bias), nn.functional.linear(x, weight, bias))
-    monkeypatch.setattr(products, "LEAST_WORK", 2 * 7 * 96 * 160)
+    monkeypatch.setattr(cpu_linear, "LEAST_WORK", 2 * 7 * 96 * 160)
     with pytest.raises(TypeError):
         product(x, weight, bias)
 
@@ -96,7 +96,7 @@ def test_small_products_are_torchs_to_the_bit(monkeypatch: pytest.MonkeyPatch) -
 def test_a_model_keeps_its_parameters_and_its_copies_work() -> None:
     plain, x = Small(), torch.randn(3, 96)
     expected, names = plain(x), list(plain.state_dict())
-    model = with_products(plain)
+    model = with_cpu_linears(plain)
     assert model is plain and list(model.state_dict()) == names
     assert all(type(each) is Linear for each in (plain.inner, plain.head))
     twin = copy.deepcopy(model)
@@ -112,7 +112,7 @@ def is_packed(model: nn.Module) -> bool:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST_BYTES", 0)
+    monkeypatch.setattr(cpu_linear, "LEAST_BYTES", 0)
 
 
 @torch.no_grad()

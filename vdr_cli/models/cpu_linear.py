@@ -98,7 +98,7 @@ PLAIN = (nn.Linear, Linear)
 """Linear maps with no forward of their own; a subclass may compute something else."""
 
 
-def with_products(model: nn.Module) -> nn.Module:
+def with_cpu_linears(model: nn.Module) -> nn.Module:
     """The same model, its linear maps working with `product`."""
     for module in model.modules():
         if type(module) is nn.Linear:
