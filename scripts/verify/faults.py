@@ -102,8 +102,8 @@ LOOP = _of(
     (
         "the bonus's weight is a step ahead",
         "train.py",
-        "bonuses.weight_at(cfg, step, res",
-        "bonuses.weight_at(cfg, step + 1, res",
+        "bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step, res",
+        "bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step + 1, res",
         "linear",
     ),
     (
@@ -158,8 +158,8 @@ LOOP = _of(
     (
         "the importance cap of rollout.ahead is left out",
         "train.py",
-        "micro.weights, cfg.corrected_grpo)",
-        "micro.weights, cfg.grpo)",
+        "LossSettings(**cfg.loss_settings)",
+        "LossSettings(**cfg.loss_settings | {'importance_cap': cfg.grpo.importance_cap})",
         "ahead",
     ),
     (
