@@ -307,8 +307,8 @@ AROUND = _of(
     (
         "members do not depend on train.seed",
         "training/opening.py",
-        "EnsembleSpec.from_config(cfg, config.train.seed)",
-        "EnsembleSpec.from_config(cfg, 0)",
+        "EnsembleSpec(**cfg.member_settings, seed=config.train.seed)",
+        "EnsembleSpec(**cfg.member_settings, seed=0)",
         "last_k",
     ),
     (
@@ -389,8 +389,8 @@ GRPO = _of(
     (
         "clip ranges swapped",
         "grpo/losses.py",
-        "low, high = 1.0 - cfg.epsilon_low, 1.0 + cfg.epsilon_high",
-        "low, high = 1.0 - cfg.epsilon_high, 1.0 + cfg.epsilon_low",
+        "low, high = 1.0 - settings.epsilon_low, 1.0 + settings.epsilon_high",
+        "low, high = 1.0 - settings.epsilon_high, 1.0 + settings.epsilon_low",
     ),
     (
         "k3 of the inverse ratio",
@@ -401,8 +401,8 @@ GRPO = _of(
     (
         "entropy is punished",
         "grpo/losses.py",
-        "loss = loss - cfg.entropy_weight *",
-        "loss = loss + cfg.entropy_weight *",
+        "loss = loss - settings.entropy_weight *",
+        "loss = loss + settings.entropy_weight *",
     ),
     (
         "dr_grpo divides by tokens",
@@ -438,7 +438,7 @@ GRPO = _of(
     (
         "the KL's weight is not applied",
         "grpo/losses.py",
-        "value = value + cfg.beta * kl_estimate(",
+        "value = value + settings.beta * kl_estimate(",
         "value = value + kl_estimate(",
     ),
 )
