@@ -17,39 +17,8 @@ from vdr_cli.models.policy import Policy
 
 pytestmark = pytest.mark.integration
 
-WORKER = """
-import sys
-import torch
-from vdr_cli.cli.app import leave
-from vdr_cli.config import Config
-from vdr_cli.engine import collectives
-from vdr_cli.engine.build import build_engine
-from vdr_cli.engine.processes import start_distributed
-from deepspeed.utils import safe_get_full_grad
-
-torch.set_num_threads(1)
-folder, how = sys.argv[1:]
-device = start_distributed()
-rollout = {"group_size": 4, "max_new_tokens": 4 if how == "trees" else 4000}
-config = Config(
-    model={"name": folder, "dtype": "float32"}, rollout=rollout, engine={"ds_config": folder + "/ds.json"}
-)
-engine = build_engine(config, device)
-assert engine.as_trees == (how == "trees")
-engine.ds_engine.module.share_prompts = how == "share"
-parameters = list(engine.causal_lm.parameters())
-held = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters), sum(map(len, parameters))
-torch.save(held, f"{folder}/held{collectives.rank()}.pt")
-batches = torch.load(folder + "/batches.pt")[collectives.rank() :: collectives.world_size()]
-for index, (tokens, coefficients) in enumerate(batches):
-    logps, entropy = engine.forward(**tokens, temperature=0.7)
-    loss = (coefficients[0] * logps + coefficients[1] * entropy).sum()
-    engine.backward(loss, last=index == len(batches) - 1)
-gradients = {name: safe_get_full_grad(p) for name, p in engine.causal_lm.named_parameters()}
-if collectives.rank() == 0:
-    torch.save(gradients, folder + "/gradients.pt")
-leave(0)  # as `vdr` ends a rank
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+WORKER = PROGRAMS / "zero3_worker.py"
 
 DS_CONFIG = {
     "zero_optimization": {
@@ -121,7 +90,7 @@ def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subp
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-c", WORKER, str(folder), how]
+    command = [sys.executable, str(WORKER), str(folder), how]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 

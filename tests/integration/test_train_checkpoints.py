@@ -22,25 +22,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-FILLING = """
-import os, pathlib
-from vdr_cli.starter.countdown import countdown
-DISK = pathlib.Path(os.environ["DISK"])
-
-def filling(completions, trainer_state, **columns):
-    # The task's reward. From step FULL on nothing fits on the disk, from step FREE on everything.
-    step = trainer_state.global_step + 1
-    if os.environ["RANK"] == "0" and int(os.environ["FULL"]) <= step < int(os.environ["FREE"]):
-        with (DISK / "filler").open("ab", buffering=0) as filler:
-            try:
-                while filler.write(bytes(4096)):
-                    pass
-            except OSError:
-                pass
-    if os.environ["RANK"] == "0" and step == int(os.environ["FREE"]):
-        (DISK / "filler").unlink(missing_ok=True)
-    return countdown(completions, **columns)
-"""
+PROGRAMS = Path(__file__).parent / "programs"
+FILLING = (PROGRAMS / "filling.py").read_text(encoding="utf-8")
 
 
 def on_a_full_disk(
@@ -91,22 +74,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_line(
     assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
 
 
-LOCKING = """
-import os, subprocess
-from vdr_cli.starter.countdown import countdown
-FOLDER, LOCKED, OPEN = (os.environ[name] for name in ("FOLDER", "LOCKED", "OPEN"))
-COMMANDS = {
-    int(LOCKED): [["mount", "--bind", FOLDER, FOLDER], ["mount", "-o", "remount,bind,ro", FOLDER]],
-    int(OPEN): [["umount", FOLDER]],
-}
-
-def locking(completions, trainer_state, **columns):
-    # The task's reward. From step LOCKED on the checkpoints cannot be written, from step OPEN on they can.
-    if os.environ["RANK"] == "0":  # rewards may be called several times in a step
-        for command in COMMANDS.pop(trainer_state.global_step + 1, []):
-            subprocess.run(command, check=True)
-    return countdown(completions, **columns)
-"""
+LOCKING = (PROGRAMS / "locking.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -151,23 +119,7 @@ def test_a_directory_that_stays_read_only_ends_the_run_with_one_line(train, read
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
 
 
-BETWEEN_STEPS = """
-import os, signal
-from vdr_cli.engine.engine import Engine
-from vdr_cli.starter.countdown import countdown
-
-def killed_before(number, step=Engine.step):
-    calls = []
-    def wrapped(self, *arguments):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, *arguments)
-    return wrapped
-
-if os.environ.get("RANK") == "1" and "KILL_BEFORE" in os.environ:
-    Engine.step = killed_before(int(os.environ["KILL_BEFORE"]))
-"""
+BETWEEN_STEPS = (PROGRAMS / "between_steps.py").read_text(encoding="utf-8")
 
 
 def test_a_kill_between_two_steps_on_one_rollout_costs_nothing(train, read, tmp_path: Path, monkeypatch) -> None:
@@ -189,15 +141,7 @@ def test_a_kill_between_two_steps_on_one_rollout_costs_nothing(train, read, tmp_
     assert all((tensor == expected[name]).all() for name, tensor in read.weights(tmp_path / "run").items())
 
 
-SOLVING = """
-import os, pathlib
-METRICS = pathlib.Path(os.environ["METRICS"])
-
-def solving(completions, held_out, **_):
-    # The held-out prompts are solved once: in the evaluation after the third step, before its line is written.
-    third = METRICS.exists() and len(METRICS.read_text().splitlines()) == 3
-    return [float(third) if out else len(text) / 10 for text, out in zip(completions, held_out)]
-"""
+SOLVING = (PROGRAMS / "solving.py").read_text(encoding="utf-8")
 
 
 def test_the_best_checkpoint_stays_beside_the_last(train, read, tmp_path: Path, monkeypatch) -> None:
