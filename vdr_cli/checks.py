@@ -92,7 +92,10 @@ def check_resume(config: Config, resume: str | None) -> None:
         changed = differing_keys(_computed_by(theirs), computed_settings(config))
         other = [key for key in changed if key.startswith(("model.", "engine."))]
         if other:
-            raise ConfigError(f"--resume {resume}: {_few(other)} in its run ({theirs}); a checkpoint fits no other")
+            raise ConfigError(
+                f"--resume {resume}: {_few(other)} in its run ({theirs}); "
+                "a checkpoint resumes only with the model and engine settings it was saved with"
+            )
 
 
 def check_rewards(config: Config) -> None:

@@ -80,7 +80,7 @@ def train(config: Config, resume: str | None = None) -> int:
 def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantages]:
     """This rank's groups, from prompts to advantages. Collective.
 
-    The weights are gathered once for all of it; between the collectives ranks go their own pace.
+    The weights are gathered once for all of it; between the collectives ranks run independently.
     """
     cfg = res.config
     with res.engine.gathered_model() as model:
@@ -218,7 +218,7 @@ def add_bonus(
     rewards: Tensor,
     task_advantages: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages with the bonus, the measure per completion (B,), the bonus). Collective; moves `rms` on."""
+    """(advantages with the bonus, the measure per completion (B,), the bonus). Collective; updates `rms` in place."""
     cfg, G = res.config.disagreement, res.config.rollout.group_size
     mask = batch.completions.completion_mask
     weight = bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step, res.config.train.steps)
@@ -273,7 +273,7 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
     """num_iterations optimizer steps on one rollout. Collective.
 
     The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches
-    and ranks. The first iteration is on-policy: its log-probabilities are the old ones of the others.
+    and ranks. In the first iteration the ratio is 1; its log-probabilities are the old ones of later iterations.
     """
     cfg, engine = res.config, res.engine
     totals = step_totals(advantages)

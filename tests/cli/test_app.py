@@ -126,7 +126,9 @@ def test_interrupt_and_bugs(monkeypatch):
 def test_a_full_disk_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(train, "config_from", raising(OSError(28, "No space left on device", "runs/a/x")))
     assert app.run(["train"]) == 4
-    assert capsys.readouterr().err == "vdr: error: runs/a/x: No space left on device; make room and start again\n"
+    assert (
+        capsys.readouterr().err == "vdr: error: runs/a/x: No space left on device; free some space and run it again\n"
+    )
     monkeypatch.setattr(train, "config_from", raising(OSError(5, "Input/output error")))
     with pytest.raises(OSError):
         app.run(["train"])

@@ -161,8 +161,8 @@ def test_dry_run_prints_a_configuration_that_loads(started, capsys):
     plan = dict(line[2:].split("  ", 1) for line in shown.splitlines() if line.startswith("# "))
     plan = {name: value.strip() for name, value in plan.items()}
     assert plan["processes"] == "1"
-    assert plan["completions a step"] == "64 = 8 groups x 8"
-    assert plan["completion tokens"] == "at most 16,384 a step, 196,608 in the run"
+    assert plan["completions per rollout"] == "64 = 8 groups x 8"
+    assert plan["completion tokens"] == "at most 16,384 per rollout, 196,608 in the run"
     assert plan["held-out evaluations"].startswith("4,")
     assert plan["checkpoints"] == "1 written, 1 kept"
 

@@ -224,7 +224,7 @@ def test_bad_files_of_other_kinds(tmp_path, tokenizer):
         ("b.json", '{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON (Extra data, line 2)"),
         ("c.json", '[{"prompt": "a"}, 3]', "row 1: an object is needed"),
         ("a.csv", 'prompt,x\n"a\nb",1\nb\n', "a.csv row 1: 1 values, but the header has 2 columns"),
-        ("b.csv", "prompt,prompt\na,1\n", "the column prompt is there more than once"),
+        ("b.csv", "prompt,prompt\na,1\n", "the column prompt appears more than once"),
         ("c.csv", "\n\n", "not valid CSV"),
         ("a.parquet", "hello", "not valid Parquet"),
     ]:

@@ -50,7 +50,7 @@ def test_a_full_disk_costs_a_run_nothing_that_was_complete(
     ended = train(run, ranks=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout
-    assert "checkpoint under" in said and "the one before is intact; going on" in said
+    assert "checkpoint under" in said and "the one before is intact; training continues" in said
     assert "completions cannot be written" in said
     assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
     assert [path.stem for path in sorted((run / "completions").iterdir())] == [f"step_00000{n}" for n in (1, 2, 5)]
@@ -97,7 +97,7 @@ def test_a_read_only_directory_costs_checkpoints_and_nothing_else(train, read, l
     ended = train(run, ranks=2, settings=settings)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("Read-only file system") == 2
-    assert "the one before is intact; going on" in ended.stdout
+    assert "the one before is intact; training continues" in ended.stdout
     assert [line["step"] for line in read.metrics(run)] == [1, 2, 3, 4, 5]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000005"]
 

@@ -45,7 +45,7 @@ def test_a_host_like_this_one_is_ready() -> None:
         ({"code": "xyz"}, "host h2: another version of vdr_cli"),
         ({"files": {"/data/rows.jsonl": None}}, "host h2: /data/rows.jsonl is not there"),
         ({"files": {"/data/rows.jsonl": "11 bytes, 9"}}, "host h2: /data/rows.jsonl differs (11 bytes, 9, here 10"),
-        ({"shared": {"/runs/.token": False}}, "host h2: /runs is not the directory that it is here; mount it"),
+        ({"shared": {"/runs/.token": False}}, "host h2: /runs is not the same directory as on this machine; mount it"),
         ({"port": "Address already in use"}, "host h2: port 29500 cannot be used: Address already in use"),
         ({"reached": "timed out"}, "host h2: cannot reach 10.0.0.1:29500, where rank 0 will listen: timed out"),
         ({"accelerators": []}, "host h2: no GPU, unlike this machine"),

@@ -15,16 +15,23 @@ def lines(processes: int, *overrides: str) -> dict[str, str]:
 def test_batches_of_one_process() -> None:
     plan = lines(1, "train.prompts_per_step=8", "rollout.group_size=4", "train.micro_batch_size=5", "train.steps=10",
                  "rollout.max_new_tokens=16")  # fmt: skip
-    assert plan["completions a step"] == "32 = 8 groups x 4"
-    assert plan["micro-batches"].startswith("7 a process"), "the last one is smaller"
-    assert plan["completion tokens"] == "at most 512 a step, 5,120 in the run"
-    assert plan["groups a step"] == "8, 8 on a process"
+    assert plan["completions per rollout"] == "32 = 8 groups x 4"
+    assert plan["micro-batches"].startswith("7 per process"), "the last one is smaller"
+    assert plan["completion tokens"] == "at most 512 per rollout, 5,120 in the run"
+    assert plan["groups per rollout"] == "8, 8 on a process"
+
+
+def test_a_rollout_of_several_updates_is_sampled_once() -> None:
+    plan = lines(1, "train.steps=10", "grpo.num_iterations=2", "train.prompts_per_step=2", "rollout.group_size=2",
+                 "rollout.max_new_tokens=4")  # fmt: skip
+    assert plan["steps"] == "10 from 5 rollouts"
+    assert plan["completion tokens"] == "at most 16 per rollout, 80 in the run"
 
 
 def test_groups_are_shared_out_unequally() -> None:
     plan = lines(3, "train.prompts_per_step=8", "rollout.group_size=4", "train.micro_batch_size=8")
-    assert plan["groups a step"] == "8, 2 or 3 on a process"
-    assert plan["micro-batches"].startswith("2 a process"), "of the process with most"
+    assert plan["groups per rollout"] == "8, 2 or 3 on a process"
+    assert plan["micro-batches"].startswith("2 per process"), "of the process with most"
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            _say(error, f"{error.filename or 'output'}: {error.strerror}; make room and start again")
+            _say(error, f"{error.filename or 'output'}: {error.strerror}; free some space and run it again")
             return MachineError.exit_code
         # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
         if not hasattr(error, "format_message"):

@@ -41,7 +41,7 @@ def command(
     ] = None,
     outside: Annotated[bool, typer.Option("--outside", help="Show only lines outside their bound.")] = False,
     json_file: Annotated[
-        str | None, typer.Option("--json", metavar="FILE", help="Also every line, in full precision.")
+        str | None, typer.Option("--json", metavar="FILE", help="Also write every line, in full precision.")
     ] = None,
 ) -> int:
     """Recompute steps of a run in float64 and compare every number with the one on file.

@@ -52,7 +52,7 @@ FLAGS = (
 Models = Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="starter, directory, run or hub id.")]
 Samples = Annotated[int, typer.Option("--samples", "--n", "-n", help="Completions per prompt.")]
 Ks = Annotated[list[int] | None, typer.Option("--k", help="pass@k. Repeatable. Default: 1 and --samples.")]
-Prompts = Annotated[int | None, typer.Option(help="Read only this many prompts, from the first.")]
+Prompts = Annotated[int | None, typer.Option(help="Evaluate only the first N prompts.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="One completion per prompt, the likeliest tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the samples, the intervals and the masks.")]
 Diversity = Annotated[bool, typer.Option("--diversity", help="Add distinct-n and self-BLEU of a prompt's completions.")]

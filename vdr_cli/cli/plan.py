@@ -40,7 +40,7 @@ FLAGS = (
 def command(
     typed: Typed,
     config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; options go over it.")
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; command-line options override it.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs over all hosts.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 512,

@@ -51,7 +51,7 @@ def command(
     context: typer.Context,
     typed: Typed,
     config_file: Annotated[
-        str | None, typer.Argument(metavar="CONFIG.yaml", help="Settings; options go over it.")
+        str | None, typer.Argument(metavar="CONFIG.yaml", help="Settings; command-line options override it.")
     ] = None,
     reward: RewardOption = None,
     overrides: SetOption = None,

@@ -90,7 +90,7 @@ def _problem(path: KeyPath, entry: dict[str, Any]) -> str:
         colon = "" if message.startswith("is ") else ":"
         return f"{_dotted(path)}{colon} {message}" if path else message
     if entry["type"] == "missing":
-        return f"{_dotted(path)} is missing; give it"
+        return f"{_dotted(path)} is required"
     return f"{_dotted(path)} must be {_allowed(entry)}, not {_shown(entry['input'])}"
 
 
@@ -103,7 +103,9 @@ def _allowed(entry: dict[str, Any]) -> str:
         "less_than": "below {lt}",
         "literal_error": "{expected}",
         "finite_number": "a finite number",
-        "string_too_short": "some text, not an empty one",
+        "string_too_short": "non-empty text",
+        "too_short": "longer",
+        "too_long": "shorter",
     }
     if kind in bounds:
         return bounds[kind].format(**{name: bound(value) for name, value in context.items()})
@@ -114,7 +116,6 @@ def _allowed(entry: dict[str, Any]) -> str:
         "string": "text (put it in quotes)",
         "list": "a list, such as [a, b]",
         "tuple": "a list, such as [a, b]",
-        "too": "shorter",
         "dict": "keys and values, such as {a: b}",
         "model": "a section with keys below it",
     }

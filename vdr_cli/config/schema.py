@@ -91,7 +91,8 @@ class VllmConfig(Section):
     """Servers that sample when rollout.backend is vllm. They live in an environment of their own."""
 
     python: PathText | None = None
-    """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers of `urls` run already."""
+    """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers in `urls` are already
+    running."""
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Addresses of the servers, which share the prompts. With `python`: the one on which vdr's server listens."""
     push: Literal["directory", "broadcast"] = "directory"
@@ -102,7 +103,7 @@ class VllmConfig(Section):
     arguments: list[str] = []
     """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds until a server must be ready, and until a push of weights must be done."""
+    """Seconds allowed for a server to start, and for a push of weights to finish."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds one prompt's completions may take."""
     retries: Annotated[int, Field(ge=0)] = 3
@@ -161,8 +162,8 @@ class RewardFunction(Section):
 
 class RewardsConfig(Section):
     functions: list[RewardFunction] = []
-    """Reward functions; each gets every column of the data by name. Empty: the data's own, `countdown` for the
-    starter; refused for other data."""
+    """Reward functions; each gets every column of the data by name. Empty: the starter uses `countdown`; other data
+    must name a function."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds one call of one function may take before the run stops and names it."""
     processes: Annotated[int, Field(ge=0)] = 0
@@ -192,9 +193,10 @@ class DisagreementConfig(Section):
     """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
     blocks: dict[str, str] | None = None
     """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for
-    architectures where they are not found; None: found."""
+    architectures where they are not found; None: found automatically."""
     credit: Literal["sequence", "token"] = "sequence"
-    """per_token only. sequence: the masked mean is the completion's bonus; token: each token gets what follows it."""
+    """per_token only. sequence: the masked mean is the completion's bonus; token: each token is credited with what
+    follows it."""
     discount: Fraction = 1.0
     """γ of the sum of what follows (credit: token)."""
     last_n: Positive | None = None
@@ -206,7 +208,7 @@ class DisagreementConfig(Section):
     weight: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the bonus at the first step: λ (additive, reward) or β (multiplicative, quality)."""
     clip: Annotated[float, Field(gt=0)] = 3.0
-    """c or cap: largest |standardised disagreement|."""
+    """c: bound on |standardised disagreement|."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
     """How the weight falls from `weight` to 0; constant: it does not."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -254,7 +256,7 @@ class GrpoConfig(Section):
     epsilon_high: Annotated[float, Field(ge=0)] = 0.28
     """The ratio is clipped above at 1 + epsilon_high (clip-higher, DAPO)."""
     delta: Annotated[float, Field(gt=1)] | None = None
-    """Two-sided clip: the ratio never counts above delta; None: off."""
+    """Two-sided clip: caps the unclipped ratio at delta; None: off."""
     sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
     """Loss sapo: temperature of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
@@ -277,7 +279,7 @@ class GrpoConfig(Section):
     sync_reference_every: Positive | None = None
     """Steps after which the reference becomes the policy; None: never."""
     entropy_weight: float = 0.0
-    """Weight of the mean token entropy in the objective."""
+    """Entropy bonus: this times the mean token entropy is subtracted from the loss."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
@@ -287,9 +289,10 @@ class GrpoConfig(Section):
     overlong_cache: Annotated[int, Field(ge=0)] = 0
     """Soft overlong penalty (DAPO): 0 to -1 over the last overlong_cache tokens; 0: off."""
     resample_groups: Annotated[int, Field(ge=0)] = 0
-    """Most extra rollouts to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0: off."""
+    """Maximum extra rollouts per step to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0:
+    off."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance sampling: cap of policy over sampler probability; None: off, but 2 with rollout.ahead."""
+    """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -334,7 +337,7 @@ class TrainConfig(Section):
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of the means of the gradient and of its square."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the mean square; where gradients are far below it, weights move in proportion to them."""
+    """AdamW's ε, added to the denominator; where gradients are far below it, updates are proportional to them."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay of matrices; norms and biases do not decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -390,7 +393,7 @@ class LaunchConfig(Section):
     node_rank: Annotated[int, Field(ge=0)] | None = None
     """This host's position in the hostfile, from 0 (with no_ssh)."""
     env: dict[str, str] = {}
-    """Environment variables that every rank gets; a whole number counts as its text."""
+    """Environment variables that every rank gets; integers are converted to strings."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
     """Times a run is restarted from its newest checkpoint after a fault."""
     drop_lost_hosts: bool = False

@@ -104,7 +104,7 @@ def read_file(path: Path) -> Table:
         raise DataError(f"{path}: no rows")
     twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{path}: the column {twice} is there more than once; rename one")
+        raise DataError(f"{path}: the column {twice} appears more than once; rename one")
     with path.open("rb") as file:
         return replace(table, digest=hashlib.file_digest(file, "blake2b").hexdigest()[:32])
 

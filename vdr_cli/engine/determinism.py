@@ -21,7 +21,8 @@ from vdr_cli.models.prefix import shares_prompts
 def fixed_kernels() -> None:
     """Once, before a GPU multiplies matrices: workspaces and kernels whose sums have one order.
 
-    cuDNN's attention has no such backward, and the twin's forward must be that of the policy.
+    cuDNN's attention has no deterministic backward. It is disabled for every forward, so that the gathered model and
+    the policy use the same kernels.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -59,7 +59,9 @@ def srun_command(target: Target, hosts: Hosts) -> list[str]:
     _refuse_picked_slots(hosts)
     counts = {len(slots) for slots in hosts.values()}
     if len(counts) > 1:
-        raise ConfigError("launch.launcher slurm needs the same number of slots on every host; level the hostfile")
+        raise ConfigError(
+            "launch.launcher slurm needs the same number of slots on every host; give every host the same slots"
+        )
     per_host = counts.pop()
     return [
         "srun", f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}", f"--ntasks={len(hosts) * per_host}",

@@ -77,7 +77,7 @@ def check_hosts(launch: LaunchConfig, hosts: Hosts, question: Question) -> None:
     if problems:
         shown = "; ".join(problem.line() for problem in problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise MachineError(f"{shown}{more} (all of it: vdr doctor --hostfile {launch.hostfile})")
+        raise MachineError(f"{shown}{more} (full list: vdr doctor --hostfile {launch.hostfile})")
 
 
 def reachable_hosts(launch: LaunchConfig, hosts: Hosts) -> Hosts:
@@ -187,7 +187,9 @@ def _files(host: str, facts: Mapping[str, Any], ours: Mapping[str, Any], questio
             yield Problem(host, f"{path} differs ({theirs}, here {ours})", "copy it again")
     for path, seen in facts["shared"].items():
         if not seen:
-            yield Problem(host, f"{Path(path).parent} is not the directory that it is here", "mount it on every host")
+            yield Problem(
+                host, f"{Path(path).parent} is not the same directory as on this machine", "mount it on every host"
+            )
 
 
 def _network(host: str, facts: Mapping[str, Any], question: Question) -> Iterator[Problem]:

@@ -12,20 +12,26 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
     few, many = groups // processes, -(-groups // processes)
     micro_batches = -(-many * group // config.train.micro_batch_size)
     tokens = completions * config.rollout.max_new_tokens
+    rollouts = config.train.steps // config.grpo.num_iterations
     lines = [
         ("processes", str(processes)),
-        ("steps", f"{config.train.steps:,}, {config.grpo.num_iterations} update(s) each"),
-        ("groups a step", f"{groups}, {few if few == many else f'{few} or {many}'} on a process"),
-        ("completions a step", f"{completions} = {groups} groups x {group}"),
-        ("micro-batches", f"{micro_batches} a process and update, {config.train.micro_batch_size} completions at most"),
-        ("completion tokens", f"at most {tokens:,} a step, {tokens * config.train.steps:,} in the run"),
+        ("steps", f"{config.train.steps:,} from {rollouts:,} rollouts"),
+        ("groups per rollout", f"{groups}, {few if few == many else f'{few} or {many}'} on a process"),
+        ("completions per rollout", f"{completions} = {groups} groups x {group}"),
+        (
+            "micro-batches",
+            f"{micro_batches} per process and step, at most {config.train.micro_batch_size} completions each",
+        ),
+        ("completion tokens", f"at most {tokens:,} per rollout, {tokens * rollouts:,} in the run"),
         ("disagreement", _disagreement(config)),
         ("held-out evaluations", _evaluations(config)),
         ("checkpoints", _checkpoints(config)),
         ("output", config.train.output or "a new directory in runs/, named at the start"),
     ]
     if config.grpo.resample_groups:
-        lines.insert(6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts a step, not counted above"))
+        lines.insert(
+            6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts per step, not counted above")
+        )
     return lines
 
 

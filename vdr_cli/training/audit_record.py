@@ -73,7 +73,7 @@ def save(
     try:
         _write(res.directory / "audit" / f"step_{state.step:06d}.parquet", columns, numbers)
     except MachineError as error:
-        log.note(f"{error}; going on")
+        log.note(f"{error}; training continues")
 
 
 def remove_from(directory: Path, step: int) -> None:

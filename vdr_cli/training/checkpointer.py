@@ -1,4 +1,4 @@
-"""When and what a run saves, and how it goes on from it."""
+"""What a checkpoint contains, and how a run resumes from it. state.due_after says when one is due."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Checkpointer:
         try:
             self.save(state)
         except MachineError as error:
-            self._note(f"{error}; going on")
+            self._note(f"{error}; training continues")
 
     def save(self, state: LoopState) -> None:
         """Write the checkpoint of this step unless it is there, and remove old ones.

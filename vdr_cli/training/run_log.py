@@ -88,7 +88,7 @@ class RunLog:
             try:
                 self._writer.log(step, metrics)
             except MachineError as error:
-                self.note(f"{error}; going on")
+                self.note(f"{error}; training continues")
 
     def _save_completions(self, own: dict[str, list[Any]], step: int, res: Resources) -> None:
         """Write completions/step_<n>.parquet with every rank's rows, in the order of the stream. Collective."""

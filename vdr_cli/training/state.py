@@ -30,7 +30,7 @@ class LoopState:
     rms: RunningRms = field(default_factory=RunningRms)
     """The bonus's running RMS, which a step moves on before it ends."""
     finished_rms: dict[str, float] = field(default_factory=lambda: RunningRms().state_dict())
-    """The same after the steps done: an abandoned step is drawn again with it."""
+    """`rms` as of the last finished step; a step that is redone starts from it."""
     drawn_in_step: int = 0
     """Prompts that this step has taken. An abandoned step gives them back: they count when it ends."""
     pending: PendingRollout | None = None
