@@ -134,12 +134,12 @@ def test_a_rank_trains(started, monkeypatch, capsys):
 
 
 def test_ranks_agree_on_the_directory(started, monkeypatch, capsys):
-    from vdr_cli.engine import build, collectives
+    from vdr_cli.engine import collectives, processes
 
     said: list = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(build, "start_distributed", lambda: None)
+    monkeypatch.setattr(processes, "start_distributed", lambda: None)
     monkeypatch.setattr(collectives, "is_main", lambda: said == ["main"])
     monkeypatch.setattr(collectives, "broadcast_object", lambda own: "runs/of-rank-0")
     assert app.run(["train"]) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vdr_cli.engine import build, collectives
+from vdr_cli.engine import collectives, processes
 from vdr_cli.launch import joining, watchdog
 
 
@@ -22,7 +22,7 @@ def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_rank_joins_and_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[tuple[int, int]] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(build, "start_distributed", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(processes, "start_distributed", lambda: torch.device("cuda:3"))
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(watchdog, "connect", lambda rank, size, share: connected.append((rank, size)))
