@@ -1,0 +1,117 @@
+"""When a run saves, what it does when it cannot, and which checkpoints it may go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vdr_cli.config.load import config_hash, load_config
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.training import checkpointer as module
+from vdr_cli.training.checkpointer import Checkpointer
+from vdr_cli.training.state import LoopState
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What was asked of engine/checkpoint.py, in order."""
+    seen: list[tuple[Any, ...]] = []
+
+    def save(engine: Any, folder: Path, step: int, content: dict[str, Any], also: Any) -> None:
+        seen.append(("save", step, content))
+
+    monkeypatch.setattr(module.checkpoints, "save", save)
+    monkeypatch.setattr(module.checkpoints, "load", lambda engine, found: seen.append(("load", found.path)))
+    monkeypatch.setattr(module.checkpoints, "prune", lambda folder, last, best: seen.append(("prune", last, best)))
+    monkeypatch.setattr(module.checkpoints, "set_aside", lambda folder, after: seen.append(("aside", after)))
+    monkeypatch.setattr(module.pending_rollout, "load", lambda *_: None)
+    return seen
+
+
+def resources(folder: Path, *overrides: str) -> Any:
+    config = load_config(overrides=["model.name=other", "train.steps=9", *overrides])
+    prompts = SimpleNamespace(digest="rows")
+    parts = dict.fromkeys(("engine", "reference", "rewards", "prompt_at"))
+    return SimpleNamespace(
+        config=config, directory=folder, prompts=prompts, tokenizer=SimpleNamespace(pad_token_id=0), **parts
+    )
+
+
+def at_step(step: int) -> LoopState:
+    state = LoopState()
+    state.step = step
+    return state
+
+
+def test_a_step_is_saved_once(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    res = resources(tmp_path, "train.keep_last=3")
+    checkpointer, state = Checkpointer(res, print), at_step(4)
+    checkpointer.save(state)
+    checkpointer.save(state)
+    (name, step, content), pruned = events
+    assert (name, step) == ("save", 4) and pruned == ("prune", 3, None)
+    assert content == {"loop": state.saved(), "config_hash": config_hash(res.config), "data": "rows"}
+
+
+def test_the_best_checkpoint_is_kept(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    checkpointer = Checkpointer(resources(tmp_path, "train.keep_best=true", "train.eval_every=1"), print)
+    state = at_step(4)
+    state.remember_best(0.5)
+    assert checkpointer.best_is_new(state)
+    state.step = 5
+    assert not checkpointer.best_is_new(state)
+    checkpointer.save(state)
+    assert events[-1] == ("prune", 2, tmp_path / "checkpoints" / "step_000004")
+    state.step = state.best_step = 9
+    assert not checkpointer.best_is_new(state), "at the end one is written anyway"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning(
+    events: list[tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MachineError("disk full")
+
+    notes: list[str] = []
+    monkeypatch.setattr(module.checkpoints, "save", full)
+    checkpointer = Checkpointer(resources(tmp_path), notes.append)
+    checkpointer.save_if_possible(at_step(4))
+    assert notes == ["disk full; going on"] and events == []
+    with pytest.raises(MachineError):
+        checkpointer.save(at_step(4))
+
+
+def found(path: Path, step: int, data: str) -> Any:
+    return SimpleNamespace(path=path, state={"loop": at_step(step).saved(), "data": data})
+
+
+def test_a_run_goes_on_where_its_checkpoint_was(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / "checkpoints" / "step_000004"
+    checkpointer = Checkpointer(resources(tmp_path), notes.append)
+    state = checkpointer.restore(found(path, 4, "rows"))
+    assert state.step == 4 and notes == [f"resumed from {path}"]
+    assert events == [("load", path), ("aside", 4)]
+    checkpointer.save(state)
+    assert events[2:] == [], "it is there already"
+
+
+def test_a_run_from_its_start_sets_all_checkpoints_aside(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    assert Checkpointer(resources(tmp_path), print).restore(None).step == 0
+    assert events == [("aside", -1)]
+
+
+def test_another_runs_checkpoint_is_written_again_here(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    checkpointer = Checkpointer(resources(tmp_path), lambda _: None)
+    checkpointer.save(checkpointer.restore(found(tmp_path / "other" / "step_000004", 4, "rows")))
+    assert [event[0] for event in events] == ["load", "aside", "save", "prune"]
+
+
+def test_changed_data_are_refused_before_anything_is_loaded(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step_000004"
+    with pytest.raises(ConfigError, match=r"--resume .*step_000004: data.name starter has changed since"):
+        Checkpointer(resources(tmp_path), print).restore(found(path, 4, "other rows"))
+    assert events == []
