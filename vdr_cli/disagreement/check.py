@@ -1,4 +1,4 @@
-"""Whether members can read a model at all: a trial before a run, on a few tokens."""
+"""A trial before a run, on a few tokens: members can read the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vdr_cli.models import anatomy
 from vdr_cli.samples import Completions
 
 WIDTHS = (7, 3)
-"""Of the prompt and of the completions in the trial; one prompt is shorter."""
+"""Tokens of the prompt and of the completions in the trial; one prompt is shorter."""
 
 
 @torch.no_grad()
 def check_members(model: nn.Module, spec: EnsembleSpec) -> None:
-    """ConfigError unless members that drop nothing read completions as the model itself reads plain sequences.
+    """Raise ConfigError unless members that drop nothing read completions as the model itself reads plain sequences.
 
-    What it finds: positions that count padding, layers that remember more of a prompt than keys and values, hidden
+    It finds positions that count padding, layers that remember more of a prompt than keys and values, hidden
     states of another shape than (rows, tokens, D), branches that are not where their names say.
     """
     nothing = replace(spec, members=2, dropout=1e-12, scope="full", last_k=None)

@@ -23,9 +23,9 @@ class Members:
     step: int
     members: Sequence[int]
     keys: list[str] = field(default_factory=list)
-    """Of the sequences in the next pass, one per row of a member (mask_sharing: token)."""
+    """A key for each sequence of the next pass, one per row of a member (mask_sharing: token)."""
     positions: tuple[Tensor, Tensor] | None = None
-    """Of the next pass's tokens (rows, W) and of all visible tokens (rows, K), the rows of one member."""
+    """Positions of the next pass's tokens (rows, W) and of all visible tokens (rows, K), for one member's rows."""
 
     def mask(self, layer: int, site: Site, branch: Tensor) -> Tensor:
         """A mask that broadcasts against the branch seen as (members, tokens of a member, D)."""
@@ -82,9 +82,10 @@ def ensemble(
 ) -> Iterator[Members]:
     """Inside the block a batch is read by `members`, laid out member-major: row = m_local * B + b.
 
-    layer: the only one whose masks are wanted; None: all.
+    layer: the only layer whose masks act; None: all in scope.
     The model is put into eval mode, so that no dropout of its own is active, and left as it was found: hooks removed,
-    training flags restored, whatever happens inside. Not to be nested on one model.
+    training flags restored, whatever happens inside. Raises RuntimeError when a block is open on this model already,
+    ConfigError when its layers or blocks are not found or last_k exceeds them.
     """
     sites = [site for site in _sites(model, spec) if layer in (None, site[0])]
     if any(isinstance(hook, _BranchHook) for _, _, block in sites for hook in block._forward_hooks.values()):
@@ -108,7 +109,7 @@ def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Mod
 
 
 def first_layer(count: int, spec: EnsembleSpec) -> int:
-    """The lowest layer in which members differ."""
+    """The lowest layer in which members differ. Raises ConfigError when last_k exceeds the number of layers."""
     if spec.scope == "full":
         return 0
     last_k = spec.last_k or -(-count // 4)

@@ -22,7 +22,7 @@ CACHE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Statistics:
-    """One number per token, (N,) or (B, T) float32 in nats (vote_disagree: a share); None where not asked for.
+    """One number per token, (N,) or (B, T) float32 in nats (vote_disagree: a share); None where it was not requested.
 
     With positions "last" there is one number per completion, (B,).
     """
@@ -40,7 +40,7 @@ class Statistics:
     """(M, N) or (M, B, T): log p_m(y)."""
 
     def get(self, measure: str) -> Tensor:
-        """The tensor of one measure; KeyError when it was not asked for."""
+        """The tensor of one measure; KeyError when it was not requested."""
         value: Tensor | None = getattr(self, measure, None)
         if value is None:
             raise KeyError(f"measure {measure!r} was not computed")
@@ -95,22 +95,22 @@ def _chunk_statistics(logits: Tensor, targets: Tensor, measures: Collection[str]
 
 def from_logits(logits: Tensor, targets: Tensor, measures: Collection[str]) -> dict[str, Tensor]:
     """The measures from (n, M, V) float32 logits and (n,) sampled tokens; member_logps comes as (n, M)."""
-    asked = set(measures)
+    wanted = set(measures)
     results: dict[str, Tensor] = {}
-    if asked & OF_TARGET:
+    if wanted & OF_TARGET:
         at_target = logits.gather(-1, targets.view(-1, 1, 1).expand(-1, logits.shape[1], 1)).squeeze(-1)
         member_logps = at_target - logits.logsumexp(-1)  # (n, M)
         results |= {"member_logps": member_logps, "rmi": rmi(member_logps), "logp_var": logp_var(member_logps)}
-    if "epkl" in asked:
+    if "epkl" in wanted:
         results["epkl"] = epkl(logits)
-    if "vote_disagree" in asked:
+    if "vote_disagree" in wanted:
         results["vote_disagree"] = vote_disagree(logits)
-    if asked & OF_MEAN:
-        results |= _mean_statistics(torch.softmax(logits, -1), asked)
-    return {name: results[name] for name in asked}
+    if wanted & OF_MEAN:
+        results |= _mean_statistics(torch.softmax(logits, -1), wanted)
+    return {name: results[name] for name in wanted}
 
 
-def _mean_statistics(probabilities: Tensor, asked: set[str]) -> dict[str, Tensor]:
+def _mean_statistics(probabilities: Tensor, wanted: set[str]) -> dict[str, Tensor]:
     """total, aleatoric, bald and its jackknife from (n, M, V) probabilities.
 
     bald = H(p̄) - mean_m H(p_m) = mean_m KL(p_m ‖ p̄) (Houlsby et al. 2011; Lin 1991), computed as the
@@ -121,14 +121,14 @@ def _mean_statistics(probabilities: Tensor, asked: set[str]) -> dict[str, Tensor
     mean = probabilities.mean(1, keepdim=True)  # (n, 1, V)
     ratio = probabilities / mean.clamp_min(torch.finfo(torch.float32).tiny)  # p_m / p̄, in [0, M]
     results: dict[str, Tensor] = {}
-    if asked & {"total", "aleatoric"}:
+    if wanted & {"total", "aleatoric"}:
         results["total"] = -_sum_plogq(mean, mean).squeeze(1)
-    if asked & {"bald", "aleatoric", "bald_jk", "bald_se"}:
+    if wanted & {"bald", "aleatoric", "bald_jk", "bald_se"}:
         divergence = _sum_plogq(probabilities, ratio)  # (n, M): KL(p_m ‖ p̄)
         results["bald"] = divergence.mean(-1).clamp(0, math.log(members))
-        if asked & {"bald_jk", "bald_se"}:
+        if wanted & {"bald_jk", "bald_se"}:
             results |= _jackknife(divergence, mean, ratio)
-    if "aleatoric" in asked:
+    if "aleatoric" in wanted:
         results["aleatoric"] = (results["total"] - results["bald"]).clamp_min(0)
     return results
 

@@ -17,7 +17,10 @@ Site = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class EnsembleSpec:
-    """What the members are; with a step and a member number it fixes every mask."""
+    """The settings of an ensemble; with a step and a member's number they fix every mask.
+
+    Raises ConfigError for fewer than two members.
+    """
 
     members: int
     dropout: float = 0.1
@@ -79,7 +82,7 @@ def _bernoulli(spec: EnsembleSpec, name: str, count: int) -> np.ndarray:
     """(count,) float32 in {0, 1/(1-p)} from the Philox stream that seed and name select.
 
     Raw generator words against a threshold, not numpy's distributions: numpy promises that the
-    raw stream never changes, and says no such thing about the distributions.
+    raw stream never changes, and promises nothing about the distributions.
     """
     digest = hashlib.blake2b(f"{spec.seed}/{name}".encode(), digest_size=16).digest()
     philox = np.random.Philox(key=np.frombuffer(digest, dtype="<u8"))

@@ -114,7 +114,7 @@ class Reading:
     batch: Batch
     passes: tuple[Pass, ...]
     states: tuple[LowerStates, ...] = ()
-    """Of each pass, with R rows or R rows for every member; empty before the first layer."""
+    """One per pass, with R rows or R rows for every member; empty before the first layer."""
 
     def wanted(self, count: int, active: Members | None = None) -> Tensor:
         """(m, N, D) states after the final norm at the wanted positions, in the model's dtype; m = count."""

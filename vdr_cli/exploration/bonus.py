@@ -45,7 +45,7 @@ def token_credit(
     discount: float = 1.0,
     last_n: int | None = None,
 ) -> Tensor:
-    """What follows each token: c_t = Σ_{s>=t} γ^{s-t} m_s, (B, T).
+    """The credit of each token for what follows it: c_t = Σ_{s>=t} γ^{s-t} m_s, (B, T).
 
     m_s = bald_{s+1}, 0 at the last valid token: bald_s depends on the prefix before s alone, so crediting it to
     token s itself adds a baseline, whose expected gradient is 0. m_s = rmi_s: it depends on token s.
@@ -122,7 +122,7 @@ def deviation_sums(b: Tensor, group_size: int, mask: Tensor | None = None) -> tu
 
 @dataclass
 class RunningRms:
-    """Root mean square of the within-group deviation over the last steps, weighed by decay^age (as Adam corrects)."""
+    """Root mean square of the within-group deviation over the last steps, weighted by decay^age, unbiased (Adam)."""
 
     decay: float = 0.99
     average: float = 0.0

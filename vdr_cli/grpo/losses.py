@@ -27,7 +27,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What a loss is made of; the defaults are those of `grpo` in docs/configuration.md."""
+    """The settings of a loss; the defaults are those of `grpo` in docs/configuration.md."""
 
     loss: str = "dapo"
     """Name of a variant in VARIANTS."""
@@ -83,7 +83,7 @@ class TokenLoss(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What a variant's per-token term is made of, each (B, T)."""
+    """The parts of a variant's per-token term, each (B, T)."""
 
     logps: Tensor
     log_ratio: Tensor  # log π(y_t) − log π_old(y_t); 0 at padding

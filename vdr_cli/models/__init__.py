@@ -1,1 +1,1 @@
-"""What we know about Hugging Face decoders: anatomy, loading, log-probabilities, the prompt cache."""
+"""Knowledge about Hugging Face decoders: anatomy, loading, log-probabilities, the prompt cache."""

@@ -1,4 +1,4 @@
-"""What we know about Hugging Face decoders, in one place: layers, residual branches, trunk, LM head.
+"""Knowledge about Hugging Face decoders, in one place: layers, residual branches, trunk, LM head.
 
 Everything is found by structure first and by common names second, so that a new architecture usually
 needs no entry here. What is found is checked against the model itself by `check_head`.
@@ -181,7 +181,7 @@ def output_head(model: nn.Module) -> Head:
 
 
 def _logit_scale(causal_lm: Any, config: Any) -> float:
-    """What logits are multiplied by: Granite divides, HyperCLOVA X multiplies by the key of the same name."""
+    """The factor on the logits: Granite divides, HyperCLOVA X multiplies by the key of the same name."""
     kind = str(getattr(config, "model_type", ""))
     scaling = getattr(config, "logits_scaling", None)
     if scaling is not None:

@@ -40,7 +40,7 @@ class HeadLogps(nn.Module):
 
 
 class Policy(nn.Module):
-    """What the DeepSpeed engine wraps: its forward is all that the loss needs from the model.
+    """The module that the DeepSpeed engine wraps: its forward is all that the loss needs from the model.
 
     share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
     model alone, never on a batch: ranks that choose differently wait for each other forever.
@@ -127,7 +127,7 @@ def shared_completion_hidden(
 
 
 def can_share_prompts(causal_lm: nn.Module) -> bool:
-    """Whether `shared_completion_hidden` works for this model, as it is set up.
+    """True if `shared_completion_hidden` works for this model as it is set up.
 
     Not when layers remember something else than keys and values (`shares_prompts`), and not with gradient
     checkpointing, which switches caches off.

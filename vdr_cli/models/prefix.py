@@ -59,7 +59,7 @@ class PrefixCache(Cache):
 
 
 def shares_prompts(model: nn.Module) -> bool:
-    """Whether keys and values are all that the model remembers of a prompt.
+    """True if keys and values are all that the model remembers of a prompt.
 
     Not so with state-space and other recurrent layers, nor where layers use each other's keys: these models read
     prompt and completion together.
@@ -71,5 +71,5 @@ def shares_prompts(model: nn.Module) -> bool:
 
 
 def layers_stand_alone(model: nn.Module) -> bool:
-    """Whether a layer needs nothing of the layers below it but the hidden state."""
+    """True if a layer needs nothing from the layers below it but the hidden state."""
     return not getattr(anatomy.text_config(model), "num_kv_shared_layers", 0)

@@ -31,7 +31,7 @@ class TreeLayout(NamedTuple):
 
 
 class Trees(NamedTuple):
-    """What the trunk is given."""
+    """The trunk's input."""
 
     ids: Tensor  # (U, S)
     positions: Tensor  # (U, S)
@@ -39,7 +39,7 @@ class Trees(NamedTuple):
 
 
 def can_read_trees(causal_lm: nn.Module) -> bool:
-    """Whether the model takes a mask of any shape as it is, and positions beside it, in every layer."""
+    """True if the model takes a mask of any shape as it is, and positions beside it, in every layer."""
     config = anatomy.text_config(causal_lm)
     kinds = set(getattr(config, "layer_types", None) or ["attention"])
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -66,7 +66,7 @@ def tree_completion_hidden(
 
 
 def layout_of(prompt_ids: Tensor, prompt_mask: Tensor, completion_mask: Tensor) -> TreeLayout:
-    """Rows with the same prompt (B, P), next to each other, become one tree."""
+    """The layout in which rows with the same prompt (B, P), next to each other, become one tree."""
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
     P, read = prompt_ids.shape[1], completion_mask[:, 1:].bool()
     count = read.sum(1)
