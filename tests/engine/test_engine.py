@@ -206,9 +206,9 @@ def test_unknown_adapter_targets_are_named(build: Build) -> None:
         build(3, model={"lora": {"targets": ["no_such_module"]}})
 
 
-def test_missing_peft_names_the_extra(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_peft_is_named_with_the_command_that_installs_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"vdr-cli\[lora\]"):
+    with pytest.raises(ConfigError, match=r"model\.lora needs PEFT: pip install peft"):
         build(3, **LORA)
 
 

@@ -23,6 +23,7 @@ def test_a_rank_joins_and_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[tuple[int, int]] = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(processes, "start_distributed", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(collectives, "rank", lambda: 1)
     monkeypatch.setattr(collectives, "world_size", lambda: 2)
     monkeypatch.setattr(watchdog, "connect", lambda rank, size, share: connected.append((rank, size)))

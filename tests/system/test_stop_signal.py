@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -30,10 +31,28 @@ def test_the_first_signal_is_remembered(ended: list[int]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_stops_at_once(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second signal comes later than a copy of the first one would."""
     times = iter((100.0, 100.0 + 2 * stopping.ONE_SIGNAL))
     monkeypatch.setattr(stopping.time, "monotonic", lambda: next(times))
-    with StopSignal():
+
+
+@pytest.mark.usefixtures("later")
+def test_a_second_signal_ends_a_command_at_once(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_command", True)
+    monkeypatch.setattr(stopping, "end_process", lambda code: ended.append(code) or sys.exit(code))
+    with pytest.raises(SystemExit), StopSignal():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
     assert ended == [128 + signal.SIGINT]
+
+
+@pytest.mark.usefixtures("later")
+def test_a_second_signal_elsewhere_can_be_caught(ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook goes on."""
+    monkeypatch.setattr(stopping, "_command", False)
+    with pytest.raises(KeyboardInterrupt), StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == []

@@ -7,6 +7,7 @@ import time
 
 from vdr_cli.system import stopping
 
+stopping.this_is_a_command()
 with stopping.StopSignal() as stop:
     for pause in map(float, sys.argv[1:]):
         time.sleep(pause)
