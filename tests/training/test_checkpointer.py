@@ -79,7 +79,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning(
     monkeypatch.setattr(module.checkpoints, "save", full)
     checkpointer = Checkpointer(resources(tmp_path), notes.append)
     checkpointer.save_if_possible(at_step(4))
-    assert notes == ["disk full; going on"] and events == []
+    assert notes == ["disk full; training continues"] and events == []
     with pytest.raises(MachineError):
         checkpointer.save(at_step(4))
 
