@@ -1,4 +1,4 @@
-"""vdr_cli/config/schema.json from the settings in schema.py, and docs/configuration.md from that.
+"""vdr_cli/config/schema.json from the settings in config/sections/, and docs/configuration.md from that.
 
 python scripts/build/config_reference.py           # write both
 python scripts/build/config_reference.py --check   # exit 1 when one is out of date
@@ -22,7 +22,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Settings
 
-<!-- Made by scripts/build/config_reference.py from vdr_cli/config/schema.py: change it there. -->
+<!-- Made by scripts/build/config_reference.py from vdr_cli/config/sections/: change it there. -->
 
 A setting is a key in a section. It is given, the later over the earlier, by its default below, by the starter's recipe
 (when `model.name` is `starter`), in a YAML file, with `--set section.key=value`, or with the flag that stands for it
@@ -61,7 +61,7 @@ def schema_text() -> str:
     head = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Settings of vdr",
-        "$comment": "Made by scripts/build/config_reference.py from vdr_cli/config/schema.py: change it there.",
+        "$comment": "Made by scripts/build/config_reference.py from vdr_cli/config/sections/: change it there.",
     }
     return json.dumps({**head, **made}, indent=1, ensure_ascii=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""schema.json says what schema.py says, and docs/configuration.md what schema.json says, about every key."""
+"""schema.json says what sections/ says, and docs/configuration.md what schema.json says, about every key."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every setting as data, read from schema.json: its type, values, default and description.
 
 The command line's options and docs/configuration.md are made from this. It needs no pydantic, so `vdr --help` and a
-shell's TAB wait for none. `scripts/build/config_reference.py` writes schema.json from schema.py.
+shell's TAB wait for none. `scripts/build/config_reference.py` writes schema.json from sections/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Setting:
 
     @property
     def description(self) -> str:
-        """The setting's docstring in schema.py, on one line; of a section, its class's."""
+        """The setting's docstring, on one line; of a section, its class's."""
         return str(self.node.get("description", "") or self.section.get("description", ""))
 
     @property

@@ -1,0 +1,74 @@
+"""The ensemble and its bonus."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vdr_cli.config.sections.base import Fraction, Positive, Section
+
+
+class DisagreementConfig(Section):
+    """The bonus (docs/disagreement.md). `mode: none` is the one switch that turns it off."""
+
+    mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
+    """Where members are compared: nowhere, at every token, or where the last token is predicted."""
+    measure: Literal["bald", "rmi"] = "bald"
+    """bald: mutual information of the next token and the weights; rmi: its share for the sampled token."""
+    members: Annotated[int, Field(ge=2)] = 8
+    """M, the number of dropout members."""
+    dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Dropout probability p of the members' masks."""
+    scope: Literal["full", "last_k"] | None = None
+    """Layers that members differ in: all, or the top last_k (the others are read once for all members). None: last_k
+    with mode end_of_sequence, where it ranks completions no worse at a third of the cost; otherwise full."""
+    last_k: Positive | None = None
+    """Layers that members differ in, with scope last_k; None: a quarter of the model's, rounded up."""
+    mask_sharing: Literal["member", "token"] = "member"
+    """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
+    blocks: dict[str, str] | None = None
+    """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for
+    architectures where they are not found; None: found automatically."""
+    credit: Literal["sequence", "token"] = "sequence"
+    """per_token only. sequence: the masked mean is the completion's bonus; token: each token is credited with what
+    follows it."""
+    discount: Fraction = 1.0
+    """γ of the sum of what follows (credit: token)."""
+    last_n: Positive | None = None
+    """per_token only: restrict to the last n valid tokens; None: all."""
+    gate: Literal["all", "incorrect", "zero_variance"] = "all"
+    """Which completions get a bonus: all, those not solved, those of groups whose task rewards are all equal."""
+    shape: Literal["additive", "reward", "multiplicative", "quality"] = "additive"
+    """How the bonus enters the advantage; formulas in docs/disagreement.md."""
+    weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the bonus at the first step: λ (additive, reward) or β (multiplicative, quality)."""
+    clip: Annotated[float, Field(gt=0)] = 3.0
+    """c: bound on |standardised disagreement|."""
+    schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
+    """How the weight falls from `weight` to 0; constant: it does not."""
+    schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which the weight is 0 (not with constant)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.effective_scope == "full" and self.last_k is not None:
+            raise ValueError("last_k is set but scope is full: set scope to last_k or remove last_k")
+        if self.mode != "per_token" and (self.credit == "token" or self.last_n is not None):
+            raise ValueError(f"credit token and last_n need mode per_token, not {self.mode}")
+        if self.credit == "token" and self.shape != "additive":
+            raise ValueError(f"credit token needs shape additive, not {self.shape}")
+        return self
+
+    @property
+    def effective_scope(self) -> Literal["full", "last_k"]:
+        """`scope`, or what None means with this mode."""
+        by_mode: Literal["full", "last_k"] = "last_k" if self.mode == "end_of_sequence" else "full"
+        return self.scope or by_mode
+
+    @property
+    def member_settings(self) -> dict[str, Any]:
+        """The numbers and names that make the members, by the fields of `disagreement.masks.EnsembleSpec`."""
+        names = ("members", "dropout", "last_k", "mask_sharing")
+        blocks = tuple(sorted(self.blocks.items())) if self.blocks else None
+        return {name: getattr(self, name) for name in names} | {"scope": self.effective_scope, "blocks": blocks}

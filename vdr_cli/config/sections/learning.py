@@ -1,0 +1,132 @@
+"""From rewards to updates: advantages and loss, optimizer, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from vdr_cli.config.paths import PathText
+from vdr_cli.config.sections.base import BelowOne, Positive, Section
+
+
+class GrpoConfig(Section):
+    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"] = "dapo"
+    """Token loss and what it is averaged over; formulas in docs/losses.md."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _bnpo_is_dapo(cls, value: Any) -> Any:
+        if value == "bnpo":
+            raise ValueError(
+                "bnpo is TRL's mean over a micro-batch's tokens; set dapo, the mean over the whole step's tokens"
+            )
+        return value
+
+    epsilon_low: Annotated[float, Field(ge=0)] = 0.2
+    """The ratio is clipped below at 1 - epsilon_low."""
+    epsilon_high: Annotated[float, Field(ge=0)] = 0.28
+    """The ratio is clipped above at 1 + epsilon_high (clip-higher, DAPO)."""
+    delta: Annotated[float, Field(gt=1)] | None = None
+    """Two-sided clip: caps the unclipped ratio at delta; None: off."""
+    sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
+    """Loss sapo: temperature of the gate where the advantage is positive."""
+    sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
+    """Loss sapo: temperature of the gate where the advantage is negative."""
+    advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
+    """How a group's rewards become advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
+    the mean of the others (RLOO); deviation over the mean (MaxRL); or what a completion adds to the best of pass_k."""
+    pass_k: Annotated[int, Field(ge=2)] = 4
+    """k of advantage pass_at_k; at most rollout.group_size."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What advantages are divided by: the group's standard deviation, the batch's (the whole step's), or none."""
+    multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    """Several reward functions: advantages of the weighted sum, or the weighted sum of advantages (GDPO)."""
+    beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the reference model; 0: no reference is loaded."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimator of the KL: log-ratio, half its square, or the unbiased non-negative one."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL acts: added to the loss, or subtracted from the reward."""
+    sync_reference_every: Positive | None = None
+    """Steps after which the reference becomes the policy; None: never."""
+    entropy_weight: float = 0.0
+    """Entropy bonus: this times the mean token entropy is subtracted from the loss."""
+    top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
+    num_iterations: Positive = 1
+    """μ, updates from one rollout."""
+    mask_truncated: bool = False
+    """Completions that hit max_new_tokens give no gradient."""
+    overlong_cache: Annotated[int, Field(ge=0)] = 0
+    """Soft overlong penalty (DAPO): 0 to -1 over the last overlong_cache tokens; 0: off."""
+    resample_groups: Annotated[int, Field(ge=0)] = 0
+    """Maximum extra rollouts per step to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0:
+    off."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
+            raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
+        if self.delta is not None and self.loss in ("cispo", "sapo"):
+            raise ValueError(f"delta bounds a clipped ratio, which loss {self.loss} does not have; remove delta")
+        if self.advantage != "group":
+            for key, default in (("scale_rewards", "group"), ("multi_reward", "sum_then_normalise")):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key} has no meaning with advantage {self.advantage}; remove {key}")
+        if self.advantage == "maxrl" and (self.overlong_cache or (self.beta and self.kl_in == "reward")):
+            raise ValueError(
+                "advantage maxrl divides by the mean reward, which overlong_cache and a KL in the reward make "
+                "negative; remove them"
+            )
+        if self.multi_reward == "normalise_then_sum" and self.scale_rewards != "group":
+            raise ValueError(
+                f"scale_rewards {self.scale_rewards} has no meaning with multi_reward normalise_then_sum, which scales "
+                "by the group, then by the step; remove scale_rewards"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    steps: Positive = 500
+    """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Seed of the prompts' order, the samples and the members."""
+    output: PathText | None = None
+    """Run directory. None: a new one, runs/<date>-<time>-<4 hex digits>."""
+    prompts_per_step: Positive = 8
+    """Groups per step over all ranks; times rollout.group_size, the completions per step."""
+    micro_batch_size: Positive = 8
+    """Completions in one forward and backward pass of a rank; changes memory, never the result."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """AdamW's learning rate after the warm-up."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls from learning_rate to 0 at train.steps; constant: it does not."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises to its value."""
+    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay rates of the means of the gradient and of its square."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's ε, added to the denominator; where gradients are far below it, updates are proportional to them."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay of matrices; norms and biases do not decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Global norm the gradient is clipped to; 0: not clipped."""
+    max_refused_steps: Positive = 5
+    """Steps in a row with a non-finite loss or gradient before the run stops and saves the batch."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between checkpoints; 0: only one, at the end."""
+    keep_last: Positive = 2
+    """Number of complete checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best held-out pass@1 (needs eval_every)."""
+    save_model: bool = True
+    """Write model/ (save_pretrained format) at the end."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations; 0: none. When set, also before the first step and after the last."""
+    eval_prompts: Positive = 64
+    """Held-out prompts of one evaluation."""
+    eval_samples: Positive = 8
+    """Completions per prompt in an evaluation."""

@@ -1,0 +1,76 @@
+"""How completions are sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vdr_cli.config.paths import PathText
+from vdr_cli.config.sections.base import Fraction, Positive, Section
+
+
+class VllmConfig(Section):
+    """Servers that sample when rollout.backend is vllm. They live in an environment of their own."""
+
+    python: PathText | None = None
+    """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers in `urls` are already
+    running."""
+    urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
+    """Addresses of the servers, which share the prompts. With `python`: the one on which vdr's server listens."""
+    push: Literal["directory", "broadcast"] = "directory"
+    """How new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer and
+    servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
+    directory: PathText | None = None
+    """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
+    arguments: list[str] = []
+    """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
+    start_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds allowed for a server to start, and for a push of weights to finish."""
+    request_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds one prompt's completions may take."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Retries of a request when a server does not answer."""
+    tolerance: Annotated[float, Field(gt=0)] = 0.1
+    """Nats; largest mean difference between the server's and the trainer's log-probabilities after a push."""
+
+
+class RolloutConfig(Section):
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What samples: the model in this process, or vLLM servers."""
+    group_size: Positive = 8
+    """G, completions per prompt."""
+    max_new_tokens: Positive = 256
+    """T_max, the longest completion in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of sampling and of all log-probabilities in the loss."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from the k likeliest tokens; 0: from all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+    min_p: Fraction = 0.0
+    """Sample from tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Divisor of the scores of tokens that occurred already; 1: off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """A completion ends after any of these strings."""
+    ahead: Literal[0, 1] = 0
+    """1: vLLM servers sample each step's completions while the trainer updates the step before, under the weights from
+    before that update; truncated importance sampling is then on (grpo.importance_cap, 2 unless it is given). Only with
+    backend vllm. 0: from the newest weights."""
+    batch_tokens: Positive = 262_144
+    """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay token steps from CUDA graphs, with the transformers backend: one launch per step instead of about a
+    thousand. auto: on a GPU, for models with plain attention."""
+    vllm: VllmConfig = VllmConfig()
+    """Servers of backend vllm."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.ahead and self.backend == "transformers":
+            raise ValueError(
+                "ahead is 1 but backend is transformers, which samples and updates on the same device: set backend to "
+                "vllm or ahead to 0"
+            )
+        return self
