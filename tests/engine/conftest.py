@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +23,15 @@ def device() -> Iterator[torch.device]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    before = dict(os.environ)
-    os.environ.update({name: str(value) for name, value in place.items()})
-    yield start_distributed()
+    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as session:
+        session.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it whenever it builds an engine
+        with session.context() as joining:  # no longer: what later tests start must not take itself for this rank
+            for name, value in place.items():
+                joining.setenv(name, str(value))
+            device = start_distributed()
+        yield device
     torch.distributed.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "scripts" / "bench" / "gpu"))
 
 import check as gpu_check  # noqa: E402
 
+from tests.conftest import environment  # noqa: E402
+
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ import check as gpu_check  # noqa: E402
 )
 def test_every_part_runs_at_toy_size(part: str, tmp_path: Path) -> None:
     command = ["bash", "scripts/gpu_check.sh", "--dry-run", "--only", part, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     result = json.loads((tmp_path / f"{part}.json").read_text())
     assert done.returncode == 0, f"{done.stdout}{result.get('log')}"
     assert result["ok"] and result["headlines"]
