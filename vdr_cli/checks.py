@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from vdr_cli.config.load import STARTER, computed_settings, deep_merge, validate
+from vdr_cli.config.load import computed_settings, validate
 from vdr_cli.config.paths import checked_path
+from vdr_cli.config.recipe import STARTER
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.sources import check_data
@@ -169,7 +170,7 @@ def _computed_by(path: Path) -> Mapping[str, Any]:
     """The settings in a run's config.yaml; a file that is not one counts as another run's."""
     try:
         tree = parse_document(path.read_text(encoding="utf-8"), str(path)).tree
-        return computed_settings(validate(deep_merge({}, tree)))
+        return computed_settings(validate(tree))
     except (OSError, UnicodeDecodeError, VdrError, yaml.YAMLError):
         return {}
 

@@ -654,9 +654,9 @@ ELSEWHERE = [
         "tests/config",
         (
             "the starter's recipe over the user's settings",
-            "config/load.py",
-            "tree = deep_merge(starter_recipe(), tree)",
-            "tree = deep_merge(tree, starter_recipe())",
+            "config/recipe.py",
+            "deep_merge(starter_recipe(), tree)",
+            "deep_merge(tree, starter_recipe())",
         ),
     ),
     *_of("tests/planning", ("tied heads counted twice", "planning/resources.py", "(1 if self.tied else 2)", "2")),

@@ -11,7 +11,7 @@ import pytest
 from vdr_cli.cli import app, comparison
 from vdr_cli.cli import score as score_command
 from vdr_cli.cli.score import ProgressLines
-from vdr_cli.config import load
+from vdr_cli.config import recipe
 from vdr_cli.config.load import dump_run_record, load_config
 from vdr_cli.evaluation import evaluate
 from vdr_cli.scoring import score
@@ -23,7 +23,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "starter_recipe", lambda: {"rollout": {"max_new_tokens": 16}})
+    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"rollout": {"max_new_tokens": 16}})
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from vdr_cli.cli import app, training
-from vdr_cli.config import Config, load
-from vdr_cli.config.load import dump_run_record, load_config
+from vdr_cli.config import Config, recipe
+from vdr_cli.config.load import config_hash, dump_run_record, load_config
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "starter_recipe", lambda: {"train": {"steps": 7}})
+    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"train": {"steps": 7}})
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
     first = started["config"]
     assert app.run(["train", str(directory / "config.yaml")]) == 0
     assert started["config"].train.output != "o"
-    assert load.config_hash(started["config"]) == load.config_hash(first)
+    assert config_hash(started["config"]) == config_hash(first)
 
 
 @pytest.mark.parametrize(

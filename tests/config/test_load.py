@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdr_cli.config import Config, load
+from vdr_cli.config import Config, TrainConfig, recipe
 from vdr_cli.config.load import config_hash, dump_config, load_config
 from vdr_cli.config.yaml_text import dump_tree, parse_document
 from vdr_cli.errors import ConfigError
@@ -16,7 +16,7 @@ from vdr_cli.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def _fixed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "starter_recipe", lambda: {"train": {"steps": 77, "seed": 5}})
+    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"train": {"steps": 77, "seed": 5}})
 
 
 @pytest.fixture
@@ -50,9 +50,15 @@ def test_recipe_only_for_the_starter(write):
         "steps": 77,
         "seed": 1,
     }
-    assert load_config(flags={"model.name": "other"}).train.steps == Config().train.steps
-    assert load_config(overrides=["model.name=other"]).train.steps == Config().train.steps
+    assert load_config(flags={"model.name": "other"}).train.steps == TrainConfig().steps
+    assert load_config(overrides=["model.name=other"]).train.steps == TrainConfig().steps
     assert load_config(write("model: {name: other}"), ["model.name=starter"]).train.steps == 77
+
+
+def test_a_config_built_in_python_has_the_defaults_of_the_command_line():
+    assert Config() == load_config()
+    assert Config(train=TrainConfig(seed=1)) == load_config(overrides=["train.seed=1"])
+    assert Config(model={"name": "other"}).train == TrainConfig()
 
 
 def test_sections_merge_and_lists_replace(write):

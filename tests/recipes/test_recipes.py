@@ -13,8 +13,9 @@ import yaml
 from vdr_cli import recipes
 from vdr_cli.cli import app
 from vdr_cli.config import Config
-from vdr_cli.config.load import load_config, starter_recipe
+from vdr_cli.config.load import load_config
 from vdr_cli.config.messages import dotted_keys
+from vdr_cli.config.recipe import starter_recipe
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.prompts import load_prompts
 from vdr_cli.rewards.base import check_columns

@@ -1,7 +1,7 @@
 """From a YAML file, --set overrides and flags to one frozen Config, and back to YAML.
 
-Precedence: flag, then --set, then the file, then the starter's recipe (when the model is the starter),
-then the default of the schema. Sections merge key by key; lists replace each other.
+Precedence: flag, then --set, then the file, then the default (recipe.py). Sections merge key by key; lists replace
+each other.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from pydantic import ValidationError
 
 from vdr_cli.config.messages import Where, refusal, unknown_key
 from vdr_cli.config.paths import path_text
+from vdr_cli.config.recipe import Tree, deep_merge
 from vdr_cli.config.schema import Config, LaunchConfig, Section
 from vdr_cli.config.yaml_text import KeyPath, dump_tree, parse_document, parse_value
 from vdr_cli.errors import ConfigError
 
-Tree = dict[str, Any]
-
-STARTER = "starter"
 SECTIONS_WITHOUT_EFFECT = ("launch", "observe")
 """How ranks are started and what is shown: never part of what a run computes."""
 
@@ -42,14 +40,11 @@ def load_config(
     """
     places: dict[KeyPath, str] = {}
     file_tree = _read_file(path, places) if path is not None else {}
-    tree = deep_merge(file_tree, _typed(overrides, flags, flag_names, places))
-    if _model_name(tree) == STARTER:
-        tree = deep_merge(starter_recipe(), tree)
-    return validate(tree, places)
+    return validate(deep_merge(file_tree, _typed(overrides, flags, flag_names, places)), places)
 
 
 def settings_typed(flags: Mapping[str, Any], flag_names: Mapping[str, str]) -> Config:
-    """What was typed over the schema's defaults, without a file or a recipe. Raises ConfigError."""
+    """What was typed over the defaults, without a file. Raises ConfigError."""
     places: dict[KeyPath, str] = {}
     tree = _typed((), flags, flag_names, places)
     return validate(tree, places)
@@ -93,26 +88,6 @@ def _places_of(known: Mapping[KeyPath, str]) -> Where:
         return next((known[given] for given in (*above, *below) if given in known), "") if key else ""
 
     return where
-
-
-def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """A new tree: `over` on `base`; mappings merge, everything else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = deep_merge(below, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def starter_recipe() -> Tree:
-    """The settings that suit the embedded starter, under everything the user gives."""
-    from vdr_cli.starter.paths import recipe_path
-
-    path = Path(recipe_path())
-    if not path.is_file():
-        return {}
-    return parse_document(path.read_text(encoding="utf-8"), path.name).tree
 
 
 def dump_config(config: Config) -> str:
@@ -205,11 +180,6 @@ def _put(tree: Tree, dotted: str, value: Any) -> None:
         node = below
     both = isinstance(node.get(last), dict) and isinstance(value, dict)
     node[last] = deep_merge(node[last], value) if both else value
-
-
-def _model_name(tree: Tree) -> Any:
-    section = tree.get("model", {})
-    return section.get("name", STARTER) if isinstance(section, dict) else None
 
 
 def _example(section: str) -> str:

@@ -6,10 +6,12 @@ before any weight is loaded. Nothing in this package imports torch, so `vdr --he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 from pydantic import model_validator
 
+from vdr_cli.config.recipe import on_recipe
 from vdr_cli.config.sections.base import Section
 from vdr_cli.config.sections.disagreement import DisagreementConfig
 from vdr_cli.config.sections.inputs import DataConfig, LoraConfig, ModelConfig
@@ -52,6 +54,11 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     launch: LaunchConfig = LaunchConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_recipe(cls, given: Any) -> Any:
+        return on_recipe(given) if isinstance(given, Mapping) else given
 
     @property
     def loss_settings(self) -> dict[str, Any]:
