@@ -7,7 +7,7 @@ training/ holds what surrounds it: opening and resuming a run, its state, metric
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,16 @@ from vdr_cli.grpo.losses import (
 from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.samples import Completions, Stream, completion_key
 from vdr_cli.training import audit_record
-from vdr_cli.training.batch import Advantages, RewardedGroups, Updates, concatenate, micro_batches_of
+from vdr_cli.training.batch import (
+    Advantages,
+    MicroBatch,
+    RewardedGroups,
+    Updates,
+    concatenate,
+    micro_batches_of,
+)
 from vdr_cli.training.held_out import evaluate
+from vdr_cli.training.minibatches import own_minibatches, read_old_logps
 from vdr_cli.training.opening import open_run
 from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
 from vdr_cli.training.reading import measure_disagreement, read_logps
@@ -87,7 +95,7 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
         batch = sample_informative(res, state, model)
         if cfg.rollout.ahead:
             counts = collectives.even_shares(cfg.train.prompts_per_step)
-            next_step = state.step + cfg.grpo.num_iterations
+            next_step = state.step + cfg.grpo.updates_per_rollout
             state.next_pending = start_rollout(res, state, model, counts, next_step)
         reference = reference_logps(res, model, batch.completions)
         measure = measure_disagreement(res, state.step, model, batch.completions)
@@ -161,24 +169,26 @@ class ReferenceLogps:
     """Log-probabilities that the loss or the reward compares with, where the settings ask for them."""
 
     reference: Tensor | None = None  # (B, T), under the reference model
-    policy: Tensor | None = None  # (B, T), under the policy; only with the KL in the reward
-    high_entropy: Tensor | None = None  # (B, T) bool, the step's tokens of highest entropy
+    policy: Tensor | None = None  # (B, T), under the policy
+    entropy: Tensor | None = None  # (B, T), of the policy
+    high_entropy: Tensor | None = None  # (B, T) bool, the rollout's tokens of highest entropy
 
 
 def reference_logps(res: Resources, model: Any, completions: Completions) -> ReferenceLogps:
     """Log-probabilities before the update; nothing is computed that the loss does not use. Collective."""
     cfg = res.config.grpo
-    reference = policy = high_entropy = None
+    reference = policy = entropy = high_entropy = None
     if res.reference is not None:
         with res.timer.phase("reference"), res.reference.whole(model) as reference_model:
             reference, _ = read_logps(res, reference_model, completions)
-    if cfg.top_entropy_quantile < 1.0 or (reference is not None and cfg.kl_in == "reward"):
-        policy, entropy = read_logps(res, model, completions)
+    if cfg.reads_policy_first:
+        with res.timer.phase("policy"):
+            policy, entropy = read_old_logps(res, model, completions)
         if cfg.top_entropy_quantile < 1.0:
             trained = loss_mask(completions.completion_mask, completions.truncated, cfg.mask_truncated)
             everybody = torch.cat(collectives.gather_objects(entropy[trained]))
             high_entropy = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
-    return ReferenceLogps(reference, policy, high_entropy)
+    return ReferenceLogps(reference, policy, entropy, high_entropy)
 
 
 # ---- advantages ─ update -----------------------------------------------------------------------------------------
@@ -206,6 +216,8 @@ def reward_head(
         bonus=bonus,
         ref_logps=logps.reference,
         selected=logps.high_entropy,
+        old_logps=logps.policy,
+        old_entropies=logps.entropy,
     )
 
 
@@ -270,35 +282,45 @@ def step_moments(values: Tensor) -> grpo_advantages.Moments:
 
 
 def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: int) -> Updates:
-    """num_iterations optimizer steps on one rollout. Collective.
+    """Optimizer steps on one rollout: num_iterations passes over its minibatches, a step each. Collective.
 
-    The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches
-    and ranks. In the first iteration the ratio is 1; its log-probabilities are the old ones of later iterations.
+    The ratio's denominator is the policy that sampled: `old_logps` is read before the first update. With one minibatch
+    the first pass, whose ratio is 1, reads it.
     """
     cfg, engine = res.config, res.engine
-    totals = step_totals(advantages)
-    weights = token_weights(cfg.grpo.loss, advantages.mask, totals, cfg.rollout.max_new_tokens)
-    entropy_weights = token_weights("dapo", advantages.mask, totals, cfg.rollout.max_new_tokens)
-    size = cfg.train.micro_batch_size
-    micro_batches = micro_batches_of(batch, advantages, weights, entropy_weights, size, engine.device)
     settings = LossSettings(**cfg.loss_settings)
     updates = Updates()
     with res.timer.phase("update"):
-        for iteration in range(cfg.grpo.num_iterations):
+        for rows in own_minibatches(res) * cfg.grpo.num_iterations:
+            totals, micro_batches = minibatch(res, batch, advantages, rows)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
-                if iteration == 0:
-                    updates.first_logps.append(logps.detach())
-                    updates.first_entropies.append(entropy.detach())
-                inputs = micro.inputs(logps, updates.first_logps[index], entropy)
+                inputs = micro.inputs(logps, updates.old_logps(micro, index, logps, entropy), entropy)
                 output = policy_loss(inputs, micro.weights, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)
-            updates.learning_rate = learning_rate_at(step + iteration, cfg.train)
-            result = engine.step(updates.learning_rate)
-            updates.grad_norm = result.grad_norm
-            updates.refused.append(result.refused)
+            updates.learning_rate = learning_rate_at(step + len(updates.refused), cfg.train)
+            updates.end_step(totals, engine.step(updates.learning_rate))
     return updates
+
+
+def minibatch(
+    res: Resources, batch: RewardedGroups, advantages: Advantages, rows: Tensor
+) -> tuple[Totals, list[MicroBatch]]:
+    """One optimizer step's denominators, and these rows of this rank as its micro-batches. Collective.
+
+    The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches and ranks.
+    """
+    cfg = res.config
+    part = advantages.select(rows)
+    totals = step_totals(part)
+    if not len(rows):  # this rank has no group of the minibatch: a row without valid tokens takes part for it
+        rows = torch.zeros(1, dtype=torch.int64)
+        part = replace(advantages.select(rows), mask=torch.zeros_like(advantages.mask[rows]))
+    weights = token_weights(cfg.grpo.loss, part.mask, totals, cfg.rollout.max_new_tokens)
+    entropy_weights = token_weights("dapo", part.mask, totals, cfg.rollout.max_new_tokens)
+    size = cfg.train.micro_batch_size
+    return totals, micro_batches_of(batch.select(rows), part, weights, entropy_weights, size, res.engine.device)
 
 
 def step_totals(advantages: Advantages) -> Totals:

@@ -293,7 +293,7 @@ AROUND = _of(
     (
         "the loss counts every iteration",
         "training/record.py",
-        '"loss": loss / res.config.grpo.num_iterations',
+        '"loss": loss / res.config.grpo.updates_per_rollout',
         '"loss": loss',
         "dapo",
     ),

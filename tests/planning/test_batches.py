@@ -28,6 +28,13 @@ def test_a_rollout_of_several_updates_is_sampled_once() -> None:
     assert plan["completion tokens"] == "at most 16 per rollout, 80 in the run"
 
 
+def test_minibatches_are_optimizer_steps() -> None:
+    plan = lines(1, "train.steps=12", "grpo.num_iterations=2", "grpo.minibatches=3", "train.prompts_per_step=6",
+                 "rollout.group_size=4", "train.micro_batch_size=4")  # fmt: skip
+    assert plan["steps"] == "12 from 2 rollouts"
+    assert plan["micro-batches"].startswith("2 per process and step")
+
+
 def test_groups_are_shared_out_unequally() -> None:
     plan = lines(3, "train.prompts_per_step=8", "rollout.group_size=4", "train.micro_batch_size=8")
     assert plan["groups per rollout"] == "8, 2 or 3 on a process"

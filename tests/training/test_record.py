@@ -10,6 +10,8 @@ import torch
 
 from tests.training.test_batch import batch_of
 from vdr_cli.config import Config
+from vdr_cli.engine.engine import StepResult
+from vdr_cli.grpo.losses import Totals
 from vdr_cli.training import record
 from vdr_cli.training.batch import Advantages, Updates
 from vdr_cli.training.completion_table import completion_columns
@@ -45,7 +47,9 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
     mask = batch.completions.completion_mask
     bonus = torch.tensor([[0.5, 9.0, 9.0], [-0.5, 1.0, 9.0], [0.0, 0.0, 0.0], [0.0, 9.0, 9.0]])
     per_completion, task = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0.5, -0.5, 1.0, 0.0])
-    updates = Updates(loss=3.0, pairs={"entropy": (6.0, 4.0)}, maxima={"ratio/max": 1.5}, grad_norm=2.0)
+    updates = Updates(loss=3.0, pairs={"entropy": (6.0, 4.0)}, maxima={"ratio/max": 1.5})
+    for _ in range(2):
+        updates.end_step(Totals(completions=4.0, tokens=7.0), StepResult(2.0, refused=False))
     found = record.step_metrics(res, batch, Advantages(bonus, mask, task, per_completion, bonus), updates)
     expected = {
         "loss": 1.5,
@@ -58,6 +62,9 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
         "completions/min_length": 1.0,
         "completions/max_length": 3.0,
         "step_tokens": 7.0,
+        "denominator/completions": 4.0,
+        "denominator/tokens": 7.0,
+        "refused_steps": 0.0,
         "reward": 1.5,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)

@@ -53,7 +53,7 @@ def audit_step(
 ) -> list[Line]:
     """The lines of one step."""
     cfg, judge = run.config, Judge(record.step, record.state["dtype"])
-    stride = cfg.grpo.num_iterations
+    stride = cfg.grpo.updates_per_rollout
     on_file = run.metrics.get(record.step + stride, {})
     before = run.record(record.step - stride) if record.step - stride in run.steps else None
     of_update: dict[str, float] = {}

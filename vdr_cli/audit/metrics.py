@@ -51,7 +51,7 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
         "frac_reward_zero_std": _mean(rewards.stalled(task, G)),
         "advantage_abs": _mean(np.abs(record.numbers("task_advantage"))),
         "learning_rate": optimizer.learning_rate(
-            record.step + cfg.grpo.num_iterations - 1,
+            record.step + cfg.grpo.updates_per_rollout - 1,
             cfg.train.learning_rate,
             cfg.train.warmup_steps,
             cfg.train.lr_schedule,

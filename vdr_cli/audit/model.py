@@ -94,12 +94,17 @@ def put(model: nn.Module, weights: dict[str, Tensor], dtype: str) -> None:
         parameter.copy_(weights[name].to(DTYPES[dtype]) if dtype != "float32" else weights[name])
 
 
-def alike(prompts: Sequence[Ids], completions: Sequence[Ids]) -> Iterator[list[int]]:
-    """Rows in sets that need no padding: prompts as long, completions as long, and few enough for one forward."""
+def alike(
+    prompts: Sequence[Ids], completions: Sequence[Ids], chosen: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Rows in sets that need no padding: prompts as long, completions as long, and few enough for one forward.
+
+    chosen: the rows to take; None: all.
+    """
     sizes: dict[tuple[int, int], list[int]] = {}
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        if len(completion):
-            sizes.setdefault((len(prompt), len(completion)), []).append(row)
+    for row in range(len(prompts)) if chosen is None else chosen:
+        if len(completions[row]):
+            sizes.setdefault((len(prompts[row]), len(completions[row])), []).append(row)
     for (P, T), rows in sizes.items():
         most = max(FORWARD_TOKENS // (P + T), 1)
         for start in range(0, len(rows), most):

@@ -32,7 +32,7 @@ def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) ->
     """The sampler's log-probabilities, and each token from the completion's own uniforms."""
     if cfg.rollout.backend != "transformers":
         return [judge.skipped("tokens drawn", "vLLM's random numbers are its own")]
-    stride = cfg.grpo.num_iterations
+    stride = cfg.grpo.updates_per_rollout
     step = max(record.step - stride, 0) if cfg.rollout.ahead else record.step
     policy = models.at(step)
     if policy is None:
@@ -160,25 +160,25 @@ def audit_update(
         return [judge.skipped("loss, gradient, update", no_weights(record.step))], {}
     if metrics.get("refused_steps", 0.0):
         return [judge.skipped("loss, gradient, update", "the step was refused: its gradient was not finite")], {}
-    if cfg.grpo.num_iterations > 1 and record.step > 0 and not saved.first:
+    if cfg.grpo.updates_per_rollout > 1 and record.step > 0 and not saved.first:
         return [judge.skipped("loss, gradient, update", "the optimizer's moments are not on file")], {}
     weights = copied(saved.weights)
     moments = copied(saved.first), copied(saved.second)
     adam = optimizer.AdamW(cfg.train.adam_betas, cfg.train.adam_epsilon, cfg.train.weight_decay, saved.count, *moments)
     outcome = update.make(models.policy, weights, adam, _given(record, cfg), cfg, record.step, models.dtype)
     lines = [
-        judge.compare("loss", metrics.get("loss", math.nan), outcome.loss / cfg.grpo.num_iterations, "loss"),
+        judge.compare("loss", metrics.get("loss", math.nan), outcome.loss / cfg.grpo.updates_per_rollout, "loss"),
         judge.compare("grad_norm", metrics.get("grad_norm", math.nan), outcome.norm, "norm"),
     ]
-    after = models.saved(record.step + cfg.grpo.num_iterations)
+    after = models.saved(record.step + cfg.grpo.updates_per_rollout)
     if after is None:
-        lines.append(judge.skipped("update of the weights", no_weights(record.step + cfg.grpo.num_iterations)))
+        lines.append(judge.skipped("update of the weights", no_weights(record.step + cfg.grpo.updates_per_rollout)))
     else:
         lines.append(_relative(judge, "mean of the gradient (Adam)", after.first, adam.first))
         lines.append(_relative(judge, "mean of its square (Adam)", after.second, adam.second))
         theirs, ours = (_minus(each, saved.weights) for each in (after.weights, weights))
         lines.append(_relative(judge, "update of the weights", theirs, ours))
-    return lines, outcome.means() | outcome.maxima | {"refused_steps": 0.0}
+    return lines, outcome.means() | outcome.maxima | outcome.mean_denominators() | {"refused_steps": 0.0}
 
 
 def _given(record: Record, cfg: Config) -> update.Given:

@@ -41,6 +41,8 @@ class Outcome:
     norm: float = 0.0
     """Of the last step's gradient, before clipping."""
     norms: list[float] = field(default_factory=list)
+    denominators: list[losses.Denominators] = field(default_factory=list)
+    """Of each step."""
 
     def add(self, name: str, values: Tensor) -> None:
         """Count these values into a mean."""
@@ -55,6 +57,14 @@ class Outcome:
     def means(self) -> dict[str, float]:
         """The logged means; none where nothing was counted."""
         return {name: total / self.counts[name] for name, total in self.sums.items() if self.counts[name]}
+
+    def mean_denominators(self) -> dict[str, float]:
+        """The logged means over the steps."""
+        count = len(self.denominators)
+        return {
+            "denominator/completions": sum(each.completions for each in self.denominators) / count,
+            "denominator/tokens": sum(each.tokens for each in self.denominators) / count,
+        }
 
 
 def settings_of(cfg: Config) -> GrpoConfig:
@@ -72,20 +82,21 @@ def make(
     step: int,
     dtype: str,
 ) -> Outcome:
-    """num_iterations updates from these weights (float64, changed in place), with what they log."""
+    """A rollout's updates from these weights (float64, changed in place), with what they log."""
     outcome = Outcome()
-    old: dict[int, Tensor] = {}
+    model.put(policy, weights, dtype)
+    old, _ = model.token_numbers(policy, given.prompts, given.completions, cfg.rollout.temperature)
     train = cfg.train
-    for iteration in range(cfg.grpo.num_iterations):
+    for update, rows in enumerate(minibatches(len(given.prompts), cfg) * cfg.grpo.num_iterations):
         model.put(policy, weights, dtype)
         policy.zero_grad(set_to_none=True)
-        _backward(policy, given, cfg, old, outcome)
+        _backward(policy, given, rows, cfg, torch.from_numpy(old), outcome)
         found = {name: p.grad for name, p in model.trained(policy).items() if p.grad is not None}
         outcome.norm = optimizer.norm_of(found.values())
         outcome.norms.append(outcome.norm)
         factor = optimizer.clip_factor(outcome.norm, train.max_grad_norm)
         rate = optimizer.learning_rate(
-            step + iteration, train.learning_rate, train.warmup_steps, train.lr_schedule, train.steps
+            step + update, train.learning_rate, train.warmup_steps, train.lr_schedule, train.steps
         )
         everything = {name: found.get(name, torch.zeros_like(weight)) * factor for name, weight in weights.items()}
         with torch.no_grad():
@@ -94,18 +105,26 @@ def make(
     return outcome
 
 
-def _backward(policy: nn.Module, given: Given, cfg: Config, old: dict[int, Tensor], outcome: Outcome) -> None:
-    """The step's gradient; `old` gets each row's first log-probabilities."""
+def minibatches(rows: int, cfg: Config) -> list[list[int]]:
+    """The rows of each optimizer step: group g of the rollout is in minibatch g mod grpo.minibatches."""
+    parts, G = cfg.grpo.minibatches, cfg.rollout.group_size
+    return [[row for row in range(rows) if row // G % parts == part] for part in range(parts)]
+
+
+def _backward(
+    policy: nn.Module, given: Given, chosen: Sequence[int], cfg: Config, old_logps: Tensor, outcome: Outcome
+) -> None:
+    """The gradient of one optimizer step on the chosen rows. old_logps: (B, T) before the rollout's first update."""
     settings = settings_of(cfg)
-    totals = losses.Denominators(len(given.prompts), int(given.trained.sum()))
-    for rows in model.alike(given.prompts, given.completions):
+    totals = losses.Denominators(len(chosen), int(given.trained[chosen].sum()))
+    outcome.denominators.append(totals)
+    for rows in model.alike(given.prompts, given.completions, chosen):
         logps, entropy = model.logps_and_entropies(
             policy, given.prompts, given.completions, rows, cfg.rollout.temperature
         )
         share = torch.zeros((), dtype=torch.float64)
         for index, number in enumerate(rows):
-            old.setdefault(number, logps[index].detach())
-            row = _row(given, number, logps[index], entropy[index], old[number])
+            row = _row(given, number, logps[index], entropy[index], old_logps[number, : logps.shape[1]])
             terms = losses.policy_terms(row, settings)
             share = share + losses.row_loss(row, terms, settings, totals, cfg.rollout.max_new_tokens)
             _log(outcome, row, terms, settings)

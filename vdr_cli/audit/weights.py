@@ -74,7 +74,7 @@ class Models:
             with self.at(0).disable_adapter():
                 yield self.policy
             return
-        synced = last_sync(step, config.grpo.sync_reference_every, config.grpo.num_iterations)
+        synced = last_sync(step, config.grpo.sync_reference_every, config.grpo.updates_per_rollout)
         found = self.at(synced)
         path = self.run.checkpoint(step)
         if found is None and path is not None and (path / REFERENCE).is_file():

@@ -34,6 +34,7 @@ NAMES = {
     "epsilon_high": "--set grpo.epsilon_high=...",
     "loss_type": "--set grpo.loss=...",
     "scale_rewards": "--set grpo.scale_rewards=...",
+    "steps_per_generation": "--set grpo.minibatches=...",
     "num_iterations": "--set grpo.num_iterations=...",
     "top_p": "--set rollout.top_p=...",
     "top_k": "--set rollout.top_k=...",

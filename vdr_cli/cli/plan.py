@@ -86,6 +86,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         new_tokens=config.rollout.max_new_tokens,
         micro_batch_size=config.train.micro_batch_size,
         num_iterations=config.grpo.num_iterations,
+        minibatches=config.grpo.minibatches,
         cached_tokens=config.rollout.batch_tokens,
         members=0 if config.disagreement.mode == "none" else config.disagreement.members,
         checkpointing=config.model.gradient_checkpointing,

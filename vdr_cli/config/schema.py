@@ -90,10 +90,20 @@ class Config(Section):
             raise ValueError(
                 "grpo.sync_reference_every needs a reference of its own; with model.lora it is the base model"
             )
-        if self.train.steps % self.grpo.num_iterations:
+        if self.train.prompts_per_step % self.grpo.minibatches:
             raise ValueError(
-                f"train.steps {self.train.steps} is not a multiple of grpo.num_iterations {self.grpo.num_iterations}: "
-                "every rollout gives num_iterations optimizer steps"
+                f"train.prompts_per_step {self.train.prompts_per_step} is not a multiple of grpo.minibatches "
+                f"{self.grpo.minibatches}: minibatches are equal numbers of whole groups"
+            )
+        if self.train.steps % self.grpo.updates_per_rollout:
+            factors = " x ".join(
+                f"grpo.{name} {value}"
+                for name in ("num_iterations", "minibatches")
+                if (value := getattr(self.grpo, name)) > 1
+            )
+            raise ValueError(
+                f"train.steps {self.train.steps} is not a multiple of {factors}: every rollout gives "
+                f"{self.grpo.updates_per_rollout} optimizer steps"
             )
         if self.train.keep_best and self.train.eval_every == 0:
             raise ValueError("train.keep_best needs train.eval_every: nothing measures which checkpoint is best")

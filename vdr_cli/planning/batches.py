@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from vdr_cli.config.schema import Config
 
 
@@ -10,9 +12,10 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
     group, groups = config.rollout.group_size, config.train.prompts_per_step
     completions = group * groups
     few, many = groups // processes, -(-groups // processes)
-    micro_batches = -(-many * group // config.train.micro_batch_size)
+    in_minibatch = ceil(many / config.grpo.minibatches)
+    micro_batches = ceil(in_minibatch * group / config.train.micro_batch_size)
     tokens = completions * config.rollout.max_new_tokens
-    rollouts = config.train.steps // config.grpo.num_iterations
+    rollouts = config.train.steps // config.grpo.updates_per_rollout
     lines = [
         ("processes", str(processes)),
         ("steps", f"{config.train.steps:,} from {rollouts:,} rollouts"),

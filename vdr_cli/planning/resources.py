@@ -83,6 +83,7 @@ class Work:
     new_tokens: int = 256
     micro_batch_size: int = 8
     num_iterations: int = 1
+    minibatches: int = 1
     cached_tokens: int = 262_144
     """rollout.batch_tokens: most tokens decoded at once on a rank."""
     members: int = 0
@@ -106,7 +107,14 @@ class Work:
 
     @property
     def micro_batches(self) -> int:
-        return -(-self.groups_per_rank * self.group_size // self.micro_batch_size)
+        """Of one optimizer step."""
+        groups = -(-self.groups_per_rank // self.minibatches)
+        return -(-groups * self.group_size // self.micro_batch_size)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps from one rollout."""
+        return self.num_iterations * self.minibatches
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -239,11 +247,11 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
     n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
     share = (w - 1) / w
     scatter = 2.0 if work.gloo else 1.0
-    micro = work.micro_batches * work.num_iterations
+    micro = work.micro_batches * work.updates
     if work.stage < 3:
         synced = {0: 2.0, 1: 2.0, 2: scatter}[work.stage]  # gradients: all-reduce, or reduce-scatter
-        per_step = micro if work.stage == 2 else work.num_iterations
-        weights = work.num_iterations if work.stage else 0
+        per_step = micro if work.stage == 2 else work.updates
+        weights = work.updates if work.stage else 0
         return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share}
     layers = n - ends
     gathered = 4.0 * layers + 2.5 * ends if work.two_passes else 2.0 * n
@@ -265,7 +273,7 @@ def _gathered_before_the_update(shape: Shape, work: Work) -> dict[str, float]:
     passes = 2 if work.two_passes else 1
     rest = n - layers + (layers if work.members else 0)
     if work.reference:
-        rest += n - layers + layers * passes * work.micro_batches
+        rest += n - layers + layers * passes * work.micro_batches * work.minibatches
     return {"weights to vLLM": float(layers * (1 + passes)), "reference and disagreement": float(rest)}
 
 

@@ -44,7 +44,7 @@ TYPES = {
 
 def is_due(config: Config, step: int) -> bool:
     """True when the rollout at this step leaves a record (observe.audit_every)."""
-    every, before = config.observe.audit_every, step - config.grpo.num_iterations
+    every, before = config.observe.audit_every, step - config.grpo.updates_per_rollout
     if every is None:
         return step == 0
     return every > 0 and (step == 0 or step // every > before // every)
@@ -132,14 +132,17 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
         "ref_logps": tokens(advantages.ref_logps),
         "selected": tokens(advantages.selected),
-        "logps": _of_micro_batches(updates.first_logps, lengths),
-        "entropies": _of_micro_batches(updates.first_entropies, lengths),
+        "logps": _before_the_update(advantages.old_logps, updates.first_logps, lengths),
+        "entropies": _before_the_update(advantages.old_entropies, updates.first_entropies, lengths),
     }
 
 
-def _of_micro_batches(parts: list[Tensor], lengths: list[int]) -> list[list[float]]:
-    """Rows of (b, T) tensors, one a micro-batch, cut to their own lengths; a rank's empty ones at the end are left."""
-    rows = [row for part in parts for row in part.float().cpu()]
+def _before_the_update(read: Tensor | None, parts: list[Tensor], lengths: list[int]) -> list[list[float]]:
+    """Rows cut to their own lengths: of what was read beforehand (B, T), else of the first pass's micro-batches.
+
+    A rank's empty micro-batches at the end are left out.
+    """
+    rows = [row for part in (parts if read is None else [read]) for row in part.float().cpu()]
     return [row[:length].tolist() for row, length in zip(rows, lengths, strict=False)]
 
 

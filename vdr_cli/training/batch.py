@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vdr_cli.engine import collectives
-from vdr_cli.grpo.losses import LossInputs, LossOutput
+from vdr_cli.engine.engine import StepResult
+from vdr_cli.grpo.losses import LossInputs, LossOutput, Totals
 from vdr_cli.samples import Completions, Messages, Prompt, to_device
 
 
@@ -88,6 +89,14 @@ class Advantages:
     """(B,) or (B, T) as added to the advantage."""
     ref_logps: Tensor | None = None  # (B, T)
     selected: Tensor | None = None  # (B, T) bool
+    old_logps: Tensor | None = None
+    """(B, T) under the policy that the rollout began with; None: the update's first pass reads them."""
+    old_entropies: Tensor | None = None  # (B, T), likewise
+
+    def select(self, rows: Tensor) -> Advantages:
+        """The rows with these indices, in that order."""
+        own = {entry.name: value[rows] for entry in fields(self) if (value := getattr(self, entry.name)) is not None}
+        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class MicroBatch:
     ref_logps: Tensor | None  # (b, T)
     selected: Tensor | None  # (b, T) bool
     entropy_weights: Tensor  # (b, T)
+    old_logps: Tensor | None = None  # (b, T)
 
     def inputs(self, logps: Tensor, old_logps: Tensor, entropy: Tensor) -> LossInputs:
         return LossInputs(
@@ -161,6 +171,7 @@ def _micro_batch(
         ref_logps=None if advantages.ref_logps is None else cut(advantages.ref_logps),
         selected=None if advantages.selected is None else cut(advantages.selected),
         entropy_weights=cut(entropy_weights),
+        old_logps=None if advantages.old_logps is None else cut(advantages.old_logps),
     )
 
 
@@ -185,10 +196,30 @@ class Updates:
     learning_rate: float = 0.0
     refused: list[bool] = field(default_factory=list)
     """True for each optimizer step that was refused, in order."""
+    totals: list[Totals] = field(default_factory=list)
+    """The denominators of each optimizer step, over all ranks."""
     first_logps: list[Tensor] = field(default_factory=list)
-    """(b, T) of each micro-batch, under the policy that the rollout began with."""
+    """(b, T) of each micro-batch, under the policy that the rollout began with; empty where they were read before."""
     first_entropies: list[Tensor] = field(default_factory=list)
     """(b, T) of each micro-batch, likewise."""
+
+    def old_logps(self, micro: MicroBatch, index: int, logps: Tensor, entropy: Tensor) -> Tensor:
+        """(b, T) log-probabilities of micro-batch `index` before the first update.
+
+        They were read beforehand, or are those of this rollout's first pass, which this call then records.
+        """
+        if micro.old_logps is not None:
+            return micro.old_logps
+        if not self.refused:  # the first pass
+            self.first_logps.append(logps.detach())
+            self.first_entropies.append(entropy.detach())
+        return self.first_logps[index]
+
+    def end_step(self, totals: Totals, result: StepResult) -> None:
+        """Count one optimizer step, made with these denominators."""
+        self.totals.append(totals)
+        self.grad_norm = result.grad_norm
+        self.refused.append(result.refused)
 
     def add(self, output: LossOutput) -> None:
         """Count one micro-batch."""

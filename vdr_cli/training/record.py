@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.bonus import has_spread
 from vdr_cli.grpo.advantages import zero_variance
@@ -32,10 +34,12 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
     metrics["step_time"] = metrics.pop("time/step")
     metrics |= speed_metrics(res, metrics, step_tokens, prompt_tokens)
     return metrics | {
-        "loss": loss / res.config.grpo.num_iterations,
+        "loss": loss / res.config.grpo.updates_per_rollout,
         "grad_norm": updates.grad_norm,
         "learning_rate": updates.learning_rate,
         "refused_steps": float(sum(updates.refused)),
+        "denominator/completions": mean(totals.completions for totals in updates.totals),
+        "denominator/tokens": mean(totals.tokens for totals in updates.totals),
         "step_tokens": step_tokens,
         "tokens_per_second": step_tokens / metrics["step_time"],
     }

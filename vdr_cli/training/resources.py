@@ -72,7 +72,7 @@ class Resources:
 
     def shows_tokens(self, step: int) -> bool:
         """True when people will see the rollout of this step token by token: it is saved, or the first of the run."""
-        return step == 0 or self.due(step, step + self.config.grpo.num_iterations).completions
+        return step == 0 or self.due(step, step + self.config.grpo.updates_per_rollout).completions
 
     def synchronise_reference(self) -> None:
         """Make the reference model the policy as it is now. The base model under adapters stays as it is."""

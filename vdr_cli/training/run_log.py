@@ -115,7 +115,7 @@ def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str
     step: optimizer steps done. Later updates of one rollout, and completions drawn ahead, are of other weights.
     """
     apart = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if step != 1 or config.grpo.num_iterations > 1 or config.rollout.ahead or not apart > MOST_APART:
+    if step != 1 or config.grpo.updates_per_rollout > 1 or config.rollout.ahead or not apart > MOST_APART:
         return None
     return (
         f"sampler and policy are {apart:.3f} nats per token apart with the same weights: the model's numbers depend on "

@@ -24,6 +24,8 @@ Run = tuple[Any, ...]
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 LORA = {"rank": 4, "alpha": 8}
+MINIBATCHES = {"grpo.minibatches": 5, "disagreement.mode": "end_of_sequence", "train.micro_batch_size": 3}
+"""A group each: of every minibatch one rank has no group."""
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}
 AHEAD = {
     "rollout.ahead": 1,
@@ -63,6 +65,9 @@ def training_runs(folder: Path) -> list[Run]:
         ("synced_parts", {**synced, "train.steps": 4}),
         *[(f"{kl}_{at}", {"train.steps": 2, "grpo.beta": 0.5, "grpo.kl": kl, "grpo.kl_in": at}) for kl, at in KL],
         ("iterations", twice),
+        ("minibatches", {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}),
+        ("minibatches_parts", {"train.steps": 5, **MINIBATCHES}),
+        ("minibatches_parts", {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}),
         ("resample", {"grpo.resample_groups": 3}),
         ("quantile", {"grpo.top_entropy_quantile": 0.2}),
         ("entropy", {**twice, "grpo.entropy_weight": 1.0, "rewards.functions": flat}),
@@ -203,6 +208,28 @@ def test_synchronised_reference_is_the_policy_and_survives_a_resume(left: Left) 
 # ---- options of the loss and the batch -----------------------------------------------------------------------------
 
 
+@pytest.mark.runs("minibatches", "minibatches_parts")
+def test_minibatches_take_a_step_each_and_resume_bit_for_bit(left: Left) -> None:
+    assert left.metrics("minibatches") == left.metrics("minibatches_parts")
+    assert [line["step"] for line in left.metrics("minibatches")] == [5, 10]
+    line = left.metrics("minibatches")[0]
+    assert line["denominator/completions"] == 4.0 and line["denominator/tokens"] == line["step_tokens"] / 5
+    assert line["ratio/max"] > 1.0 and line["sampling/sampling_logp_difference/max"] < 1e-4
+    whole, parts = left.weights("minibatches"), left.weights("minibatches_parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.runs("minibatches")
+def test_the_old_log_probabilities_are_those_of_the_sampler(left: Left) -> None:
+    """In the first minibatch the ratio is 1 to the bit; later ones compare with the same policy."""
+    calls = [call for probe in left.probes("minibatches") for call in probe["calls"][:2]]  # one minibatch's
+    trained = [call for call in calls if bool(call["mask"].any())]
+    assert trained and all(torch.equal(call["logps"], call["old_logps"]) for call in trained)
+    for call in (call for probe in left.probes("minibatches") for call in probe["calls"]):
+        apart = (call["old_logps"] - call["sampler_logps"])[call["mask"]]
+        assert not apart.numel() or float(apart.abs().max()) < 1e-4
+
+
 @pytest.mark.runs("iterations", "plain")
 def test_several_iterations_are_off_policy_after_the_first(left: Left) -> None:
     (line,) = left.metrics("iterations")
@@ -315,6 +342,14 @@ def test_every_phase_has_its_speed_and_share(left: Left) -> None:
     ("settings", "says"),
     [
         ({"train": {"steps": 3}, "grpo": {"num_iterations": 2}}, "train.steps 3 is not a multiple"),
+        (
+            {"train": {"steps": 8, "prompts_per_step": 6}, "grpo": {"num_iterations": 3, "minibatches": 2}},
+            "train.steps 8 is not a multiple of grpo.num_iterations 3 x grpo.minibatches 2",
+        ),
+        (
+            {"train": {"steps": 4, "prompts_per_step": 6}, "grpo": {"minibatches": 4}},
+            "train.prompts_per_step 6 is not a multiple of grpo.minibatches 4",
+        ),
         ({"rollout": {"ahead": 1}}, "ahead is 1 but backend is transformers"),
         (
             {"rollout": {"group_size": 1}, "grpo": {"scale_rewards": "none"}, "disagreement": {"mode": "none"}},

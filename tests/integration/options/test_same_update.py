@@ -30,6 +30,8 @@ EVERY_TERM = {
     "grpo.num_iterations": 2,
     "train.steps": 2,
 }
+MINIBATCHES = {**EVERY_TERM, "grpo.num_iterations": 1, "grpo.minibatches": 5, "train.steps": 5}
+"""A group to a step: one of the two ranks has none."""
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "micro1": ({"train.micro_batch_size": 1}, ""),
     "micro2": ({"train.micro_batch_size": 2}, ""),
@@ -67,6 +69,8 @@ def training_runs() -> list[Run]:
         ("members0", {"train.steps": 3}),
         ("recorded", top),
         ("unrecorded", top, "unrecorded"),
+        ("minibatches_two", MINIBATCHES),
+        ("minibatches_micro1", {**MINIBATCHES, "train.micro_batch_size": 1}),
         *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
         *[
             (f"{loss}_{how}", {**EVERY_TERM, "grpo.loss": loss, **OTHERWISE[how][0]}, OTHERWISE[how][1])
@@ -77,7 +81,11 @@ def training_runs() -> list[Run]:
 
 @pytest.fixture(scope="module")
 def trained(work_through: Callable[..., Left], chosen: Any, tmp_path_factory: pytest.TempPathFactory) -> Left:
-    alone = [("alone", {}), *[(f"{loss}_alone", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES]]
+    alone = [
+        ("alone", {}),
+        ("minibatches_alone", MINIBATCHES),
+        *[(f"{loss}_alone", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
+    ]
     return work_through(tmp_path_factory.mktemp("same_update"), chosen(training_runs()), chosen(alone))
 
 
@@ -99,6 +107,14 @@ def test_the_update_is_the_same_however_it_is_computed(left: Left, loss: str, ho
     assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
     for line, other in zip(left.metrics(ours), left.metrics(plain), strict=True):
         assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.runs("minibatches_two", "minibatches_micro1", "minibatches_alone")
+@pytest.mark.parametrize("how", ["alone", "micro1"])
+def test_minibatches_are_the_same_on_any_number_of_ranks(left: Left, how: str) -> None:
+    ours, plain = f"minibatches_{how}", "minibatches_two"
+    assert left.distance(left.gradient(ours), left.gradient(plain)) <= 1e-5
+    assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
 
 
 @pytest.mark.runs("{run}", "plain")

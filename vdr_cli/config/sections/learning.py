@@ -55,7 +55,10 @@ class GrpoConfig(Section):
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
-    """μ, updates from one rollout."""
+    """μ, passes over one rollout's completions (epochs); each takes `minibatches` optimizer steps."""
+    minibatches: Positive = 1
+    """Disjoint parts of one rollout, whole groups each, with an optimizer step on every part; a divisor of
+    train.prompts_per_step."""
     mask_truncated: bool = False
     """Completions that hit max_new_tokens give no gradient."""
     overlong_cache: Annotated[int, Field(ge=0)] = 0
@@ -65,6 +68,20 @@ class GrpoConfig(Section):
     off."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead)."""
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps from one rollout."""
+        return self.num_iterations * self.minibatches
+
+    @property
+    def reads_policy_first(self) -> bool:
+        """True when the completions are read under the policy before the first update of their rollout.
+
+        One minibatch needs no such reading: its first pass is under that policy.
+        """
+        kl_in_reward = self.beta != 0.0 and self.kl_in == "reward"
+        return self.minibatches > 1 or self.top_entropy_quantile < 1.0 or kl_in_reward
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

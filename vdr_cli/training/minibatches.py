@@ -1,0 +1,44 @@
+"""Disjoint parts of one rollout, an optimizer step each (`grpo.minibatches`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vdr_cli.engine import collectives
+from vdr_cli.samples import Completions
+from vdr_cli.training.reading import read_logps
+from vdr_cli.training.resources import Resources
+
+
+def rows_of_minibatches(first: int, groups: int, minibatches: int, group_size: int) -> list[Tensor]:
+    """The rows of this rank in each minibatch, (b,) int64 in ascending order; `first` groups are on lower ranks.
+
+    Group g of the step, counted over all ranks, belongs to minibatch g mod `minibatches`. Groups stay whole, as verl
+    keeps them, so that a minibatch holds complete comparisons. The same groups form a minibatch on any number of ranks,
+    and every rank has its share of each.
+    """
+    number = first + torch.arange(groups)
+    rows = torch.arange(groups * group_size).view(groups, group_size)
+    return [rows[number % minibatches == part].flatten() for part in range(minibatches)]
+
+
+def own_minibatches(res: Resources) -> list[Tensor]:
+    """`rows_of_minibatches` of this rank, which holds an even share of the step's groups."""
+    cfg = res.config
+    counts, rank = collectives.even_shares(cfg.train.prompts_per_step), collectives.rank()
+    return rows_of_minibatches(sum(counts[:rank]), counts[rank], cfg.grpo.minibatches, cfg.rollout.group_size)
+
+
+def read_old_logps(res: Resources, model: Any, completions: Completions) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (B, T) under the gathered policy, before any update of this rollout. Collective.
+
+    Each minibatch is read in the micro-batches in which it is trained, so unchanged weights give a ratio of exactly 1.
+    """
+    logps = torch.zeros(completions.completion_ids.shape)
+    entropy = torch.zeros_like(logps)
+    for rows in own_minibatches(res):
+        logps[rows], entropy[rows] = read_logps(res, model, completions.rows(rows))
+    return logps, entropy
