@@ -25,6 +25,8 @@ from vdr_cli.rewards.loading import check_name
 
 CHANGEABLE_ON_RESUME = {
     "train.steps",
+    "train.max_seconds",
+    "train.max_sampled_tokens",
     "train.checkpoint_every",
     "train.keep_last",
     "train.keep_best",

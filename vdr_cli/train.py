@@ -52,7 +52,9 @@ from vdr_cli.training.state import LoopState
 
 
 def train(config: Config, resume: str | None = None) -> int:
-    """Run the loop to train.steps; returns the exit code (0, or 130/143 after Ctrl-C or SIGTERM).
+    """Run the loop until its steps or its budget are used up.
+
+    Returns the exit code: 0, or 130/143 after Ctrl-C or SIGTERM.
 
     resume: None, "auto" (the newest complete checkpoint of train.output, if any) or a checkpoint's path.
     Raises VdrError, the same one on every rank, after saving a checkpoint.
@@ -61,15 +63,15 @@ def train(config: Config, resume: str | None = None) -> int:
         res, state, log = run.resources, run.state, run.log
         if state.step == 0 and config.train.eval_every:
             log.starting_point(evaluate(res, state))
-        while state.step < config.train.steps and not run.stopped():
+        while not state.is_over(config.train) and not run.stopped():
             before = state.step
             with res.timer.phase("step"):
                 batch, advantages = collect(res, state)
                 updates = update(res, batch, advantages, state.step)
             metrics = step_metrics(res, batch, advantages, updates)
             audit_record.save(res, state, log, batch, advantages, updates)
-            state.end_step(len(updates.refused), tokens=int(metrics["step_tokens"]))
-            due = res.due(before, state.step)
+            state.end_step(len(updates.refused), tokens=int(metrics["step_tokens"]), seconds=metrics["step_time"])
+            due = res.due(before, state.step, state.is_over(config.train))
             if due.reference:
                 res.synchronise_reference()
             if due.evaluation:

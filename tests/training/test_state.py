@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from vdr_cli.config.schema import TrainConfig
 from vdr_cli.training.state import Due, LoopState, due_after
 
 YES, NO = True, False
@@ -62,7 +63,7 @@ def test_a_restored_state_is_the_one_after_the_last_whole_step() -> None:
 def test_what_is_due_every_nth_step(stride: int, every: int, due: list[int]) -> None:
     names = ("eval_every", "completions_every", "sync_reference_every", "checkpoint_every")
     found = {
-        step: due_after(step - stride, step, last=99, **dict.fromkeys(names, every))
+        step: due_after(step - stride, step, over=False, **dict.fromkeys(names, every))
         for step in range(stride, 7, stride)
     }
     for name in ("evaluation", "completions", "reference", "checkpoint"):
@@ -70,7 +71,33 @@ def test_what_is_due_every_nth_step(stride: int, every: int, due: list[int]) -> 
 
 
 def test_the_last_step_is_evaluated_and_its_completions_saved() -> None:
-    found = due_after(4, 5, last=5, eval_every=3, completions_every=3, sync_reference_every=3, checkpoint_every=5)
+    found = due_after(4, 5, over=True, eval_every=3, completions_every=3, sync_reference_every=3, checkpoint_every=5)
     assert found == Due(evaluation=True, completions=True, reference=False, checkpoint=False)
-    off = due_after(4, 5, last=5, eval_every=0, completions_every=0, sync_reference_every=0, checkpoint_every=0)
+    off = due_after(4, 5, over=True, eval_every=0, completions_every=0, sync_reference_every=0, checkpoint_every=0)
     assert off == Due(False, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "over"),
+    [
+        ({}, [False, False, False, True]),
+        ({"max_seconds": 2.5}, [False, False, True, True]),
+        ({"max_sampled_tokens": 20}, [False, True, True, True]),
+        ({"max_seconds": 99.0, "max_sampled_tokens": 99}, [False, False, False, True]),
+    ],
+)
+def test_a_run_is_over_with_its_steps_its_seconds_or_its_tokens(limits: dict[str, float], over: list[bool]) -> None:
+    """The counts go on over a resume: each step is done by a state restored from the one before."""
+    train = TrainConfig(steps=4, **limits)  # type: ignore[arg-type]
+    state, found = LoopState(), []
+    for _ in range(4):
+        state.end_step(1, tokens=10, seconds=1.0)
+        state = LoopState.restored(state.saved())
+        found.append(state.is_over(train))
+    assert found == over
+
+
+def test_a_checkpoint_without_seconds_counts_from_nought() -> None:
+    saved = LoopState(step=3, seconds=5.0).saved()
+    del saved["seconds"]
+    assert LoopState.restored(saved).seconds == 0.0

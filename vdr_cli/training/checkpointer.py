@@ -63,7 +63,7 @@ class Checkpointer:
         False at the run's end, where a checkpoint is written anyway.
         """
         cfg = self._resources.config.train
-        return cfg.keep_best and state.best_step == state.step and state.step < cfg.steps
+        return cfg.keep_best and state.best_step == state.step and not state.is_over(cfg)
 
     def restore(self, found: checkpoints.Checkpoint | None) -> LoopState:
         """Load this checkpoint into the engine and the reference; the loop's state. None: a run from its start.

@@ -57,13 +57,13 @@ class Resources:
             return None
         return self.ensemble.shown.get(self.config.disagreement.measure).cpu()
 
-    def due(self, before: int, now: int) -> Due:
-        """What is due when the optimizer steps before+1 ... now are done."""
+    def due(self, before: int, now: int, over: bool) -> Due:
+        """Things due when the optimizer steps before+1 ... now are done. over: they are the run's last."""
         cfg = self.config
         return due_after(
             before,
             now,
-            last=cfg.train.steps,
+            over=over,
             eval_every=cfg.train.eval_every,
             completions_every=cfg.observe.completions_every,
             sync_reference_every=cfg.grpo.sync_reference_every or 0,
@@ -72,7 +72,8 @@ class Resources:
 
     def shows_tokens(self, step: int) -> bool:
         """True when people will see the rollout of this step token by token: it is saved, or the first of the run."""
-        return step == 0 or self.due(step, step + self.config.grpo.updates_per_rollout).completions
+        after = step + self.config.grpo.updates_per_rollout
+        return step == 0 or self.due(step, after, after >= self.config.train.steps).completions
 
     def synchronise_reference(self) -> None:
         """Make the reference model the policy as it is now. The base model under adapters stays as it is."""

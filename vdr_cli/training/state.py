@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vdr_cli.config.schema import TrainConfig
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.training.pending_rollout import PendingRollout
 
-SAVED = ("step", "drawn", "tokens", "refused", "best", "best_step")
+SAVED = ("step", "drawn", "tokens", "seconds", "refused", "best", "best_step")
 """Fields that a checkpoint's state.json carries, beside `rms`."""
 
 
@@ -22,6 +23,8 @@ class LoopState:
     """Prompts taken from the stream in finished steps, over all ranks."""
     tokens: int = 0
     """Completion tokens so far, over all ranks."""
+    seconds: float = 0.0
+    """Seconds that the finished steps took on the slowest rank."""
     refused: int = 0
     """Consecutive refused steps, up to now."""
     best: float | None = None
@@ -44,10 +47,19 @@ class LoopState:
         self.drawn_in_step += sum(counts)
         return range(first, first + counts[rank])
 
-    def end_step(self, steps: int, tokens: int) -> None:
-        """These optimizer steps are done on completions of so many tokens."""
+    def is_over(self, train: TrainConfig) -> bool:
+        """True when the run has done its steps, or spent its seconds or its tokens."""
+        return (
+            self.step >= train.steps
+            or (train.max_seconds is not None and self.seconds >= train.max_seconds)
+            or (train.max_sampled_tokens is not None and self.tokens >= train.max_sampled_tokens)
+        )
+
+    def end_step(self, steps: int, tokens: int, seconds: float = 0.0) -> None:
+        """These optimizer steps are done, on completions of so many tokens, in so many seconds."""
         self.step += steps
         self.tokens += tokens
+        self.seconds += seconds
         self.drawn += self.drawn_in_step
         self.finished_rms = self.rms.state_dict()
         self.drawn_in_step = 0
@@ -73,7 +85,7 @@ class LoopState:
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> LoopState:
         """The state that `saved` described."""
-        state = cls(**{name: saved[name] for name in SAVED}, finished_rms=saved["rms"])
+        state = cls(**{name: saved[name] for name in SAVED if name in saved}, finished_rms=saved["rms"])
         state.rms.load_state_dict(saved["rms"])
         return state
 
@@ -94,7 +106,7 @@ def due_after(
     before: int,
     now: int,
     *,
-    last: int,
+    over: bool,
     eval_every: int,
     completions_every: int,
     sync_reference_every: int,
@@ -102,16 +114,16 @@ def due_after(
 ) -> Due:
     """Things to do when the optimizer steps before+1 ... now are done; 0 switches a thing off.
 
-    The run's last step is always evaluated and its completions saved. Its checkpoint is written as the run ends.
+    over: these are the run's last steps. They are always evaluated and their completions saved; their checkpoint is
+    written as the run ends.
     """
 
     def due(every: int) -> bool:
         return every > 0 and now // every > before // every
 
-    ended = now >= last
     return Due(
-        evaluation=eval_every > 0 and (ended or due(eval_every)),
-        completions=completions_every > 0 and (ended or due(completions_every)),
+        evaluation=eval_every > 0 and (over or due(eval_every)),
+        completions=completions_every > 0 and (over or due(completions_every)),
         reference=due(sync_reference_every),
-        checkpoint=not ended and due(checkpoint_every),
+        checkpoint=not over and due(checkpoint_every),
     )

@@ -93,9 +93,9 @@ def watched_cache(*args: Any) -> Any:
     return None if plant == "unrecorded" else cache_for(*args)
 
 
-def watched_end_step(self: Any, steps: int, tokens: int) -> None:
+def watched_end_step(self: Any, steps: int, **spent: float) -> None:
     gathers_at_step_end.append((gathers, gathered_bytes))
-    end_step(self, steps, tokens)
+    end_step(self, steps, **spent)
 
 
 def watched_step(self: Any, learning_rate: float) -> Any:

@@ -109,6 +109,12 @@ class GrpoConfig(Section):
 class TrainConfig(Section):
     steps: Positive = 500
     """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of training steps after which the run ends, over all its resumes; evaluations, checkpoints and start-up
+    do not count. Schedules still go by steps. None: no limit."""
+    max_sampled_tokens: Positive | None = None
+    """Completion tokens sampled over all ranks, after which the run ends. Schedules still go by steps. None: no
+    limit."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the prompts' order, the samples and the members."""
     output: PathText | None = None
