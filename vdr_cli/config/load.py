@@ -19,7 +19,7 @@ from vdr_cli.config.messages import Where, refusal, unknown_key
 from vdr_cli.config.paths import path_text
 from vdr_cli.config.recipe import Tree, deep_merge
 from vdr_cli.config.schema import Config, LaunchConfig, Section
-from vdr_cli.config.yaml_text import KeyPath, dump_tree, parse_document, parse_value
+from vdr_cli.config.yaml_text import Document, KeyPath, dump_tree, parse_document, parse_value
 from vdr_cli.errors import ConfigError
 
 SECTIONS_WITHOUT_EFFECT = ("launch", "observe")
@@ -68,7 +68,7 @@ def load_launch(
     try:
         return _OnlyLaunch.model_validate({"launch": tree.get("launch", {})}).launch
     except ValidationError as error:
-        raise ConfigError(refusal(error, _places_of(places))) from None
+        raise ConfigError(refusal(error, places_of(places))) from None
 
 
 def validate(tree: Tree, places: Mapping[KeyPath, str] | None = None) -> Config:
@@ -76,10 +76,10 @@ def validate(tree: Tree, places: Mapping[KeyPath, str] | None = None) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(refusal(error, _places_of(places or {}))) from None
+        raise ConfigError(refusal(error, places_of(places or {}))) from None
 
 
-def _places_of(known: Mapping[KeyPath, str]) -> Where:
+def places_of(known: Mapping[KeyPath, str]) -> Where:
     """The place of a key, or of the nearest one above or below it that was given."""
 
     def where(key: KeyPath) -> str:
@@ -116,6 +116,14 @@ def computed_settings(config: Config) -> Tree:
 
 
 def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
+    document = read_document(path)
+    places |= {key: f"{path}:{line}" for key, line in document.lines.items()}
+    # A section whose keys are all commented out is read as null and means: nothing given.
+    return {key: value for key, value in document.tree.items() if not (value is None and key in Config.model_fields)}
+
+
+def read_document(path: str | Path) -> Document:
+    """The tree of a YAML file and its lines. Raises ConfigError, one line."""
     try:
         text = Path(path_text(str(path))).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -128,10 +136,7 @@ def _read_file(path: str | Path, places: dict[KeyPath, str]) -> Tree:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"the configuration file {error}") from None
-    document = parse_document(text, str(path))
-    places |= {key: f"{path}:{line}" for key, line in document.lines.items()}
-    # A section whose keys are all commented out is read as null and means: nothing given.
-    return {key: value for key, value in document.tree.items() if not (value is None and key in Config.model_fields)}
+    return parse_document(text, str(path))
 
 
 def _typed(
@@ -144,7 +149,7 @@ def _typed(
     tree = _parse_overrides(overrides, places)
     for key, value in (flags or {}).items():
         if value is not None:
-            _put(tree, key, value)
+            put(tree, key, value)
             places[tuple(key.split("."))] = (flag_names or {}).get(key, "command line")
     return tree
 
@@ -164,12 +169,12 @@ def _parse_overrides(overrides: Iterable[str], places: dict[KeyPath, str]) -> Tr
             raise ConfigError(f"--set {override}: {key} is a section; set one of its keys, such as {_example(key)}")
         if key.split(".")[0] not in Config.model_fields:
             raise ConfigError(f"--set: {unknown_key(tuple(key.split('.')))}")
-        _put(tree, key, value)
+        put(tree, key, value)
         places[tuple(key.split("."))] = "--set"
     return tree
 
 
-def _put(tree: Tree, dotted: str, value: Any) -> None:
+def put(tree: Tree, dotted: str, value: Any) -> None:
     """Set tree[a][b][c] for `a.b.c`; a later whole section merges into an earlier key."""
     *parents, last = dotted.split(".")
     node = tree

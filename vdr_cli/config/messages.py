@@ -36,11 +36,11 @@ def dotted_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
             yield from dotted_keys(inner, f"{prefix}{name}.")
 
 
-def nearest_key(path: KeyPath) -> str | None:
+def nearest_key(path: KeyPath, model: type[BaseModel] = Config) -> str | None:
     """The valid dotted key that an unknown one most likely stands for: of the same section first, then of any."""
     *parents, last = [str(part) for part in path]
     prefix = "".join(f"{part}." for part in parents)
-    keys = list(dotted_keys())
+    keys = list(dotted_keys(model))
     siblings = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
     close = difflib.get_close_matches(str(last), [key[len(prefix) :] for key in siblings], n=1, cutoff=0.6)
     if close:
@@ -56,14 +56,14 @@ def nearest_key(path: KeyPath) -> str | None:
     return close[0] if close else None
 
 
-def unknown_key(path: KeyPath) -> str:
+def unknown_key(path: KeyPath, model: type[BaseModel] = Config) -> str:
     """`train.stepz is not a setting; did you mean train.steps?`"""
-    near = nearest_key(path)
-    hint = f"did you mean {near}?" if near else f"the sections are {', '.join(Config.model_fields)}"
+    near = nearest_key(path, model)
+    hint = f"did you mean {near}?" if near else f"the sections are {', '.join(model.model_fields)}"
     return f"{_dotted(path)} is not a setting; {hint}"
 
 
-def refusal(error: ValidationError, where: Where) -> str:
+def refusal(error: ValidationError, where: Where, model: type[BaseModel] = Config) -> str:
     """One line for everything pydantic found, the first few problems in the order of the schema."""
     problems: list[str] = []
     refused: set[KeyPath] = set()
@@ -76,15 +76,15 @@ def refusal(error: ValidationError, where: Where) -> str:
             continue
         refused.add(path)
         place = where(path)
-        problems.append((f"{place}: " if place else "") + _problem(path, dict(entry)))
+        problems.append((f"{place}: " if place else "") + _problem(path, dict(entry), model))
     more = len(problems) - MOST_PROBLEMS
     shown = "; ".join(problems[:MOST_PROBLEMS])
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
-def _problem(path: KeyPath, entry: dict[str, Any]) -> str:
+def _problem(path: KeyPath, entry: dict[str, Any], model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
-        return unknown_key(path)
+        return unknown_key(path, model)
     if entry["type"] == "value_error":
         message = str(entry["ctx"]["error"])
         colon = "" if message.startswith("is ") else ":"

@@ -68,11 +68,11 @@ def student_quantile(probability: float, freedom: int) -> float:
     low, high = 0.0, 1e4
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student_cdf(middle, freedom) < probability else (low, middle)
+        low, high = (middle, high) if student_cdf(middle, freedom) < probability else (low, middle)
     return (low + high) / 2
 
 
-def _student_cdf(t: float, freedom: int) -> float:
+def student_cdf(t: float, freedom: int) -> float:
     """P(T <= t) for t >= 0: the finite sums of Abramowitz & Stegun 26.7.3 (odd) and 26.7.4 (even)."""
     angle = math.atan2(t, math.sqrt(freedom))
     cosine, total, term = math.cos(angle), 0.0, 1.0 if freedom % 2 == 0 else math.cos(angle)
