@@ -56,8 +56,10 @@ class Mean:
 
     def p_value(self) -> float:
         """Two-sided p of the hypothesis that the mean is 0."""
+        if not self.is_known:
+            return math.nan
         above = self.p_above(0.0)
-        return min(1.0, 2.0 * min(above, 1.0 - above)) if self.error else above if math.isnan(above) else 1.0
+        return 2.0 * min(above, 1.0 - above) if self.error > 0 else 1.0
 
     def p_equivalent(self, bound: float) -> float:
         """p of the hypothesis that the mean lies outside (-bound, bound): two one-sided tests (Schuirmann 1987)."""
