@@ -49,12 +49,20 @@ SMALL = {
 ARCHITECTURES = [
     "qwen2", "qwen3", "llama", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt_neox",
     "mixtral", "qwen2_moe", "granite", "cohere2", "falcon", "bloom", "gpt_oss", "recurrent_gemma", "lfm2", "olmo2",
-    "qwen3_moe", "olmoe", "stablelm", "starcoder2", "glm4", "deepseek_v3", "qwen3_next", "gptj",
+    "qwen3_moe", "olmoe", "stablelm", "starcoder2", "glm4", "deepseek_v3", "qwen3_next", "gptj", "nemotron_h",
 ]  # fmt: skip
 OWN = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "gptj": {"rotary_dim": 4},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+    },
     "deepseek_v3": {
         "num_key_value_heads": 2,
         "q_lora_rank": 8,

@@ -126,6 +126,23 @@ def test_unknown_blocks_name_the_setting() -> None:
         anatomy.residual_blocks(layer, {"ffn": "mixer_one"})
 
 
+def test_a_layer_may_be_one_branch() -> None:
+    layer = nn.Module()
+    layer.norm, layer.mixer = nn.LayerNorm(2), nn.Linear(2, 2)
+    assert anatomy.residual_blocks(layer) == (layer.mixer,)
+    layer.gate_mixer = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"no mlp block.*one of: mixer, gate_mixer; or set disagreement\.mode"):
+        anatomy.residual_blocks(layer)
+
+
+def test_a_model_that_cannot_be_read_is_refused_in_one_line() -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.up_proj = nn.Linear(3, 24)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot read four tokens \(mat1 and mat2") as refused:
+        anatomy.check_head(model)
+    assert "\n" not in str(refused.value)
+
+
 def test_logits_that_are_not_a_known_map_are_refused() -> None:
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda module, arguments, output: output + output.roll(1, -1))

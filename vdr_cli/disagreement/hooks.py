@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement.masks import EnsembleSpec, Site, member_mask, token_mask
+from vdr_cli.disagreement.masks import SITES, EnsembleSpec, Site, member_mask, token_mask
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import anatomy
 
@@ -103,8 +103,8 @@ def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Mod
     sites: list[tuple[int, Site, nn.Module]] = []
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):
-        attention, mlp = anatomy.residual_blocks(layers[number], spec.block_names)
-        sites += [(number, "attention", attention), (number, "mlp", mlp)]
+        blocks = anatomy.residual_blocks(layers[number], spec.block_names)
+        sites += [(number, site, block) for site, block in zip(SITES, blocks, strict=False)]  # one, in some models
     return sites
 
 

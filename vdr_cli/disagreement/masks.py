@@ -13,6 +13,8 @@ from torch import Tensor
 from vdr_cli.errors import ConfigError
 
 Site = Literal["attention", "mlp"]
+SITES: tuple[Site, Site] = ("attention", "mlp")
+"""A layer's residual branches, in the order of `anatomy.residual_blocks`. An only branch counts as attention."""
 
 
 @dataclass(frozen=True)

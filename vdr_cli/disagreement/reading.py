@@ -152,8 +152,8 @@ class Reading:
             if self.states:
                 context.enter_context(starting_from(layers, self.states[number], len(mask)))
             if each.column is not None and self.spec.mask_sharing == "member":
-                _, mlp = anatomy.residual_blocks(layers[-1], self.spec.block_names)
-                context.enter_context(mlp_at_one_column(mlp, each.column.repeat(count)))
+                for mlp in anatomy.residual_blocks(layers[-1], self.spec.block_names)[1:]:
+                    context.enter_context(mlp_at_one_column(mlp, each.column.repeat(count)))
             shared = self.shared_attention(count) if active is not None else None
             if shared is not None:
                 context.enter_context(run_once_for_all_members(shared, count))
@@ -170,7 +170,7 @@ class Reading:
         first = first_layer(len(layers), self.spec)
         if count == 1 or first != (self.states[0].layer if self.states else 0):
             return None
-        attention, _ = anatomy.residual_blocks(layers[first], self.spec.block_names)
+        attention = anatomy.residual_blocks(layers[first], self.spec.block_names)[0]
         biased = {"alibi", "position_bias"} & set(inspect.signature(attention.forward).parameters)
         if biased or any(count * len(each.ids) == each.ids.shape[1] for each in self.passes):
             return None

@@ -112,18 +112,26 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return min(lists, key=lambda entry: entry[:2])[2]
 
 
-def residual_blocks(layer: nn.Module, blocks: dict[str, str] | None = None) -> tuple[nn.Module, nn.Module]:
-    """The modules of a decoder layer whose outputs are its two residual branches: (attention, MLP or MoE).
+def residual_blocks(layer: nn.Module, blocks: dict[str, str] | None = None) -> tuple[nn.Module, ...]:
+    """The modules of a decoder layer whose outputs are its residual branches: (attention, MLP or MoE), or the only one.
 
-    blocks: their names when they are not found, {"attention": ..., "mlp": ...}; dots reach inside.
+    A layer of Mamba 2 or Nemotron-H is one branch. blocks: names of the two when they are not found, {"attention": ...,
+    "mlp": ...}; dots reach inside. Raises ConfigError when one is not found.
     """
     given = blocks or {}
     unknown = sorted(set(given) - {"attention", "mlp"})
     if unknown:
         raise ConfigError(f"disagreement.blocks: unknown key {unknown[0]!r}; the keys are attention and mlp")
     attention = _block(layer, "attention", given.get("attention"), ATTENTION_NAMES)
-    mlp = _block(layer, "mlp", given.get("mlp"), MLP_NAMES)
-    return attention, mlp
+    if not given and _is_only_branch(layer, attention):
+        return (attention,)
+    return attention, _block(layer, "mlp", given.get("mlp"), MLP_NAMES)
+
+
+def _is_only_branch(layer: nn.Module, block: nn.Module) -> bool:
+    """True if beside this block the layer has nothing but norms and dropout."""
+    others = [type(child).__name__.lower() for child in layer.children() if child is not block]
+    return all("norm" in name or name in ("dropout", "identity") for name in others)
 
 
 def _block(layer: nn.Module, role: str, given: str | None, names: tuple[str, ...]) -> nn.Module:
@@ -131,11 +139,11 @@ def _block(layer: nn.Module, role: str, given: str | None, names: tuple[str, ...
         module = _submodule(layer, name)
         if module is not None:
             return module if given else _branch(module)
-    children = ", ".join(name for name, _ in layer.named_children()) or "none"
+    children = [name for name, child in layer.named_children() if "norm" not in type(child).__name__.lower()]
     what = f"has no block {given!r}" if given else f"has no {role} block that is known by name"
     raise ConfigError(
         f"disagreement.blocks: {type(layer).__name__} {what}; give its name as blocks: {{{role}: NAME}}, "
-        f"one of: {children}"
+        f"one of: {', '.join(children) or 'none'}; or set disagreement.mode to none"
     )
 
 
@@ -204,9 +212,18 @@ def check_head(model: nn.Module) -> None:
     head = output_head(model)
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
     mask = torch.ones_like(ids)
-    arguments = forward_arguments(model, mask, position_ids(mask))
-    ours = head.logits(backbone(model)(input_ids=ids, **arguments)[0]).float()
-    theirs = causal_lm(input_ids=ids, **arguments)[0].float()
+    try:
+        arguments = forward_arguments(model, mask, position_ids(mask))
+        ours = head.logits(backbone(model)(input_ids=ids, **arguments)[0]).float()
+        theirs = causal_lm(input_ids=ids, **arguments)[0].float()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"model: {type(causal_lm).__name__} cannot read four tokens ({reason}); its code and its config.json do "
+            "not fit each other"
+        ) from error
     used = used_entries(theirs)
     tolerance = 1e-4 if head.weight.dtype == torch.float32 else 5e-2
     largest_logit = float(theirs[used].abs().max())
