@@ -196,9 +196,11 @@ def test_export_has_the_logits_of_the_policy(build: Build, completions, one_step
 
     engine = build(3, **sections)
     one_step(engine, completions)
-    export_model(engine, NoTokenizer(), tmp_path / "model")
-    exported = logps_of(load_causal_lm(str(tmp_path / "model")), completions)
-    torch.testing.assert_close(exported, twin_logps(engine, completions), rtol=1e-5, atol=1e-5)
+    adapter = tmp_path / "adapter" if sections else None
+    export_model(engine, NoTokenizer(), tmp_path / "model", adapter)
+    for folder in filter(None, (tmp_path / "model", adapter)):
+        exported = logps_of(load_causal_lm(str(folder)), completions)
+        torch.testing.assert_close(exported, twin_logps(engine, completions), rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_adapter_targets_are_named(build: Build) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vdr_cli.config.schema import LoraConfig
-from vdr_cli.models.adapters import merged, with_adapters
+from vdr_cli.models.adapters import frozen_layers, merged, with_adapters
 from vdr_cli.models.loading import load_causal_lm
 
 pytest.importorskip("peft")
@@ -44,3 +45,16 @@ def test_the_product_is_added_alpha_over_rank_times() -> None:
     expected = plain(input_ids=IDS).logits
     assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-4)
     assert torch.allclose(merged(model)(input_ids=IDS).logits, expected, atol=1e-4)
+
+
+def test_experts_without_an_adapter_are_named() -> None:
+    sizes = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    experts = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("qwen2_moe", **sizes, **heads, **experts)
+    model = with_adapters(AutoModelForCausalLM.from_config(config), LoraConfig(rank=2), 0)
+    line = frozen_layers(model)
+    frozen = sum(p.numel() for name, p in model.named_parameters() if "experts." in name or "mlp.gate.weight" in name)
+    assert line is not None and "mlp.experts.down_proj" in line and "self_attn" not in line
+    assert f"{frozen / sum(p.numel() for p in model.parameters()):.0%}" in line
+    assert frozen_layers(with_adapters(load_causal_lm("starter"), LoraConfig(rank=2), 0)) is None

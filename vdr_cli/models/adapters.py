@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vdr_cli.config.schema import LoraConfig
 from vdr_cli.errors import ConfigError
+from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.paths import adapter_settings
 
 
@@ -47,9 +48,40 @@ def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
             ) from error
 
 
+def frozen_layers(model: nn.Module) -> str | None:
+    """A line that names the weight matrices of the decoder layers without an adapter; None where all have one.
+
+    all-linear adapts linear modules and the experts that PEFT knows. Others, which are one tensor for all experts of a
+    layer, stay as they are.
+    """
+    whole = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    inside = [
+        (name, p)
+        for layer in decoder_layers(model)
+        for name, p in layer.named_parameters()
+        if "lora_" not in name and ".base_layer." not in name and len(getattr(p, "ds_shape", p.shape)) > 1
+    ]
+    if not inside:
+        return None
+    share = sum(whole[id(p)] for _, p in inside) / sum(whole.values())
+    return (
+        f"model.lora.targets all-linear leaves {share:.0%} of the parameters frozen inside the layers, where no linear "
+        f"module holds them: {', '.join(dict.fromkeys(name for name, _ in inside))}"
+    )
+
+
 def merged(model: Any) -> Any:
     """A plain model with the adapters in its weights, a copy; the model itself when it has none."""
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def with_its_base(model: Any) -> Any:
+    """The same PEFT model; a local base is named by its absolute path, which works in any directory."""
+    for settings in model.peft_config.values():
+        base = settings.base_model_name_or_path
+        if base and Path(base).is_dir():
+            settings.base_model_name_or_path = str(Path(base).absolute())
+    return model
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

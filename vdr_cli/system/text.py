@@ -6,6 +6,8 @@ or half of a surrogate pair. Each is replaced by a visible stand-in, so nothing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _INVISIBLE = (0x00AD, 0x180E, 0x200B, 0x2028, 0x2029, 0x2060, *range(0x2061, 0x2066), 0xFEFF, *range(0xFFF9, 0xFFFC))
 _TAGS = range(0xE0000, 0xE0080)
@@ -54,3 +56,9 @@ def duration(seconds: float) -> str:
     """h:mm:ss."""
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *first, last = names or [""]
+    return f"{', '.join(first)} and {last}" if first else last

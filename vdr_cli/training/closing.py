@@ -8,14 +8,15 @@ from pathlib import Path
 from vdr_cli.config.schema import Config
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.errors import DataError
+from vdr_cli.system.text import listed
 
 HELD_OUT = "eval/pass@1"
 
 
 def closing_lines(directory: Path, config: Config) -> list[str]:
     """Two or three lines for the user of a run that reached its end."""
-    made = [name for name in ("model/", "report.html") if (directory / name).exists()]
-    lines = [f"finished: {' and '.join(made) or 'the last checkpoint'} in {directory}"]
+    made = [name for name in ("model/", "adapter/", "report.html") if (directory / name).exists()]
+    lines = [f"finished: {listed(made) or 'the last checkpoint'} in {directory}"]
     if (improved := _improvement(directory)) is not None:
         lines.append(improved)
     if (directory / "model").is_dir():

@@ -33,9 +33,11 @@ from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.bonus import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import environment_restored, prepare_process
+from vdr_cli.models.adapters import frozen_layers
 from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
+from vdr_cli.models.paths import adapter_directory
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.watch import RewardWatch
@@ -83,7 +85,7 @@ class Run:
         if self.exit_code:
             return
         if res.config.train.save_model:
-            export_model(res.engine, res.tokenizer, res.directory / "model")
+            export_model(res.engine, res.tokenizer, res.directory / "model", _adapter_folder(res))
         if collectives.is_main() and res.config.observe.report:
             _write_report(res.directory, self.log)
         with collectives.agreed():
@@ -91,6 +93,12 @@ class Run:
                 _mark_finished(res.directory, self.state.step)
                 for line in closing_lines(res.directory, res.config):
                     self.log.note(line)
+
+
+def _adapter_folder(res: Resources) -> Path | None:
+    """Where a LoRA run leaves its adapter. None where the base has an adapter itself, which no file could name."""
+    model = res.config.model
+    return None if model.lora is None or adapter_directory(model.name) else res.directory / "adapter"
 
 
 @contextmanager
@@ -142,6 +150,9 @@ def _open(
     log.note(f"run directory {directory}")
     for line in passed_over:
         log.note(line)
+    lora = config.model.lora
+    if lora is not None and lora.targets == "all-linear" and (frozen := frozen_layers(res.engine.causal_lm)):
+        log.note(frozen)
     checkpointer = Checkpointer(res, log.note)
     state = LoopState()
     if resume is not None:
