@@ -25,8 +25,8 @@ INTRODUCTION = """\
 <!-- Made by scripts/build/config_reference.py from vdr_cli/config/sections/: change it there. -->
 
 A setting is a key in a section. It is given, the later over the earlier, by its default below, by the starter's recipe
-(when `model.name` is `starter`), in a YAML file, with `--set section.key=value`, or with the flag that stands for it
-(`vdr train --help`):
+(when `model.name` is `starter`; `Config(...)` in Python follows it too), in a YAML file, with
+`--set section.key=value`, or with the flag that stands for it (`vdr train --help`):
 
 ```yaml
 rollout:
@@ -36,7 +36,7 @@ train: {steps: 200, learning_rate: 1.0e-6}
 
 ```bash
 vdr train run.yaml --set rollout.temperature=0.9 --set 'rollout.stop=["\\n\\n"]' --steps 300
-vdr train run.yaml --dry-run          # every setting as it will be used, and what it amounts to
+vdr train run.yaml --dry-run          # the plan, and the settings that differ from the defaults (--all: every one)
 ```
 
 A key that does not exist, a value out of its range and a combination that cannot work are refused before any weight is

@@ -157,7 +157,10 @@ def test_dry_run_prints_a_configuration_that_loads(started, capsys):
     shown = capsys.readouterr().out
     assert started == {} and list(Path.cwd().iterdir()) == []
     Path("again.yaml").write_text(shown)
-    assert load_config("again.yaml").train.steps == 12
+    assert load_config("again.yaml") == load_config(overrides=["train.steps=12", "train.eval_every=5"])
+    assert [line for line in shown.splitlines() if line and line[0] != "#"] == [
+        "model:", "  name: starter", "train:", "  steps: 12", "  eval_every: 5"
+    ]  # fmt: skip
     plan = dict(line[2:].split("  ", 1) for line in shown.splitlines() if line.startswith("# "))
     plan = {name: value.strip() for name, value in plan.items()}
     assert plan["processes"] == "1"
@@ -165,6 +168,16 @@ def test_dry_run_prints_a_configuration_that_loads(started, capsys):
     assert plan["completion tokens"] == "at most 16,384 per rollout, 196,608 in the run"
     assert plan["held-out evaluations"].startswith("4,")
     assert plan["checkpoints"] == "1 written, 1 kept"
+
+
+def test_dry_run_with_all_prints_every_setting(started, capsys):
+    assert app.run(["train", "--dry-run", "--all", "--set", "model.lora={rank: 3}"]) == 0
+    shown = capsys.readouterr().out
+    Path("again.yaml").write_text(shown)
+    assert load_config("again.yaml") == load_config(overrides=["model.lora.rank=3"]) and "max_grad_norm" in shown
+    assert app.run(["train", "--dry-run", "--set", "model.lora={rank: 3}"]) == 0
+    assert "max_grad_norm" not in capsys.readouterr().out
+    assert app.run(["train", "--all"]) == 2 and "add --dry-run" in capsys.readouterr().err
 
 
 def finished_run(directory: str, *arguments: str, seen: dict) -> Path:

@@ -21,6 +21,7 @@ from vdr_cli.cli.options import (
     run_config_of,
     takes,
 )
+from vdr_cli.errors import ConfigError
 
 EXAMPLES = (
     "vdr train                             # the embedded task, in minutes",
@@ -64,17 +65,27 @@ def command(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the settings and the plan.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print the plan and what differs from the defaults.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    all_settings: Annotated[
+        bool, typer.Option("--all", help="With --dry-run: print every setting.", rich_help_panel=RUN)
     ] = False,
 ) -> None:
     """Fine-tune a model with GRPO and the disagreement bonus."""
+    if all_settings and not dry_run:
+        raise ConfigError("--all shows every setting, with --dry-run only; add --dry-run")
     if typed["train.output"] is None:
         typed = typed.also("--output", "train.output", _run_of(resume))
     settings_file = _settings_file(config_file, resume, typed["train.output"])
     config = config_from(settings_file, overrides, typed.also("--reward", "rewards.functions", reward_settings(reward)))
     from vdr_cli.cli.training import start
 
-    raise typer.Exit(start(config, resume, dry_run, context.obj))
+    raise typer.Exit(start(config, resume, dry_run, context.obj, all_settings))
 
 
 def _run_of(resume: str | None) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vdr_cli.checks import check_before_start, check_output, check_processes, default_output
 from vdr_cli.config import Config
-from vdr_cli.config.load import dump_config, with_output
+from vdr_cli.config.load import dump_config, dump_given, with_output
 from vdr_cli.errors import ConfigError
 from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.preflight import question_for
@@ -16,7 +16,9 @@ from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, w
 from vdr_cli.planning.batches import batch_plan
 
 
-def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str]) -> int:
+def start(
+    config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str], all_settings: bool = False
+) -> int:
     """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
     if resume is not None and config.train.output is None:
         raise ConfigError("--resume needs --output, the run directory to go on in")
@@ -32,7 +34,7 @@ def start(config: Config, resume: str | None, dry_run: bool, arguments: Sequence
         check_output(config, resume)
         if several:
             check_launch(config.launch, Path(config.train.output).absolute() if config.train.output else None)
-        show_plan(config, processes)
+        show_plan(config, processes, all_settings)
         return 0
     if config.train.output is None:
         config = with_output(config, chosen_output(config))
@@ -49,11 +51,15 @@ def chosen_output(config: Config) -> str:
     return default_output()
 
 
-def show_plan(config: Config, processes: int) -> None:
-    """The settings as YAML and, as comments under them, what they amount to: the output is a configuration file."""
+def show_plan(config: Config, processes: int, all_settings: bool) -> None:
+    """What the settings amount to, as comments, and under it the settings: the output is a configuration file.
+
+    all_settings: with those that are at their defaults.
+    """
     lines = batch_plan(config, processes)
     width = max(len(name) for name, _ in lines)
-    print(dump_config(config) + "\n" + "\n".join(f"# {name:<{width}}  {value}" for name, value in lines))
+    print("\n".join(f"# {name:<{width}}  {value}" for name, value in lines) + "\n")
+    print(dump_config(config) if all_settings else dump_given(config), end="")
 
 
 def _agreed_output(config: Config, resume: str | None) -> Config:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from vdr_cli.config.messages import Where, refusal, unknown_key
 from vdr_cli.config.paths import path_text
 from vdr_cli.config.recipe import Tree, deep_merge
-from vdr_cli.config.schema import Config, LaunchConfig, Section
+from vdr_cli.config.schema import Config, LaunchConfig, ModelConfig, Section
 from vdr_cli.config.yaml_text import Document, KeyPath, dump_tree, parse_document, parse_value
 from vdr_cli.errors import ConfigError
 
@@ -93,6 +93,27 @@ def places_of(known: Mapping[KeyPath, str]) -> Where:
 def dump_config(config: Config) -> str:
     """Complete YAML in the schema's order; load_config of it gives an equal Config."""
     return dump_tree(config.model_dump(mode="json"))
+
+
+def dump_given(config: Config) -> str:
+    """YAML of what differs from the defaults of its model; load_config of it gives an equal Config."""
+    defaults = Config(model=ModelConfig(name=config.model.name)).model_dump(mode="json")
+    given = _differences(config.model_dump(mode="json"), defaults)
+    model = {"name": config.model.name, **given.pop("model", {})}
+    return dump_tree({"model": model, **given})
+
+
+def _differences(tree: Tree, defaults: Mapping[str, Any]) -> Tree:
+    """The part of the tree that is not in `defaults`; mappings that only one side has are whole."""
+    found: Tree = {}
+    for key, value in tree.items():
+        other = defaults.get(key)
+        if isinstance(value, dict) and isinstance(other, dict) and set(value) == set(other):
+            if below := _differences(value, other):
+                found[key] = below
+        elif value != other:
+            found[key] = value
+    return found
 
 
 def dump_run_record(config: Config) -> str:
