@@ -63,22 +63,54 @@ def examine(config: Config, config_file: str | None) -> int:
     return PROBLEMS if problems else 0
 
 
+FACTS = (
+    "state",
+    "accelerators",
+    "cores",
+    "memory",
+    "disk free",
+    "python",
+    "torch",
+    "deepspeed",
+    "ssh",
+    "output shared",
+    "clock",
+)
+
+
+FEW = 3
+"""Hosts that are shown side by side, a column each."""
+
+
 def host_table(answers: Mapping[str, Answer], problems: list[Problem]) -> Table:
-    """A line a host."""
+    """What every host has: one column per host, or with many hosts one row per host and what is equal in the caption."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title="Hosts")
-    for name in ("host", "state", "accelerators", "cores", "memory", "disk free", "python", "torch", "deepspeed"):
-        table.add_column(name)
-    for name in ("ssh", "output shared", "clock"):
-        table.add_column(name)
-    for host, answer in answers.items():
-        wrong = sum(problem.host == host for problem in problems)
-        state = f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "ready"
-        cells = [host, state, *_cells(host, answer)]
-        table.add_row(*map(escape, cells), style="red" if wrong else None)
+    cells = {host: [_state(host, problems), *_cells(host, answer)] for host, answer in answers.items()}
+    table = Table(title="Hosts", title_justify="left", caption_justify="left")
+    red = {host: "red" if any(problem.host == host for problem in problems) else None for host in answers}
+    if len(answers) <= FEW:
+        table.add_column("")
+        for host in answers:
+            table.add_column(escape(host), style=red[host], overflow="fold")
+        for fact, *of_hosts in zip(FACTS, *cells.values(), strict=True):
+            table.add_row(fact, *map(escape, of_hosts))
+        return table
+    shared = [n for n in range(1, len(FACTS)) if len({row[n] for row in cells.values()}) == 1]
+    first = next(iter(cells.values()))
+    table.caption = "on every host: " + ", ".join(f"{FACTS[n]} {escape(first[n])}" for n in shared) if shared else None
+    own = [n for n in range(len(FACTS)) if n not in shared]
+    for name in ("host", *(FACTS[n] for n in own)):
+        table.add_column(name, overflow="fold")
+    for host, row in cells.items():
+        table.add_row(escape(host), *(escape(row[n]) for n in own), style=red[host])
     return table
+
+
+def _state(host: str, problems: list[Problem]) -> str:
+    wrong = sum(problem.host == host for problem in problems)
+    return f"{wrong} problem{'s' * (wrong != 1)}" if wrong else "ready"
 
 
 def _cells(host: str, answer: Answer) -> list[str]:
