@@ -112,6 +112,8 @@ class Stream(IntEnum):
     """Held-out prompts, by their row in the dataset: every evaluation draws the same numbers."""
     TRAINING = 1
     """Training prompts, by their position in the shuffled stream, which passes over the dataset again and again."""
+    CLIPPED_TOKENS = 10
+    """Tokens that loss clip_cov leaves out, by optimizer step."""
 
 
 def completion_key(seed: int, stream: Stream, index: int) -> int:

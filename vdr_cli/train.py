@@ -40,6 +40,7 @@ from vdr_cli.training.batch import (
     concatenate,
     micro_batches_of,
 )
+from vdr_cli.training.covariant_tokens import covariant_tokens
 from vdr_cli.training.held_out import evaluate
 from vdr_cli.training.minibatches import own_minibatches, read_old_logps
 from vdr_cli.training.opening import open_run
@@ -294,20 +295,21 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
     updates = Updates()
     with res.timer.phase("update"):
         for rows in own_minibatches(res) * cfg.grpo.num_iterations:
-            totals, micro_batches = minibatch(res, batch, advantages, rows)
+            now = step + len(updates.refused)
+            totals, micro_batches = minibatch(res, batch, advantages, rows, now)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
                 inputs = micro.inputs(logps, updates.old_logps(micro, index, logps, entropy), entropy)
                 output = policy_loss(inputs, micro.weights, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)
-            updates.learning_rate = learning_rate_at(step + len(updates.refused), cfg.train)
+            updates.learning_rate = learning_rate_at(now, cfg.train)
             updates.end_step(totals, engine.step(updates.learning_rate))
     return updates
 
 
 def minibatch(
-    res: Resources, batch: RewardedGroups, advantages: Advantages, rows: Tensor
+    res: Resources, batch: RewardedGroups, advantages: Advantages, rows: Tensor, step: int
 ) -> tuple[Totals, list[MicroBatch]]:
     """One optimizer step's denominators, and these rows of this rank as its micro-batches. Collective.
 
@@ -316,9 +318,12 @@ def minibatch(
     cfg = res.config
     part = advantages.select(rows)
     totals = step_totals(part)
+    part = replace(part, covariant=covariant_tokens(res, part, rows, step))
     if not len(rows):  # this rank has no group of the minibatch: a row without valid tokens takes part for it
         rows = torch.zeros(1, dtype=torch.int64)
-        part = replace(advantages.select(rows), mask=torch.zeros_like(advantages.mask[rows]))
+        part = advantages.select(rows)
+        nothing = torch.zeros_like(part.mask)
+        part = replace(part, mask=nothing, covariant=nothing)
     weights = token_weights(cfg.grpo.loss, part.mask, totals, cfg.rollout.max_new_tokens)
     entropy_weights = token_weights("dapo", part.mask, totals, cfg.rollout.max_new_tokens)
     size = cfg.train.micro_batch_size

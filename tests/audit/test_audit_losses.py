@@ -62,6 +62,30 @@ def test_a_negative_advantage_is_clipped_below_and_bounded_by_delta():
     assert losses.policy_terms(row(), GrpoConfig()).high.tolist() == [True, False]
 
 
+def test_tokens_that_cost_entropy():
+    held = {"covariant": torch.tensor([True, False])}
+    assert loss_of(row(**held), loss="clip_cov") == pytest.approx(-RATIOS[1] / 10)
+    found = loss_of(row(**held), loss="kl_cov", kl_cov_weight=2.0, minibatches=2)
+    assert found == pytest.approx((-RATIOS[0] - RATIOS[1] + 2.0 * 0.5) / 10)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss": "kl_cov", "kl_cov_share": 0.25}, [True, False, False, False]),
+        ({"loss": "kl_cov", "kl_cov_share": 0.5}, [True, False, False, True]),
+        ({"loss": "clip_cov", "clip_cov_share": 0.25}, [False, False, False, True]),
+        ({"loss": "clip_cov", "clip_cov_share": 0.5, "clip_cov_low": -1}, [False, True, False, True]),
+    ],
+)
+def test_the_choice_of_those_tokens(settings, expected):
+    """Four tokens with covariances 8.5, 0, 0 and 1.5."""
+    advantages, logps = (4.0, 0.0, 0.0, -4.0), (-1.0, -3.0, -5.0, -3.5)  # means 0 and -3.125
+    cfg = GrpoConfig(minibatches=2, **settings)
+    found = losses.covariant_tokens(advantages, logps, (0.1, 0.3, 0.4, 0.2), cfg)
+    assert found == expected
+
+
 def test_options_of_the_loss():
     plain = loss_of(row())
     assert loss_of(row(), entropy_weight=2.0) == pytest.approx(plain - 2.0 * 0.8 / 10)

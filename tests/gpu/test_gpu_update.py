@@ -19,7 +19,7 @@ SHAPES = {
     "capped": {"temperature": 0.9, "scale": 1.5, "softcap": 5.0},
 }
 
-UNCLIPPED = ("cispo", "sapo")
+UNCLIPPED = ("cispo", "sapo", "kl_cov")
 """Losses without a ratio that delta could bound."""
 
 
@@ -73,9 +73,16 @@ def test_losses(device: torch.device, loss: str) -> None:
     """Against the loops written from the papers: clips on both sides, KL, sampler correction, entropy."""
     paper = sibling("grpo/test_losses")
     configurations = [
-        GrpoConfig(loss=loss, beta=0.0),
-        GrpoConfig(loss=loss, beta=0.04, kl="k3", epsilon_high=0.28, entropy_weight=0.01),
-        GrpoConfig(loss=loss, beta=0.1, kl="k2", delta=None if loss in UNCLIPPED else 1.5, importance_cap=2.0),
+        GrpoConfig(loss=loss, minibatches=2, beta=0.0),
+        GrpoConfig(loss=loss, minibatches=2, beta=0.04, kl="k3", epsilon_high=0.28, entropy_weight=0.01),
+        GrpoConfig(
+            loss=loss,
+            minibatches=2,
+            beta=0.1,
+            kl="k2",
+            delta=None if loss in UNCLIPPED else 1.5,
+            importance_cap=2.0,
+        ),
     ]
     for cfg in configurations:
         for seed in range(2):

@@ -40,6 +40,7 @@ def learned(cfg: LossSettings, steps: int = 30, micro_batches: int = 2) -> float
             for part in torch.arange(len(context)).chunk(micro_batches):
                 logps = token_logps(theta, context[part], tokens[part])
                 inputs = LossInputs(logps=logps, advantages=advantages[part], mask=mask[part], old_logps=old[part])
+                inputs.covariant = torch.rand(logps.shape, generator=generator) < 0.1
                 policy_loss(inputs, token_weights(cfg.loss, mask[part], totals, T), cfg).loss.backward()
             optimizer.step()
     probabilities = theta.detach().softmax(-1)

@@ -43,6 +43,7 @@ def make(seed: int = 0) -> dict[str, np.ndarray]:
         "entropy": rng.uniform(0.1, 2.0, (B, T)),
         "advantages": rng.normal(0, 1, (B, 1)).repeat(T, axis=1),
         "mask": np.arange(T)[None] < lengths[:, None],
+        "covariant": rng.random((B, T)) < 0.3,
     }
 
 
@@ -60,6 +61,11 @@ def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: LossSettings) 
         tau = cfg.sapo_temperature_positive if advantage > 0 else cfg.sapo_temperature_negative
         gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
         return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * ratio * advantage
+    if cfg.loss == "kl_cov":
+        sign = cfg.kl_cov_weight * np.sign(logp - old) * data["covariant"][b, t]
+        return -ratio * advantage + sign * (logp - old), -ratio * advantage + sign
+    if cfg.loss == "clip_cov" and data["covariant"][b, t]:
+        return 0.0, 0.0
     return paper_clip(ratio, advantage, ratio, cfg)
 
 
@@ -133,12 +139,13 @@ def paper_loss(data: dict[str, np.ndarray], cfg: LossSettings, selected: np.ndar
 
 
 def tensors(data: dict[str, np.ndarray], dtype: torch.dtype, selected: np.ndarray | None = None) -> LossInputs:
-    made = {name: torch.tensor(value).to(dtype) for name, value in data.items() if name != "mask"}
+    flags = {"mask": data["mask"], "covariant": data["covariant"].astype(bool)}
+    made = {name: torch.tensor(value).to(dtype) for name, value in data.items() if name not in flags}
     made["logps"].requires_grad_()
     made["entropy"].requires_grad_()
     return LossInputs(
         **made,
-        mask=torch.tensor(data["mask"]),
+        **{name: torch.tensor(value) for name, value in flags.items()},
         selected=None if selected is None else torch.tensor(selected),
     )
 
@@ -181,13 +188,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"beta": 0.3, "kl": "k3", "kl_in": "reward"},
     {"entropy_weight": 0.2},
     {"importance_cap": 1.2},
+    {"kl_cov_weight": 0.3},
     {"beta": 0.1, "entropy_weight": 0.1, "importance_cap": 1.3, "sapo_temperature_negative": 2.0},
     {"delta": 1.6, "beta": 0.1, "entropy_weight": 0.1, "importance_cap": 1.3},
 ]
 
 
 def possible(loss: str, settings: dict[str, Any]) -> bool:
-    return not (loss in ("cispo", "sapo") and "delta" in settings)
+    unclipped = loss in ("cispo", "sapo", "kl_cov")
+    return not (unclipped and "delta" in settings) and (loss == "kl_cov" or "kl_cov_weight" not in settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -314,6 +323,7 @@ def test_all_masked_is_exactly_zero(loss: str) -> None:
 def test_zero_advantages_are_exactly_zero(loss: str) -> None:
     data = make()
     data["advantages"][:] = 0.0
+    data["covariant"][:] = False
     inputs = tensors(data, torch.float32)
     output = ours(inputs, LossSettings(loss=loss))
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
@@ -414,6 +424,9 @@ def test_kl_in_the_reward(kind: str, dtype: torch.dtype, tolerance: float) -> No
     [
         ({"loss": "cispo", "delta": 2.0}, "delta"),
         ({"loss": "sapo", "delta": 2.0}, "delta"),
+        ({"loss": "kl_cov", "minibatches": 2, "delta": 2.0}, "delta"),
+        ({"loss": "kl_cov"}, "no effect with one update per rollout"),
+        ({"loss": "clip_cov", "clip_cov_low": 2.0, "clip_cov_high": 2.0}, "clip_cov_low 2 is not below"),
         ({"delta": 1.2}, "above 1"),
         ({"multi_reward": "normalise_then_sum", "scale_rewards": "batch"}, "scale_rewards batch"),
         ({"multi_reward": "normalise_then_sum", "scale_rewards": "none"}, "scale_rewards none"),

@@ -69,6 +69,7 @@ def group_gradients(loss: str, scale: str, weight: float = 0.0, clip: float = 3.
         totals = Totals(completions=G, tokens=float(mask[group].sum()))
         weights = token_weights(loss, mask[group], totals, T, torch.float64)
         inputs = LossInputs(logps=logps, advantages=advantages(group, scale, weight, clip), mask=mask[group])
+        inputs.covariant = torch.zeros_like(mask[group])
         output = policy_loss(inputs, weights, LossSettings(loss=loss))
         gradients.append(torch.autograd.grad(output.loss, theta)[0].flatten())
         probabilities.append(logps.detach().sum().exp())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from vdr_cli.config import GrpoConfig
 
 MEAN_OF_MEANS = ("grpo", "gspo", "sapo")
 """Losses whose tokens weigh 1/(B·|y|)."""
-TOKEN_MEAN = ("dapo", "cispo")
+TOKEN_MEAN = ("dapo", "cispo", "clip_cov", "kl_cov")
 """Losses whose tokens weigh 1/N."""
 
 
@@ -40,6 +41,8 @@ class Row:
     ref_logps: Tensor | None = None
     selected: Tensor | None = None
     """Bool: the token's policy term counts; None: every token's."""
+    covariant: Tensor | None = None
+    """Bool: the token is one that clip_cov or kl_cov singles out."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,17 @@ def policy_terms(row: Row, cfg: GrpoConfig) -> Terms:
     if cfg.loss == "sapo":
         tau = torch.where(A > 0, cfg.sapo_temperature_positive, cfg.sapo_temperature_negative)
         return Terms(-4.0 / tau * torch.sigmoid(tau * (ratio - 1.0)) * A)
+    if cfg.loss == "kl_cov":
+        assert row.covariant is not None
+        return Terms(-ratio * A + cfg.kl_cov_weight * torch.abs(row.logps - row.old_logps) * row.covariant)
     if cfg.loss == "gspo":
         log_ratio = (row.logps - row.old_logps).detach()[row.trained]
         mean = log_ratio.mean() if len(log_ratio) else torch.zeros((), dtype=torch.float64)
         ratio = torch.exp(mean) * torch.exp(row.logps - row.logps.detach())
     first = ratio if cfg.delta is None else torch.clamp(ratio, max=cfg.delta)
     value = -torch.minimum(first * A, torch.clamp(ratio, low, high) * A)
+    if cfg.loss == "clip_cov":
+        value = value * ~row.covariant  # type: ignore[operator]
     return Terms(value, (ratio < low) & (A < 0), (ratio > high) & (A > 0))
 
 
@@ -104,6 +112,24 @@ def row_loss(row: Row, terms: Terms, cfg: GrpoConfig, totals: Denominators, long
     loss = weight * torch.where(row.trained, value, 0.0).sum()
     entropy = torch.where(row.trained, row.entropy, 0.0).sum() / max(totals.tokens, 1)
     return loss - cfg.entropy_weight * entropy
+
+
+def covariant_tokens(
+    advantages: Sequence[float], logps: Sequence[float], uniforms: Sequence[float], cfg: GrpoConfig
+) -> list[bool]:
+    """Which of an optimizer step's trained tokens, in order, clip_cov or kl_cov singles out (docs/losses.md)."""
+    count = len(logps)
+    mean_advantage, mean_logp = math.fsum(advantages) / max(count, 1), math.fsum(logps) / max(count, 1)
+    covariance = [(a - mean_advantage) * (lp - mean_logp) for a, lp in zip(advantages, logps, strict=True)]
+    if cfg.loss == "kl_cov":
+        order = sorted(range(count), key=lambda index: -covariance[index])
+        special = order[: max(math.floor(cfg.kl_cov_share * count), 1)]
+    else:
+        within = [index for index in range(count) if cfg.clip_cov_low < covariance[index] < cfg.clip_cov_high]
+        order = sorted(within, key=lambda index: uniforms[index])
+        special = order[: max(math.floor(cfg.clip_cov_share * count), 1)]
+    found = set(special)
+    return [index in found for index in range(count)]
 
 
 def selection_threshold(entropies: Sequence[float], share: float) -> float:

@@ -188,6 +188,7 @@ def _given(record: Record, cfg: Config) -> update.Given:
         record.tokens("advantages"),
         trained_tokens(record, cfg),
         record.tokens("sampler_logps"),
+        record.tokens("logps"),
         record.tokens("ref_logps") if cfg.grpo.beta else None,
         record.tokens("selected") > 0 if cfg.grpo.top_entropy_quantile < 1.0 else None,
     )

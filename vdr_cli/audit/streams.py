@@ -55,6 +55,13 @@ def completion_uniforms(seed: int, position: int, completion: int, count: int) -
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def clipped_uniforms(seed: int, step: int, row: int, count: int) -> Array:
+    """(count,) in [0, 1): number t decides whether clip_cov leaves out token t of this row at this optimizer step."""
+    digest = hashlib.blake2b(f"{seed}/10/{step}".encode(), digest_size=8).digest()
+    words = philox((int.from_bytes(digest, "little") >> 1, row), count)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def mask(seed: int, name: str, count: int, dropout: float) -> Array:
     """(count,) of 0 and 1/(1 - p): the mask that seed and name select.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vdr_cli.audit import losses, model, optimizer
+from vdr_cli.audit import losses, model, optimizer, streams
 from vdr_cli.config import Config, GrpoConfig
 
 Array = NDArray[np.float64]
@@ -26,6 +26,8 @@ class Given:
     advantages: Array
     trained: Flags
     sampler_logps: Array
+    logps: Array
+    """On file, before the first update."""
     ref_logps: Array | None = None
     selected: Flags | None = None
 
@@ -90,7 +92,8 @@ def make(
     for update, rows in enumerate(minibatches(len(given.prompts), cfg) * cfg.grpo.num_iterations):
         model.put(policy, weights, dtype)
         policy.zero_grad(set_to_none=True)
-        _backward(policy, given, rows, cfg, torch.from_numpy(old), outcome)
+        covariant = covariant_tokens(given, rows, cfg, step + update)
+        _backward(policy, given, rows, cfg, torch.from_numpy(old), covariant, outcome)
         found = {name: p.grad for name, p in model.trained(policy).items() if p.grad is not None}
         outcome.norm = optimizer.norm_of(found.values())
         outcome.norms.append(outcome.norm)
@@ -111,8 +114,32 @@ def minibatches(rows: int, cfg: Config) -> list[list[int]]:
     return [[row for row in range(rows) if row // G % parts == part] for part in range(parts)]
 
 
+def covariant_tokens(given: Given, rows: Sequence[int], cfg: Config, step: int) -> Flags | None:
+    """(B, T) the tokens of this optimizer step that its loss singles out; None for losses that do not.
+
+    From the log-probabilities on file, so that rounding moves no token over a threshold.
+    """
+    if cfg.grpo.loss not in ("clip_cov", "kl_cov"):
+        return None
+    on = given.trained[rows]
+    T = on.shape[1]
+    uniforms = np.stack([streams.clipped_uniforms(cfg.train.seed, step, row, T) for row in rows])
+    advantages, logps, numbers = (array[on].tolist() for array in (given.advantages[rows], given.logps[rows], uniforms))
+    found = np.zeros_like(given.trained)
+    part = np.zeros_like(on)
+    part[on] = losses.covariant_tokens(advantages, logps, numbers, cfg.grpo)
+    found[rows] = part
+    return found
+
+
 def _backward(
-    policy: nn.Module, given: Given, chosen: Sequence[int], cfg: Config, old_logps: Tensor, outcome: Outcome
+    policy: nn.Module,
+    given: Given,
+    chosen: Sequence[int],
+    cfg: Config,
+    old_logps: Tensor,
+    covariant: Flags | None,
+    outcome: Outcome,
 ) -> None:
     """The gradient of one optimizer step on the chosen rows. old_logps: (B, T) before the rollout's first update."""
     settings = settings_of(cfg)
@@ -125,6 +152,8 @@ def _backward(
         share = torch.zeros((), dtype=torch.float64)
         for index, number in enumerate(rows):
             row = _row(given, number, logps[index], entropy[index], old_logps[number, : logps.shape[1]])
+            if covariant is not None:
+                row = replace(row, covariant=torch.from_numpy(covariant[number, : logps.shape[1]]))
             terms = losses.policy_terms(row, settings)
             share = share + losses.row_loss(row, terms, settings, totals, cfg.rollout.max_new_tokens)
             _log(outcome, row, terms, settings)
@@ -158,6 +187,8 @@ def _log(outcome: Outcome, row: losses.Row, terms: losses.Terms, cfg: GrpoConfig
     outcome.add("ratio/mean", ratio)
     outcome.reach("ratio/max", ratio)
     outcome.add("entropy", row.entropy[on])
+    if row.covariant is not None:
+        outcome.add("covariance/share", row.covariant[on])
     if terms.low is not None and terms.high is not None:
         outcome.add("clip_ratio/low_mean", terms.low[on])
         outcome.add("clip_ratio/high_mean", terms.high[on])

@@ -38,6 +38,8 @@ class LossSettings:
     """Cap of the ratio in the unclipped term; None: none."""
     sapo_temperature_positive: float = 1.0
     sapo_temperature_negative: float = 1.05
+    kl_cov_weight: float = 1.0
+    """Weight of |log ρ| on kl_cov's tokens."""
     beta: float = 0.0
     """Weight of the KL to the reference model."""
     kl: str = "k3"
@@ -60,6 +62,7 @@ class LossInputs:
     ref_logps: Tensor | None = None  # (B, T), of the reference model
     sampler_logps: Tensor | None = None  # (B, T), of the program that drew the tokens; NaN: unknown
     selected: Tensor | None = None  # (B, T) bool, tokens whose policy term counts; None: all
+    covariant: Tensor | None = None  # (B, T) bool, tokens that clip_cov and kl_cov treat differently
     entropy_weights: Tensor | None = None  # (B, T), token_weights("dapo", ...): mean over the step's tokens
 
 
@@ -89,6 +92,7 @@ class Terms(NamedTuple):
     log_ratio: Tensor  # log π(y_t) − log π_old(y_t); 0 at padding
     advantages: Tensor
     mask: Tensor  # bool
+    covariant: Tensor | None = None  # bool
 
 
 # ---- per-token terms ----------------------------------------------------------------------------------------
@@ -133,6 +137,24 @@ def sapo_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
     return TokenLoss(-torch.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * terms.advantages)
 
 
+def clip_cov_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
+    """The clipped surrogate without the covariant tokens: their term, and so their gradient, is 0.
+
+    Clip-Cov (Cui et al. 2025); grpo/covariance.py chooses the tokens.
+    """
+    surrogate = clipped_surrogate(terms, settings)
+    return surrogate._replace(value=_where(~_required(terms.covariant, "covariant"), surrogate.value))
+
+
+def kl_cov_surrogate(terms: Terms, settings: LossSettings) -> TokenLoss:
+    """−ρ A, and −ρ A + c |log ρ| on the covariant tokens: nothing is clipped. KL-Cov (Cui et al. 2025), with
+    |log ρ| for the KL as in the authors' code.
+    """
+    value = -torch.exp(terms.log_ratio) * terms.advantages
+    penalty = _where(_required(terms.covariant, "covariant"), terms.log_ratio.abs())
+    return TokenLoss(value + settings.kl_cov_weight * penalty)
+
+
 def _clipped(ratio: Tensor, advantages: Tensor, settings: LossSettings) -> TokenLoss:
     low, high = 1.0 - settings.epsilon_low, 1.0 + settings.epsilon_high
     capped = ratio if settings.delta is None else ratio.clamp(max=settings.delta)
@@ -171,6 +193,8 @@ VARIANTS: dict[str, Variant] = {
     "cispo": Variant(cispo_surrogate, token_mean),
     "gspo": Variant(gspo_surrogate, mean_of_means),
     "sapo": Variant(sapo_surrogate, mean_of_means),
+    "clip_cov": Variant(clip_cov_surrogate, token_mean),
+    "kl_cov": Variant(kl_cov_surrogate, token_mean),
 }
 
 
@@ -247,6 +271,7 @@ def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> 
         log_ratio=_where(mask, inputs.logps - old_logps),
         advantages=_where(mask, advantages.to(inputs.logps.dtype).expand_as(inputs.logps)),
         mask=mask,
+        covariant=inputs.covariant,
     )
     token_loss = VARIANTS[settings.loss].token_loss(terms, settings)
     value = token_loss.value
@@ -278,6 +303,8 @@ def _metrics(
         metrics["clip_ratio/low_mean"] = (low.sum().float(), count)
         metrics["clip_ratio/high_mean"] = (high.sum().float(), count)
         metrics["clip_ratio/region_mean"] = ((low | high).sum().float(), count)
+    if inputs.covariant is not None:
+        metrics["covariance/share"] = ((inputs.covariant & mask).sum().float(), count)
     if inputs.entropy is not None:
         metrics["entropy"] = (_where(mask, inputs.entropy).sum(), count)
     if inputs.ref_logps is not None:

@@ -92,6 +92,8 @@ class Advantages:
     old_logps: Tensor | None = None
     """(B, T) under the policy that the rollout began with; None: the update's first pass reads them."""
     old_entropies: Tensor | None = None  # (B, T), likewise
+    covariant: Tensor | None = None
+    """(B, T) bool, tokens that losses clip_cov and kl_cov treat differently; of one optimizer step's rows."""
 
     def select(self, rows: Tensor) -> Advantages:
         """The rows with these indices, in that order."""
@@ -113,6 +115,7 @@ class MicroBatch:
     selected: Tensor | None  # (b, T) bool
     entropy_weights: Tensor  # (b, T)
     old_logps: Tensor | None = None  # (b, T)
+    covariant: Tensor | None = None  # (b, T) bool
 
     def inputs(self, logps: Tensor, old_logps: Tensor, entropy: Tensor) -> LossInputs:
         return LossInputs(
@@ -124,6 +127,7 @@ class MicroBatch:
             ref_logps=self.ref_logps,
             sampler_logps=self.sampler_logps,
             selected=self.selected,
+            covariant=self.covariant,
             entropy_weights=self.entropy_weights,
         )
 
@@ -172,6 +176,7 @@ def _micro_batch(
         selected=None if advantages.selected is None else cut(advantages.selected),
         entropy_weights=cut(entropy_weights),
         old_logps=None if advantages.old_logps is None else cut(advantages.old_logps),
+        covariant=None if advantages.covariant is None else cut(advantages.covariant),
     )
 
 

@@ -28,8 +28,14 @@ def rows_of_minibatches(first: int, groups: int, minibatches: int, group_size: i
 def own_minibatches(res: Resources) -> list[Tensor]:
     """`rows_of_minibatches` of this rank, which holds an even share of the step's groups."""
     cfg = res.config
-    counts, rank = collectives.even_shares(cfg.train.prompts_per_step), collectives.rank()
-    return rows_of_minibatches(sum(counts[:rank]), counts[rank], cfg.grpo.minibatches, cfg.rollout.group_size)
+    first, groups = own_groups(res)
+    return rows_of_minibatches(first, groups, cfg.grpo.minibatches, cfg.rollout.group_size)
+
+
+def own_groups(res: Resources) -> tuple[int, int]:
+    """The step's groups on lower ranks, and on this one."""
+    counts, rank = collectives.even_shares(res.config.train.prompts_per_step), collectives.rank()
+    return sum(counts[:rank]), counts[rank]
 
 
 def read_old_logps(res: Resources, model: Any, completions: Completions) -> tuple[Tensor, Tensor]:

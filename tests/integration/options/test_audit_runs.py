@@ -80,6 +80,8 @@ def alone(folder: Path) -> dict[str, Settings]:
             "grpo.loss": "dapo",
         },
         "minibatches": {**TWICE, **clipped, "grpo.minibatches": 2, "train.prompts_per_step": 4, "train.steps": 8},
+        "clip_cov": {**TWICE, "grpo.loss": "clip_cov", "grpo.clip_cov_share": 0.2, "grpo.clip_cov_low": 0.1},
+        "kl_cov": {**TWICE, "grpo.loss": "kl_cov", "grpo.kl_cov_share": 0.1, "grpo.kl_cov_weight": 0.7},
         "rewards": {**two, **EOS, "disagreement.shape": "quality"},
         "gdpo": {**two, **EOS, "grpo.multi_reward": "normalise_then_sum", "disagreement.shape": "reward"},
         "epochs": {**own, "train.steps": 3, "rewards.solved_at": 0.5, **PER_TOKEN, "disagreement.gate": "incorrect"},

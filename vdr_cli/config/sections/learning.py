@@ -11,7 +11,7 @@ from vdr_cli.config.sections.base import BelowOne, Positive, Section
 
 
 class GrpoConfig(Section):
-    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo"] = "dapo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "clip_cov", "kl_cov"] = "dapo"
     """Token loss and what it is averaged over; formulas in docs/losses.md."""
 
     @field_validator("loss", mode="before")
@@ -33,6 +33,17 @@ class GrpoConfig(Section):
     """Loss sapo: temperature of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
     """Loss sapo: temperature of the gate where the advantage is negative."""
+    clip_cov_share: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    """Loss clip_cov: share of an optimizer step's tokens that give no gradient, at least one."""
+    clip_cov_low: float = 1.0
+    """Loss clip_cov: tokens are left out whose covariance of advantage and log-probability is above this."""
+    clip_cov_high: float = 5.0
+    """Loss clip_cov: and below this."""
+    kl_cov_share: Annotated[float, Field(gt=0, le=1)] = 2e-3
+    """Loss kl_cov: share of an optimizer step's tokens, those of highest covariance, that are held back; at least one.
+    The authors give 0.002 for a 7B model and 0.0002 for a 32B one."""
+    kl_cov_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Loss kl_cov: weight of |log ratio| on those tokens."""
     advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
     """How a group's rewards become advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
     the mean of the others (RLOO); deviation over the mean (MaxRL); or what a completion adds to the best of pass_k."""
@@ -81,13 +92,25 @@ class GrpoConfig(Section):
         One minibatch needs no such reading: its first pass is under that policy.
         """
         kl_in_reward = self.beta != 0.0 and self.kl_in == "reward"
-        return self.minibatches > 1 or self.top_entropy_quantile < 1.0 or kl_in_reward
+        return self.minibatches > 1 or self.top_entropy_quantile < 1.0 or kl_in_reward or self.needs_covariance
+
+    @property
+    def needs_covariance(self) -> bool:
+        """True when the loss singles out tokens by the covariance of their advantage and log-probability."""
+        return self.loss in ("clip_cov", "kl_cov")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.delta is not None and self.delta <= 1.0 + self.epsilon_high:
             raise ValueError(f"delta {self.delta} must be above 1 + epsilon_high {1.0 + self.epsilon_high:g}")
-        if self.delta is not None and self.loss in ("cispo", "sapo"):
+        if self.loss == "kl_cov" and self.updates_per_rollout == 1:
+            raise ValueError(
+                "loss kl_cov has no effect with one update per rollout, whose ratio is 1: raise minibatches or "
+                "num_iterations"
+            )
+        if self.clip_cov_low >= self.clip_cov_high:
+            raise ValueError(f"clip_cov_low {self.clip_cov_low:g} is not below clip_cov_high {self.clip_cov_high:g}")
+        if self.delta is not None and self.loss in ("cispo", "sapo", "kl_cov"):
             raise ValueError(f"delta bounds a clipped ratio, which loss {self.loss} does not have; remove delta")
         if self.advantage != "group":
             for key, default in (("scale_rewards", "group"), ("multi_reward", "sum_then_normalise")):
