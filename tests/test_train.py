@@ -13,22 +13,24 @@ from tests.training.test_batch import batch_of, check
 from vdr_cli import train
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.exploration.sources import source_of
 from vdr_cli.training.batch import Advantages, RewardedGroups
+from vdr_cli.training.reading import Readings
+from vdr_cli.training.state import LoopState
 
 
 def resources(**sections: Any) -> Any:
-    base = {"rollout": {"group_size": 2}, "train": {"steps": 10}}
-    return SimpleNamespace(config=Config.model_validate({**base, **sections}))
+    config = Config.model_validate({"rollout": {"group_size": 2}, "train": {"steps": 10}, **sections})
+    return SimpleNamespace(config=config, source=source_of(config), reward_weights=lambda: torch.ones(1))
 
 
 def bonus_of(
     res: Any, batch: RewardedGroups, measure: list[float], step: int = 0, rms: RunningRms | None = None
 ) -> Tensor:
     """What is added to advantages of 0."""
-    task = torch.zeros(len(batch))
-    advantages, per_completion, bonus = train.add_bonus(
-        res, step, rms or RunningRms(), batch, torch.tensor(measure), batch.task_reward, task
-    )
+    task, state = torch.zeros(len(batch)), LoopState(step=step, rms=rms or RunningRms())
+    readings = Readings(torch.tensor(measure))
+    advantages, per_completion, bonus = train.add_bonus(res, state, batch, readings, batch.task_reward, task)
     assert torch.equal(advantages, bonus) and per_completion.tolist() == measure
     return bonus
 
@@ -47,7 +49,7 @@ def test_the_denominators_count_valid_tokens() -> None:
 
 
 def test_the_bonus_is_scaled_by_an_rms_that_knows_this_step() -> None:
-    res, rms = resources(disagreement={"mode": "end_of_sequence", "weight": 0.5}), RunningRms()
+    res, rms = resources(bonus={"weight": 0.5}), RunningRms()
     rms.update(9.0, 1.0)
     bonus = bonus_of(res, batch_of([0, 1, 2, 3], 4), [1.0, 3.0, 2.0, 2.0], rms=rms)
     root = ((0.99 * 9.0 + 2 / 4) / 1.99) ** 0.5  # deviations -1, 1, 0, 0
@@ -55,13 +57,13 @@ def test_the_bonus_is_scaled_by_an_rms_that_knows_this_step() -> None:
 
 
 def test_the_weight_follows_the_step() -> None:
-    res = resources(disagreement={"mode": "end_of_sequence", "weight": 1.0, "schedule": "linear", "clip": 1.0})
+    res = resources(bonus={"weight": 1.0, "schedule": "linear", "clip": 1.0})
     sizes = [float(bonus_of(res, batch_of([0, 1], 4), [1.0, 3.0], step)[1]) for step in (0, 5, 9)]
     assert sizes == pytest.approx([1.0, 0.5, 0.1])
 
 
 def test_a_reward_that_reaches_solved_at_is_solved() -> None:
-    res = resources(disagreement={"mode": "end_of_sequence", "gate": "incorrect"}, rewards={"solved_at": 1.0})
+    res = resources(bonus={"gate": "incorrect"}, rewards={"solved_at": 1.0})
     bonus = bonus_of(res, batch_of([0, 1, 2, 3], 4), [1.0, 3.0, 1.0, 3.0])
     assert bonus[0] != 0 and bonus[1:].tolist() == [0, 0, 0]
 
@@ -77,25 +79,26 @@ def test_the_kl_comes_off_the_reward_beta_times() -> None:
 
 @pytest.mark.parametrize(("masked", "counted"), [(False, [1, 2, 3, 1]), (True, [1, 0, 3, 0])])
 def test_truncated_completions_train_unless_they_are_masked(masked: bool, counted: list[int]) -> None:
-    res = resources(grpo={"mask_truncated": masked})
+    res = resources(grpo={"mask_truncated": masked}, bonus={"source": "none"})
     batch = batch_of([0, 1, 2, 3], 3)  # the odd ones are truncated
-    res.reward_weights = lambda: torch.ones(1)
-    found = train.reward_head(res, SimpleNamespace(), batch, train.ReferenceLogps(), None)
+    found = train.reward_head(res, LoopState(), batch, train.ReferenceLogps(), Readings())
     assert found.mask.sum(1).tolist() == counted
 
 
 def test_long_completions_pay_the_overlong_penalty() -> None:
     res = resources(rollout={"group_size": 2, "max_new_tokens": 3}, grpo={"overlong_cache": 2})
-    res.reward_weights, res.timer = lambda: torch.ones(1), train_timer()
+    res.timer = train_timer()
     batch = batch_of([0, 1, 2, 3], 3)
     pending = SimpleNamespace(
         wait=lambda: batch.completions,
         rewards=SimpleNamespace(result=lambda: (batch.texts, batch.rewards)),
         prompts=batch.prompts[::2],
+        positions=[7, 9],
         recorder=None,
     )
     found = train.await_rollout(res, pending)  # type: ignore[arg-type]
     assert found.task_reward.tolist() == pytest.approx([0.0, 1.0 - 0.5, 2.0 - 1.0, 3.0])
+    assert found.positions == [7, 7, 9, 9]
 
 
 def train_timer() -> Any:

@@ -1,6 +1,6 @@
-"""`vdr train`: GRPO with a disagreement bonus. This file is the algorithm, top to bottom.
+"""`vdr train`: GRPO with an exploration bonus. This file is the algorithm, top to bottom.
 
-    prompts ─ rollout ─ rewards ─ disagreement ─ advantages ─ update ─ (evaluate, record, checkpoint)
+    prompts ─ rollout ─ rewards ─ bonus ─ advantages ─ update ─ (evaluate, record, checkpoint)
 
 training/ holds what surrounds it: opening and resuming a run, its state, metrics and checkpoints.
 """
@@ -17,7 +17,8 @@ from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.engine.optimizer import learning_rate_at
 from vdr_cli.exploration import bonus as bonuses
-from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.exploration.draws import uniforms
+from vdr_cli.exploration.sources import Signals
 from vdr_cli.grpo import advantages as grpo_advantages
 from vdr_cli.grpo.estimators import ADVANTAGES
 from vdr_cli.grpo.losses import (
@@ -45,7 +46,7 @@ from vdr_cli.training.held_out import evaluate
 from vdr_cli.training.minibatches import own_minibatches, read_old_logps
 from vdr_cli.training.opening import open_run
 from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
-from vdr_cli.training.reading import measure_disagreement, read_logps
+from vdr_cli.training.reading import Readings, read_for_bonus, read_logps
 from vdr_cli.training.record import step_metrics
 from vdr_cli.training.refusals import stop_if_refused_too_often
 from vdr_cli.training.resources import Resources
@@ -85,7 +86,7 @@ def train(config: Config, resume: str | None = None) -> int:
     return run.exit_code
 
 
-# ---- prompts ─ rollout ─ rewards ─ disagreement ─ advantages -----------------------------------------------------
+# ---- prompts ─ rollout ─ rewards ─ bonus ─ advantages ------------------------------------------------------------
 
 
 def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantages]:
@@ -101,8 +102,8 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
             next_step = state.step + cfg.grpo.updates_per_rollout
             state.next_pending = start_rollout(res, state, model, counts, next_step)
         reference = reference_logps(res, model, batch.completions)
-        measure = measure_disagreement(res, state.step, model, batch.completions)
-    return batch, reward_head(res, state, batch, reference, measure)
+        readings = read_for_bonus(res, state.step, model, batch.completions)
+    return batch, reward_head(res, state, batch, reference, readings)
 
 
 def sample_informative(res: Resources, state: LoopState, model: Any) -> RewardedGroups:
@@ -151,8 +152,10 @@ def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
     task_reward = grpo_advantages.combine_rewards(rewards, res.reward_weights())
     lengths = completions.completion_mask.sum(1)
     task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
-    prompts = [prompt for prompt in pending.prompts for _ in range(cfg.rollout.group_size)]
-    return RewardedGroups(prompts, completions, texts, rewards, task_reward)
+    G = cfg.rollout.group_size
+    prompts = [prompt for prompt in pending.prompts for _ in range(G)]
+    positions = [position for position in pending.positions for _ in range(G)]
+    return RewardedGroups(prompts, completions, texts, rewards, task_reward, positions)
 
 
 def replace_groups(
@@ -198,19 +201,16 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
 
 
 def reward_head(
-    res: Resources, state: LoopState, batch: RewardedGroups, logps: ReferenceLogps, measure: Tensor | None
+    res: Resources, state: LoopState, batch: RewardedGroups, logps: ReferenceLogps, readings: Readings
 ) -> Advantages:
-    """Where task rewards and bonus become advantages. Collective.
-
-    measure: (B, T) or (B,) disagreement in nats; None without.
-    """
+    """Where task rewards and bonus become advantages. Collective."""
     completions = batch.completions
     mask = loss_mask(completions.completion_mask, completions.truncated, res.config.grpo.mask_truncated)
     rewards = rewards_less_kl(res, batch, logps)
     task_advantages = group_relative(res, batch.rewards, rewards)
     shaped, per_completion, bonus = task_advantages, None, None
-    if measure is not None:
-        shaped, per_completion, bonus = add_bonus(res, state.step, state.rms, batch, measure, rewards, task_advantages)
+    if res.source is not None:
+        shaped, per_completion, bonus = add_bonus(res, state, batch, readings, rewards, task_advantages)
     return Advantages(
         advantages=(shaped if shaped.dim() == 2 else shaped[:, None]).expand(mask.shape),
         mask=mask,
@@ -226,32 +226,47 @@ def reward_head(
 
 def add_bonus(
     res: Resources,
-    step: int,
-    rms: RunningRms,
+    state: LoopState,
     batch: RewardedGroups,
-    measure: Tensor,
+    readings: Readings,
     rewards: Tensor,
     task_advantages: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages with the bonus, the measure per completion (B,), the bonus). Collective; updates `rms` in place."""
-    cfg, G = res.config.disagreement, res.config.rollout.group_size
-    mask = batch.completions.completion_mask
-    weight = bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step, res.config.train.steps)
+    """(advantages with the bonus, the source's number per completion (B,), the bonus). Collective; updates state.rms.
+
+    source -> b -> permutation -> gate -> shape -> weight
+    """
+    cfg, G, mask = res.config.bonus, res.config.rollout.group_size, batch.completions.completion_mask
+    assert res.source is not None
     solved = batch.task_reward >= res.config.rewards.solved_at
+    signals = Signals(G, mask, batch.task_reward, solved, task_advantages, **vars(readings))
+    found = res.source.numbers(signals, res.config)
+    b, token_mask = found.b, None if found.b.dim() == 1 else mask
+    if cfg.permute == "group":
+        keys = uniforms(res.config.train.seed, Stream.PERMUTATION, batch.positions, G)[:, 0]
+        b = bonuses.permuted(b, keys, G, token_mask)
     gate = bonuses.gated(cfg.gate, batch.task_reward, solved, G)
-    per_completion = bonuses.reduce(measure, mask, cfg.last_n)
-    if cfg.shape == "reward":
-        shaped_rewards = bonuses.shaped_rewards(rewards, per_completion, gate, weight, G)
-        advantages = group_relative(res, batch.rewards, shaped_rewards)
-        return advantages, per_completion, advantages - task_advantages
-    b, token_mask = per_completion, None
-    if cfg.credit == "token":
-        b, token_mask = bonuses.token_credit(measure, mask, cfg.measure, cfg.discount, cfg.last_n), mask
-    rms.update(*collectives.all_reduce_sum(bonuses.deviation_sums(b, G, token_mask)))
-    advantages, bonus = bonuses.shaped_advantages(
-        cfg.shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, rms.value, token_mask
+    weight = bonuses.weight_at(
+        cfg.schedule, cfg.effective_weight, cfg.schedule_fraction, state.step, res.config.train.steps
     )
-    return advantages, per_completion, bonus
+    if cfg.effective_shape == "reward":
+        advantages = group_relative(res, batch.rewards, bonuses.shaped_rewards(rewards, b, gate, weight, G))
+        return advantages, found.per_completion, advantages - task_advantages
+    scale = bonus_scale(res, state, b, token_mask)
+    advantages, bonus = bonuses.shaped_advantages(
+        cfg.effective_shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, scale, token_mask
+    )
+    return advantages, found.per_completion, bonus
+
+
+def bonus_scale(res: Resources, state: LoopState, b: Tensor, token_mask: Tensor | None) -> float:
+    """What the additive shape divides by, this step's deviations included. Collective; updates state.rms."""
+    cfg = res.config.bonus
+    sums = bonuses.deviation_sums(b, res.config.rollout.group_size, token_mask)
+    first = cfg.scale_steps if cfg.scale == "initial" else None
+    squares, count = collectives.all_reduce_sum(sums)
+    state.rms.update(squares, count, first)
+    return 1.0 if cfg.scale == "none" else state.rms.value
 
 
 def rewards_less_kl(res: Resources, batch: RewardedGroups, logps: ReferenceLogps) -> Tensor:

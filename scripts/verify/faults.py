@@ -80,15 +80,12 @@ LOOP = _of(
     (
         "RMS updated after the bonus",
         "train.py",
-        """    rms.update(*collectives.all_reduce_sum(bonuses.deviation_sums(b, G, token_mask)))
-    advantages, bonus = bonuses.shaped_advantages(
-        cfg.shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, rms.value, token_mask
-    )
+        """    state.rms.update(squares, count, first)
+    return 1.0 if cfg.scale == "none" else state.rms.value
 """,
-        """    advantages, bonus = bonuses.shaped_advantages(
-        cfg.shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, rms.value, token_mask
-    )
-    rms.update(*collectives.all_reduce_sum(bonuses.deviation_sums(b, G, token_mask)))
+        """    before = state.rms.value
+    state.rms.update(squares, count, first)
+    return 1.0 if cfg.scale == "none" else before
 """,
         "members",
     ),
@@ -102,8 +99,8 @@ LOOP = _of(
     (
         "the bonus's weight is a step ahead",
         "train.py",
-        "bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step, res",
-        "bonuses.weight_at(cfg.schedule, cfg.weight, cfg.schedule_fraction, step + 1, res",
+        "cfg.schedule_fraction, state.step, res",
+        "cfg.schedule_fraction, state.step + 1, res",
         "linear",
     ),
     (

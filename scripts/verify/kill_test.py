@@ -33,7 +33,7 @@ from harness import parser_of, write_results
 
 STEPS, FOR_EVER = "20", "5000"
 SMALL = [
-    "train", "--steps", STEPS, "--set", "disagreement.schedule=constant", "--set", "train.checkpoint_every=2",
+    "train", "--steps", STEPS, "--set", "bonus.schedule=constant", "--set", "train.checkpoint_every=2",
     "--set", "train.prompts_per_step=4",
     "--group-size", "4", "--members", "2", "--set", "train.micro_batch_size=3", "--set", "grpo.num_iterations=2",
     "--set", "observe.tensorboard=false", "--set", "observe.report=false",

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vdr_cli.exploration import bonus
-from vdr_cli.exploration.bonus import NOISE, BonusWatch, RunningRms
+from vdr_cli.exploration.bonus import NOISE, RunningRms
+from vdr_cli.exploration.disagreement import token_credit
+from vdr_cli.exploration.watch import BonusWatch
 from vdr_cli.grpo.advantages import group_advantages
 
 STATISTIC = torch.tensor([[0.1, 0.2, 0.4, 9.0], [0.5, 9.0, 9.0, 9.0]])
@@ -24,12 +26,12 @@ def test_reduce_is_the_masked_mean() -> None:
 
 
 def test_token_credit_is_what_follows() -> None:
-    by_bald = bonus.token_credit(STATISTIC, MASK, "bald", discount=0.5)
+    by_bald = token_credit(STATISTIC, MASK, "bald", discount=0.5)
     torch.testing.assert_close(by_bald, torch.tensor([[0.2 + 0.5 * 0.4, 0.4, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
-    by_rmi = bonus.token_credit(STATISTIC, MASK, "rmi", discount=0.5)
+    by_rmi = token_credit(STATISTIC, MASK, "rmi", discount=0.5)
     expected = [[0.1 + 0.5 * 0.2 + 0.25 * 0.4, 0.2 + 0.5 * 0.4, 0.4, 0.0], [0.5, 0.0, 0.0, 0.0]]
     torch.testing.assert_close(by_rmi, torch.tensor(expected))
-    late = bonus.token_credit(STATISTIC, MASK, "rmi", last_n=1)
+    late = token_credit(STATISTIC, MASK, "rmi", last_n=1)
     torch.testing.assert_close(late[0], torch.tensor([0.4, 0.4, 0.4, 0.0]))
 
 
@@ -186,10 +188,73 @@ def test_additive_sums_to_zero_and_commutes_with_permutation(values: list[float]
 
 
 def test_watch_speaks_once_with_the_cause() -> None:
-    watch = BonusWatch("rmi", 0.1, "full", flat_after=3, outweighed_after=3)
+    watch = BonusWatch("rmi", "members that agree", flat_after=3, outweighed_after=3)
     said = [watch.warning(False, 0.0, 1.0) for _ in range(6)]
     assert [line is not None for line in said] == [False, False, True, False, False, False]
-    assert said[2].startswith("the rmi of") and "(disagreement.dropout is 0.1, scope full)" in said[2]
+    assert said[2].startswith("the rmi of") and said[2].endswith("the bonus is 0: members that agree")
     said = [watch.warning(True, 2.0, 1.0) for _ in range(6)]
     assert sum(line is not None for line in said) == 1
-    assert "disagreement.weight" in said[2]
+    assert "bonus.weight" in said[2]
+
+
+def test_plain_adds_the_numbers_as_they_are_clipped() -> None:
+    b, gate = torch.tensor([0.5, -4.0, 2.0, 1.0]), torch.tensor([True, True, True, False])
+    task = torch.arange(4.0)
+    advantages, added = bonus.shaped_advantages("plain", task, task, b, gate, 4, -0.5, 3.0, 123.0)
+    assert added.tolist() == [-0.25, 1.5, -1.0, 0.0] and torch.equal(advantages, task + added)
+    mask = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
+    _, tokens = bonus.shaped_advantages("plain", task, task, b[:, None].repeat(1, 2), gate, 4, 1.0, 3.0, 1.0, mask)
+    assert tokens.tolist() == [[0.5, 0.0], [-3.0, -3.0], [2.0, 2.0], [0.0, 0.0]]
+
+
+def test_a_negative_weight_is_the_opposite_bonus() -> None:
+    b, task = torch.tensor([0.1, 0.3, 0.2, 0.6]), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    for shape in ("additive", "plain"):
+        up, down = (bonus.shaped_advantages(shape, task, task, b, OPEN, 4, w, 3.0, 0.1)[1] for w in (0.2, -0.2))
+        assert torch.equal(up, -down) and up.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "expected"),
+    [
+        ("all", [True] * 6),
+        ("incorrect", [False, True, True, True, False, False]),
+        ("correct", [True, False, False, False, True, True]),
+        ("some_correct", [True, True, False, False, True, True]),
+        ("zero_variance", [False, False, True, True, True, True]),
+    ],
+)
+def test_gates_by_the_task_reward(gate: str, expected: list[bool]) -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    assert bonus.gated(gate, rewards, rewards >= 1.0, 2).tolist() == expected
+
+
+def test_the_initial_scale_is_the_rms_of_the_first_steps_and_stays() -> None:
+    rms = RunningRms()
+    for squares, count in ((8.0, 2.0), (0.0, 0.0), (2.0, 1.0)):
+        rms.update(squares, count, first=2)
+    assert rms.value == pytest.approx(math.sqrt((4.0 + 2.0) / 2)), "a step without values is none"
+    saved = rms.state_dict()
+    rms.update(1e6, 1.0, first=2)
+    assert rms.state_dict() == saved
+    again = RunningRms()
+    again.load_state_dict(saved)
+    again.update(1e6, 1.0, first=2)
+    assert again.value == rms.value
+
+
+def test_a_permutation_keeps_every_groups_values() -> None:
+    b = torch.tensor([0.1, 0.2, 0.3, 0.4, 1.0, 2.0, 3.0, 4.0])
+    keys = torch.tensor([0.5, 0.1, 0.9, 0.2, 0.3, 0.8, 0.1, 0.4])
+    found = bonus.permuted(b, keys, 4)
+    assert found.tolist() == pytest.approx([0.2, 0.4, 0.1, 0.3, 3.0, 1.0, 4.0, 2.0])
+
+
+def test_a_permutation_of_tokens_keeps_every_positions_values() -> None:
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+    b = torch.arange(12.0).view(4, 3) * mask
+    keys = torch.tensor([0.5, 0.1, 0.9, 0.2])  # the order 1, 3, 0, 2
+    found = bonus.permuted(b, keys, 4, mask)
+    assert found.tolist() == [[3.0, 10.0, 11.0], [9.0, 0.0, 0.0], [0.0, 1.0, 0.0], [6.0, 7.0, 2.0]]
+    equal = bonus.permuted(torch.arange(8.0).view(4, 2), keys, 4, torch.ones(4, 2))
+    assert equal.tolist() == [[2.0, 3.0], [6.0, 7.0], [0.0, 1.0], [4.0, 5.0]], "whole rows where lengths are equal"

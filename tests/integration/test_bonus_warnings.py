@@ -9,7 +9,7 @@ FLAT, LARGE = "has not differed within any group", "has been larger than the tas
     ("settings", "said", "cause"),
     [
         ({"train.steps": 3, "disagreement.dropout": 1e-12}, FLAT, "disagreement.dropout is 1e-12"),
-        ({"train.steps": 22, "disagreement.weight": 50.0}, LARGE, "disagreement.weight is too large"),
+        ({"train.steps": 22, "bonus.weight": 50.0}, LARGE, "bonus.weight is too large"),
         ({"train.steps": 3}, None, ""),
     ],
 )

@@ -44,14 +44,18 @@ def test_groups_are_shared_out_unequally() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("disagreement.mode=none",), "off"),
         (("disagreement.mode=per_token",), "bald, per_token, 8 members through every layer"),
         (("disagreement.last_k=2",), "bald, end_of_sequence, 8 members through the top 2 layers"),
         ((), "bald, end_of_sequence, 8 members through the top quarter of the layers"),
     ],
 )
-def test_the_ensemble_is_described(overrides: tuple[str, ...], expected: str) -> None:
-    assert lines(1, *overrides)["disagreement"] == expected
+def test_the_bonus_is_described(overrides: tuple[str, ...], expected: str) -> None:
+    assert lines(1, *overrides)["bonus"] == f"disagreement ({expected}), additive, weight 0.1"
+
+
+@pytest.mark.parametrize("override", ["disagreement.mode=none", "bonus.source=none"])
+def test_either_switch_is_plain_grpo(override: str) -> None:
+    assert lines(1, override)["bonus"] == "none: plain GRPO"
 
 
 @pytest.mark.parametrize(

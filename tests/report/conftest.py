@@ -33,7 +33,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         directory.mkdir()
         config = Config().model_dump(mode="json")
         config["train"] |= {"seed": seed, "output": str(directory)}
-        config["disagreement"]["weight"] = weight
+        config["bonus"]["weight"] = weight
         (directory / "config.yaml").write_text(yaml.safe_dump(config))
         with MetricsWriter(directory, ObserveConfig(tensorboard=False)) as writer:
             for step in range(1, 41):

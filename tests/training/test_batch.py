@@ -17,7 +17,8 @@ def batch_of(rows: list[int], width: int) -> RewardedGroups:
     mask = torch.arange(width)[None] < (numbers % width + 1)[:, None]
     completions = Completions(ids, torch.ones_like(mask), ids, mask, -ids / 10, numbers % 2 == 1)
     prompts = [Prompt(row, f"p{row}", [row]) for row in rows]
-    return RewardedGroups(prompts, completions, [f"t{row}" for row in rows], numbers[:, None].float(), numbers.float())
+    texts, rewards = [f"t{row}" for row in rows], numbers[:, None].float()
+    return RewardedGroups(prompts, completions, texts, rewards, numbers.float(), [10 + row for row in rows])
 
 
 def check(batch: RewardedGroups, rows: list[int]) -> None:
@@ -26,6 +27,7 @@ def check(batch: RewardedGroups, rows: list[int]) -> None:
     assert batch.completions.completion_ids[:, 0].tolist() == rows
     assert batch.completions.truncated.tolist() == [row % 2 == 1 for row in rows]
     assert batch.rewards[:, 0].tolist() == rows == batch.task_reward.tolist()
+    assert batch.positions == [10 + row for row in rows]
 
 
 def test_selected_rows_keep_everything_of_theirs() -> None:

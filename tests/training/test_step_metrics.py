@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vdr_cli.training.step_metrics import completion_pairs, disagreement_pairs, ratios, reward_pairs
+from vdr_cli.training.step_metrics import bonus_pairs, completion_pairs, ratios, reward_pairs
 
 NAN = math.nan
 
@@ -43,7 +43,7 @@ def test_lengths_of_all_and_of_those_that_ended() -> None:
 
 def test_disagreement_in_groups() -> None:
     reduced, bonus = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([-0.5, 0.5, 0.0, 0.0])
-    found = ratios(disagreement_pairs(reduced, bonus, torch.tensor([True, False]), 2))
+    found = ratios(bonus_pairs("disagreement", reduced, bonus, torch.tensor([True, False]), 2))
     assert found == pytest.approx(
         {
             "disagreement/mean": 2.0,

@@ -1,6 +1,6 @@
-"""The bonus in float64 NumPy, from docs/disagreement.md.
+"""The bonus in float64 NumPy, from docs/exploration.md.
 
-b is a completion's measure (B,), or a credit for every token (B, T).
+b is a number per completion (B,), or one per token (B, T).
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ class Rms:
     weight: float = 0.0
     decay: float = 0.99
 
-    def after(self, deviation: Array, mask: Flags) -> Rms:
-        """With one more step's deviations, of which those in the mask count."""
-        if not mask.any():
+    def after(self, deviation: Array, mask: Flags, first: int | None = None) -> Rms:
+        """With one more step's deviations, of which those in the mask count.
+
+        first: only so many steps count, all alike; None: every step.
+        """
+        if not mask.any() or (first is not None and self.weight >= first):
             return self
         square = float((deviation[mask] ** 2).mean())
+        if first is not None:
+            return Rms(self.average + square, self.weight + 1.0, self.decay)
         keep = self.decay
         return Rms(keep * self.average + (1 - keep) * square, keep * self.weight + (1 - keep), keep)
 
@@ -85,9 +90,24 @@ def open_gate(gate: str, task_reward: Array, solved_at: float, G: int) -> Flags:
     """(B,): completions that get a bonus; the task reward decides."""
     if gate == "incorrect":
         return ~(task_reward >= solved_at)
+    if gate == "correct":
+        return task_reward >= solved_at
+    if gate == "some_correct":
+        return np.repeat((task_reward >= solved_at).reshape(-1, G).any(1), G)
     if gate == "zero_variance":
         return np.repeat(stalled(task_reward, G), G)
     return np.ones(len(task_reward), dtype=bool)
+
+
+def permuted(b: Array, mask: Flags, keys: Array, G: int) -> Array:
+    """(B, T): in each group and column, the valid rows exchange their values; keys (B,) decide the order."""
+    found = b.copy()
+    for start in range(0, len(b), G):
+        for t in range(b.shape[1]):
+            rows = [row for row in range(start, start + G) if mask[row, t]]
+            for row, other in zip(rows, sorted(rows, key=lambda each: keys[each]), strict=True):
+                found[row, t] = b[other, t]
+    return found
 
 
 def spread(b: Array, mask: Flags, G: int) -> Flags:

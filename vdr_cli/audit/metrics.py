@@ -62,8 +62,8 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
         found[f"rewards/{name}/mean"] = _mean(record.rewards[:, index])
         found[f"rewards/{name}/std"] = _mean(_known_std(record.rewards[:, index], G))
     found |= _of_lengths(record)
-    if cfg.disagreement.mode != "none":
-        found |= _of_disagreement(record, cfg)
+    if cfg.bonus_source != "none":
+        found |= _of_bonus(record, cfg)
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
@@ -81,17 +81,16 @@ def _of_lengths(record: Record) -> dict[str, float]:
     }
 
 
-def _of_disagreement(record: Record, cfg: Config) -> dict[str, float]:
+def _of_bonus(record: Record, cfg: Config) -> dict[str, float]:
     G, reduced = cfg.rollout.group_size, record.numbers("reduced")
     every = np.ones((len(record), 1), dtype=bool)
-    added = np.abs(
-        record.tokens("bonus")[record.mask] if cfg.disagreement.credit == "token" else record.numbers("bonus")
-    )
+    added = np.abs(record.tokens("bonus")[record.mask] if cfg.token_bonus else record.numbers("bonus"))
+    prefix = "disagreement" if cfg.bonus_source == "disagreement" else "bonus"
     return {
-        "disagreement/mean": _mean(reduced),
-        "disagreement/group_std": _mean(reduced.reshape(-1, G).std(1, ddof=1)),
-        "disagreement/groups_with_spread": _mean(bonus.spread(reduced[:, None], every, G)),
-        "disagreement/bonus_abs": _mean(added),
+        f"{prefix}/mean": _mean(reduced),
+        f"{prefix}/group_std": _mean(reduced.reshape(-1, G).std(1, ddof=1)),
+        f"{prefix}/groups_with_spread": _mean(bonus.spread(reduced[:, None], every, G)),
+        f"{prefix}/bonus_abs": _mean(added),
     }
 
 
@@ -113,7 +112,7 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
         return []
     texts = record.decoded("text")
     mask = record.mask
-    measure = cfg.disagreement.measure
+    measure = cfg.disagreement.measure if cfg.bonus_source == "disagreement" else cfg.bonus_source
     columns: dict[str, Array] = {
         "row": record.numbers("row"),
         "truncated": record.truncated.astype(np.float64),
@@ -121,9 +120,10 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
         "advantage": (record.tokens("advantages") * mask).sum(1) / np.maximum(mask.sum(1), 1),
     }
     columns |= {f"rewards/{name}": record.rewards[:, index] for index, name in enumerate(record.state["rewards"])}
-    if cfg.disagreement.mode != "none":
-        per_token = cfg.disagreement.credit == "token"
-        tokens = record.tokens("bonus").sum(1) / np.maximum(mask.sum(1), 1) if per_token else record.numbers("bonus")
+    if cfg.bonus_source != "none":
+        tokens = record.numbers("bonus")
+        if cfg.token_bonus:
+            tokens = record.tokens("bonus").sum(1) / np.maximum(mask.sum(1), 1)
         columns |= {"bonus": tokens, measure: record.numbers("reduced")}
     lines = [
         judge.compare(f"completions/ {name}", _floats(saved.get(name, [])), values, "advantage")

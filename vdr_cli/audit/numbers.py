@@ -71,7 +71,7 @@ def _drawn(record: Record, cfg: Config, policy: torch.nn.Module) -> tuple[Array,
 def audit_members(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
     """The members' measure, of every token and of completions at their end."""
     d = cfg.disagreement
-    if d.mode == "none":
+    if cfg.bonus_source != "disagreement":
         return []
     policy = models.at(record.step)
     if policy is None:

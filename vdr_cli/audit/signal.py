@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vdr_cli.audit import bonus as bonuses
-from vdr_cli.audit import rewards
+from vdr_cli.audit import rewards, sources
 from vdr_cli.audit.files import Record
 from vdr_cli.audit.inputs import weights_of
 from vdr_cli.audit.lines import Judge, Line
@@ -32,39 +32,39 @@ def found(record: Record, cfg: Config) -> Found:
     """Everything between the rewards and the update, each from what lies on file before it."""
     penalised = _penalised(record, cfg)
     task = _group_relative(record, cfg, penalised)
-    d, mask = cfg.disagreement, record.mask
-    if d.mode == "none":
+    if cfg.bonus_source == "none":
         return Found(task, _over_tokens(task, record))
-    reduced = record.numbers("reduced")
-    if d.mode == "per_token":
-        reduced = bonuses.reduced(record.tokens("measure_tokens"), mask, d.last_n)
-    on_file = record.numbers("reduced")
-    weight = bonuses.weight_at(d.schedule, d.weight, d.schedule_fraction, record.step, cfg.train.steps)
-    gate = bonuses.open_gate(d.gate, record.numbers("task_reward"), cfg.rewards.solved_at, cfg.rollout.group_size)
-    if d.shape == "reward":
-        counted = np.ones((len(on_file), 1), dtype=bool)
-        differs = np.repeat(bonuses.spread(on_file[:, None], counted, cfg.rollout.group_size), cfg.rollout.group_size)
-        with_bonus = _group_relative(record, cfg, penalised + weight * on_file * gate * differs)
-        return Found(task, _over_tokens(with_bonus, record), with_bonus - task, reduced)
-    return _shaped(record, cfg, task, penalised, reduced, weight, gate)
+    b, valid, reduced = sources.numbers(record, cfg, task)
+    if cfg.bonus.permute == "group":
+        b = bonuses.permuted(b, valid, sources.permutation_keys(record, cfg), cfg.rollout.group_size)
+    return _with_bonus(record, cfg, task, penalised, (b, valid), reduced)
 
 
-def _shaped(
-    record: Record, cfg: Config, task: Array, penalised: Array, reduced: Array, weight: float, gate: NDArray[np.bool_]
+def _with_bonus(
+    record: Record,
+    cfg: Config,
+    task: Array,
+    penalised: Array,
+    numbers: tuple[Array, NDArray[np.bool_]],
+    reduced: Array | None,
 ) -> Found:
-    d, G = cfg.disagreement, cfg.rollout.group_size
-    b, valid = record.numbers("reduced")[:, None], np.ones((len(record), 1), dtype=bool)
-    if d.credit == "token":
-        b = bonuses.credit(record.tokens("measure_tokens"), record.mask, d.measure, d.discount, d.last_n)
-        valid = record.mask
+    """The advantages from the source's numbers and where they are valid: (B, 1) each, or (B, T)."""
+    own, G, (b, valid) = cfg.bonus, cfg.rollout.group_size, numbers
+    weight = bonuses.weight_at(own.schedule, own.effective_weight, own.schedule_fraction, record.step, cfg.train.steps)
+    gate = bonuses.open_gate(own.gate, record.numbers("task_reward"), cfg.rewards.solved_at, G)
+    if own.effective_shape == "reward":
+        differs = np.repeat(bonuses.spread(b, valid, G), G)
+        with_bonus = _group_relative(record, cfg, penalised + weight * b[:, 0] * gate * differs)
+        return Found(task, _over_tokens(with_bonus, record), with_bonus - task, reduced)
     from_mean = bonuses.deviation(b, valid, G)
     rms = bonuses.Rms(**record.state["rms"]) if record.state["rms"] else bonuses.Rms()
-    rms = rms.after(from_mean, valid)
-    if d.shape != "additive":
-        with_bonus = bonuses.shaped(d.shape, task, penalised, b[:, 0], gate, G, weight, d.clip)
+    rms = rms.after(from_mean, valid, own.scale_steps if own.scale == "initial" else None)
+    if own.effective_shape in ("multiplicative", "quality"):
+        with_bonus = bonuses.shaped(own.effective_shape, task, penalised, b[:, 0], gate, G, weight, own.clip)
         return Found(task, _over_tokens(with_bonus, record), with_bonus - task, reduced, rms)
-    added = weight * np.clip(from_mean / rms.value, -d.clip, d.clip) * gate[:, None]
-    if d.credit == "token":
+    size = b * valid if own.effective_shape == "plain" else from_mean / (1.0 if own.scale == "none" else rms.value)
+    added = weight * np.clip(size, -own.clip, own.clip) * gate[:, None]
+    if cfg.token_bonus:
         return Found(task, (task[:, None] + added) * record.mask, added, reduced, rms)
     return Found(task, _over_tokens(task + added[:, 0], record), added[:, 0], reduced, rms)
 
@@ -101,12 +101,11 @@ def audit(judge: Judge, record: Record, cfg: Config, before: Record | None) -> l
     # The run finds what was added to the functions' sum by a subtraction in float32, and normalises it.
     kind = "column" if cfg.grpo.multi_reward == "normalise_then_sum" else "advantage"
     lines = [judge.compare("task advantages", record.numbers("task_advantage"), ours.task_advantages, kind)]
-    if ours.bonus is not None and ours.reduced is not None:
-        if cfg.disagreement.mode == "per_token":
-            on_file = record.numbers("reduced")
-            lines.append(judge.compare(f"{cfg.disagreement.measure} of completions", on_file, ours.reduced, "bonus"))
-        per_token = cfg.disagreement.credit == "token"
-        theirs = record.tokens("bonus") if per_token else record.numbers("bonus")
+    if ours.bonus is not None:
+        if ours.reduced is not None:
+            name = cfg.disagreement.measure if cfg.bonus_source == "disagreement" else cfg.bonus_source
+            lines.append(judge.compare(f"{name} of completions", record.numbers("reduced"), ours.reduced, "bonus"))
+        theirs = record.tokens("bonus") if cfg.token_bonus else record.numbers("bonus")
         lines.append(judge.compare("bonus", theirs, ours.bonus, "bonus" if kind == "advantage" else kind))
     if ours.rms is not None:
         lines += _rms_lines(judge, record, before, ours.rms)

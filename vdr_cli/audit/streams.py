@@ -48,9 +48,12 @@ def _product(multiplier: int, values: Words) -> tuple[Words, Words]:
     return a * x + (middle >> HALF) + (carried >> HALF), (carried << HALF) | (low & LOW)
 
 
-def completion_uniforms(seed: int, position: int, completion: int, count: int) -> Array:
-    """(count,) in [0, 1): number t decides token t of this completion of the prompt at `position` of the stream."""
-    digest = hashlib.blake2b(f"{seed}/1/{position}".encode(), digest_size=8).digest()
+def completion_uniforms(seed: int, position: int, completion: int, count: int, stream: int = 1) -> Array:
+    """(count,) in [0, 1) of this completion of the prompt at `position` of the training prompts.
+
+    stream 1: number t decides token t; docs/audit.md lists the others.
+    """
+    digest = hashlib.blake2b(f"{seed}/{stream}/{position}".encode(), digest_size=8).digest()
     words = philox((int.from_bytes(digest, "little") >> 1, completion), count)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

@@ -88,7 +88,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         num_iterations=config.grpo.num_iterations,
         minibatches=config.grpo.minibatches,
         cached_tokens=config.rollout.batch_tokens,
-        members=0 if config.disagreement.mode == "none" else config.disagreement.members,
+        members=config.disagreement.members if config.needs_ensemble else 0,
         checkpointing=config.model.gradient_checkpointing,
         reference=config.grpo.beta > 0 and config.model.lora is None,
     )

@@ -39,7 +39,8 @@ FLAGS = (
     Flag("--model", "model.name"),
     Flag("--data", "data.name"),
     *panel(RUN, "train.output", "train.steps", "train.seed"),
-    *panel("Disagreement", *(f"disagreement.{key}" for key in ("mode", "measure", "members", "weight"))),
+    Flag("--bonus", "bonus.source", "Bonus"),
+    *panel("Bonus", "bonus.weight", *(f"disagreement.{key}" for key in ("mode", "measure", "members"))),
     *panel("Rollout and update", "rollout.group_size", "rollout.max_new_tokens", "train.learning_rate", "grpo.loss"),
     *panel(LAUNCH, "engine.ds_config"),
     *LAUNCH_FLAGS,
@@ -76,7 +77,7 @@ def command(
         bool, typer.Option("--all", help="With --dry-run: print every setting.", rich_help_panel=RUN)
     ] = False,
 ) -> None:
-    """Fine-tune a model with GRPO and the disagreement bonus."""
+    """Fine-tune a model with GRPO and an exploration bonus: disagreement, unless --bonus names another."""
     if all_settings and not dry_run:
         raise ConfigError("--all shows every setting, with --dry-run only; add --dry-run")
     if typed["train.output"] is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vdr_cli.config.schema import (
+        BonusConfig,
         Config,
         DataConfig,
         DisagreementConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BonusConfig",
     "Config",
     "DataConfig",
     "DisagreementConfig",

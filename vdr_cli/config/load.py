@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from vdr_cli.config.messages import Where, refusal, unknown_key
+from vdr_cli.config.moved import with_moved_keys
 from vdr_cli.config.paths import path_text
 from vdr_cli.config.recipe import Tree, deep_merge
 from vdr_cli.config.schema import Config, LaunchConfig, ModelConfig, Section
@@ -39,7 +40,7 @@ def load_config(
     Raises ConfigError, one line that names the key and where it was given.
     """
     places: dict[KeyPath, str] = {}
-    file_tree = _read_file(path, places) if path is not None else {}
+    file_tree = with_moved_keys(_read_file(path, places), places) if path is not None else {}
     return validate(deep_merge(file_tree, _typed(overrides, flags, flag_names, places)), places)
 
 
@@ -172,7 +173,7 @@ def _typed(
         if value is not None:
             put(tree, key, value)
             places[tuple(key.split("."))] = (flag_names or {}).get(key, "command line")
-    return tree
+    return with_moved_keys(tree, places)
 
 
 def _parse_overrides(overrides: Iterable[str], places: dict[KeyPath, str]) -> Tree:

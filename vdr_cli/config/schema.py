@@ -11,8 +11,10 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
+from vdr_cli.config.moved import with_moved_keys
 from vdr_cli.config.recipe import on_recipe
 from vdr_cli.config.sections.base import Section
+from vdr_cli.config.sections.bonus import BonusConfig
 from vdr_cli.config.sections.disagreement import DisagreementConfig
 from vdr_cli.config.sections.inputs import DataConfig, LoraConfig, ModelConfig
 from vdr_cli.config.sections.learning import GrpoConfig, TrainConfig
@@ -22,6 +24,7 @@ from vdr_cli.config.sections.rollout import RolloutConfig, VllmConfig
 
 __all__ = [
     "AHEAD_CAP",
+    "BonusConfig",
     "Config",
     "DataConfig",
     "DisagreementConfig",
@@ -49,6 +52,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig = RewardsConfig()
     disagreement: DisagreementConfig = DisagreementConfig()
+    bonus: BonusConfig = BonusConfig()
     grpo: GrpoConfig = GrpoConfig()
     train: TrainConfig = TrainConfig()
     engine: EngineConfig = EngineConfig()
@@ -58,7 +62,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _on_its_recipe(cls, given: Any) -> Any:
-        return on_recipe(given) if isinstance(given, Mapping) else given
+        return on_recipe(with_moved_keys(given)) if isinstance(given, Mapping) else given
 
     @property
     def loss_settings(self) -> dict[str, Any]:
@@ -73,8 +77,29 @@ class Config(Section):
             found["importance_cap"] = AHEAD_CAP
         return found
 
+    @property
+    def bonus_source(self) -> str:
+        """The source of the bonus; none for plain GRPO, whichever of the two switches says so."""
+        off = self.bonus.source == "disagreement" and self.disagreement.mode == "none"
+        return "none" if off else self.bonus.source
+
+    @property
+    def needs_ensemble(self) -> bool:
+        """True when dropout members read the completions of a step."""
+        return self.bonus_source == "disagreement"
+
+    @property
+    def token_bonus(self) -> bool:
+        """True when the bonus differs from token to token."""
+        return self.bonus_source == "disagreement" and self.disagreement.credit == "token"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.token_bonus and self.bonus.effective_shape not in ("additive", "plain"):
+            raise ValueError(
+                f"bonus.shape {self.bonus.effective_shape} needs one number per completion, and disagreement.credit "
+                "token gives one per token: set bonus.shape to additive or plain"
+            )
         if self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"

@@ -1,6 +1,6 @@
-"""From measures to what is added to the advantage: reduction, credit, gates, schedules, shapes. Pure functions.
+"""From a source's numbers to what is added to the advantage: gates, schedules, scales, shapes. Pure functions.
 
-Groups are contiguous rows, G of them. b is a completion's reduced measure (B,), or a credit per token (B, T).
+Groups are contiguous rows, G of them. b is a number per completion (B,), or one per token (B, T).
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ the rounding of a float32 log-probability, up to 16 · 2^-24 = 1e-6. Standardisi
 that turns rounding into reward."""
 
 
-STEPS_BEFORE_WARNING = 20
-"""Consecutive steps before a condition is reported."""
-
-
 def reduce(statistic: Tensor, mask: Tensor, last_n: int | None = None) -> Tensor:
     """(B, T) measure to (B,): its mean over the valid tokens, or the last n of them; 0 for an empty completion.
 
@@ -36,30 +32,6 @@ def reduce(statistic: Tensor, mask: Tensor, last_n: int | None = None) -> Tensor
         return statistic.float()
     kept = last_tokens(mask, last_n)
     return ((statistic.double() * kept).sum(-1) / kept.sum(-1).clamp_min(1)).float()
-
-
-def token_credit(
-    statistic: Tensor,
-    mask: Tensor,
-    measure: Literal["bald", "rmi"] = "bald",
-    discount: float = 1.0,
-    last_n: int | None = None,
-) -> Tensor:
-    """The credit of each token for what follows it: c_t = Σ_{s>=t} γ^{s-t} m_s, (B, T).
-
-    m_s = bald_{s+1}, 0 at the last valid token: bald_s depends on the prefix before s alone, so crediting it to
-    token s itself adds a baseline, whose expected gradient is 0. m_s = rmi_s: it depends on token s.
-    """
-    kept = last_tokens(mask, last_n)
-    reward = statistic.double() * kept
-    if measure == "bald":
-        reward = torch.nn.functional.pad(reward[:, 1:], (0, 1))
-    credit = torch.zeros_like(reward)
-    following = reward.new_zeros(len(reward))
-    for t in range(reward.shape[1] - 1, -1, -1):
-        following = reward[:, t] + discount * following
-        credit[:, t] = following
-    return (credit * mask).float()
 
 
 def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: int) -> float:
@@ -78,15 +50,43 @@ def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: i
     return weight * falling[schedule]
 
 
-def gated(
-    gate: Literal["all", "incorrect", "zero_variance"], task_rewards: Tensor, solved: Tensor, group_size: int
-) -> Tensor:
-    """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide."""
+def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> Tensor:
+    """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide.
+
+    gate: all, incorrect, correct, some_correct (groups with a solved completion) or zero_variance (groups whose task
+    rewards are all equal). solved: (B,) bool.
+    """
+    solved = solved.bool()
     if gate == "incorrect":
-        return ~solved.bool()
+        return ~solved
+    if gate == "correct":
+        return solved
+    if gate == "some_correct":
+        return solved.view(-1, group_size).any(1).repeat_interleave(group_size)
     if gate == "zero_variance":
         return zero_variance(task_rewards, group_size).repeat_interleave(group_size)
     return torch.ones(len(task_rewards), dtype=torch.bool, device=task_rewards.device)
+
+
+def permuted(b: Tensor, keys: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:
+    """b shuffled inside each group: the placebo of bonus.permute. The same shape and values as b.
+
+    keys: (B,) one random number per completion, which decides the order. Per token, the completions that are valid at
+    a position exchange their values there, so every position keeps its values; completions of equal length exchange
+    all their tokens.
+    """
+    groups = b.view(-1, group_size, *b.shape[1:])
+    if mask is None:
+        order = keys.view(-1, group_size).argsort(1)
+        return groups.gather(1, order).view_as(b)
+    found = groups.clone()
+    for group, valid, order in zip(
+        found, mask.view_as(groups).bool(), keys.view(-1, group_size).argsort(1), strict=True
+    ):
+        for t in range(group.shape[1]):
+            rows = valid[:, t].nonzero().flatten()
+            group[rows, t] = group[order[valid[order, t]], t]
+    return found.view_as(b)
 
 
 def group_deviation(b: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:
@@ -122,17 +122,22 @@ def deviation_sums(b: Tensor, group_size: int, mask: Tensor | None = None) -> tu
 
 @dataclass
 class RunningRms:
-    """Root mean square of the within-group deviation over the last steps, weighted by decay^age, unbiased (Adam)."""
+    """Root mean square of the within-group deviation: over the last steps, weighted by decay^age, unbiased (Adam), or
+    over the first steps."""
 
     decay: float = 0.99
     average: float = 0.0
     weight: float = 0.0
 
-    def update(self, squares: float, count: float) -> None:
-        """Take in one step's sums over all ranks. A step without values changes nothing."""
-        if count > 0:
-            self.average = self.decay * self.average + (1 - self.decay) * squares / count
-            self.weight = self.decay * self.weight + (1 - self.decay)
+    def update(self, squares: float, count: float, first: int | None = None) -> None:
+        """Take in one step's sums over all ranks. A step without values changes nothing.
+
+        first: count only so many steps, all alike, and then stay (scale initial); None: every step, by its age.
+        """
+        keep, new = (self.decay, 1 - self.decay) if first is None else (1.0, 1.0)
+        if count > 0 and (first is None or self.weight < first):
+            self.average = keep * self.average + new * squares / count
+            self.weight = keep * self.weight + new
 
     @property
     def value(self) -> float:
@@ -156,7 +161,7 @@ def shaped_rewards(task_rewards: Tensor, b: Tensor, gate: Tensor, weight: float,
 
 
 def shaped_advantages(
-    shape: Literal["additive", "multiplicative", "quality"],
+    shape: Literal["additive", "plain", "multiplicative", "quality"],
     task_advantages: Tensor,
     task_rewards: Tensor,
     b: Tensor,
@@ -167,16 +172,19 @@ def shaped_advantages(
     rms: float,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, bonus), (B,) each, or (B, T) with a credit per token (b and mask (B, T); additive only).
+    """(advantages, bonus), (B,) each, or (B, T) for b and mask (B, T), which additive and plain alone take.
 
-    additive: A_task + λ·clip((b - μ)/rms, ±c). multiplicative: A_task·(1 + β·sigmoid(relu(z))).
+    additive: A_task + λ·clip((b - μ)/rms, ±c). plain: A_task + λ·clip(b, ±c).
+    multiplicative: A_task·(1 + β·sigmoid(relu(z))).
     quality: A_task·coef/mean_G(coef), coef = 1 + β·sigmoid(r - mean_G r)·sigmoid(relu(z)).
     z = clip((b - μ)/(σ + 1e-6), ±c). The bonus is what was added, A - A_task; 0 where the gate is closed.
     """
-    if shape == "additive":
+    if shape in ("additive", "plain"):
         per_row = gate if b.ndim == 1 else gate.unsqueeze(1)
         task = task_advantages if b.ndim == 1 else task_advantages.unsqueeze(1)
-        bonus = weight * (group_deviation(b, group_size, mask) / rms).clamp(-clip, clip) * per_row
+        valid = b if mask is None else b * mask
+        size = valid if shape == "plain" else group_deviation(b, group_size, mask) / rms
+        bonus = weight * size.clamp(-clip, clip) * per_row
         return task + bonus, bonus
     surprise = torch.sigmoid(torch.relu(group_scores(b, group_size, clip))) * weight
     if shape == "multiplicative":
@@ -201,42 +209,3 @@ def _centred(rewards: Tensor, group_size: int) -> Tensor:
     """r - mean_G r; 0 where there is no reward."""
     groups = rewards.view(-1, group_size)
     return (groups - groups.nanmean(1, keepdim=True)).nan_to_num(nan=0.0).view(-1)
-
-
-@dataclass
-class BonusWatch:
-    """Warns once when the bonus does nothing, and once when it outweighs the task, for many consecutive steps."""
-
-    measure: str
-    dropout: float
-    scope: str
-    """Settings of the ensemble that the warnings name."""
-    flat_after: int = STEPS_BEFORE_WARNING
-    outweighed_after: int = STEPS_BEFORE_WARNING
-    flat: int = 0
-    """Consecutive steps so far without any spread."""
-    outweighed: int = 0
-    """Consecutive steps so far in which the bonus was larger than the task advantage."""
-    warned: frozenset[str] = frozenset()
-
-    def warning(self, spread: bool, bonus: float, task: float) -> str | None:
-        """Count one step; the warning that is due, or None.
-
-        spread: the measures differ within some group. bonus, task: mean absolute values over the step.
-        """
-        self.flat = 0 if spread else self.flat + 1
-        self.outweighed = self.outweighed + 1 if bonus > task else 0
-        if self.flat >= self.flat_after and "flat" not in self.warned:
-            self.warned |= {"flat"}
-            return (
-                f"the {self.measure} of the completions has not differed within any group for {self.flat} steps, so "
-                f"the bonus is 0: groups of equal completions, or members that agree (disagreement.dropout is "
-                f"{self.dropout}, scope {self.scope})"
-            )
-        if self.outweighed >= self.outweighed_after and "outweighed" not in self.warned:
-            self.warned |= {"outweighed"}
-            return (
-                f"the bonus has been larger than the task advantage for {self.outweighed} steps: task rewards "
-                "are equal in most groups, or disagreement.weight is too large; lower it or give it a schedule"
-            )
-        return None

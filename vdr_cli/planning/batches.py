@@ -26,7 +26,7 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
             f"{micro_batches} per process and step, at most {config.train.micro_batch_size} completions each",
         ),
         ("completion tokens", f"at most {tokens:,} per rollout, {tokens * rollouts:,} in the run"),
-        ("disagreement", _disagreement(config)),
+        ("bonus", bonus_line(config)),
         ("held-out evaluations", _evaluations(config)),
         ("checkpoints", _checkpoints(config)),
         ("output", config.train.output or "a new directory in runs/, named at the start"),
@@ -38,10 +38,17 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
     return lines
 
 
+def bonus_line(config: Config) -> str:
+    """The bonus in one line: its source, what reads the completions for it, its shape and weight."""
+    source, own = config.bonus_source, config.bonus
+    if source == "none":
+        return "none: plain GRPO"
+    read = f" ({_disagreement(config)})" if source == "disagreement" else ""
+    return f"{source}{read}, {own.effective_shape}, weight {own.effective_weight:g}"
+
+
 def _disagreement(config: Config) -> str:
     cfg = config.disagreement
-    if cfg.mode == "none":
-        return "off"
     top = f"the top {cfg.last_k} layers" if cfg.last_k else "the top quarter of the layers"
     share = "every layer" if cfg.effective_scope == "full" else top
     return f"{cfg.measure}, {cfg.mode}, {cfg.members} members through {share}"

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from vdr_cli.config.moved import with_moved_keys
+from vdr_cli.config.sections.bonus import SOURCES
 from vdr_cli.data.completions import completion_files, read_completions
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.errors import ConfigError, DataError
@@ -45,6 +47,13 @@ class RunData:
     config: dict[str, Any]
     metrics: dict[str, tuple[list[int], list[float]]]
     """Name to steps and values, where it was measured."""
+
+    @property
+    def bonus_column(self) -> str:
+        """The column of completions/ with the numbers that the bonus is made from."""
+        source = str(self.config.get("bonus", {}).get("source", "disagreement"))
+        of_members = str(self.config.get("disagreement", {}).get("measure", "bald"))
+        return of_members if source == "disagreement" else source.rpartition(":")[2]
 
     @property
     def same_but_for_seed(self) -> str:
@@ -91,7 +100,8 @@ def load_run(path: str | Path) -> RunData:
         loaded = yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{config_file}: not valid YAML ({' '.join(str(error).split())})") from None
-    return RunData(directory.name, directory, loaded if isinstance(loaded, dict) else {}, dict(metrics))
+    settings = with_moved_keys(loaded) if isinstance(loaded, dict) else {}
+    return RunData(directory.name, directory, settings, dict(metrics))
 
 
 def over_seeds(runs: Sequence[RunData], metric: str) -> list[Series]:
@@ -177,15 +187,15 @@ def _is_measured(columns: Mapping[str, Sequence[Any]], row: int) -> bool:
     return any(columns[name][row] for name in DISAGREEMENT if name in columns)
 
 
-def reward_and_disagreement(runs: Sequence[RunData], limit: int = 600) -> Series:
-    """A point a saved completion of one setting's runs, the latest ones: its disagreement and its reward."""
+def reward_and_bonus_source(runs: Sequence[RunData], limit: int = 600) -> Series:
+    """A point per saved completion of one setting's runs, the latest ones: its source's number and its reward."""
     xs: list[float] = []
     ys: list[float] = []
+    measure = runs[0].bonus_column
     files = [reversed(completion_files(run.path)) for run in runs]
     for file in (file for latest in zip_longest(*files) for file in latest if file is not None):
         columns = read_completions(file)
-        measure = next((name for name in ("bald", "rmi") if name in columns), None)
-        if measure is None or "reward" not in columns:
+        if measure not in columns or "reward" not in columns:
             continue
         for x, y in zip(columns[measure], columns["reward"], strict=True):
             if x is not None and y is not None and len(xs) < limit:
@@ -268,7 +278,7 @@ def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode |
         if len(ids) == len(values):
             tokens, heat = decode(ids), values
     functions = [name for name in columns if name.startswith("rewards/")]
-    names = [*NUMBERS_SHOWN, *(functions if len(functions) > 1 else ())]  # a single one is the reward
+    names = [*NUMBERS_SHOWN, *SOURCES, *(functions if len(functions) > 1 else ())]  # a single one is the reward
     numbers = {name: columns[name][row] for name in names if name in columns}
     kept = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
     return Completion(_as_text(columns["completion"][row] if "completion" in columns else ""), tokens, heat, kept)

@@ -27,7 +27,7 @@ from vdr_cli.report.data import (
     load_run,
     over_seeds,
     pieces,
-    reward_and_disagreement,
+    reward_and_bonus_source,
     run_groups,
     scored_groups,
     scored_rows,
@@ -42,6 +42,7 @@ RUN_CHARTS = (
     ("Held-out pass@1", ("eval/pass@1",), "pass@1"),
     ("Held-out pass@k", ("eval/pass@{k}",), "pass@k"),
     ("Disagreement", ("disagreement/mean",), "nats"),
+    ("Bonus source", ("bonus/mean",), "mean"),
     ("Groups whose rewards are all equal", ("frac_reward_zero_std",), "share"),
     ("Completion length", ("completions/mean_length",), "tokens"),
     ("Truncated completions", ("completions/clipped_ratio",), "share"),
@@ -127,9 +128,10 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
         series = over_seeds(runs, name)
         if any(finite(one).x for one in series):
             charts.append(Chart(title.replace("@k", "@" + name.rpartition("@")[2]), "step", unit, series))
-    points = [reward_and_disagreement(group) for group in settings_of(runs)]
+    points = [reward_and_bonus_source(group) for group in settings_of(runs)]
     if any(len(one.x) for one in points):
-        charts.append(Chart("Reward against disagreement", "disagreement (nats)", "task reward", points, True))
+        name, unit = _source_name(first)
+        charts.append(Chart(f"Reward against {name}", f"{name}{unit}", "task reward", points, True))
     model = _model_of(first)
     if members and model is None:
         raise ConfigError(f"--members {members}: {first.path} has no model to measure with")
@@ -365,7 +367,7 @@ def _largest_k(metrics: Mapping[str, Any]) -> int:
 
 
 def _named_facts(runs: Sequence[RunData]) -> list[str]:
-    wanted = ["eval/pass@1", f"eval/pass@{_largest_k(runs[0].metrics)}", "reward", "disagreement/mean"]
+    wanted = ["eval/pass@1", f"eval/pass@{_largest_k(runs[0].metrics)}", "reward", "disagreement/mean", "bonus/mean"]
     wanted += ["frac_reward_zero_std", "completions/mean_length", "entropy", "step_time"]
     return [name for name in dict.fromkeys(wanted) if any(name in run.metrics for run in runs)]
 
@@ -380,10 +382,26 @@ def _settings_line(run: RunData) -> str:
         return run.config.get(section, {}).get(key, "?")
 
     return (
-        f"{at('model', 'name')} on {at('data', 'name')}: mode {at('disagreement', 'mode')}, shape "
-        f"{at('disagreement', 'shape')}, weight {at('disagreement', 'weight')}, loss {at('grpo', 'loss')}, "
+        f"{at('model', 'name')} on {at('data', 'name')}: bonus {_bonus_line(run)}, loss {at('grpo', 'loss')}, "
         f"group size {at('rollout', 'group_size')}, seed {at('train', 'seed')}"
     )
+
+
+def _bonus_line(run: RunData) -> str:
+    """The bonus of a run, as `vdr train --dry-run` puts it."""
+    from vdr_cli.config.load import validate
+    from vdr_cli.planning.batches import bonus_line
+
+    try:
+        return bonus_line(validate(run.config))
+    except ConfigError:
+        return "unknown"
+
+
+def _source_name(run: RunData) -> tuple[str, str]:
+    """(name, unit in brackets) of the numbers that a run's bonus is made from."""
+    source = run.config.get("bonus", {}).get("source", "disagreement")
+    return ("disagreement", " (nats)") if source == "disagreement" else (run.bonus_column, "")
 
 
 def _saved_ranking(path: Path) -> list[dict[str, Any]]:

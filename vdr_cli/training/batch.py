@@ -25,6 +25,7 @@ class RewardedGroups:
     """Completions as the reward functions see them: strings, or one assistant message each for chats."""
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
+    positions: list[int]  # (B,) the prompt's place in the stream of training prompts
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -38,6 +39,7 @@ class RewardedGroups:
             [self.texts[row] for row in chosen],  # type: ignore[arg-type]
             self.rewards[rows],
             self.task_reward[rows],
+            [self.positions[row] for row in chosen],
         )
 
 
@@ -49,6 +51,7 @@ def concatenate(batches: Sequence[RewardedGroups], pad_id: int) -> RewardedGroup
         [text for batch in batches for text in batch.texts],  # type: ignore[arg-type]
         torch.cat([batch.rewards for batch in batches]),
         torch.cat([batch.task_reward for batch in batches]),
+        [position for batch in batches for position in batch.positions],
     )
 
 
@@ -84,7 +87,7 @@ class Advantages:
     mask: Tensor  # (B, T) bool, tokens that give gradient
     task_advantages: Tensor  # (B,)
     per_completion: Tensor | None = None
-    """(B,) the measure of each completion; None without disagreement."""
+    """(B,) the source's number of each completion; None without a bonus."""
     bonus: Tensor | None = None
     """(B,) or (B, T) as added to the advantage."""
     ref_logps: Tensor | None = None  # (B, T)

@@ -30,7 +30,7 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
     }
     for index, reward in enumerate(res.rewards):
         columns[f"rewards/{reward.name}"] = batch.rewards[:, index].tolist()
-    measure = res.config.disagreement.measure
+    measure = res.source.quantity(res.config) if res.source else ""
     if advantages.per_completion is not None and advantages.bonus is not None:
         columns["bonus"] = _per_completion(advantages.bonus, completions.completion_mask).tolist()
         columns[measure] = advantages.per_completion.tolist()

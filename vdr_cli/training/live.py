@@ -35,7 +35,8 @@ _HEAT = ("", "on grey19", "on dark_goldenrod", "on dark_orange3", "on red3")
 SHOWN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward",), "{:.3f}"),
     ("zero-variance", ("frac_reward_zero_std",), "{:.2f}"),
-    ("disagreement", ("disagreement/mean", "disagreement/bald", "disagreement/rmi"), "{:.4f}"),
+    ("disagreement", ("disagreement/mean",), "{:.4f}"),
+    ("bonus source", ("bonus/mean",), "{:.4f}"),
     ("length", ("completions/mean_length",), "{:.1f}"),
     ("truncated", ("completions/clipped_ratio",), "{:.2f}"),
     ("kl", ("kl",), "{:.4f}"),

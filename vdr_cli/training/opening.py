@@ -30,7 +30,8 @@ from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
-from vdr_cli.exploration.bonus import STEPS_BEFORE_WARNING, BonusWatch
+from vdr_cli.exploration.sources import source_of
+from vdr_cli.exploration.watch import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import environment_restored, prepare_process
 from vdr_cli.models.adapters import frozen_layers
@@ -199,8 +200,8 @@ def _load(
     stack: ExitStack,
 ) -> Resources:
     """The models and the sampler, once everything that can be wrong with the settings has been checked."""
-    cfg = config.disagreement
-    members = None if cfg.mode == "none" else EnsembleSpec(**cfg.member_settings, seed=config.train.seed)
+    seed = config.train.seed
+    members = EnsembleSpec(**config.disagreement.member_settings, seed=seed) if config.needs_ensemble else None
     engine = build_engine(config, device, universal=universal)
     _check_model(engine, members)
     _prepare_directory(directory, config, fresh)
@@ -221,6 +222,7 @@ def _load(
         sampling=sampling_of(config),
         ensemble=reader,
         reference=build_reference(config, engine),
+        source=source_of(config),
     )
 
 
@@ -244,12 +246,15 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
             view = stack.enter_context(LiveView(observe.live))
     steps = res.config.train.steps
     rewards = RewardWatch([reward.name for reward in res.rewards], steps)
-    return RunLog(res.directory, writer, view, _bonus_watch(res.config), rewards)
+    return RunLog(res.directory, writer, view, _bonus_watch(res), rewards)
 
 
-def _bonus_watch(config: Config) -> BonusWatch:
-    cfg, steps = config.disagreement, config.train.steps
-    return BonusWatch(cfg.measure, cfg.dropout, cfg.effective_scope, flat_after=min(STEPS_BEFORE_WARNING, steps))
+def _bonus_watch(res: Resources) -> BonusWatch | None:
+    source, config = res.source, res.config
+    if source is None:
+        return None
+    flat_after = min(STEPS_BEFORE_WARNING, config.train.steps)
+    return BonusWatch(source.quantity(config), source.flat(config), flat_after=flat_after)
 
 
 def sampling_of(config: Config) -> Sampling:

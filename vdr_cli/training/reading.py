@@ -1,7 +1,8 @@
-"""Completions read under gathered weights: log-probabilities, and the members' disagreement."""
+"""Completions read under gathered weights: log-probabilities, and what the bonus's source needs."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,21 @@ from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.samples import Completions
 from vdr_cli.training.resources import Resources
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What was read for the bonus's source; None where it does not ask."""
+
+    measure: Tensor | None = None
+    """(B, T) or (B,) of the dropout members, nats."""
+
+
+def read_for_bonus(res: Resources, step: int, model: Any, completions: Completions) -> Readings:
+    """Everything that the source needs of models, and nothing else. Collective."""
+    needs = res.source.needs if res.source else frozenset()
+    measure = measure_disagreement(res, step, model, completions) if "measure" in needs else None
+    return Readings(measure)
 
 
 def measure_disagreement(res: Resources, step: int, model: Any, completions: Completions) -> Tensor | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from statistics import mean
 
+from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.bonus import has_spread
 from vdr_cli.grpo.advantages import zero_variance
 from vdr_cli.training import speed
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.resources import Resources
-from vdr_cli.training.step_metrics import Pairs, completion_pairs, disagreement_pairs, ratios, reward_pairs
+from vdr_cli.training.step_metrics import Pairs, bonus_pairs, completion_pairs, ratios, reward_pairs
 
 
 def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, float]:
@@ -56,9 +57,14 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
         bonus = advantages.bonus
         added = bonus if bonus.dim() == 1 else bonus[batch.completions.completion_mask]
         spread = has_spread(advantages.per_completion, G)
-        pairs |= disagreement_pairs(advantages.per_completion, added, spread, G)
+        pairs |= bonus_pairs(bonus_prefix(res.config), advantages.per_completion, added, spread, G)
     pairs["advantage_abs"] = (float(advantages.task_advantages.abs().sum()), float(len(batch)))
     return pairs
+
+
+def bonus_prefix(config: Config) -> str:
+    """What the names of the bonus's metrics begin with."""
+    return "disagreement" if config.bonus_source == "disagreement" else "bonus"
 
 
 def speed_metrics(res: Resources, metrics: dict[str, float], completions: float, prompts: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ from vdr_cli.data.prompts import PromptSet
 from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
+from vdr_cli.exploration.sources import Source
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout
 from vdr_cli.samples import Prompt, Sampling
@@ -36,9 +37,11 @@ class Resources:
     rollout: Rollout
     sampling: Sampling
     ensemble: EnsembleReader | None
-    """None with disagreement.mode none."""
+    """None where no member reads a step's completions."""
     reference: FrozenCopy | Adapterless | None
     """None with grpo.beta 0."""
+    source: Source | None
+    """What the bonus is computed from; None for plain GRPO."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def prompt_at(self, position: int) -> Prompt:

@@ -11,7 +11,7 @@ from vdr_cli.config.schema import Config
 from vdr_cli.data.completions import write_completions
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
-from vdr_cli.exploration.bonus import BonusWatch
+from vdr_cli.exploration.watch import BonusWatch
 from vdr_cli.rewards.watch import NO_REWARD, RewardWatch
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.completion_table import completion_columns, shown_group
@@ -20,19 +20,22 @@ from vdr_cli.training.metrics import MetricsWriter
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.state import LoopState
 
+PREFIXES = ("disagreement/", "bonus/")
+"""Beginnings of the names of the bonus's metrics: a run has one of them."""
+
 MOST_APART = 0.05
 """Nats per token that rounding explains: bfloat16 gives about 0.007 on a 0.5B model."""
 
 
 class RunLog:
-    """One rank's log of a run. writer and view are None on every rank but rank 0."""
+    """One rank's log of a run. writer and view are None on every rank but rank 0; watch is None without a bonus."""
 
     def __init__(
         self,
         directory: Path,
         writer: MetricsWriter | None,
         view: LiveView | None,
-        watch: BonusWatch,
+        watch: BonusWatch | None,
         rewards: RewardWatch,
     ) -> None:
         self._directory, self._writer, self._view = directory, writer, view
@@ -79,7 +82,7 @@ class RunLog:
             self.note(line)
         if warning := sampler_warning(res.config, state.step, metrics):
             self.note(warning)
-        if res.ensemble is not None and (warning := bonus_warning(self._watch, metrics)):
+        if self._watch is not None and (warning := bonus_warning(self._watch, metrics)):
             self.note(warning)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
@@ -125,8 +128,9 @@ def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str
 
 def bonus_warning(watch: BonusWatch, metrics: dict[str, float]) -> str | None:
     """Why the bonus does not act, or acts too much, once it has been so for a while; None while all is well."""
-    spread = metrics.get("disagreement/groups_with_spread", 0.0) > 0
-    bonus, task = metrics.get("disagreement/bonus_abs"), metrics.get("advantage_abs")
+    of_bonus = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(PREFIXES)}
+    spread = of_bonus.get("groups_with_spread", 0.0) > 0
+    bonus, task = of_bonus.get("bonus_abs"), metrics.get("advantage_abs")
     if bonus is None or task is None:  # the step's numbers are not finite: its refusal is reported instead
         return None
     return watch.warning(spread, bonus, task)

@@ -39,13 +39,13 @@ def completion_pairs(completion_mask: Tensor, truncated: Tensor) -> Pairs:
     }
 
 
-def disagreement_pairs(reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:
-    """reduced (B,) measure of each completion, bonus as added (B,), or (N,) of the valid tokens, spread (groups,)."""
+def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:
+    """reduced (B,): the source's numbers; bonus as added (B,), or (N,) of the valid tokens; spread (groups,)."""
     return {
-        "disagreement/mean": _sum_and_count(reduced),
-        "disagreement/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),
-        "disagreement/groups_with_spread": (float(spread.sum()), float(len(spread))),
-        "disagreement/bonus_abs": _sum_and_count(bonus.abs()),
+        f"{prefix}/mean": _sum_and_count(reduced),
+        f"{prefix}/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),
+        f"{prefix}/groups_with_spread": (float(spread.sum()), float(len(spread))),
+        f"{prefix}/bonus_abs": _sum_and_count(bonus.abs()),
     }
 
 

@@ -1,4 +1,4 @@
-"""The ensemble and its bonus."""
+"""The ensemble of dropout members, and what is measured with it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vdr_cli.config.sections.base import Fraction, Positive, Section
 
 
 class DisagreementConfig(Section):
-    """The bonus (docs/disagreement.md). `mode: none` is the one switch that turns it off."""
+    """The ensemble (docs/disagreement.md), which bonus.source disagreement reads. `mode: none` turns the bonus off."""
 
     mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
     """Where members are compared: nowhere, at every token, or where the last token is predicted."""
@@ -37,18 +37,6 @@ class DisagreementConfig(Section):
     """γ of the sum of what follows (credit: token)."""
     last_n: Positive | None = None
     """per_token only: restrict to the last n valid tokens; None: all."""
-    gate: Literal["all", "incorrect", "zero_variance"] = "all"
-    """Which completions get a bonus: all, those not solved, those of groups whose task rewards are all equal."""
-    shape: Literal["additive", "reward", "multiplicative", "quality"] = "additive"
-    """How the bonus enters the advantage; formulas in docs/disagreement.md."""
-    weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the bonus at the first step: λ (additive, reward) or β (multiplicative, quality)."""
-    clip: Annotated[float, Field(gt=0)] = 3.0
-    """c: bound on |standardised disagreement|."""
-    schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
-    """How the weight falls from `weight` to 0; constant: it does not."""
-    schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the run after which the weight is 0 (not with constant)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -56,8 +44,6 @@ class DisagreementConfig(Section):
             raise ValueError("last_k is set but scope is full: set scope to last_k or remove last_k")
         if self.mode != "per_token" and (self.credit == "token" or self.last_n is not None):
             raise ValueError(f"credit token and last_n need mode per_token, not {self.mode}")
-        if self.credit == "token" and self.shape != "additive":
-            raise ValueError(f"credit token needs shape additive, not {self.shape}")
         return self
 
     @property
