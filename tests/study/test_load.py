@@ -52,7 +52,7 @@ def refused(path: Path) -> str:
         (
             "mode: per_token",
             "mode: per_token, wieght: 0.3",
-            "study.yaml:9 (per_token): disagreement.wieght is not a setting; did you mean disagreement.weight?",
+            "study.yaml:9 (per_token): disagreement.wieght is not a setting; did you mean bonus.weight?",
         ),
         ("default: {}", "default: {train.stepz: 3}", "study.yaml:7 (default): train.stepz is not a setting"),
         ("default: {}", "default: {disagreement.mode: none}", "arms.default: the same settings as grpo"),

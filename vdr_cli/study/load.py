@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from vdr_cli.config.load import computed_settings, places_of, put, read_document, validate
 from vdr_cli.config.messages import dotted_keys, refusal
+from vdr_cli.config.moved import with_moved_keys
 from vdr_cli.config.recipe import Tree, deep_merge
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import KeyPath
@@ -74,8 +75,9 @@ class Study:
             given.append((("tuning", "trials", arm, trial), file.tuning.trials[arm][trial]))
         tree, places = UNDER_BASE, dict[KeyPath, str]()
         for prefix, settings in given:
-            tree = deep_merge(tree, nested(settings))
-            places |= {key: self._place(prefix, settings, key) for key in _leaves(nested(settings))}
+            own = with_moved_keys(nested(settings))
+            tree = deep_merge(tree, own)
+            places |= {key: self._place(prefix, settings, key) for key in _leaves(own)}
         tree = deep_merge(tree, self._owned(tree, seed))
         return validate(tree, {key: f"{place} ({arm})" for key, place in places.items()})
 
