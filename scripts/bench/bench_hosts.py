@@ -72,9 +72,9 @@ def received(wire: Path) -> dict[str, float]:
 def by_formula() -> dict[str, float]:
     """Bytes that one of two processes receives in a step."""
     from vdr_cli.planning import resources as plan
-    from vdr_cli.starter.paths import model_path
+    from vdr_cli.beds.registry import BEDS
 
-    shape = plan.shape_of(json.loads((Path(model_path()) / "config.json").read_text()))
+    shape = plan.shape_of(json.loads((Path(BEDS["starter"].model_path) / "config.json").read_text()))
     work = plan.Work(
         gpus=2, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, micro_batch_size=MICRO_BATCH, gloo=True
     )

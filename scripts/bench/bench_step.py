@@ -86,10 +86,10 @@ def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
         from vdr_cli.config import DataConfig
         from vdr_cli.data.prompts import load_prompts
         from vdr_cli.models.loading import load_tokenizer
-        from vdr_cli.starter.paths import model_path
+        from vdr_cli.beds.registry import BEDS
 
         found = load_prompts(DataConfig(), "train", load_tokenizer("starter"))
-        return str(model_path()), [str(found[index].value) for index in range(512)]
+        return str(BEDS["starter"].model_path), [str(found[index].value) for index in range(512)]
     import string
 
     import numpy as np

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from vdr_cli.starter.countdown import countdown
+from vdr_cli.beds.countdown import countdown
 
 RECEIVED = Path("/sys/class/net/eth0/statistics/rx_bytes")
 

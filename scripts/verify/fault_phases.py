@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.starter.countdown import countdown as task_reward
+from vdr_cli.beds.countdown import countdown as task_reward
 
 LONGEST = 60.0
 """Seconds after which a rank goes on even without a fault."""

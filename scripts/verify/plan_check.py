@@ -30,9 +30,9 @@ def make_model(folder: Path, layers: int, hidden: int) -> None:
     """A random Qwen2 with the starter's tokenizer."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from vdr_cli.starter.paths import model_path
+    from vdr_cli.beds.registry import BEDS
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer = AutoTokenizer.from_pretrained(BEDS["starter"].model_path)
     config = Qwen2Config(
         hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=2048, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id,

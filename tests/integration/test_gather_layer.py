@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.rollout.conftest import FakeVllm
-from vdr_cli.starter.paths import model_path
+from vdr_cli.beds.registry import BEDS
 
 pytestmark = pytest.mark.integration
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, Any] = {
 def server() -> Iterator[FakeVllm]:
     """It holds other weights than the run begins with, and its LM head is a tensor of its own, as vdr serves models."""
     fake = FakeVllm()
-    config = AutoConfig.from_pretrained(model_path(), tie_word_embeddings=False)
+    config = AutoConfig.from_pretrained(BEDS["starter"].model_path, tie_word_embeddings=False)
     fake.model = AutoModelForCausalLM.from_config(config).float().eval()
     yield fake
     fake.stop()

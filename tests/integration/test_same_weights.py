@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vdr_cli.models.loading import load_causal_lm
-from vdr_cli.starter.paths import model_path
+from vdr_cli.beds.registry import BEDS
 
 pytestmark = pytest.mark.integration
 PROBE = torch.tensor([[3, 5, 7, 4, 9]])
 
 
 def own_head(directory: Path) -> None:
-    shutil.copytree(model_path(), directory)
+    shutil.copytree(BEDS["starter"].model_path, directory)
     file = directory / "model.safetensors"
     weights = load_file(file)
     table = weights["model.embed_tokens.weight"]
@@ -38,15 +38,15 @@ def untied_and_sharded(directory: Path) -> None:
 
 
 def padded_vocabulary(directory: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(BEDS["starter"].model_path)
     model.resize_token_embeddings(64, mean_resizing=False)
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(BEDS["starter"].model_path).save_pretrained(directory)
 
 
 def adapter(directory: Path) -> None:
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model_path()), config)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(BEDS["starter"].model_path), config)
     torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
@@ -73,4 +73,4 @@ def test_the_exported_model_is_the_one_that_is_read(make: Any, ranks: int, tmp_p
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(logits(run), logits(source), rtol=0, atol=1e-6)
     if make is not padded_vocabulary:
-        assert not torch.allclose(logits(source), logits(model_path()), atol=1e-3)
+        assert not torch.allclose(logits(source), logits(BEDS["starter"].model_path), atol=1e-3)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer
 from vdr_cli.models.paths import resolve_model_path
-from vdr_cli.starter.paths import model_path
+from vdr_cli.beds.registry import BEDS
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -58,8 +58,8 @@ def test_weights_are_those_that_peft_merges(kind: str, settings: dict[str, objec
 
 
 def test_the_tokenizer_is_the_base_models_unless_the_adapter_brings_one(tmp_path: Path) -> None:
-    adapter = adapter_of(model_path(), tmp_path / "adapter")
-    assert resolve_model_path(str(adapter)) == str(model_path())
+    adapter = adapter_of(BEDS["starter"].model_path, tmp_path / "adapter")
+    assert resolve_model_path(str(adapter)) == str(BEDS["starter"].model_path)
     assert load_tokenizer(str(adapter)).vocab_size == load_tokenizer("starter").vocab_size
 
 

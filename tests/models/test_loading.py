@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_model_config, load_tokenizer
-from vdr_cli.starter.paths import model_path
+from vdr_cli.beds.registry import BEDS
 
 WEIGHTS = "model.safetensors"
 
@@ -50,7 +50,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
 )
 def test_spoilt_files(tmp_path: Path, file, spoil, load, expected) -> None:
     folder = tmp_path / "model"
-    shutil.copytree(model_path(), folder)
+    shutil.copytree(BEDS["starter"].model_path, folder)
     spoil(folder / file)
     with pytest.raises(ConfigError) as caught:
         load(str(folder))

@@ -59,7 +59,7 @@ def test_by_module_in_the_working_directory(rewards_file, monkeypatch):
 
 
 def test_by_installed_module():
-    assert find_function("vdr_cli.starter.countdown:countdown") is BUILT_IN["countdown"]
+    assert find_function("vdr_cli.beds.countdown:countdown") is BUILT_IN["countdown"]
 
 
 def test_file_is_read_once_and_keeps_its_state(rewards_file):

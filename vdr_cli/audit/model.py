@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vdr_cli.config import ModelConfig
 from vdr_cli.errors import ConfigError
-from vdr_cli.starter.paths import model_path
+from vdr_cli.beds.registry import BEDS
 
 Array = NDArray[np.float64]
 Ids = Sequence[int]
@@ -26,7 +26,7 @@ FORWARD_TOKENS = 2**15
 def place_of(name: str) -> str:
     """Where a model's files lie: the starter's directory, a directory, a run's model/, else the hub id itself."""
     if name == "starter":
-        return str(model_path())
+        return str(BEDS["starter"].model_path)
     for candidate in (Path(name).expanduser(), Path(name).expanduser() / "model"):
         if (candidate / "config.json").is_file():
             return str(candidate)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import completion_text
-from vdr_cli.starter.countdown import countdown
+from vdr_cli.beds.countdown import countdown
 
 
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:

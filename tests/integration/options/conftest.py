@@ -97,9 +97,9 @@ class Left:
     def start_weights() -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
-        from vdr_cli.starter.paths import model_path
+        from vdr_cli.beds.registry import BEDS
 
-        return {name: tensor.float() for name, tensor in load_file(model_path() / "model.safetensors").items()}
+        return {name: tensor.float() for name, tensor in load_file(BEDS["starter"].model_path / "model.safetensors").items()}
 
     @staticmethod
     def distance(a: Tensor, b: Tensor) -> float:

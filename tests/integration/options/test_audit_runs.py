@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vdr_cli.audit.audit import audit_run
-from vdr_cli.starter.paths import model_path, rows
+from vdr_cli.beds.registry import BEDS
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -150,7 +150,7 @@ def prepare(folder: Path) -> None:
     (folder / "mine.py").write_text(REWARDS)
     lines = [json.dumps(row) for row in rows("train")[:7]]
     (folder / "seven.jsonl").write_text("\n".join(lines) + "\n")
-    shutil.copytree(model_path(), folder / "ends")
+    shutil.copytree(BEDS["starter"].model_path, folder / "ends")
     generation = json.loads((folder / "ends" / "generation_config.json").read_text())
     generation["eos_token_id"] = [1, 5]
     (folder / "ends" / "generation_config.json").write_text(json.dumps(generation))

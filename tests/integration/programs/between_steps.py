@@ -4,7 +4,7 @@ import os
 import signal
 
 from vdr_cli.engine.engine import Engine
-from vdr_cli.starter.countdown import countdown  # noqa: F401  the reward
+from vdr_cli.beds.countdown import countdown  # noqa: F401  the reward
 
 
 def killed_before(number, step=Engine.step):

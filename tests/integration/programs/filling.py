@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from vdr_cli.starter.countdown import countdown
+from vdr_cli.beds.countdown import countdown
 
 DISK = pathlib.Path(os.environ["DISK"])
 

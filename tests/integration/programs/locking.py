@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from vdr_cli.starter.countdown import countdown
+from vdr_cli.beds.countdown import countdown
 
 FOLDER, LOCKED, OPEN = (os.environ[name] for name in ("FOLDER", "LOCKED", "OPEN"))
 COMMANDS = {

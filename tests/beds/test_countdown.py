@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdr_cli.starter import countdown
-from vdr_cli.starter.countdown import Problem, evaluate, is_solution
+from vdr_cli.beds import countdown
+from vdr_cli.beds.countdown import Problem, evaluate, is_solution
 
 NUMBERS = st.lists(st.integers(0, 9999), min_size=1, max_size=5)
 

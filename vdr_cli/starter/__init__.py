@@ -1,1 +1,0 @@
-"""The embedded default: task, tokenizer, small pretrained model."""
