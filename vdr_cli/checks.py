@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.config.load import computed_settings, validate
 from vdr_cli.config.paths import checked_path
-from vdr_cli.config.recipe import STARTER
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.sources import check_data
@@ -102,10 +102,10 @@ def check_resume(config: Config, resume: str | None) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Every name can be one of a function, files are there; only the starter's data bring a reward of their own."""
+    """Every name can be one of a function, files are there; only a bed's data bring a reward of their own."""
     for function in config.rewards.functions:
         check_name(function.name)
-    if not config.rewards.functions and config.data.name != STARTER:
+    if not config.rewards.functions and config.data.name not in BEDS:
         raise ConfigError(
             f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
             "give --reward a built-in, module:function or file.py:function"

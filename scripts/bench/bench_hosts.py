@@ -71,8 +71,8 @@ def received(wire: Path) -> dict[str, float]:
 
 def by_formula() -> dict[str, float]:
     """Bytes that one of two processes receives in a step."""
-    from vdr_cli.planning import resources as plan
     from vdr_cli.beds.registry import BEDS
+    from vdr_cli.planning import resources as plan
 
     shape = plan.shape_of(json.loads((Path(BEDS["starter"].model_path) / "config.json").read_text()))
     work = plan.Work(

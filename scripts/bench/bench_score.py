@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 from harness import parser_of, write_results
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.scoring.sources import WINDOW_ROWS
-from vdr_cli.starter import paths
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 def make_rows(path: Path, rows: int, tokens: int) -> None:
     generator = random.Random(0)
-    prompts = [row["prompt"] for row in paths.rows("train")]
+    prompts = [row["prompt"] for row in BEDS["starter"].rows("train")]
     with path.open("w", encoding="utf-8") as file:
         for index in range(rows):
             completion = "".join(generator.choices("0123456789+-*", k=tokens))

@@ -83,10 +83,10 @@ class Clock:
 def make_inputs(case: str, folder: Path) -> tuple[str, list[str]]:
     """Model path and prompt strings."""
     if case == "starter":
+        from vdr_cli.beds.registry import BEDS
         from vdr_cli.config import DataConfig
         from vdr_cli.data.prompts import load_prompts
         from vdr_cli.models.loading import load_tokenizer
-        from vdr_cli.beds.registry import BEDS
 
         found = load_prompts(DataConfig(), "train", load_tokenizer("starter"))
         return str(BEDS["starter"].model_path), [str(found[index].value) for index in range(512)]

@@ -145,8 +145,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    for name in ("learn_steps", "doubt_steps", "batch", "hidden", "layers"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="default: the bed's")
+    for name, default in vars(PRETRAINING["starter"]).items():
+        if isinstance(default, (int, float)):
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help="default: the bed's")
     arguments = parser.parse_args()
     bed, plan = BEDS[arguments.bed], PRETRAINING[arguments.bed]
     given = {name: value for name, value in vars(arguments).items() if hasattr(plan, name) and value is not None}

@@ -24,8 +24,8 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/build/config_reference.py from vdr_cli/config/sections/: change it there. -->
 
-A setting is a key in a section. It is given, the later over the earlier, by its default below, by the starter's recipe
-(when `model.name` is `starter`; `Config(...)` in Python follows it too), in a YAML file, with
+A setting is a key in a section. It is given, the later over the earlier, by its default below, by the recipe of a bed
+(when `model.name` is its name; `Config(...)` in Python follows it too), in a YAML file, with
 `--set section.key=value`, or with the flag that stands for it (`vdr train --help`):
 
 ```yaml

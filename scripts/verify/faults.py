@@ -652,8 +652,8 @@ ELSEWHERE = [
         (
             "the starter's recipe over the user's settings",
             "config/recipe.py",
-            "deep_merge(starter_recipe(), tree)",
-            "deep_merge(tree, starter_recipe())",
+            "deep_merge(bed_recipe(_model_name(tree)), tree)",
+            "deep_merge(tree, bed_recipe(_model_name(tree)))",
         ),
     ),
     *_of("tests/planning", ("tied heads counted twice", "planning/resources.py", "(1 if self.tied else 2)", "2")),

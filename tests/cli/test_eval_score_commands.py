@@ -23,7 +23,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"rollout": {"max_new_tokens": 16}})
+    monkeypatch.setattr(recipe, "bed_recipe", lambda model: {"rollout": {"max_new_tokens": 16}})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"train": {"steps": 7}})
+    monkeypatch.setattr(recipe, "bed_recipe", lambda model: {"train": {"steps": 7}})
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ from vdr_cli.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def _fixed_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "starter_recipe", lambda: {"train": {"steps": 77, "seed": 5}})
+    monkeypatch.setattr(
+        recipe, "bed_recipe", lambda model: {"train": {"steps": 77, "seed": 5}} if model == "starter" else {}
+    )
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.config import DataConfig
 from vdr_cli.data import sources
 from vdr_cli.data.files import check_column
@@ -105,10 +107,11 @@ def test_every_source_gives_the_same_prompts(source: Path, tokenizer, monkeypatc
 
 
 def test_starter_rows(monkeypatch, tokenizer):
-    monkeypatch.setattr(sources.starter_paths, "rows", lambda split: [{"prompt": split, "target": 3}])
+    small = replace(BEDS["starter"], rows=lambda split: [{"prompt": split, "target": 3}])
+    monkeypatch.setitem(sources.BEDS, "starter", small)
     assert load_prompts(DataConfig(), "train", tokenizer)[0].value == "train"
     assert load_prompts(DataConfig(), "eval", tokenizer)[0].value == "test"
-    with pytest.raises(ConfigError, match="the starter's splits are train, test"):
+    with pytest.raises(ConfigError, match="the splits of starter are train, test"):
         load_prompts(DataConfig(split="dev"), "train", tokenizer)
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from vdr_cli.models.loading import load_causal_lm
 from vdr_cli.beds.registry import BEDS
+from vdr_cli.models.loading import load_causal_lm
 
 pytestmark = pytest.mark.integration
 PROBE = torch.tensor([[3, 5, 7, 4, 9]])

@@ -20,7 +20,9 @@ def start_weights() -> dict[str, torch.Tensor]:
 
     from vdr_cli.beds.registry import BEDS
 
-    return {name: tensor.float() for name, tensor in load_file(BEDS["starter"].model_path / "model.safetensors").items()}
+    return {
+        name: tensor.float() for name, tensor in load_file(BEDS["starter"].model_path / "model.safetensors").items()
+    }
 
 
 def test_one_and_two_processes_give_the_same_update(train, read, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer
 from vdr_cli.models.paths import resolve_model_path
-from vdr_cli.beds.registry import BEDS
 
 SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

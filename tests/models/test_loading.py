@@ -11,9 +11,9 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_model_config, load_tokenizer
-from vdr_cli.beds.registry import BEDS
 
 WEIGHTS = "model.safetensors"
 

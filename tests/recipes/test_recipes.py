@@ -15,7 +15,7 @@ from vdr_cli.cli import app
 from vdr_cli.config import Config
 from vdr_cli.config.load import load_config
 from vdr_cli.config.messages import dotted_keys
-from vdr_cli.config.recipe import starter_recipe
+from vdr_cli.config.recipe import bed_recipe
 from vdr_cli.config.yaml_text import parse_document
 from vdr_cli.data.prompts import load_prompts
 from vdr_cli.rewards.base import check_columns
@@ -75,7 +75,7 @@ def test_an_editor_finds_the_schema_and_has_nothing_to_underline(name):
 
 def test_the_starters_recipe_says_what_the_starter_gets_anyway():
     written = yaml.safe_load(recipes.recipe_text("starter"))
-    for section, settings in starter_recipe().items():
+    for section, settings in bed_recipe("starter").items():
         assert settings.items() <= written[section].items()
 
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.config import ModelConfig
 from vdr_cli.errors import ConfigError
-from vdr_cli.beds.registry import BEDS
 
 Array = NDArray[np.float64]
 Ids = Sequence[int]
@@ -24,9 +24,9 @@ FORWARD_TOKENS = 2**15
 
 
 def place_of(name: str) -> str:
-    """Where a model's files lie: the starter's directory, a directory, a run's model/, else the hub id itself."""
-    if name == "starter":
-        return str(BEDS["starter"].model_path)
+    """Where a model's files lie: a bed's directory, a directory, a run's model/, else the hub id itself."""
+    if name in BEDS:
+        return str(BEDS[name].model_path)
     for candidate in (Path(name).expanduser(), Path(name).expanduser() / "model"):
         if (candidate / "config.json").is_file():
             return str(candidate)

@@ -1,4 +1,4 @@
-"""Countdown: the numbers of a problem are combined to reach its target. Three numbers in `starter`, four in `countdown4`.
+"""Countdown: combine the given numbers to reach the target. `starter` has three numbers, `countdown4` four.
 
 A problem is some numbers from 1 to 9 and a target from 0 to 99. An answer combines each number
 exactly once with + - *, without parentheses, under the usual precedence. Nothing here is drawn at

@@ -57,7 +57,7 @@ def route(text: str) -> str:
 
 
 def routes(completions: list[Any], streets: list[Any], start: list[str], goal: list[str], **_: Any) -> list[float]:
-    """Reward 1 for a completion that is a route of its problem, else 0. Columns: `streets` (`ab ac`), `start`, `goal`."""
+    """Reward 1 for a route of the problem, else 0. Columns: `streets` (such as `ab ac bd`), `start`, `goal`."""
     rows = zip(completions, streets, start, goal, strict=True)
     return [float(is_route(route(_text(completion)), _problem(*row))) for completion, *row in rows]
 

@@ -137,11 +137,11 @@ def _dtype(work: Work) -> str:
 
 
 def _config_json(name: str) -> dict[str, Any]:
+    from vdr_cli.beds.registry import BEDS
     from vdr_cli.config.paths import looks_like_path
     from vdr_cli.planning.resources import SIZES
-    from vdr_cli.beds.registry import BEDS
 
-    folder = Path(BEDS["starter"].model_path if name == "starter" else name).expanduser()
+    folder = Path(BEDS[name].model_path if name in BEDS else name).expanduser()
     for path in (folder / "config.json", folder / "model" / "config.json"):
         if path.is_file():
             return dict(json.loads(path.read_text()))

@@ -7,14 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-STARTER = "starter"
+from vdr_cli.beds.registry import BEDS, DEFAULT
+
 Tree = dict[str, Any]
 
 
 def on_recipe(given: Mapping[str, Any]) -> Tree:
-    """The sections given, over the starter's recipe when the model is the starter."""
+    """The sections given, over the recipe of the bed whose model it is."""
     tree = {key: _as_tree(value) for key, value in given.items()}
-    return deep_merge(starter_recipe(), tree) if _model_name(tree) == STARTER else tree
+    return deep_merge(bed_recipe(_model_name(tree)), tree)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -27,11 +28,10 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def starter_recipe() -> Tree:
-    """The settings that suit the embedded starter, under everything the user gives."""
-    from vdr_cli.starter import paths
-
-    return paths.recipe()
+def bed_recipe(model: Any) -> Tree:
+    """The settings that suit an embedded model, under everything the user gives; none for another model."""
+    bed = BEDS.get(model) if isinstance(model, str) else None
+    return bed.recipe() if bed else {}
 
 
 def _as_tree(value: Any) -> Any:
@@ -41,4 +41,4 @@ def _as_tree(value: Any) -> Any:
 
 def _model_name(tree: Tree) -> Any:
     section = tree.get("model", {})
-    return section.get("name", STARTER) if isinstance(section, dict) else None
+    return section.get("name", DEFAULT) if isinstance(section, dict) else None

@@ -1,4 +1,4 @@
-"""Where rows come from: the embedded task, a local file or directory, or the hub."""
+"""Where rows come from: a bed, a local file or directory, or the hub."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from vdr_cli.beds.registry import BEDS, SPLITS
 from vdr_cli.config import DataConfig
 from vdr_cli.config.paths import checked_path, looks_like_path
 from vdr_cli.data.compression import ENDINGS, data_suffix
 from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
-from vdr_cli.starter import paths as starter_paths
 
 Role = Literal["train", "eval"]
-
-STARTER = "starter"
-STARTER_SPLITS = ("train", "test")
 
 
 def check_data(name: str, key: str, column: str | None = None) -> None:
@@ -30,10 +27,10 @@ def check_data(name: str, key: str, column: str | None = None) -> None:
     column: of a file, must be there too.
     """
     path = checked_path(name, key)
-    if name == STARTER or not (looks_like_path(name) or data_suffix(path) in SUFFIXES):
+    if name in BEDS or not (looks_like_path(name) or data_suffix(path) in SUFFIXES):
         return
     if not path.exists():
-        raise ConfigError(f"{key} {name}: no such file or directory; give `starter`, a local file or a hub id")
+        raise ConfigError(f"{key} {name}: no such file or directory; give {', '.join(BEDS)}, a local file or a hub id")
     if not (path.is_file() or path.is_dir()):
         raise ConfigError(f"{key} {name}: neither a file nor a directory; save the data in a file and name it")
     if path.is_file() and data_suffix(path) not in SUFFIXES:
@@ -57,8 +54,8 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     split_key = "data.split" if role == "train" else "data.eval_split"
     check_data(name, "data.eval_name" if own_place else "data.name")
     path = Path(name)
-    if name == STARTER:
-        table = _starter(split, split_key)
+    if name in BEDS:
+        table = _bed(name, split, split_key)
     elif path.is_file():
         _check_whole_file(name, split, split_key, role, own_place)
         table = read_file(path)
@@ -71,11 +68,11 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     return table
 
 
-def _starter(split: str, split_key: str) -> Table:
-    if split not in STARTER_SPLITS:
-        raise ConfigError(f"{split_key} {split}: the starter's splits are {', '.join(STARTER_SPLITS)}")
-    rows: list[Row] = starter_paths.rows(split)
-    return Table(f"starter[{split}]", rows, tuple(rows[0]) if rows else ())
+def _bed(name: str, split: str, split_key: str) -> Table:
+    if split not in SPLITS:
+        raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(SPLITS)}")
+    rows: list[Row] = BEDS[name].rows(split)
+    return Table(f"{name}[{split}]", rows, tuple(rows[0]) if rows else ())
 
 
 def _check_whole_file(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:

@@ -1,4 +1,4 @@
-"""Names to weights and tokenizers: `starter`, a run directory, a local path or a hub id."""
+"""Names to weights and tokenizers: a bed, a run directory, a local path or a hub id."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model that a user names lies: `starter`, a directory, a run, an adapter or a hub id. Imports no torch."""
+"""Where a model that a user names lies: a bed, a directory, a run, an adapter or a hub id. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.config.paths import checked_path, looks_like_path
 from vdr_cli.errors import ConfigError
-from vdr_cli.starter import paths as starter_paths
 
-STARTER = "starter"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def resolve_model_path(name: str, key: str = "model") -> str:
     """The directory with the model's config.json and weights, or the hub id unchanged.
 
-    That is the starter's directory, a local one, a run's model/, or the base model of an adapter. key: what the user
+    That is a bed's directory, a local one, a run's model/, or the base model of an adapter. key: what the user
     gave the name as. Raises ConfigError when the name looks like a path and no model is there.
     """
-    if name == STARTER:
-        return str(starter_paths.model_path())
+    if name in BEDS:
+        return str(BEDS[name].model_path)
     path = checked_path(name, key)
     if (adapter := adapter_directory(name)) is not None:
         return _base_of(adapter, key)
@@ -35,7 +34,7 @@ def resolve_model_path(name: str, key: str = "model") -> str:
         )
     if path.exists() or looks_like_path(name):
         raise ConfigError(
-            f"{key} {name}: no such directory; give `starter`, a local directory or a hub id (owner/name)"
+            f"{key} {name}: no such directory; give {', '.join(BEDS)}, a local directory or a hub id (owner/name)"
         )
     return name
 

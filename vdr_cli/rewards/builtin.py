@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from vdr_cli.beds.countdown import countdown
+from vdr_cli.beds.routes import routes
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import completion_text
-from vdr_cli.beds.countdown import countdown
 
 
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
@@ -55,6 +56,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "exact_match": exact_match,
     "length": length,
     "math_verify": math_verify,
+    "routes": routes,
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.config import RewardsConfig
 from vdr_cli.config.paths import path_text
 from vdr_cli.errors import ConfigError
@@ -25,18 +26,16 @@ from vdr_cli.rewards.user_files import make_importable, module_name
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
 
-OF_DATA = {"starter": "countdown"}  # datasets that bring a reward
-
 
 def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
     """The functions of the configuration in its order; the data's own when it names none."""
-    if not cfg.functions and data_name not in OF_DATA:
+    if not cfg.functions and data_name not in BEDS:
         raise ConfigError(
             f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
             f"({', '.join(BUILT_IN)}), module:function or file.py:function"
         )
     watch_signals()
-    given = [(entry.name, entry.weight) for entry in cfg.functions] or [(OF_DATA[data_name], 1.0)]
+    given = [(entry.name, entry.weight) for entry in cfg.functions] or [(BEDS[data_name].reward, 1.0)]
     loaded: list[LoadedReward] = []
     for name, weight in given:
         loaded.append(_named(name, weight, [reward.name for reward in loaded]))

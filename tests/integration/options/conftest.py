@@ -99,7 +99,9 @@ class Left:
 
         from vdr_cli.beds.registry import BEDS
 
-        return {name: tensor.float() for name, tensor in load_file(BEDS["starter"].model_path / "model.safetensors").items()}
+        return {
+            name: tensor.float() for name, tensor in load_file(BEDS["starter"].model_path / "model.safetensors").items()
+        }
 
     @staticmethod
     def distance(a: Tensor, b: Tensor) -> float:

@@ -148,7 +148,7 @@ CHOSEN = os.environ.get("VDR_AUDIT_RUNS", "").split(",") if os.environ.get("VDR_
 def prepare(folder: Path) -> None:
     """A reward file, a data set shorter than two steps, and the starter with a second end token."""
     (folder / "mine.py").write_text(REWARDS)
-    lines = [json.dumps(row) for row in rows("train")[:7]]
+    lines = [json.dumps(row) for row in BEDS["starter"].rows("train")[:7]]
     (folder / "seven.jsonl").write_text("\n".join(lines) + "\n")
     shutil.copytree(BEDS["starter"].model_path, folder / "ends")
     generation = json.loads((folder / "ends" / "generation_config.json").read_text())

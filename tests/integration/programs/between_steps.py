@@ -3,8 +3,8 @@
 import os
 import signal
 
-from vdr_cli.engine.engine import Engine
 from vdr_cli.beds.countdown import countdown  # noqa: F401  the reward
+from vdr_cli.engine.engine import Engine
 
 
 def killed_before(number, step=Engine.step):

@@ -23,7 +23,7 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name: PathText = "starter"
-    """`starter` (embedded), a local directory in Hugging Face format, or a hub id."""
+    """An embedded bed (`starter`, `countdown4`, `routes`), a local directory in Hugging Face format, or a hub id."""
     revision: str | None = None
     """Hub branch, tag or commit; None: the default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -38,7 +38,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: PathText = "starter"
-    """`starter` (embedded Countdown), a hub id, a JSONL/CSV/Parquet file, or a directory `datasets` can load."""
+    """An embedded bed (`starter`, `countdown4`, `routes`), a hub id, a JSONL/CSV/Parquet file, or a directory that
+    `datasets` can load."""
     split: str = "train"
     """Split of the training prompts."""
     subset: str | None = None

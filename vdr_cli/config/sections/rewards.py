@@ -18,7 +18,7 @@ class RewardFunction(Section):
 
 class RewardsConfig(Section):
     functions: list[RewardFunction] = []
-    """Reward functions; each gets every column of the data by name. Empty: the starter uses `countdown`; other data
+    """Reward functions; each gets every column of the data by name. Empty: a bed uses its own; other data
     must name a function."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
     """Seconds one call of one function may take before the run stops and names it."""
