@@ -20,9 +20,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("bench", "build")]
 
-from constraints import direct_requirements
-from harness import ROOT, parser_of, write_results
-from packaging.requirements import Requirement
+from constraints import direct_requirements  # noqa: E402
+from harness import ROOT, parser_of, write_results  # noqa: E402
+from packaging.requirements import Requirement  # noqa: E402
 
 SHOWN = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "typer", "pydantic", "numpy")
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "jsonschema", "scikit-learn", "packaging")
