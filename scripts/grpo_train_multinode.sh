@@ -4,7 +4,7 @@
 #   scripts/grpo_train_multinode.sh --hostfile hosts --output /shared/runs/multi [vdr train flags]
 #   salloc --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 scripts/grpo_train_multinode.sh --output /shared/runs/multi
 #
-# Hostfile: one line a host, `name slots=GPUS`; this machine must reach every host over ssh without a password.
+# Hostfile: one line per host, `name slots=GPUS`; this machine must reach every host over ssh without a password.
 set -euo pipefail
 
 vdr="$(dirname "$0")/../.venv/bin/vdr"

@@ -55,13 +55,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that is no rank and has one thread."""
+    """The environment of a process that is no rank and has one thread."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
 
 
 def ranks_environments(ranks: int) -> list[dict[str, str]]:
-    """Of each rank, as a launcher sets it."""
+    """The environment of each rank, as a launcher sets it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

@@ -15,7 +15,7 @@ from pathlib import Path
 from harness import in_own_process, medians, parser_of, write_results
 
 STEPS = 4
-"""Of a run; the first one warms up."""
+"""Steps of a run; the first one warms up."""
 
 
 def one_run(bonus: bool) -> dict[str, float]:

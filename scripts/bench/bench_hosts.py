@@ -94,7 +94,7 @@ def main() -> None:
     shared += [word for word in arguments.flags if word != "--"]
     wire = arguments.output / "wire.jsonl"
     places: dict[str, dict[str, float]] = {}
-    print("| where | tokens/s | s a step | update, s |\n|---|---|---|---|", flush=True)
+    print("| where | tokens/s | s per step | update, s |\n|---|---|---|---|", flush=True)
     for number, (name, place) in enumerate(PLACES.items()):
         command = [sys.executable, "-m", "vdr_cli", *TRAIN, *shared, *place]
         wire.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Completions, Sampling, Stream, completion_key
 
 REFERENCE_MEMBERS = 128
-"""Of the reference: its own noise is then a quarter of an 8-member ensemble's."""
+"""Members of the reference: its own noise is then a quarter of an 8-member ensemble's."""
 
 DRAWS = 3
 """Ensembles that a variant is averaged over: eight masks rank completions better or worse by chance."""
@@ -51,7 +51,7 @@ def sampled(name: str, groups: int, group_size: int, length: int) -> tuple[nn.Mo
 
 
 SHARES = {"half": 0.5, "a quarter": 0.25}
-"""Of the positions; their cost is that of all of them but for the LM head's part."""
+"""Shares of the positions; their cost is that of all of them but for the LM head's part."""
 
 
 def variants(layers: int, members: int) -> dict[str, tuple[EnsembleSpec, float]]:

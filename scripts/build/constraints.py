@@ -61,7 +61,7 @@ def direct_requirements() -> list[Requirement]:
 
 
 def applies(requirement: Requirement, extras: set[str]) -> bool:
-    """Whether the requirement's marker holds here, with one of the extras or with none."""
+    """True if the requirement's marker holds here, with one of the extras or with none."""
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 

@@ -16,7 +16,7 @@ SHAPES = [{"causal_lm.a": A.shape}, {"causal_lm.b": B.shape}]
 
 
 class Foreign:
-    """Of a module that the reader must not import."""
+    """A class of a module that the reader must not import."""
 
     def __init__(self, name: str) -> None:
         self.name = name

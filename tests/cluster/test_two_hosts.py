@@ -151,7 +151,7 @@ def test_eval_over_two_hosts_is_eval(hosts: Path, forked, tmp_path: Path) -> Non
 
 
 def ranks_of(run: Path) -> list[psutil.Process]:
-    """Of a run over hosts, on all of them: namespaces hide no process."""
+    """The ranks of a run on all hosts: namespaces hide no process."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):

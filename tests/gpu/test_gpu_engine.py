@@ -34,7 +34,7 @@ CLOCKED = ("time/", "step_time", "tokens_per_second", "mfu/")
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Of a process on this device, on no rank yet."""
+    """The environment of a process on this device that is no rank."""
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # on a machine with a GPU the CPU's processes must not see it
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device.type == "cpu" else {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_a_budget_of_tokens_ends_the_run_also_in_two_pieces(train, read, tmp_path: Path) -> None:
-    """20 completions of at most 7 tokens a step. The last step's completions are saved, token by token."""
+    """20 completions of at most 7 tokens per step. The last step's completions are saved, token by token."""
     settings = {
         "train.steps": 99,
         "train.max_sampled_tokens": 400,

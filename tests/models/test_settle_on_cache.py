@@ -1,4 +1,4 @@
-"""Whether the hub answers is asked once, and only where that is allowed."""
+"""The hub is asked once whether it answers, and only where that is allowed."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from vdr_cli.errors import DataError
 
 PREFIX = "causal_lm."
-"""Of every parameter's name in a checkpoint: the engine wraps the model once more."""
+"""Prefix of every parameter's name in a checkpoint: the engine wraps the model once more."""
 
 Named = dict[str, Tensor]
 

@@ -47,7 +47,7 @@ class Record:
         return found
 
     def has(self, name: str) -> bool:
-        """Whether every row has this column."""
+        """True if every row has this column."""
         return name in self.columns and all(value is not None for value in self.columns[name])
 
     @cached_property

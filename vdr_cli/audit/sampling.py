@@ -45,9 +45,9 @@ class Draw:
     """How one token was drawn."""
 
     logp: float
-    """Of the token in the filtered distribution; -inf: it was left out."""
+    """Log-probability of the token in the filtered distribution; -inf: it was filtered out."""
     distance: float
-    """From the uniform to the token's interval of the cumulative distribution; 0: inside."""
+    """Distance from the uniform to the token's interval of the cumulative distribution; 0: inside."""
 
 
 def draw(scores: Array, token: int, uniform: float) -> Draw:

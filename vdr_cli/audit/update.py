@@ -41,10 +41,10 @@ class Outcome:
     counts: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     norm: float = 0.0
-    """Of the last step's gradient, before clipping."""
+    """Norm of the last step's gradient, before clipping."""
     norms: list[float] = field(default_factory=list)
     denominators: list[losses.Denominators] = field(default_factory=list)
-    """Of each step."""
+    """One entry per step."""
 
     def add(self, name: str, values: Tensor) -> None:
         """Count these values into a mean."""

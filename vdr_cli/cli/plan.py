@@ -1,4 +1,4 @@
-"""`vdr plan`: memory a GPU and bytes over the network a step, before anything is rented."""
+"""`vdr plan`: memory per GPU and bytes over the network per step, before anything is rented."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
     print(f"{name}: {shape.parameters:,} parameters, {work.gpus} GPUs, ZeRO stage {work.stage}, {_dtype(work)}")
     print(
         f"a step: {work.prompts_per_step} prompts of {work.prompt_tokens} tokens x {work.group_size} completions of "
-        f"{work.new_tokens}; {work.micro_batches} micro-batches a GPU"
+        f"{work.new_tokens}; {work.micro_batches} micro-batches per GPU"
     )
     if work.stage >= 3:
         held = "one decoder layer at a time" if work.by_layers else "a full copy of the weights"
@@ -114,8 +114,8 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
     moved = traffic(shape, work)
     console.print(_table("Network, received by a GPU each step", moved, 1e9, "GB"))
     seconds = sum(moved.values()) * 8 / (bandwidth * 1e9)
-    print(f"peak: {peak_memory(shape, work) / GIB:.1f} GiB a GPU")
-    print(f"network: {seconds:.1f} s a step at {bandwidth:g} Gbit/s a GPU, when nothing overlaps")
+    print(f"peak: {peak_memory(shape, work) / GIB:.1f} GiB per GPU")
+    print(f"network: {seconds:.1f} s per step at {bandwidth:g} Gbit/s per GPU, when nothing overlaps")
     if gpu_memory is not None:
         fits = peak_memory(shape, work) <= FITS * gpu_memory * GIB
         print(f"{'fits' if fits else 'does not fit'} in {gpu_memory:g} GiB with a tenth left free")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """True in the process that prints and writes."""
     return os.environ.get("RANK", "0") == "0"
 
 

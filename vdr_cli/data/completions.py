@@ -1,4 +1,4 @@
-"""Saved completions: completions/step_000010.parquet, a row a completion. `vdr score` reads these files directly.
+"""Saved completions: completions/step_000010.parquet, a row per completion. `vdr score` reads these files directly.
 
 Columns: step, row (dataset row), group (of the step), prompt, completion, prompt_ids, completion_ids, reward,
 rewards/<name>, bonus, advantage, truncated, the measures (bald, ...), and what the caller adds.

@@ -14,7 +14,7 @@ ROUNDS = 16
 """Collectives begun at once: enough for each of gloo's threads to find one."""
 
 GLOO_THREADS = 2
-"""Of a process group, as torch makes it."""
+"""Threads that torch gives a process group."""
 
 COPY_SECONDS = 1.0
 """Seconds that a thread is held for the others, in case there are none."""

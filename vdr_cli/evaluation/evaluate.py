@@ -148,7 +148,7 @@ class EvalResult:
         ]
 
     def samples(self) -> dict[str, list[Any]]:
-        """A row a completion, as columns."""
+        """A row per completion, as columns."""
         n = self.solved.shape[1]
         columns: dict[str, list[Any]] = {
             "model": [self.model] * self.solved.size,

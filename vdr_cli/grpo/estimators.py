@@ -69,7 +69,7 @@ def _best_of_k(rewards: Tensor, k: int) -> Tensor:
 
 @functools.cache
 def _chances(n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Of n rewards in ascending order: (n,) the chance that each is the best of k; (n, n) the same given that i is in.
+    """For n rewards in ascending order: (n,) the chance that each is the best of k; (n, n) the same given that i is in.
 
     Exact in integers before the division.
     """

@@ -186,7 +186,7 @@ def travelling(environ: Mapping[str, str], env: Mapping[str, str]) -> dict[str, 
 
 
 def environment_file_text(variables: Mapping[str, str]) -> str:
-    """DeepSpeed's format: NAME=value a line, no blank lines, no comments (either one crashes its reader)."""
+    """DeepSpeed's format: one NAME=value per line, no blank lines, no comments (either one crashes its reader)."""
     return "".join(f"{name}={value}\n" for name, value in variables.items())
 
 

@@ -30,7 +30,7 @@ def read_hostfile(path: str) -> Hosts:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
     except FileNotFoundError:
-        raise ConfigError(f"launch.hostfile {path}: no such file; give one line a host, `name slots=N`") from None
+        raise ConfigError(f"launch.hostfile {path}: no such file; give one line per host, `name slots=N`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"launch.hostfile {path}: cannot be read: {error}") from None
     return parse_hostfile(text, path)
@@ -57,11 +57,11 @@ def parse_hostfile(text: str, source: str) -> Hosts:
         if slots == 0:
             raise ConfigError(f"{where}: {name} has 0 slots; give at least 1 or remove the line")
         if name.lower() in first_line:
-            raise ConfigError(f"{where}: {name} is already in line {first_line[name.lower()]}; write one line a host")
+            raise ConfigError(f"{where}: {name} is already in line {first_line[name.lower()]}; write one line per host")
         hosts[name] = list(range(slots))
         first_line[name.lower()] = number
     if not hosts:
-        raise ConfigError(f"{source}: names no host; write one line a host, `name slots=N`")
+        raise ConfigError(f"{source}: names no host; write one line per host, `name slots=N`")
     return hosts
 
 

@@ -1,4 +1,4 @@
-"""What a run needs: memory a GPU and bytes over the network a step, by formula. Pure arithmetic, no torch.
+"""What a run needs: memory per GPU and bytes over the network per step, by formula. Pure arithmetic, no torch.
 
 The formulas follow the code (engine/gathered.py, engine/build.py, models/policy.py) and are held against
 measurements by scripts/verify/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
@@ -107,7 +107,7 @@ class Work:
 
     @property
     def micro_batches(self) -> int:
-        """Of one optimizer step."""
+        """Per rank and optimizer step."""
         groups = -(-self.groups_per_rank // self.minibatches)
         return -(-groups * self.group_size // self.micro_batch_size)
 

@@ -76,7 +76,7 @@ class VllmRollout(Rollout):
         ]
         self.server: VllmServer | None = None
         self.names: list[str] = []
-        """Of the served model, by server."""
+        """The served model's name, by server."""
         self.pushed: int | None = None
         self.broadcast: Broadcast | None = None
         self.noise: float | None = None

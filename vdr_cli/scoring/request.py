@@ -60,7 +60,7 @@ class ScoreRequest:
     seed: int = 0
     fields: Fields = Fields()
     tokens: bool = False
-    """Also write arrays with one value a token."""
+    """Also write arrays with one value per token."""
     max_tokens: int | None = None
     """Longer completions are scored on their first tokens; None: no limit."""
     append_eos: bool = False

@@ -14,7 +14,7 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> NDArray[np.float64]:
     """
     drawn, solved = np.broadcast_arrays(np.asarray(n, np.float64), np.asarray(c, np.float64))
     if k < 1 or (drawn.size and k > drawn.min()):
-        raise ValueError(f"pass@{k} needs 1 <= k <= completions a prompt ({drawn.min() if drawn.size else 0:.0f})")
+        raise ValueError(f"pass@{k} needs 1 <= k <= completions per prompt ({drawn.min() if drawn.size else 0:.0f})")
     if (solved < 0).any() or (solved > drawn).any():
         raise ValueError("solved counts must lie between 0 and n")
     all_fail = np.ones(drawn.shape)

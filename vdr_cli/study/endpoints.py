@@ -1,6 +1,6 @@
 """The numbers that a study compares, from what each run left: counts a prompt, and its metrics. Pure.
 
-A number of a run is an array (P,), one value a prompt, whose mean is the run's; or a single number.
+A number of a run is an array (P,), one value per prompt, whose mean is the run's; or a single number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOWER_IS_BETTER = ("first_success",)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run left. The arrays have one value a prompt, (P,)."""
+    """What one run left. The arrays have one value per prompt, (P,)."""
 
     samples: int
     """Completions per prompt."""
@@ -70,7 +70,7 @@ def described(name: str, samples: int) -> str:
 
 
 def value_of(name: str, run: Measured, start: Measured | None) -> Array | float:
-    """The number of this run: one value a prompt, (P,), or one for all. NaN where the start was not measured."""
+    """The number of this run: one value per prompt, (P,), or one for all. NaN where the start was not measured."""
     if found := PASS.fullmatch(name):
         return pass_at_k(run.samples, run.solved, int(found[1]))
     if name == "area":

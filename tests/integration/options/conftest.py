@@ -78,7 +78,7 @@ class Left:
         return torch.cat([(after[name].double() - start[name].double()).flatten() for name in start])
 
     def gradient(self, run: str) -> Tensor:
-        """Of the first step, over all ranks and before clipping, in one vector."""
+        """The first step's gradient, over all ranks and before clipping, in one vector."""
         gradient = self.probes(run, ranks=1)[0]["gradient"]
         return torch.cat([gradient[name].double().flatten() for name in sorted(gradient)])
 

@@ -101,7 +101,7 @@ def test_kl_of_the_unchanged_policy_is_zero_with_gradient_checkpointing_too(left
 @pytest.mark.runs("{loss}_{how}", "{loss}_two")
 @pytest.mark.parametrize(("loss", "how"), [*SAME_UPDATE, *[(loss, "alone") for loss in LOSSES]])
 def test_the_update_is_the_same_however_it_is_computed(left: Left, loss: str, how: str) -> None:
-    """Of two optimizer steps on one rollout; one rank has 12 rows, the other 8, of unequal lengths."""
+    """Two optimizer steps on one rollout; one rank has 12 rows, the other 8, of unequal lengths."""
     ours, plain = f"{loss}_{how}", f"{loss}_two"
     assert left.distance(left.gradient(ours), left.gradient(plain)) <= 1e-5
     assert left.distance(left.update(ours), left.update(plain)) <= 1e-5

@@ -172,7 +172,7 @@ def be_rank(rank: int, ranks: int, port: int, runs: list[dict[str, Any]]) -> NoR
 
 
 def do(ranks: int, runs: list[dict[str, Any]]) -> bool:
-    """Whether every rank came to its end. The first that does not ends the others."""
+    """True if every rank came to its end. The first that does not ends the others."""
     port = free_port()
     children = set()
     for rank in range(ranks):
