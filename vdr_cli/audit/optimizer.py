@@ -14,7 +14,7 @@ CLIP_EPSILON = 1e-6
 
 
 def learning_rate(step: int, peak: float, warmup: int, schedule: str, steps: int) -> float:
-    """The rate at a step, from 0: (step + 1)/warmup of the peak while warming up, then constant, linear or cosine to 0."""
+    """The rate at a step, from 0: (step + 1)/warmup of the peak at first, then constant, linear or cosine to 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     gone = (step - warmup) / max(steps - warmup, 1)
