@@ -7,13 +7,14 @@ training/ holds what surrounds it: opening and resuming a run, its state, metric
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vdr_cli.config import Config
+from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.engine import collectives
 from vdr_cli.engine.optimizer import learning_rate_at
 from vdr_cli.exploration import bonus as bonuses
@@ -69,10 +70,11 @@ def train(config: Config, resume: str | None = None) -> int:
             before = state.step
             with res.timer.phase("step"):
                 batch, advantages = collect(res, state)
-                updates = update(res, batch, advantages, state.step)
+                updates = update(res, state, batch, advantages)
             metrics = step_metrics(res, batch, advantages, updates)
             audit_record.save(res, state, log, batch, advantages, updates)
             state.end_step(len(updates.refused), tokens=int(metrics["step_tokens"]), seconds=metrics["step_time"])
+            follow_entropy(state, config.grpo, metrics)
             due = res.due(before, state.step, state.is_over(config.train))
             if due.reference:
                 res.synchronise_reference()
@@ -299,7 +301,7 @@ def step_moments(values: Tensor) -> grpo_advantages.Moments:
     return grpo_advantages.Moments(*collectives.all_reduce_sum([own.count, own.total, own.squares]))
 
 
-def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: int) -> Updates:
+def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: Advantages) -> Updates:
     """Optimizer steps on one rollout: num_iterations passes over its minibatches, a step each. Collective.
 
     The ratio's denominator is the policy that sampled: `old_logps` is read before the first update. With one minibatch
@@ -307,10 +309,12 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
     """
     cfg, engine = res.config, res.engine
     settings = LossSettings(**cfg.loss_settings)
-    updates = Updates()
+    if cfg.grpo.entropy_target is not None:
+        settings = replace(settings, entropy_weight=state.entropy.weight(cfg.grpo.entropy_target))
+    updates = Updates(entropy_weight=settings.entropy_weight)
     with res.timer.phase("update"):
         for rows in own_minibatches(res) * cfg.grpo.num_iterations:
-            now = step + len(updates.refused)
+            now = state.step + len(updates.refused)
             totals, micro_batches = minibatch(res, batch, advantages, rows, now)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
@@ -321,6 +325,13 @@ def update(res: Resources, batch: RewardedGroups, advantages: Advantages, step: 
             updates.learning_rate = learning_rate_at(now, cfg.train)
             updates.end_step(totals, engine.step(updates.learning_rate))
     return updates
+
+
+def follow_entropy(state: LoopState, cfg: GrpoConfig, metrics: dict[str, float]) -> None:
+    """Adapt the weight of the entropy bonus to the entropy of the rollout that has just been trained on."""
+    if cfg.entropy_target is not None:
+        entropy = metrics.get("entropy", math.nan)
+        state.entropy.follow(entropy, cfg.entropy_target, cfg.entropy_delta, cfg.entropy_max)
 
 
 def minibatch(

@@ -425,6 +425,7 @@ def test_kl_in_the_reward(kind: str, dtype: torch.dtype, tolerance: float) -> No
         ({"loss": "cispo", "delta": 2.0}, "delta"),
         ({"loss": "sapo", "delta": 2.0}, "delta"),
         ({"loss": "kl_cov", "minibatches": 2, "delta": 2.0}, "delta"),
+        ({"entropy_target": 0.2, "entropy_weight": 0.1}, "remove one of them"),
         ({"loss": "kl_cov"}, "no effect with one update per rollout"),
         ({"loss": "clip_cov", "clip_cov_low": 2.0, "clip_cov_high": 2.0}, "clip_cov_low 2 is not below"),
         ({"delta": 1.2}, "above 1"),

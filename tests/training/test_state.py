@@ -52,10 +52,12 @@ def test_a_restored_state_is_the_one_after_the_last_whole_step() -> None:
     state = LoopState(step=3, drawn=24, tokens=99, best=0.5, best_step=2)
     state.rms.update(8.0, 2.0)
     state.end_step(1, tokens=1)
+    state.entropy.follow(0.1, 0.2, 1e-4, 5e-3)
     whole = state.rms.state_dict()
     state.rms.update(100.0, 1.0)  # in a step that is abandoned
     state.take([4], 0)
     found = LoopState.restored(state.saved())
+    assert found.entropy == state.entropy and found.entropy.weight(0.2) == 1e-4
     assert found.rms.state_dict() == whole and found.saved() == state.saved() and found.drawn_in_step == 0
 
 

@@ -66,6 +66,8 @@ def audit_step(
     def logged() -> list[Line]:
         saved = run.completions(record.step + stride)
         lines = metrics.audit(judge, record, cfg, on_file, of_update)
+        entropy = run.metrics.get(record.step, {}).get("entropy")
+        lines += metrics.audit_entropy_control(judge, record, cfg, before, entropy)
         return lines + metrics.audit_completions(judge, record, cfg, saved)
 
     sections: dict[str, Callable[[], list[Line]]] = {

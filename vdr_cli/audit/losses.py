@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,21 @@ def covariant_tokens(
         special = order[: max(math.floor(cfg.clip_cov_share * count), 1)]
     found = set(special)
     return [index in found for index in range(count)]
+
+
+def entropy_coefficient(state: dict[str, Any], cfg: GrpoConfig) -> float:
+    """Weight of the entropy bonus with entropy_target, from a record's state: 0 above the target."""
+    control, target = state.get("entropy") or {}, cfg.entropy_target
+    if target is None or control.get("entropy") is None or control["entropy"] > target:
+        return 0.0
+    return float(control["coefficient"])
+
+
+def next_coefficient(coefficient: float, entropy: float, cfg: GrpoConfig) -> float:
+    """The coefficient after a rollout of this entropy: one step up below the target, one down above it."""
+    assert cfg.entropy_target is not None
+    moved = coefficient + (cfg.entropy_delta if entropy < cfg.entropy_target else -cfg.entropy_delta)
+    return max(0.0, min(moved, cfg.entropy_max))
 
 
 def selection_threshold(entropies: Sequence[float], share: float) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
-from vdr_cli.audit import bonus, optimizer, rewards
+from vdr_cli.audit import bonus, losses, optimizer, rewards
 from vdr_cli.audit.files import Record
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.config import Config
@@ -38,6 +40,21 @@ def audit(
     return lines + [Line(judge.step, name, None, ours[name], within=False, note="not on file") for name in missing]
 
 
+def audit_entropy_control(
+    judge: Judge, record: Record, cfg: Config, before: Record | None, entropy: float | None
+) -> list[Line]:
+    """The adaptive coefficient as the rollout found it; before: the rollout before, entropy: what it logged."""
+    if cfg.grpo.entropy_target is None:
+        return []
+    theirs = record.state["entropy"]["coefficient"]
+    if record.step == 0:
+        return [judge.compare("entropy coefficient", theirs, 0.0, "mean")]
+    if before is None or entropy is None or math.isnan(entropy):
+        return [judge.skipped("entropy coefficient", "no record of the rollout before")]
+    ours = losses.next_coefficient(before.state["entropy"]["coefficient"], entropy, cfg.grpo)
+    return [judge.compare("entropy coefficient", theirs, ours, "mean")]
+
+
 def _kind(name: str) -> str:
     return next((kind for start, kind in KINDS.items() if name.startswith(start)), "mean")
 
@@ -58,6 +75,8 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
             cfg.train.steps,
         ),
     }
+    if cfg.grpo.entropy_target is not None:
+        found["entropy_coef"] = losses.entropy_coefficient(record.state, cfg.grpo)
     for index, name in enumerate(names):
         found[f"rewards/{name}/mean"] = _mean(record.rewards[:, index])
         found[f"rewards/{name}/std"] = _mean(_known_std(record.rewards[:, index], G))

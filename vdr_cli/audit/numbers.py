@@ -189,6 +189,7 @@ def _given(record: Record, cfg: Config) -> update.Given:
         trained_tokens(record, cfg),
         record.tokens("sampler_logps"),
         record.tokens("logps"),
+        losses.entropy_coefficient(record.state, cfg.grpo),
         record.tokens("ref_logps") if cfg.grpo.beta else None,
         record.tokens("selected") > 0 if cfg.grpo.top_entropy_quantile < 1.0 else None,
     )

@@ -28,6 +28,8 @@ class Given:
     sampler_logps: Array
     logps: Array
     """On file, before the first update."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus with entropy_target."""
     ref_logps: Array | None = None
     selected: Flags | None = None
 
@@ -69,10 +71,17 @@ class Outcome:
         }
 
 
-def settings_of(cfg: Config) -> GrpoConfig:
-    """`grpo` with the cap that completions of older weights bring (docs/rollout.md)."""
-    capped = cfg.grpo.importance_cap is None and cfg.rollout.ahead
-    return cfg.grpo.model_copy(update={"importance_cap": 2.0}) if capped else cfg.grpo
+def settings_of(cfg: Config, entropy_coefficient: float) -> GrpoConfig:
+    """`grpo` with what follows from elsewhere.
+
+    Completions of older weights bring a cap (docs/rollout.md), entropy_target a weight of the entropy (docs/losses.md).
+    """
+    changed: dict[str, float] = {}
+    if cfg.grpo.importance_cap is None and cfg.rollout.ahead:
+        changed["importance_cap"] = 2.0
+    if cfg.grpo.entropy_target is not None:
+        changed["entropy_weight"] = entropy_coefficient
+    return cfg.grpo.model_copy(update=changed)
 
 
 def make(
@@ -142,7 +151,7 @@ def _backward(
     outcome: Outcome,
 ) -> None:
     """The gradient of one optimizer step on the chosen rows. old_logps: (B, T) before the rollout's first update."""
-    settings = settings_of(cfg)
+    settings = settings_of(cfg, given.entropy_coefficient)
     totals = losses.Denominators(len(chosen), int(given.trained[chosen].sum()))
     outcome.denominators.append(totals)
     for rows in model.alike(given.prompts, given.completions, chosen):

@@ -93,6 +93,7 @@ def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
         "dataset_rows": len(res.prompts),
         "rms": state.finished_rms,
         "rms_after": state.rms.state_dict(),
+        "entropy": state.entropy.state_dict(),
         "members": None if res.ensemble is None else asdict(res.ensemble.spec),
         "rewards": [reward.name for reward in res.rewards],
         "dtype": str(next(res.engine.causal_lm.parameters()).dtype).removeprefix("torch."),

@@ -202,6 +202,8 @@ class Updates:
     maxima: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus in these steps."""
     refused: list[bool] = field(default_factory=list)
     """True for each optimizer step that was refused, in order."""
     totals: list[Totals] = field(default_factory=list)

@@ -33,6 +33,8 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
     )
     metrics["completions/min_length"] *= -1.0
     metrics["step_time"] = metrics.pop("time/step")
+    if res.config.grpo.entropy_target is not None:
+        metrics["entropy_coef"] = updates.entropy_weight
     metrics |= speed_metrics(res, metrics, step_tokens, prompt_tokens)
     return metrics | {
         "loss": loss / res.config.grpo.updates_per_rollout,

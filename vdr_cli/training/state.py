@@ -7,10 +7,11 @@ from typing import Any
 
 from vdr_cli.config.schema import TrainConfig
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.grpo.entropy_control import EntropyControl
 from vdr_cli.training.pending_rollout import PendingRollout
 
 SAVED = ("step", "drawn", "tokens", "seconds", "refused", "best", "best_step")
-"""Fields that a checkpoint's state.json carries, beside `rms`."""
+"""Fields that a checkpoint's state.json carries, beside `rms` and `entropy`."""
 
 
 @dataclass
@@ -34,6 +35,8 @@ class LoopState:
     """The bonus's running RMS, which a step moves on before it ends."""
     finished_rms: dict[str, float] = field(default_factory=lambda: RunningRms().state_dict())
     """`rms` as of the last finished step; a step that is redone starts from it."""
+    entropy: EntropyControl = field(default_factory=EntropyControl)
+    """The adaptive weight of the entropy bonus, as of the last finished step (grpo.entropy_target)."""
     drawn_in_step: int = 0
     """Prompts that this step has taken. An abandoned step gives them back: they count when it ends."""
     pending: PendingRollout | None = None
@@ -80,13 +83,17 @@ class LoopState:
 
     def saved(self) -> dict[str, Any]:
         """The part that a checkpoint carries, ready for JSON."""
-        return {name: getattr(self, name) for name in SAVED} | {"rms": self.finished_rms}
+        return {name: getattr(self, name) for name in SAVED} | {
+            "rms": self.finished_rms,
+            "entropy": self.entropy.state_dict(),
+        }
 
     @classmethod
     def restored(cls, saved: dict[str, Any]) -> LoopState:
         """The state that `saved` described."""
         state = cls(**{name: saved[name] for name in SAVED if name in saved}, finished_rms=saved["rms"])
         state.rms.load_state_dict(saved["rms"])
+        state.entropy = EntropyControl(**saved.get("entropy", {}))
         return state
 
 

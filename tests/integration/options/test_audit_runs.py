@@ -82,6 +82,12 @@ def alone(folder: Path) -> dict[str, Settings]:
         "minibatches": {**TWICE, **clipped, "grpo.minibatches": 2, "train.prompts_per_step": 4, "train.steps": 8},
         "clip_cov": {**TWICE, "grpo.loss": "clip_cov", "grpo.clip_cov_share": 0.2, "grpo.clip_cov_low": 0.1},
         "kl_cov": {**TWICE, "grpo.loss": "kl_cov", "grpo.kl_cov_share": 0.1, "grpo.kl_cov_weight": 0.7},
+        "entropy_target": {
+            "grpo.entropy_target": 1.0,
+            "grpo.entropy_delta": 0.3,
+            "grpo.entropy_max": 0.5,
+            "train.steps": 4,
+        },
         "rewards": {**two, **EOS, "bonus.shape": "quality"},
         "gdpo": {**two, **EOS, "grpo.multi_reward": "normalise_then_sum", "bonus.shape": "reward"},
         "epochs": {**own, "train.steps": 3, "rewards.solved_at": 0.5, **PER_TOKEN, "bonus.gate": "incorrect"},

@@ -24,6 +24,7 @@ Run = tuple[Any, ...]
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 LORA = {"rank": 4, "alpha": 8}
+ADAPTIVE = {"grpo.entropy_target": 9.0, "grpo.entropy_delta": 0.25, "grpo.entropy_max": 0.5}
 MINIBATCHES = {"grpo.minibatches": 5, "disagreement.mode": "end_of_sequence", "train.micro_batch_size": 3}
 """A group each: of every minibatch one rank has no group."""
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}
@@ -71,6 +72,9 @@ def training_runs(folder: Path) -> list[Run]:
         ("resample", {"grpo.resample_groups": 3}),
         ("quantile", {"grpo.top_entropy_quantile": 0.2}),
         ("entropy", {**twice, "grpo.entropy_weight": 1.0, "rewards.functions": flat}),
+        ("adaptive", {**ADAPTIVE, "train.steps": 4}),
+        ("adaptive_parts", {**ADAPTIVE, "train.steps": 2}),
+        ("adaptive_parts", {**ADAPTIVE, "train.steps": 4}),
         ("no_entropy", {"rewards.functions": flat}),
         ("truncated", {"grpo.mask_truncated": True, "rollout.max_new_tokens": 6, "grpo.top_entropy_quantile": 0.3}),
         ("overlong", {"grpo.overlong_cache": 3}),
@@ -216,6 +220,15 @@ def test_minibatches_take_a_step_each_and_resume_bit_for_bit(left: Left) -> None
     assert line["denominator/completions"] == 4.0 and line["denominator/tokens"] == line["step_tokens"] / 5
     assert line["ratio/max"] > 1.0 and line["sampling/sampling_logp_difference/max"] < 1e-4
     whole, parts = left.weights("minibatches"), left.weights("minibatches_parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.runs("adaptive", "adaptive_parts")
+def test_the_adaptive_entropy_bonus_rises_and_resumes(left: Left) -> None:
+    lines = left.metrics("adaptive")
+    assert lines == left.metrics("adaptive_parts")
+    assert [line["entropy_coef"] for line in lines] == [0.0, 0.25, 0.5, 0.5]
+    whole, parts = left.weights("adaptive"), left.weights("adaptive_parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 

@@ -63,6 +63,12 @@ class GrpoConfig(Section):
     """Steps after which the reference becomes the policy; None: never."""
     entropy_weight: float = 0.0
     """Entropy bonus: this times the mean token entropy is subtracted from the loss."""
+    entropy_target: Annotated[float, Field(gt=0)] | None = None
+    """Adaptive entropy bonus (Skywork-OR1, which takes 0.2): nats per token below which it acts; None: off."""
+    entropy_delta: Annotated[float, Field(gt=0)] = 1e-4
+    """Adaptive entropy bonus: its weight rises by this after a rollout below the target, and falls by it otherwise."""
+    entropy_max: Annotated[float, Field(gt=0)] = 5e-3
+    """Adaptive entropy bonus: largest weight."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
@@ -108,6 +114,8 @@ class GrpoConfig(Section):
                 "loss kl_cov has no effect with one update per rollout, whose ratio is 1: raise minibatches or "
                 "num_iterations"
             )
+        if self.entropy_target is not None and self.entropy_weight != 0.0:
+            raise ValueError("entropy_target adapts the weight that entropy_weight fixes; remove one of them")
         if self.clip_cov_low >= self.clip_cov_high:
             raise ValueError(f"clip_cov_low {self.clip_cov_low:g} is not below clip_cov_high {self.clip_cov_high:g}")
         if self.delta is not None and self.loss in ("cispo", "sapo", "kl_cov"):
