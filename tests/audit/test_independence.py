@@ -7,7 +7,7 @@ from pathlib import Path
 
 import vdr_cli.audit
 
-ALLOWED = ("audit", "config", "errors", "rewards", "starter", "system")
+ALLOWED = ("audit", "beds", "config", "errors", "rewards", "system")
 
 
 def test_only_settings_errors_and_reward_functions_are_shared():
