@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from vdr_cli import __version__
-from vdr_cli.cli import audit, doctor, plan, recipes, report, score, train
+from vdr_cli.cli import audit, doctor, plan, recipes, report, score, study, train
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.cli.peers import with_hint
 from vdr_cli.errors import MachineError, VdrError
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "eval": eval_command,
     "score": score,
     "report": report,
+    "study": study,
     "audit": audit,
     "doctor": doctor,
     "plan": plan,
@@ -62,12 +64,27 @@ def build_app() -> typer.Typer:
 
 
 def _group(module: Any) -> typer.Typer:
-    """A command with subcommands; on its own it does what `command` does."""
-    group = typer.Typer(rich_markup_mode="rich")
-    group.callback(invoke_without_command=True)(module.command)
+    """A command with subcommands. `command` is what it does without one, or with anything else, under the name DEFAULT."""
+    if hasattr(module, "DEFAULT"):
+        group = typer.Typer(rich_markup_mode="rich", cls=_defaulting(module.DEFAULT), help=module.command.__doc__)
+        group.command(module.DEFAULT)(module.command)
+    else:
+        group = typer.Typer(rich_markup_mode="rich")
+        group.callback(invoke_without_command=True)(module.command)
     for name, function in module.SUBCOMMANDS.items():
         group.command(name)(function)
     return group
+
+
+def _defaulting(default: str) -> type[typer.core.TyperGroup]:
+    """A group whose first word may be left out: `vdr study FILE` is `vdr study run FILE`."""
+
+    class Group(typer.core.TyperGroup):
+        def parse_args(self, context: Any, args: list[str]) -> list[str]:
+            named = not args or args[0] in (*self.commands, *context.help_option_names)
+            return super().parse_args(context, args if named else [default, *args])
+
+    return Group
 
 
 def examples(lines: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from vdr_cli.system.text import visible
@@ -38,6 +38,10 @@ class Chart:
     y_label: str
     series: Sequence[Series] = field(default_factory=tuple)
     is_scatter: bool = False
+    is_log_x: bool = False
+    """The x axis shows powers of two at equal distances."""
+    y_range: tuple[float, float] | None = None
+    """Lowest and highest y, for charts that are compared; None: from the data."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,15 @@ class _Frame:
 def svg(chart: Chart) -> str:
     """The chart; a line of text when there is nothing to draw."""
     numbered = [(index, thinned(finite(one))) for index, one in enumerate(chart.series)]
+    if chart.is_log_x:
+        numbered = [(index, replace(one, x=[math.log2(value) for value in one.x])) for index, one in numbered]
     numbered = [(index, one) for index, one in numbered if len(one.x)]  # each keeps its colour in every chart of a page
     series = [one for _, one in numbered]
     if not series:
         return '<p class="nothing">Nothing was measured.</p>'
     frame = _frame(series, chart.is_scatter)
+    if chart.y_range is not None:
+        frame = replace(frame, y_low=chart.y_range[0], y_high=chart.y_range[1])
     label = escape(visible(f"{chart.title}: {_summary(series)}"))
     marks = [_marks(one, index, frame, chart.is_scatter) for index, one in numbered]
     data = escape(
@@ -73,7 +81,7 @@ def svg(chart: Chart) -> str:
     box = json.dumps([frame.x_low, frame.x_high, LEFT, WIDTH - RIGHT])
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
-        f'data-series="{data}" data-box="{box}">'
+        f'data-series="{data}" data-box="{box}"{" data-log" if chart.is_log_x else ""}>'
         f"{_axes(frame, chart)}{''.join(marks)}"
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>{legend}'
     )
@@ -163,15 +171,27 @@ def _axes(frame: _Frame, chart: Chart) -> str:
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text("tick", f'x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end"', number(value)))
-    for value in ticks(frame.x_low, frame.x_high, 6):
+    for value in _log_ticks(frame) if chart.is_log_x else ticks(frame.x_low, frame.x_high, 6):
         x = frame.x(value)
         anchor = "end" if x > right - 20 else "middle"  # within the picture
-        parts.append(_text("tick", f'x="{x:.1f}" y="{floor + 16}" text-anchor="{anchor}"', number(value)))
+        parts.append(
+            _text(
+                "tick",
+                f'x="{x:.1f}" y="{floor + 16}" text-anchor="{anchor}"',
+                number(2**value if chart.is_log_x else value),
+            )
+        )
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{floor}" y2="{floor}"/>')
     parts.append(_text("label", f'x="{(LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle"', chart.x_label))
     turned = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle"'
     parts.append(_text("label y", turned, chart.y_label))
     return "".join(parts)
+
+
+def _log_ticks(frame: _Frame) -> range:
+    """The powers of two on the axis, at most nine of them."""
+    low, high = math.ceil(frame.x_low - 1e-9), math.floor(frame.x_high + 1e-9)
+    return range(low, high + 1, max(1, (high - low) // 8))
 
 
 def _text(kind: str, where: str, text: str) -> str:

@@ -48,18 +48,14 @@ class Mean:
         """One-sided p of the hypothesis that the mean is at most `bound`; nan where nothing is known of the spread."""
         if not self.is_known:
             return math.nan
-        if self.error == 0:
-            return 0.0 if self.value > bound else 1.0
         t = (self.value - bound) / self.error
         below = student_cdf(abs(t), self.whole_freedom)
         return 1.0 - below if t > 0 else below
 
     def p_value(self) -> float:
         """Two-sided p of the hypothesis that the mean is 0."""
-        if not self.is_known:
-            return math.nan
         above = self.p_above(0.0)
-        return 2.0 * min(above, 1.0 - above) if self.error > 0 else 1.0
+        return 2.0 * min(above, 1.0 - above) if self.is_known else math.nan
 
     def p_equivalent(self, bound: float) -> float:
         """p of the hypothesis that the mean lies outside (-bound, bound): two one-sided tests (Schuirmann 1987)."""
@@ -71,8 +67,8 @@ class Mean:
 
     @property
     def is_known(self) -> bool:
-        """False for one seed, and for seeds that all differ from 0 by the very same number."""
-        return math.isfinite(self.freedom) and not (self.error == 0 and self.value != 0)
+        """False for one seed, and where all values are equal: nothing says how much others would vary."""
+        return math.isfinite(self.freedom) and self.error > 0
 
     @property
     def whole_freedom(self) -> int:

@@ -20,7 +20,7 @@ from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import KeyPath
 from vdr_cli.errors import ConfigError
 from vdr_cli.stats.paired import detectable_deviations
-from vdr_cli.study.endpoints import check_endpoint
+from vdr_cli.study.endpoints import LOWER_IS_BETTER, check_endpoint
 from vdr_cli.study.schema import Settings, StudyFile
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=@-]{0,63}")
@@ -60,6 +60,11 @@ class Study:
         """Differences of the endpoint that Holm's correction counts: every rival on every bed."""
         return len(self.rivals) * len(self.beds)
 
+    @property
+    def lower_is_better(self) -> bool:
+        """The sense of the endpoint."""
+        return self.file.endpoint in LOWER_IS_BETTER
+
     @cached_property
     def trials(self) -> int:
         """Settings tried for each arm; 0 without tuning."""
@@ -80,6 +85,10 @@ class Study:
             places |= {key: self._place(prefix, settings, key) for key in _leaves(own)}
         tree = deep_merge(tree, self._owned(tree, seed))
         return validate(tree, {key: f"{place} ({arm})" for key, place in places.items()})
+
+    def bed_config(self, bed: str) -> Config:
+        """The bed's settings without any arm: data, rewards and sampling of the evaluation, the starting model."""
+        return validate(deep_merge(nested(self.file.base), nested(self.file.beds[bed])))
 
     def _owned(self, tree: Tree, seed: int) -> Tree:
         """The settings that the study decides: the seed and the end."""

@@ -1,0 +1,179 @@
+"""From what the runs left to what follows: means, paired differences to the control, tests, verdicts. Pure.
+
+The endpoint alone is tested. Holm's correction counts every rival on every bed: where no arm differs from the control,
+the whole study names one with probability 5 % at most. Other numbers come with intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vdr_cli.stats.paired import LEVEL, Mean, holm, mean_over_seeds, mean_over_seeds_and_prompts
+from vdr_cli.stats.passk import pass_at_k
+from vdr_cli.study.endpoints import LOWER_IS_BETTER, ks_up_to, value_of
+from vdr_cli.study.record import Record, RunRecord
+
+ALPHA = 1.0 - LEVEL
+Value = NDArray[np.float64] | float
+"""One value a prompt, (P,), or one for the run."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm less the control, seed by seed. nan: too few seeds to say."""
+
+    n: int
+    """Seeds that both have."""
+    value: float
+    low: float
+    high: float
+    seeds: dict[int, float]
+    """Seed to the difference of its two runs."""
+    p: float
+    detectable: float
+    """The difference that would have been found with probability 0.8, before Holm's correction."""
+    p_equivalent: float = math.nan
+    p_holm: float | None = None
+    """None for numbers that are not tested."""
+    verdict: str = ""
+    """better, worse, equivalent, undecided; of the endpoint only."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one arm on one bed."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    seeds: dict[int, float]
+    difference: Difference | None
+    """None for the control."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """pass@k of an arm, with its interval over seeds and prompts."""
+
+    k: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+Rows = dict[str, dict[str, dict[str, Row]]]
+"""Bed, number, arm."""
+
+
+def analysed(record: Record) -> Rows:
+    """Every number of every arm on every bed."""
+    file = record.study.file
+    names = list(dict.fromkeys([file.endpoint, *file.secondary]))
+    rows = {
+        bed: {name: {arm: _row(record, bed, arm, name) for arm in record.study.arms} for name in names}
+        for bed in record.study.beds
+    }
+    return _judged(record, rows)
+
+
+def curves(record: Record, bed: str) -> dict[str, Curve]:
+    """Arm to its pass@k; the starting model's is under the empty name."""
+    found = {}
+    for arm in record.study.arms:
+        runs = [run.measured for run in record.of(bed, arm).values()]
+        if runs:
+            tables = {
+                k: np.stack([pass_at_k(run.samples, run.solved, k) for run in runs]) for k in ks_up_to(runs[0].samples)
+            }
+            found[arm] = _curve({k: mean_over_seeds_and_prompts(table) for k, table in tables.items()})
+    if (start := record.start(bed)) is not None:
+        most = ks_up_to(record.study.file.evaluation.samples)
+        ks = [k for k in most if k <= start.samples]
+        found[""] = _curve({k: mean_over_seeds(pass_at_k(start.samples, start.solved, k)) for k in ks})
+    return found
+
+
+def _curve(means: Mapping[int, Mean]) -> Curve:
+    edges = [mean.interval() for mean in means.values()]
+    clipped = [(max(low, 0.0), min(high, 1.0)) if math.isfinite(low) else (low, high) for low, high in edges]
+    return Curve(
+        list(means), [mean.value for mean in means.values()], [low for low, _ in clipped], [high for _, high in clipped]
+    )
+
+
+def _row(record: Record, bed: str, arm: str, name: str) -> Row:
+    own = _values(record, bed, arm, name)
+    mean = _mean(list(own.values()))
+    low, high = mean.interval()
+    return Row(len(own), mean.value, low, high, _scalars(own), _difference(record, bed, arm, name, own))
+
+
+def _difference(record: Record, bed: str, arm: str, name: str, own: Mapping[int, Value]) -> Difference | None:
+    control = record.study.file.control
+    if arm == control:
+        return None
+    theirs = _values(record, bed, control, name)
+    paired = {seed: value - theirs[seed] for seed, value in own.items() if seed in theirs}
+    mean = _mean(list(paired.values()))
+    low, high = mean.interval()
+    return Difference(
+        len(paired),
+        mean.value,
+        low,
+        high,
+        _scalars(paired),
+        mean.p_value(),
+        mean.detectable(),
+        _equivalence(record, mean),
+    )
+
+
+def _equivalence(record: Record, mean: Mean) -> float:
+    return mean.p_equivalent(record.study.file.equivalence)
+
+
+def _values(record: Record, bed: str, arm: str, name: str) -> dict[int, Value]:
+    """Seed to the number of its run, in the order of the study's seeds."""
+    start, runs = record.start(bed), record.of(bed, arm)
+    ordered: list[tuple[int, RunRecord]] = [(seed, runs[seed]) for seed in record.study.file.seeds if seed in runs]
+    return {seed: value_of(name, run.measured, start) for seed, run in ordered}
+
+
+def _mean(values: list[Value]) -> Mean:
+    if not values:
+        return Mean(math.nan, math.nan, math.nan)
+    stacked = np.stack([np.asarray(value, np.float64) for value in values])
+    return mean_over_seeds_and_prompts(stacked) if stacked.ndim == 2 else mean_over_seeds(stacked)
+
+
+def _scalars(values: Mapping[int, Value]) -> dict[int, float]:
+    return {seed: float(np.mean(value)) for seed, value in values.items()}
+
+
+def _judged(record: Record, rows: Rows) -> Rows:
+    """The endpoint's differences with adjusted p and verdict."""
+    name = record.study.file.endpoint
+    found = [(bed, arm, row.difference) for bed in rows for arm, row in rows[bed][name].items() if row.difference]
+    adjusted = holm([difference.p for _, _, difference in found])
+    for (bed, arm, difference), p in zip(found, adjusted, strict=True):
+        verdict = verdict_of(difference, p, name in LOWER_IS_BETTER)
+        judged = replace(difference, p_holm=p, verdict=verdict)
+        rows[bed][name][arm] = replace(rows[bed][name][arm], difference=judged)
+    return rows
+
+
+def verdict_of(difference: Difference, p_holm: float, lower_is_better: bool) -> str:
+    """better or worse by the adjusted p; equivalent by two one-sided tests; both, or undecided."""
+    is_equivalent = difference.p_equivalent < ALPHA
+    if p_holm < ALPHA and difference.value != 0:
+        word = "better" if (difference.value > 0) is not lower_is_better else "worse"
+        return f"{word}, within the bound" if is_equivalent else word
+    if difference.n < 2:
+        return "no interval"
+    return "equivalent" if is_equivalent else "undecided"

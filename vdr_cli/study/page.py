@@ -1,0 +1,223 @@
+"""study.html and study.md: what a study found, for a reader who has not read the documentation.
+
+Both follow from study.json and the runs' metrics alone. The page forbids itself every request; all text is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from vdr_cli.errors import MachineError
+from vdr_cli.report.charts import Chart, Series, svg
+from vdr_cli.study import texts
+from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves
+from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
+from vdr_cli.study.drawing import RangeRow, ranges_svg
+from vdr_cli.study.endpoints import described
+from vdr_cli.study.record import RESULTS, Record, read_record, record_text
+from vdr_cli.study.texts import Table
+from vdr_cli.system.files import write_whole
+from vdr_cli.system.text import visible
+
+START = "start"
+ARM_STYLES = 6
+"""Styles 1 to 6 are the rivals'; 0 is the control's, 7 the starting model's."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart with its caption."""
+
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Bed:
+    """The sections of one bed."""
+
+    name: str
+    answers: list[str]
+    differences: Markup
+    endpoints: Markup
+    main: Table
+    secondary: Table
+    passes: list[Panel]
+    learning: list[tuple[str, list[Panel]]]
+    """Title of a metric, and its panels."""
+
+
+def write_results(record: Record, directory: Path) -> list[Path]:
+    """Write study.json, study.md and study.html; their paths. Raises MachineError when the disk refuses."""
+    rows, runs = analysed(record), read_runs(record, directory)
+    results = {bed: {name: {arm: asdict(row) for arm, row in arms.items()} for name, arms in names.items()}
+               for bed, names in rows.items()}  # fmt: skip
+    files = {
+        RESULTS: record_text(record, results),
+        "study.md": markdown(record, rows, runs),
+        "study.html": html(record, rows, runs),
+    }
+    try:
+        for name, text in files.items():
+            write_whole(directory / name, text)
+    except OSError as error:
+        raise MachineError(f"{directory}: the results cannot be written ({error.strerror})") from None
+    return [directory / name for name in files]
+
+
+def rebuild(directory: Path) -> list[Path]:
+    """Write the results again from study.json and the runs' metrics. Raises VdrError."""
+    return write_results(read_record(directory), directory)
+
+
+# ---- study.html --------------------------------------------------------------------------------------------------
+
+
+def html(record: Record, rows: Rows, runs: Sequence[RunMetrics]) -> str:
+    """The page."""
+    loaders = [jinja2.PackageLoader("vdr_cli.study"), jinja2.PackageLoader("vdr_cli.report")]
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(loaders), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("study.html.j2").render(
+        title=visible(record.title),
+        setup=visible(texts.setup_line(record)),
+        endpoint=visible(texts.endpoint_line(record)),
+        missing=texts.missing_line(record),
+        beds=[_bed(record, rows, bed, runs) for bed in record.study.beds],
+        many=len(record.study.beds) > 1,
+        control=visible(record.study.file.control),
+        name=visible(record.study.file.endpoint),
+        bound=f"{record.study.file.equivalence:g}",
+        meanings=[(name, described(name, record.study.file.evaluation.samples)) for name in _secondary(record)],
+        tuning=texts.tuning_table(record) if record.tuning else None,
+        arms=texts.arms_table(record),
+        method=texts.method_lines(record),
+    )
+
+
+def _bed(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics]) -> Bed:
+    own = [one for one in runs if one.run.bed == bed]
+    return Bed(
+        name=visible(bed),
+        answers=[visible(line) for line in texts.answers(record, rows)[bed]],
+        differences=_differences(record, rows[bed][record.study.file.endpoint]),
+        endpoints=_endpoints(record, rows[bed][record.study.file.endpoint], bed),
+        main=texts.main_table(record, rows, bed, runs),
+        secondary=texts.secondary_table(record, rows, bed),
+        passes=_passes(record, curves(record, bed)),
+        learning=[(visible(title), _learning(record, own, *metric)) for title, metric in _metrics(own)],
+    )
+
+
+def _metrics(runs: Sequence[RunMetrics]) -> list[tuple[str, tuple[str, str]]]:
+    return [(title, (metric, unit)) for metric, title, unit in shown_metrics(list(runs))]
+
+
+def _secondary(record: Record) -> list[str]:
+    return [name for name in record.study.file.secondary if name != record.study.file.endpoint]
+
+
+def _differences(record: Record, rows: Mapping[str, Row]) -> Markup:
+    """Every rival's difference to the control, best first, with each seed's as a point."""
+    judged = [(arm, row.difference) for arm, row in rows.items() if row.difference is not None]
+    found = [RangeRow(arm, d.value, d.low, d.high, list(d.seeds.values()), d.verdict) for arm, d in judged]
+    file = record.study.file
+    ordered = sorted(found, key=lambda row: -row.value)
+    label = f"difference of {file.endpoint} to {file.control}"
+    return Markup(ranges_svg(label, label, ordered, 0.0, file.equivalence))
+
+
+def _endpoints(record: Record, rows: Mapping[str, Row], bed: str) -> Markup:
+    """Every arm's endpoint, with each seed's as a point; the line is the starting model's."""
+    file = record.study.file
+    found = [RangeRow(arm, row.mean, row.low, row.high, list(row.seeds.values())) for arm, row in rows.items()]
+    k = file.endpoint.removeprefix("pass@")
+    start = None
+    if k.isdigit() and (curve := curves(record, bed).get("")) is not None and int(k) in curve.k:
+        start = curve.mean[curve.k.index(int(k))]
+    label = file.endpoint + ("" if start is None else "; the dashed line is the starting model")
+    return Markup(ranges_svg(file.endpoint, label, found, start))
+
+
+def _passes(record: Record, found: Mapping[str, Curve]) -> list[Panel]:
+    """pass@k of every rival beside the control's and the starting model's."""
+    file = record.study.file
+    series = {arm: Series(arm or START, curve.k, curve.mean, curve.low, curve.high) for arm, curve in found.items()}
+    if file.control not in series:
+        return []
+    panels = []
+    for index, arm in enumerate(arm for arm in record.study.rivals if arm in series):
+        shown = _styled(series[file.control], series[arm], index, series.get(""))
+        chart = Chart(arm, "completions k", "pass@k", shown, is_log_x=True, y_range=(0.0, 1.02))
+        panels.append(Panel(visible(arm), Markup(svg(chart))))
+    return panels
+
+
+def _learning(record: Record, runs: Sequence[RunMetrics], metric: str, unit: str) -> list[Panel]:
+    """The metric over the steps, of every rival beside the control's, all with the same axis."""
+    found = {arm: learning_curve(arm, [one for one in runs if one.run.arm == arm], metric) for arm in record.study.arms}
+    values = [
+        value
+        for one in found.values()
+        for part in (one.y, one.low or (), one.high or ())
+        for value in part
+        if value == value
+    ]
+    if not values or not found[record.study.file.control].x:
+        return []
+    margin = 0.05 * (max(values) - min(values)) or 0.05
+    range_ = (min(values) - margin, max(values) + margin)
+    panels = []
+    for index, arm in enumerate(record.study.rivals):
+        shown = _styled(found[record.study.file.control], found[arm], index)
+        chart = Chart(f"{arm}: {metric}", "step", unit, shown, y_range=range_)
+        panels.append(Panel(visible(arm), Markup(svg(chart))))
+    return panels
+
+
+def _styled(control: Series, rival: Series, index: int, start: Series | None = None) -> list[Series]:
+    """The series at the places whose colours are theirs; the others stay empty."""
+    empty = Series("", [], [])
+    places = [control, *([empty] * ARM_STYLES), start or empty]
+    places[1 + index % ARM_STYLES] = rival
+    return places
+
+
+# ---- study.md ----------------------------------------------------------------------------------------------------
+
+
+def markdown(record: Record, rows: Rows, runs: Sequence[RunMetrics]) -> str:
+    """The answers and the tables."""
+    parts = [f"# {record.title}", texts.setup_line(record) + " " + texts.endpoint_line(record)]
+    if missing := texts.missing_line(record):
+        parts.append(f"**{missing}**")
+    for bed in record.study.beds:
+        if len(record.study.beds) > 1:
+            parts.append(f"## {bed}")
+        parts.append("\n".join(f"- {line}" for line in texts.answers(record, rows)[bed]))
+        parts.append(_as_markdown(texts.main_table(record, rows, bed, runs)))
+        secondary = texts.secondary_table(record, rows, bed)
+        if len(secondary.header) > 1:
+            parts.append(f"Other numbers: {record.study.file.control}'s own, and the differences of the others.")
+            parts.append(_as_markdown(secondary))
+    if record.tuning:
+        parts += ["## Tuning", _as_markdown(texts.tuning_table(record))]
+    parts += ["## Arms", _as_markdown(texts.arms_table(record))]
+    parts += ["## How to read this", "\n".join(f"- {line}" for line in texts.method_lines(record))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _as_markdown(table: Table) -> str:
+    rows = [table.header, ["---", *("---:" for _ in table.header[1:])], *table.rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows)
+
+
+def _cell(text: str) -> Any:
+    return visible(text).replace("|", "\\|")

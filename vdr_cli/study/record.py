@@ -1,0 +1,228 @@
+"""study.json: the study, what every run left, and what follows from it. Everything but the curves comes from this file.
+
+Times are not in it: they are read from the runs' metrics, so two executions of a study have the same study.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vdr_cli.config.load import config_hash
+from vdr_cli.data.metrics import METRICS_FILE, read_metrics
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.study.directory import StudyDirectory, study_tree
+from vdr_cli.study.endpoints import Measured, first_success, value_of
+from vdr_cli.study.load import Study, study_of
+from vdr_cli.study.plan import Task, runs_of, trials_of
+
+RESULTS = "study.json"
+FORMAT = 1
+DIGITS = 8
+"""Significant digits of results: fewer than rounding on another machine could change."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run of record, or the starting model of a bed (no arm)."""
+
+    bed: str
+    samples: int
+    solved: list[int]
+    classes: list[int]
+    reward: list[float]
+    arm: str | None = None
+    seed: int | None = None
+    trial: int | None = None
+    """The tuned settings it ran with."""
+    settings: str | None = None
+    """Hash of everything that decides what it computes."""
+    steps: int = 0
+    tokens: int = 0
+    """Completion tokens sampled in training."""
+    first_success: float = 0.0
+
+    @property
+    def task(self) -> Task:
+        """Where its directory lies."""
+        return Task(self.bed, self.arm, self.seed)
+
+    @property
+    def measured(self) -> Measured:
+        return Measured(
+            self.samples, np.array(self.solved), np.array(self.classes), np.array(self.reward), self.first_success
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A study and what its runs left."""
+
+    title: str
+    study: Study
+    rows: dict[str, list[int]]
+    """Bed to its held-out rows, in order."""
+    starts: list[RunRecord]
+    runs: list[RunRecord]
+    tuning: list[dict[str, Any]] = field(default_factory=list)
+    """A trial: bed, arm, trial, the mean endpoint over its seeds, and whether it was taken."""
+
+    def start(self, bed: str) -> Measured | None:
+        """What the bed's starting model solves; None where it has not been measured."""
+        return next((run.measured for run in self.starts if run.bed == bed), None)
+
+    def of(self, bed: str, arm: str) -> dict[int, RunRecord]:
+        """Seed to run."""
+        return {run.seed: run for run in self.runs if (run.bed, run.arm) == (bed, arm) and run.seed is not None}
+
+
+def record_of(study: Study, directory: StudyDirectory) -> Record:
+    """What the directory holds of the study so far. Raises DataError when runs were measured on other prompts."""
+    rows: dict[str, list[int]] = {}
+    starts: list[RunRecord] = []
+    runs: list[RunRecord] = []
+    for task in [*(Task(bed) for bed in study.beds), *runs_of(study)]:
+        counts = read_counts(directory.evaluation(task))
+        if counts is None:
+            continue
+        if rows.setdefault(task.bed, counts["rows"]) != counts["rows"]:
+            raise DataError(f"{directory.evaluation(task)}: measured on other prompts than the other runs; remove it")
+        (starts if task.is_start else runs).append(_run_record(study, directory, task, counts))
+    return Record(directory.path.absolute().name, study, rows, starts, runs, tuning_of(study, directory))
+
+
+def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Mapping[str, Any]) -> RunRecord:
+    kept = {name: counts[name] for name in ("samples", "solved", "classes", "reward")}
+    if task.is_start or task.arm is None or task.seed is None:
+        return RunRecord(task.bed, **kept)
+    trial = chosen_trial(study, directory, task.bed, task.arm) if study.trials else None
+    lines = [line for line in read_metrics(directory.run(task) / METRICS_FILE) if "reward" in line]
+    last = lines[-1] if lines else {}
+    return RunRecord(
+        task.bed,
+        **kept,
+        arm=task.arm,
+        seed=task.seed,
+        trial=trial,
+        settings=config_hash(study.config(task.bed, task.arm, task.seed, trial)),
+        steps=int(last.get("step", 0)),
+        tokens=int(last.get("num_tokens", 0)),
+        first_success=first_success(lines),
+    )
+
+
+# ---- tuning ------------------------------------------------------------------------------------------------------
+
+
+def chosen_trial(study: Study, directory: StudyDirectory, bed: str, arm: str) -> int | None:
+    """The index of the arm's best settings on this bed, by the mean endpoint; the first of equals. None: not known."""
+    values = [trial_value(study, directory, tasks) for tasks in trials_of(study, bed, arm)]
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    sign = -1.0 if study.lower_is_better else 1.0
+    return max(range(len(known)), key=lambda index: sign * known[index])
+
+
+def trial_value(study: Study, directory: StudyDirectory, tasks: list[Task]) -> float | None:
+    """The mean endpoint over the seeds of one trial; None while one is missing."""
+    start = read_counts(directory.evaluation(Task(tasks[0].bed)))
+    found = []
+    for task in tasks:
+        counts = read_counts(directory.evaluation(task))
+        if counts is None or start is None:
+            return None
+        found.append(
+            value_of(study.file.endpoint, _measured(directory, task, counts), _measured(directory, None, start))
+        )
+    return float(np.mean([np.mean(value) for value in found]))
+
+
+def tuning_of(study: Study, directory: StudyDirectory) -> list[dict[str, Any]]:
+    """Every trial that has been evaluated, with its value."""
+    rows = []
+    for bed in study.beds if study.trials else ():
+        for arm in study.arms:
+            chosen = chosen_trial(study, directory, bed, arm)
+            for index, tasks in enumerate(trials_of(study, bed, arm)):
+                value = trial_value(study, directory, tasks)
+                if value is not None:
+                    row = {"bed": bed, "arm": arm, "trial": index, "value": rounded(value), "taken": index == chosen}
+                    rows.append(row)
+    return rows
+
+
+def _measured(directory: StudyDirectory, task: Task | None, counts: Mapping[str, Any]) -> Measured:
+    path = directory.run(task) / METRICS_FILE if task is not None else None
+    success = first_success(read_metrics(path)) if path is not None and path.is_file() else math.nan
+    return Measured(
+        counts["samples"], np.array(counts["solved"]), np.array(counts["classes"]), np.array(counts["reward"]), success
+    )
+
+
+def read_counts(path: Path) -> dict[str, Any] | None:
+    """The counts that measure.py wrote; None where there are none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "solved" in found else None
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+def record_text(record: Record, results: Mapping[str, Any]) -> str:
+    """study.json: a line a run, so that a difference between two files shows which one differs."""
+    parts = {
+        "format": json.dumps(FORMAT),
+        "title": json.dumps(record.title),
+        "study": json.dumps(study_tree(record.study), indent=1),
+        "rows": json.dumps(record.rows),
+        "starts": _lines([asdict(run) for run in record.starts]),
+        "runs": _lines([asdict(run) for run in record.runs]),
+        "tuning": _lines(record.tuning),
+        "results": json.dumps(rounded(results), indent=1, allow_nan=False),
+    }
+    return "{\n" + ",\n".join(f"{json.dumps(name)}: {text}" for name, text in parts.items()) + "\n}\n"
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    compact = [json.dumps(rounded(row), separators=(",", ":"), allow_nan=False) for row in rows]
+    return "[\n" + ",\n".join(compact) + "\n]" if compact else "[]"
+
+
+def read_record(directory: Path) -> Record:
+    """The record in a directory's study.json. Raises ConfigError when there is none, DataError when it is broken."""
+    path = directory / RESULTS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory}: no {RESULTS} in it; give the directory of a study that has run") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise DataError(f"{path}: not the results of a study that this version of vdr can read")
+    study = study_of({**found["study"], "output": str(directory)}, str(path))
+    starts, runs = ([_restored(row) for row in found[name]] for name in ("starts", "runs"))
+    return Record(found["title"], study, found["rows"], starts, runs, found["tuning"])
+
+
+def _restored(row: dict[str, Any]) -> RunRecord:
+    """null stands for a number that is none."""
+    return RunRecord(**{**row, "first_success": math.nan if row["first_success"] is None else row["first_success"]})
+
+
+def rounded(value: Any) -> Any:
+    """The same tree, floats at DIGITS significant digits, and None for those that are no number: JSON has none."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
