@@ -64,7 +64,7 @@ def build_app() -> typer.Typer:
 
 
 def _group(module: Any) -> typer.Typer:
-    """A command with subcommands. `command` is what it does without one, or with anything else, under the name DEFAULT."""
+    """A command with subcommands; `command` is what it does without one, and what DEFAULT names."""
     if hasattr(module, "DEFAULT"):
         group = typer.Typer(rich_markup_mode="rich", cls=_defaulting(module.DEFAULT), help=module.command.__doc__)
         group.command(module.DEFAULT)(module.command)
