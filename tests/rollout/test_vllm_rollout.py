@@ -190,6 +190,35 @@ def test_a_server_lost_in_the_middle_is_named(fake_vllm: Any, tmp_path: Path) ->
         rollout.generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(4), KEYS))
 
 
+@pytest.mark.parametrize("push", ["directory", "broadcast"])
+@pytest.mark.parametrize("when", ["sampling", "pushing"])
+def test_the_prompts_of_a_lost_server_go_to_the_others(
+    when: str, push: str, servers: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = servers
+    model, sampling, urls = tiny(), Sampling(6), [first.url, second.url]
+    rollout = connect(first, tmp_path, urls=urls, push=push, start_timeout=20, retries=0)
+    rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    second.stop()
+    for step in range(2):
+        if when == "pushing" or step:
+            change(model)
+        told: list[int] = []
+        out = rollout.generate(
+            model, RolloutRequest(PROMPTS, 2, sampling, KEYS, lambda places, _, told=told: told.extend(places))
+        )
+        own = TransformersRollout(0, [1]).generate(
+            model, RolloutRequest(PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+        )
+        assert torch.equal(out.completion_ids, own.completion_ids) and sorted(told) == [0, 1, 2]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vdr: ")]
+    assert len(said) == 1 and said[0].startswith(f"vdr: vLLM server {urls[1]} does not answer /")
+    assert said[0].endswith("; its prompts go to the other server for the rest of the run")
+    first.stop()
+    with pytest.raises(MachineError, match=f"vLLM server {urls[0]} does not answer .*is it running"):
+        rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+
+
 def test_servers_sample_while_the_trainer_does_something_else(fake_vllm: Any, tmp_path: Path) -> None:
     model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
     whole = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
@@ -358,6 +387,13 @@ def test_a_server_without_the_extension_or_with_copies_is_refused(fake_vllm: Any
         Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
     fake_vllm.development = False
     with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE=1"):
+        Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
+
+
+def test_another_release_of_torch_is_refused(fake_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Receiver.vdr_place
+    monkeypatch.setattr(Receiver, "vdr_place", lambda self: place(self) | {"torch": "1.2.3+cpu"})
+    with pytest.raises(ConfigError, match=f"{fake_vllm.url} has torch 1.2.3 and vdr torch .*push=directory"):
         Broadcast(clients_of([fake_vllm]), on_gpu=False, timeout=5.0)
 
 

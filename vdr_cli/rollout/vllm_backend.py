@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.base import LayeredWeights, Rollout, RolloutRequest
 from vdr_cli.rollout.vllm_broadcast import Broadcast
-from vdr_cli.rollout.vllm_client import Answer, VllmClient
+from vdr_cli.rollout.vllm_client import SUSPICION, Answer, VllmClient
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, in_layer_order, served_weights, write_model, write_weights
 from vdr_cli.samples import Completions, Sampling, pad_prompts
@@ -57,8 +59,9 @@ class VllmRollout(Rollout):
         directory: Path,
         main: bool = True,
         layered: LayeredWeights | None = None,
+        note: Callable[[str], None] = lambda line: print(f"vdr: {line}", file=sys.stderr, flush=True),
     ) -> None:
-        """directory: where weights are handed over. main: this rank starts the server and pushes.
+        """directory: where weights are handed over. main: this rank starts the server, pushes, and says what was lost.
 
         layered: the weights, where no full copy of them exists; what `generate` and `begin` get is then a model whose
         decoder layers are empty, and both are collectives when weights have changed.
@@ -68,12 +71,16 @@ class VllmRollout(Rollout):
             raise ConfigError("rollout.vllm.urls: with rollout.vllm.python give the one address of vdr's own server")
         self.tokenizer, self.pad_id, self.eos_ids = tokenizer, pad_id, tuple(eos_ids)
         self.directory, self.main, self.layered = directory.resolve(), main, layered
+        self.note = note if main else lambda line: None
         self.clients = [
             VllmClient(
                 url, self.settings.request_timeout, self.settings.start_timeout, self.settings.retries, self._ended
             )
             for url in self.settings.urls
         ]
+        self.serving = list(range(len(self.clients)))
+        """Numbers of the servers that have not been lost."""
+        self._losing = Lock()
         self.server: VllmServer | None = None
         self.names: list[str] = []
         """The served model's name, by server."""
@@ -88,7 +95,7 @@ class VllmRollout(Rollout):
         self.refresh(model, prompts, request.sampling)
 
         def group(index: int) -> list[Answer]:
-            answers = self._complete(index, prompts[index], n, request.sampling, request.keys[index])
+            answers = self._complete_somewhere(index, prompts[index], n, request.sampling, request.keys[index])
             if request.finished is not None:
                 request.finished([index], assemble([prompts[index]], n, answers, self.pad_id))
             return answers
@@ -110,11 +117,41 @@ class VllmRollout(Rollout):
         if self.server is not None:
             self.server.stop()
 
-    def _complete(
-        self, index: int, prompt: Sequence[int], n: int, sampling: Sampling, key: int, server: int | None = None
+    def _complete_somewhere(
+        self, index: int, prompt: Sequence[int], n: int, sampling: Sampling, key: int
     ) -> list[Answer]:
-        server = index % len(self.clients) if server is None else server
+        """The completions from one server; when that one is lost, once more from another."""
+        serving = self.serving
+        server = serving[index % len(serving)]
+        try:
+            return self._complete(server, prompt, n, sampling, key)
+        except MachineError as error:
+            self._lose(server, error)
+        serving = self.serving
+        return self._complete(serving[index % len(serving)], prompt, n, sampling, key)
+
+    def _complete(self, server: int, prompt: Sequence[int], n: int, sampling: Sampling, key: int) -> list[Answer]:
         return self.clients[server].complete(self.names[server], prompt, n, sampling, key >> 1, self.eos_ids)
+
+    def _lose(self, server: int, error: MachineError) -> None:
+        """Go on without this server, and say so once. Raises the error when there is no other."""
+        with self._losing:
+            if server not in self.serving:
+                return
+            if len(self.serving) == 1:
+                raise error
+            self.serving = [number for number in self.serving if number != server]
+            self.broadcast = None  # its process group has the lost workers in it
+            others = "other servers" if len(self.serving) > 1 else "other server"
+            self.note(f"{str(error).removesuffix(SUSPICION)}; its prompts go to the {others} for the rest of the run")
+
+    def _on_each(self, call: Callable[[VllmClient], object]) -> None:
+        """A call to every server in turn; those that do not answer are lost."""
+        for server in list(self.serving):
+            try:
+                call(self.clients[server])
+            except MachineError as error:
+                self._lose(server, error)
 
     def _ended(self) -> str:
         return self.server.ended() if self.server is not None else ""
@@ -136,7 +173,7 @@ class VllmRollout(Rollout):
             self._await(version)
         self._find_names(prompts, sampling)
         if self.main:
-            for server in range(len(self.clients)):
+            for server in self.serving:
                 sampled = self._sample_probes(prompts, server)
                 self._check_probes(mean_difference(model, sampled, PROBE.temperature), server)
             self._announce(version)
@@ -162,12 +199,13 @@ class VllmRollout(Rollout):
             self._broadcast_layers(model, layered)
         with layered.agreed():
             self._find_names(prompts, sampling)
-        for server in range(len(self.clients)):
+        for server in range(len(self.clients)):  # all, on every rank: rank 0 alone may know of a lost one
             with layered.agreed():
-                sampled = self._sample_probes(prompts, server) if self.main else assemble([], 1, [], self.pad_id)
+                asks = self.main and server in self.serving
+                sampled = self._sample_probes(prompts, server) if asks else assemble([], 1, [], self.pad_id)
             logps = layered.read_logps(model, sampled, PROBE.temperature)
             with layered.agreed():
-                if self.main:
+                if asks:
                     self._check_probes(_mean_gap(sampled, logps), server)
         self.pushed = version
 
@@ -213,17 +251,20 @@ class VllmRollout(Rollout):
                 on_cpu,
                 by_broadcast,
             )
-        for client in self.clients:
-            if self.pushed is None:
-                client.wait_until_ready(
-                    self.settings.start_timeout if is_fresh else min(10.0, self.settings.start_timeout)
-                )
-            if not is_fresh and not by_broadcast:
-                client.reload(self.directory)
+        if self.pushed is None:  # servers that were never there are an error, not a loss
+            patience = self.settings.start_timeout if is_fresh else min(10.0, self.settings.start_timeout)
+            for client in self.clients:
+                client.wait_until_ready(patience)
+        if not is_fresh:
+            self._on_each(VllmClient.is_there if by_broadcast else self._reload)
+
+    def _reload(self, client: VllmClient) -> None:
+        client.reload(self.directory)
 
     def _open_broadcast(self, device: torch.device) -> Broadcast:
         if self.broadcast is None:
-            self.broadcast = Broadcast(self.clients, device.type == "cuda", self.settings.start_timeout)
+            chosen = [self.clients[server] for server in self.serving]
+            self.broadcast = Broadcast(chosen, device.type == "cuda", self.settings.start_timeout)
         return self.broadcast
 
     def _broadcast_layers(self, model: nn.Module, layered: LayeredWeights) -> None:
@@ -255,8 +296,7 @@ class VllmRollout(Rollout):
                 self._forget_cached_prompts()
 
     def _forget_cached_prompts(self) -> None:
-        for client in self.clients:
-            client.forget()
+        self._on_each(VllmClient.forget)
 
     def _find_names(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         if not self.names:
@@ -281,7 +321,7 @@ class VllmRollout(Rollout):
         """A few completions from this server, for `_check_probes`."""
         chosen = [list(prompt) for prompt in prompts[:PROBES]] or [[self.eos_ids[0] if self.eos_ids else self.pad_id]]
         with ThreadPoolExecutor(max_workers=len(chosen)) as pool:
-            jobs = [pool.submit(self._complete, 0, prompt, 1, PROBE, 0, server) for prompt in chosen]
+            jobs = [pool.submit(self._complete, server, prompt, 1, PROBE, 0) for prompt in chosen]
             answers = [answer for job in jobs for answer in job.result()]
         return assemble(chosen, 1, answers, self.pad_id)
 

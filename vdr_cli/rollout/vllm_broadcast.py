@@ -142,7 +142,18 @@ def _places(client: VllmClient) -> list[dict[str, Any]]:
             f"rollout.vllm.push broadcast: {client.url} holds several copies of the model and reaches one of them; "
             "start a server for each copy, or set rollout.vllm.push=directory"
         )
+    theirs, ours = (_release(str(version)) for version in (places[0].get("torch", ""), torch.__version__))
+    if theirs and theirs != ours:
+        raise ConfigError(
+            f"rollout.vllm.push broadcast: {client.url} has torch {theirs} and vdr torch {ours}, whose process groups "
+            "need not understand each other; install the same release, or set rollout.vllm.push=directory"
+        )
     return places
+
+
+def _release(version: str) -> str:
+    """`2.13.0` of `2.13.0+cpu`."""
+    return version.partition("+")[0]
 
 
 def _address(hosts: Sequence[str]) -> str:

@@ -18,6 +18,9 @@ from vdr_cli.samples import Sampling
 OLDEST = (0, 11)
 """First version whose completions return token ids; older ones cannot be used."""
 
+SUSPICION = "; is it running?"
+"""End of the message about a server of which nothing else is known."""
+
 LOST = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
@@ -125,6 +128,10 @@ class VllmClient:
         """Drop what is cached of prompts: it was computed with the weights of before."""
         self.post("/reset_prefix_cache", {}, self.push_timeout)
 
+    def is_there(self) -> None:
+        """Return if the server answers. Raises MachineError."""
+        self.get("/health")
+
     def get(self, path: str) -> dict[str, Any]:
         return self._patiently("GET", path, None, 30.0)
 
@@ -159,7 +166,7 @@ class VllmClient:
 
     def _error(self, what: str) -> MachineError:
         known = self.lost()
-        return MachineError(f"vLLM server {self.url} {what}" + (f": {known}" if known else "; is it running?"))
+        return MachineError(f"vLLM server {self.url} {what}" + (f": {known}" if known else SUSPICION))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -29,9 +29,9 @@ class Receiver:
     vdr_group: Backend
 
     def vdr_place(self) -> dict[str, Any]:
-        """This worker's rank within its server, the type of its device, and how many copies of the model there are."""
+        """This worker's rank within its server, its device's type, the number of copies of the model, its torch."""
         copies = self.vllm_config.parallel_config.data_parallel_size
-        return {"rank": self.rank, "device": self.device.type, "copies": copies}
+        return {"rank": self.rank, "device": self.device.type, "copies": copies, "torch": str(torch.__version__)}
 
     def vdr_join(self, address: str, port: int, first: int, size: int, backend: str, timeout: float) -> None:
         """Meet the trainer at address:port. first: the rank of this server's first worker; size: ranks in all."""
