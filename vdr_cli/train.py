@@ -73,7 +73,7 @@ def train(config: Config, resume: str | None = None) -> int:
                 updates = update(res, state, batch, advantages)
             metrics = step_metrics(res, batch, advantages, updates)
             audit_record.save(res, state, log, batch, advantages, updates)
-            state.end_step(len(updates.refused), tokens=int(metrics["step_tokens"]), seconds=metrics["step_time"])
+            state.end_step(len(updates.refused), **spent(metrics))
             follow_entropy(state, config.grpo, metrics)
             due = res.due(before, state.step, state.is_over(config.train))
             if due.reference:
@@ -325,6 +325,12 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
             updates.learning_rate = learning_rate_at(now, cfg.train)
             updates.end_step(totals, engine.step(updates.learning_rate))
     return updates
+
+
+def spent(metrics: dict[str, float]) -> dict[str, Any]:
+    """What a step used up, by the arguments of `LoopState.end_step`."""
+    tokens, prompt_tokens = (int(metrics[name]) for name in ("step_tokens", "step_prompt_tokens"))
+    return {"tokens": tokens, "prompt_tokens": prompt_tokens, "seconds": metrics["step_time"]}
 
 
 def follow_entropy(state: LoopState, cfg: GrpoConfig, metrics: dict[str, float]) -> None:

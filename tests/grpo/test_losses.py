@@ -362,6 +362,33 @@ def test_metrics_are_sums_that_add_up() -> None:
     )
 
 
+def test_extremes_look_at_valid_tokens_alone() -> None:
+    """All ratios are below 1 here; padding's, which is 1, does not count. Clipped shares are a completion's."""
+    data = make(4)
+    data["old_logps"] = data["logps"] + np.random.default_rng(2).uniform(0.05, 0.9, (B, T))
+    data["advantages"] = -np.abs(data["advantages"])
+    mask, cfg = data["mask"].copy(), LossSettings()
+    mask[2] = False  # a completion without tokens
+    data["mask"] = mask
+    ratio = np.exp(data["logps"] - data["old_logps"])
+    shares = [(ratio[b][mask[b]] < 0.8).mean() for b in range(B) if mask[b].any()]
+    weight = np.exp(data["old_logps"] - data["sampler_logps"])[mask]
+    outputs = [ours(tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 2), slice(2, 3), slice(3, B))]
+
+    def largest(name: str) -> float:
+        return max(float(output.maxima[name]) for output in outputs)
+
+    def smallest(name: str) -> float:
+        return min(float(output.minima[name]) for output in outputs)
+
+    assert largest("ratio/max") == pytest.approx(ratio[mask].max()) and largest("ratio/max") < 1.0
+    assert 0 < min(shares) < max(shares)
+    assert smallest("clip_ratio/low_min") == pytest.approx(min(shares)) and largest("clip_ratio/high_max") == 0.0
+    assert smallest("sampling/importance_sampling_ratio/min") == pytest.approx(weight.min())
+    assert largest("sampling/importance_sampling_ratio/max") == pytest.approx(weight.max())
+    assert outputs[1].maxima["ratio/max"] == -torch.inf and outputs[1].minima["clip_ratio/low_min"] == torch.inf
+
+
 def test_masking_truncated_completions() -> None:
     mask = torch.ones(3, 2, dtype=torch.bool)
     truncated = torch.tensor([False, True, False])

@@ -18,7 +18,7 @@ def test_a_budget_of_tokens_ends_the_run_also_in_two_pieces(train, read, tmp_pat
     ended = train(tmp_path / "whole", settings=settings)
     assert ended.returncode == 0, ended.stderr
     lines = read.metrics(tmp_path / "whole")
-    assert 3 <= len(lines) <= 5 and lines[-2]["num_tokens"] < 400 <= lines[-1]["num_tokens"]
+    assert 3 <= len(lines) <= 5 and lines[-2]["sampled_tokens"] < 400 <= lines[-1]["sampled_tokens"]
     assert [path.stem for path in (tmp_path / "whole" / "completions").iterdir()] == [f"step_{len(lines):06d}"]
     finished = json.loads((tmp_path / "whole" / "finished.json").read_text())
     assert finished["step"] == len(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -53,8 +55,8 @@ def test_a_micro_batch_holds_its_rows_numbers() -> None:
 
 def test_updates_add_up_pairs_and_keep_the_largest() -> None:
     updates = Updates()
-    for loss, top, largest in ((1.0, 3.0, 0.5), (2.0, 4.0, 0.25)):
-        pair = torch.tensor(top), torch.tensor(2.0)
-        updates.add(LossOutput(torch.tensor(loss), {"x": pair}, {"y": torch.tensor(largest)}))
+    for loss, top, extreme in ((1.0, 3.0, -0.25), (2.0, 4.0, -0.5), (0.0, 0.0, math.nan)):
+        pair, value = (torch.tensor(top), torch.tensor(2.0)), torch.tensor(extreme)
+        updates.add(LossOutput(torch.tensor(loss), {"x": pair}, {"z": value}, {"y": value}))
     assert updates.loss == pytest.approx(3.0)
-    assert updates.pairs == {"x": (7.0, 4.0)} and updates.maxima == {"y": 0.5}
+    assert updates.pairs == {"x": (7.0, 6.0)} and updates.maxima == {"y": -0.25} and updates.minima == {"z": -0.5}

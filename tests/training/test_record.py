@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,10 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
     mask = batch.completions.completion_mask
     bonus = torch.tensor([[0.5, 9.0, 9.0], [-0.5, 1.0, 9.0], [0.0, 0.0, 0.0], [0.0, 9.0, 9.0]])
     per_completion, task = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0.5, -0.5, 1.0, 0.0])
-    updates = Updates(loss=3.0, pairs={"entropy": (6.0, 4.0)}, maxima={"ratio/max": 1.5})
+    updates = Updates(
+        loss=3.0, pairs={"entropy": (6.0, 4.0)}, minima={"clip_ratio/low_min": 0.25}, maxima={"ratio/max": 1.5}
+    )
+    updates.maxima["clip_ratio/high_max"] = -math.inf  # nothing to count
     for _ in range(2):
         updates.end_step(Totals(completions=4.0, tokens=7.0), StepResult(2.0, refused=False))
     found = record.step_metrics(res, batch, Advantages(bonus, mask, task, per_completion, bonus), updates)
@@ -64,9 +68,14 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
         "completions/min_length": 1.0,
         "completions/max_length": 3.0,
         "step_tokens": 7.0,
+        "completions/distinct": 2.0,
+        "completions/min_terminated_length": 1.0,
+        "completions/max_terminated_length": 3.0,
+        "clip_ratio/low_min": 0.25,
         "denominator/completions": 4.0,
         "denominator/tokens": 7.0,
         "refused_steps": 0.0,
         "reward": 1.5,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert "clip_ratio/high_max" not in found

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vdr_cli.config import Config
-from vdr_cli.training.run_log import sampler_warning
+from vdr_cli.training.run_log import counters, sampler_warning
+from vdr_cli.training.state import LoopState
 
 APART = {"sampling/sampling_logp_difference/mean": 0.2}
 
@@ -27,3 +28,9 @@ def test_a_sampler_that_is_not_the_policy_is_reported_with_the_number() -> None:
 )
 def test_what_other_weights_or_rounding_explain_is_not(settings: dict, step: int, metrics: dict) -> None:
     assert sampler_warning(Config.model_validate(settings), step, metrics) is None
+
+
+def test_tokens_are_counted_as_trl_counts_them() -> None:
+    """Prompt and completion tokens of every completion; an epoch is a pass over the rows."""
+    state = LoopState(drawn=30, tokens=7, prompt_tokens=50)
+    assert counters(state, rows=20) == {"num_tokens": 57.0, "sampled_tokens": 7.0, "epoch": 1.5}

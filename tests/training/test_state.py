@@ -43,8 +43,8 @@ def test_a_step_moves_everything_on() -> None:
     state.end_step(2, tokens=30)
     assert state.pending == "next" and state.next_pending is None
     state.drawn_in_step = 4
-    state.end_step(2, tokens=12)
-    assert (state.step, state.tokens, state.drawn, state.drawn_in_step) == (4, 42, 9, 0)
+    state.end_step(2, tokens=12, prompt_tokens=7)
+    assert (state.step, state.tokens, state.prompt_tokens, state.drawn, state.drawn_in_step) == (4, 42, 7, 9, 0)
     assert state.finished_rms == state.rms.state_dict() and state.finished_rms["average"] > 0
 
 

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from vdr_cli.training.step_metrics import bonus_pairs, completion_pairs, ratios, reward_pairs
+from vdr_cli.training.step_metrics import (
+    bonus_pairs,
+    completion_pairs,
+    distinct_pairs,
+    length_extremes,
+    ratios,
+    reward_pairs,
+)
 
 NAN = math.nan
 
@@ -39,6 +46,22 @@ def test_lengths_of_all_and_of_those_that_ended() -> None:
             "completions/clipped_ratio": 1 / 3,
         }
     )
+
+
+def test_the_shortest_and_longest_and_of_those_that_ended() -> None:
+    least, most = length_extremes(torch.tensor([2, 5, 3, 1]), torch.tensor([False, True, False, True]))
+    assert least == {"completions/min_length": 1.0, "completions/min_terminated_length": 2.0}
+    assert most == {"completions/max_length": 5.0, "completions/max_terminated_length": 3.0}
+    least, most = length_extremes(torch.tensor([4]), torch.tensor([True]))
+    assert least["completions/min_terminated_length"] == math.inf == -most["completions/max_terminated_length"]
+
+
+def test_distinct_completions_of_a_group() -> None:
+    texts = ["a", "a", "b", "c", "c", "c"]
+    assert ratios(distinct_pairs(texts, 3)) == {"completions/distinct": 1.5}
+    assert ratios(distinct_pairs([[{"role": "assistant", "content": text}] for text in texts], 2)) == {
+        "completions/distinct": 4 / 3
+    }
 
 
 def test_disagreement_in_groups() -> None:

@@ -80,23 +80,32 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
     for index, name in enumerate(names):
         found[f"rewards/{name}/mean"] = _mean(record.rewards[:, index])
         found[f"rewards/{name}/std"] = _mean(_known_std(record.rewards[:, index], G))
-    found |= _of_lengths(record)
+    found |= _of_lengths(record, G)
     if cfg.bonus_source != "none":
         found |= _of_bonus(record, cfg)
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
-def _of_lengths(record: Record) -> dict[str, float]:
+def _of_lengths(record: Record, G: int) -> dict[str, float]:
     lengths = record.lengths.astype(np.float64)
-    tokens = float(lengths.sum())
+    ended = lengths[~record.truncated]
+    tokens, prompts = float(lengths.sum()), float(sum(map(len, record.columns["prompt_ids"])))
+    texts = record.columns["text"]
+    distinct = np.array([len(set(texts[row : row + G])) for row in range(0, len(texts), G)], dtype=np.float64)
     return {
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
-        "completions/mean_terminated_length": _mean(lengths[~record.truncated]),
+        "completions/mean_terminated_length": _mean(ended),
+        "completions/min_terminated_length": float(ended.min()) if len(ended) else math.nan,
+        "completions/max_terminated_length": float(ended.max()) if len(ended) else math.nan,
         "completions/clipped_ratio": _mean(record.truncated),
         "step_tokens": tokens,
-        "num_tokens": record.state["tokens"] + tokens,
+        "step_prompt_tokens": prompts,
+        "sampled_tokens": record.state["tokens"] + tokens,
+        "num_tokens": record.state["tokens"] + record.state["prompt_tokens"] + tokens + prompts,
+        "epoch": (record.state["drawn"] + record.state["drawn_now"]) / record.state["dataset_rows"],
+        "completions/distinct": _mean(distinct),
     }
 
 

@@ -178,7 +178,9 @@ def audit_update(
         lines.append(_relative(judge, "mean of its square (Adam)", after.second, adam.second))
         theirs, ours = (_minus(each, saved.weights) for each in (after.weights, weights))
         lines.append(_relative(judge, "update of the weights", theirs, ours))
-    return lines, outcome.means() | outcome.maxima | outcome.mean_denominators() | {"refused_steps": 0.0}
+    return lines, outcome.means() | outcome.minima | outcome.maxima | outcome.mean_denominators() | {
+        "refused_steps": 0.0
+    }
 
 
 def _given(record: Record, cfg: Config) -> update.Given:

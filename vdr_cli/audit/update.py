@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,6 +42,7 @@ class Outcome:
     loss: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    minima: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     norm: float = 0.0
     """Norm of the last step's gradient, before clipping."""
@@ -56,7 +58,12 @@ class Outcome:
     def reach(self, name: str, values: Tensor) -> None:
         """Count these values into a maximum."""
         if values.numel():
-            self.maxima[name] = max(self.maxima.get(name, 0.0), float(values.max()))
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(values.max()))
+
+    def sink(self, name: str, values: Tensor) -> None:
+        """Count these values into a minimum."""
+        if values.numel():
+            self.minima[name] = min(self.minima.get(name, math.inf), float(values.min()))
 
     def means(self) -> dict[str, float]:
         """The logged means; none where nothing was counted."""
@@ -202,6 +209,9 @@ def _log(outcome: Outcome, row: losses.Row, terms: losses.Terms, cfg: GrpoConfig
         outcome.add("clip_ratio/low_mean", terms.low[on])
         outcome.add("clip_ratio/high_mean", terms.high[on])
         outcome.add("clip_ratio/region_mean", (terms.low | terms.high)[on])
+        if bool(on.any()):  # shares of a completion's tokens
+            outcome.sink("clip_ratio/low_min", terms.low[on].double().mean())
+            outcome.reach("clip_ratio/high_max", terms.high[on].double().mean())
     if row.ref_logps is not None:
         outcome.add("kl", losses.kl(row.logps, row.ref_logps, cfg.kl)[on])
     known = on & ~row.sampler_logps.isnan()
@@ -209,7 +219,7 @@ def _log(outcome: Outcome, row: losses.Row, terms: losses.Terms, cfg: GrpoConfig
     outcome.add("sampling/sampling_logp_difference/mean", difference.abs())
     outcome.reach("sampling/sampling_logp_difference/max", difference.abs())
     cap = cfg.importance_cap
-    outcome.add(
-        "sampling/importance_sampling_ratio/mean",
-        difference.exp() if cap is None else difference.exp().clamp(max=cap),
-    )
+    weight = difference.exp() if cap is None else difference.exp().clamp(max=cap)
+    outcome.add("sampling/importance_sampling_ratio/mean", weight)
+    outcome.reach("sampling/importance_sampling_ratio/max", weight)
+    outcome.sink("sampling/importance_sampling_ratio/min", weight)

@@ -73,8 +73,10 @@ class LossOutput:
     loss: Tensor  # ()
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """name → (numerator, denominator): add both over micro-batches and ranks, then divide."""
+    minima: dict[str, Tensor] = field(default_factory=dict)
+    """name → smallest value, inf where there is none: take the minimum over micro-batches and ranks."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
-    """name → largest value: take the maximum over micro-batches and ranks."""
+    """name → largest value, −inf where there is none: take the maximum over micro-batches and ranks."""
 
 
 class TokenLoss(NamedTuple):
@@ -287,7 +289,8 @@ def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> 
     if settings.entropy_weight != 0.0:
         bonus = _required(inputs.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
         loss = loss - settings.entropy_weight * _where(mask, bonus).sum()
-    return LossOutput(loss, _metrics(inputs, terms, token_loss, old_logps, settings), _maxima(inputs, terms, old_logps))
+    means = _metrics(inputs, terms, token_loss, old_logps, settings)
+    return LossOutput(loss, means, *_extremes(inputs, terms, token_loss, old_logps, settings))
 
 
 @torch.no_grad()
@@ -323,13 +326,30 @@ def _metrics(
 
 
 @torch.no_grad()
-def _maxima(inputs: LossInputs, terms: Terms, old_logps: Tensor) -> dict[str, Tensor]:
-    maxima = {"ratio/max": torch.exp(terms.log_ratio).amax()}
+def _extremes(
+    inputs: LossInputs, terms: Terms, token_loss: TokenLoss, old_logps: Tensor, settings: LossSettings
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Smallest and largest values, over valid tokens or over completions; names as TRL's."""
+    mask, minima = terms.mask, {}
+    maxima = {"ratio/max": _largest(torch.exp(terms.log_ratio), mask)}
+    if token_loss.clipped_low is not None and token_loss.clipped_high is not None:
+        length = mask.sum(dim=1)
+        low, high = ((flags & mask).sum(dim=1) / length for flags in (token_loss.clipped_low, token_loss.clipped_high))
+        minima["clip_ratio/low_min"] = -_largest(-low, length > 0)
+        maxima["clip_ratio/high_max"] = _largest(high, length > 0)
     if inputs.sampler_logps is not None:
-        known = terms.mask & ~inputs.sampler_logps.isnan()
+        known = mask & ~inputs.sampler_logps.isnan()
         difference = _where(known, old_logps - inputs.sampler_logps)
-        maxima["sampling/sampling_logp_difference/max"] = difference.abs().amax()
-    return maxima
+        ratio = difference.exp().clamp(max=torch.inf if settings.importance_cap is None else settings.importance_cap)
+        maxima["sampling/sampling_logp_difference/max"] = _largest(difference.abs(), known)
+        maxima["sampling/importance_sampling_ratio/max"] = _largest(ratio, known)
+        minima["sampling/importance_sampling_ratio/min"] = -_largest(-ratio, known)
+    return minima, maxima
+
+
+def _largest(values: Tensor, where: Tensor) -> Tensor:
+    """The largest of these values, (); −inf where there is none."""
+    return torch.where(where, values, -torch.inf).amax()
 
 
 def _where(mask: Tensor, values: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
         "drawn": state.drawn,
         "drawn_now": state.drawn_in_step,
         "tokens": state.tokens,
+        "prompt_tokens": state.prompt_tokens,
         "dataset_rows": len(res.prompts),
         "rms": state.finished_rms,
         "rms_after": state.rms.state_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -195,10 +196,11 @@ def _emptied(micro: MicroBatch) -> MicroBatch:
 
 @dataclass
 class Updates:
-    """Outcome of the optimizer steps on one rollout; loss, pairs and maxima are this rank's share."""
+    """Outcome of the optimizer steps on one rollout; loss, pairs, minima and maxima are this rank's share."""
 
     loss: float = 0.0
     pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    minima: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
     grad_norm: float = 0.0
     learning_rate: float = 0.0
@@ -237,5 +239,7 @@ class Updates:
         for name, (top, bottom) in output.metrics.items():
             old_top, old_bottom = self.pairs.get(name, (0.0, 0.0))
             self.pairs[name] = (old_top + float(top), old_bottom + float(bottom))
+        for name, value in output.minima.items():
+            self.minima[name] = min(self.minima.get(name, math.inf), float(value))
         for name, value in output.maxima.items():
-            self.maxima[name] = max(self.maxima.get(name, 0.0), float(value))
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import mean
 
 from vdr_cli.config import Config
@@ -11,7 +12,15 @@ from vdr_cli.grpo.advantages import zero_variance
 from vdr_cli.training import speed
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.resources import Resources
-from vdr_cli.training.step_metrics import Pairs, bonus_pairs, completion_pairs, ratios, reward_pairs
+from vdr_cli.training.step_metrics import (
+    Pairs,
+    bonus_pairs,
+    completion_pairs,
+    distinct_pairs,
+    length_extremes,
+    ratios,
+    reward_pairs,
+)
 
 
 def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, float]:
@@ -26,12 +35,9 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
     pairs = own_pairs(res, batch, advantages) | updates.pairs
     summed = sum_pairs(pairs | {name: (value, 0.0) for name, value in sums.items()})
     loss, step_tokens, prompt_tokens = (summed.pop(name)[0] for name in sums)
-    metrics = ratios(summed) | largest(
-        updates.maxima
-        | {"completions/max_length": float(lengths.max()), "completions/min_length": -float(lengths.min())}
-        | {f"time/{name}": value for name, value in seconds.items()}
-    )
-    metrics["completions/min_length"] *= -1.0
+    least, most = length_extremes(lengths, batch.completions.truncated)
+    times = {f"time/{name}": value for name, value in seconds.items()}
+    metrics = ratios(summed) | extremes(least | updates.minima, most | updates.maxima | times)
     metrics["step_time"] = metrics.pop("time/step")
     if res.config.grpo.entropy_target is not None:
         metrics["entropy_coef"] = updates.entropy_weight
@@ -44,6 +50,7 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
         "denominator/completions": mean(totals.completions for totals in updates.totals),
         "denominator/tokens": mean(totals.tokens for totals in updates.totals),
         "step_tokens": step_tokens,
+        "step_prompt_tokens": prompt_tokens * res.config.rollout.group_size,
         "tokens_per_second": step_tokens / metrics["step_time"],
     }
 
@@ -55,6 +62,7 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
     names = [reward.name for reward in res.rewards]
     pairs: Pairs = reward_pairs(batch.rewards, batch.task_reward, stalled, G, names)
     pairs |= completion_pairs(batch.completions.completion_mask, batch.completions.truncated)
+    pairs |= distinct_pairs(batch.texts, G)
     if advantages.per_completion is not None and advantages.bonus is not None:
         bonus = advantages.bonus
         added = bonus if bonus.dim() == 1 else bonus[batch.completions.completion_mask]
@@ -93,7 +101,13 @@ def sum_pairs(pairs: Pairs) -> Pairs:
     return {name: (flat[2 * index], flat[2 * index + 1]) for index, name in enumerate(names)}
 
 
-def largest(values: dict[str, float]) -> dict[str, float]:
-    """The largest of every value over all ranks, in one collective; every rank has the same names."""
-    names = sorted(values)
-    return dict(zip(names, collectives.all_reduce_max([values[name] for name in names]), strict=True))
+def extremes(minima: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """The smallest and the largest of every value over all ranks, in one collective; every rank has the same names.
+
+    A name without a finite value on any rank is left out.
+    """
+    lowest, highest = sorted(minima), sorted(maxima)
+    signed = [-minima[name] for name in lowest] + [maxima[name] for name in highest]
+    found = collectives.all_reduce_max(signed)
+    values = [-value for value in found[: len(lowest)]] + found[len(lowest) :]
+    return {name: value for name, value in zip(lowest + highest, values, strict=True) if math.isfinite(value)}

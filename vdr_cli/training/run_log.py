@@ -72,7 +72,7 @@ class RunLog:
         save_completions: bool,
     ) -> None:
         """Record a step: its metrics, its completions if they are to be saved, a line on the terminal. Collective."""
-        metrics = metrics | {"num_tokens": float(state.tokens)}
+        metrics = metrics | counters(state, len(res.prompts))
         if save_completions:
             self._save_completions(completion_columns(res, batch, advantages), state.step, res)
         self._write(state.step, metrics)
@@ -104,6 +104,15 @@ class RunLog:
             write_completions(self._directory / "completions", step, columns)
         except MachineError as error:  # a full disk must not end the training that the checkpoints protect
             self.note(str(error))
+
+
+def counters(state: LoopState, rows: int) -> dict[str, float]:
+    """The run so far: tokens as TRL counts them, of these the sampled ones, and passes over the rows of the data."""
+    return {
+        "num_tokens": float(state.prompt_tokens + state.tokens),
+        "sampled_tokens": float(state.tokens),
+        "epoch": state.drawn / rows,
+    }
 
 
 def largest_rewards(rewards: Tensor) -> list[float]:

@@ -10,7 +10,7 @@ from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.grpo.entropy_control import EntropyControl
 from vdr_cli.training.pending_rollout import PendingRollout
 
-SAVED = ("step", "drawn", "tokens", "seconds", "refused", "best", "best_step")
+SAVED = ("step", "drawn", "tokens", "prompt_tokens", "seconds", "refused", "best", "best_step")
 """Fields that a checkpoint's state.json carries, beside `rms` and `entropy`."""
 
 
@@ -24,6 +24,8 @@ class LoopState:
     """Prompts taken from the stream in finished steps, over all ranks."""
     tokens: int = 0
     """Completion tokens so far, over all ranks."""
+    prompt_tokens: int = 0
+    """Prompt tokens so far, counted for each completion, over all ranks."""
     seconds: float = 0.0
     """Seconds that the finished steps took on the slowest rank."""
     refused: int = 0
@@ -58,10 +60,11 @@ class LoopState:
             or (train.max_sampled_tokens is not None and self.tokens >= train.max_sampled_tokens)
         )
 
-    def end_step(self, steps: int, tokens: int, seconds: float = 0.0) -> None:
-        """These optimizer steps are done, on completions of so many tokens, in so many seconds."""
+    def end_step(self, steps: int, tokens: int, prompt_tokens: int = 0, seconds: float = 0.0) -> None:
+        """These optimizer steps are done, on completions and prompts of so many tokens, in so many seconds."""
         self.step += steps
         self.tokens += tokens
+        self.prompt_tokens += prompt_tokens
         self.seconds += seconds
         self.drawn += self.drawn_in_step
         self.finished_rms = self.rms.state_dict()

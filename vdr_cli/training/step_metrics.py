@@ -5,6 +5,7 @@ Pure: tensors in, plain numbers out. The loop sums the pairs over all ranks and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +38,27 @@ def completion_pairs(completion_mask: Tensor, truncated: Tensor) -> Pairs:
         "completions/mean_terminated_length": _sum_and_count(lengths[~truncated]),
         "completions/clipped_ratio": (float(truncated.sum()), float(len(truncated))),
     }
+
+
+def length_extremes(lengths: Tensor, truncated: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Smallest and largest of lengths (B,), and of those that ended; ±inf where none did. truncated (B,) bool."""
+    ended = lengths[~truncated]
+    least = {
+        "completions/min_length": float(lengths.min()),
+        "completions/min_terminated_length": float(ended.min()) if len(ended) else math.inf,
+    }
+    most = {
+        "completions/max_length": float(lengths.max()),
+        "completions/max_terminated_length": float(ended.max()) if len(ended) else -math.inf,
+    }
+    return least, most
+
+
+def distinct_pairs(texts: Sequence[object], group_size: int) -> Pairs:
+    """How many different completions a group has. texts: B strings, or B lists of one assistant message."""
+    plain = [str(text) for text in texts]
+    groups = [plain[start : start + group_size] for start in range(0, len(plain), group_size)]
+    return {"completions/distinct": (float(sum(len(set(group)) for group in groups)), float(len(groups)))}
 
 
 def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:

@@ -117,6 +117,16 @@ def test_minibatches_are_the_same_on_any_number_of_ranks(left: Left, how: str) -
     assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
 
 
+@pytest.mark.runs("dapo_two", "dapo_alone", "minibatches_two", "minibatches_alone")
+@pytest.mark.parametrize("run", ["dapo", "minibatches"])
+def test_every_logged_number_is_that_of_the_step_on_any_number_of_ranks(left: Left, run: str) -> None:
+    """Ranks hold 8 and 12 completions of unequal lengths, so a mean of the ranks' means would be another number."""
+    for two, one in zip(left.metrics(f"{run}_two"), left.metrics(f"{run}_alone"), strict=True):
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            assert two[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+
+
 @pytest.mark.runs("{run}", "plain")
 @pytest.mark.parametrize("run", [*[f"by_name_{name}" for name in BY_NAME], "alone"])
 def test_the_update_is_the_same_under_every_configuration(left: Left, run: str) -> None:
