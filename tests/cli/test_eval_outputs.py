@@ -21,7 +21,7 @@ def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.Monk
     assert {"pass@1", "pass@2", "distinct-1", "self_bleu", "disagreement"} <= written["models"][0].keys()
     (difference,) = written["differences"]
     assert difference["pass@1"] == 0.0
-    for name in written["models"][0].keys() - {"model", "prompts", "samples"}:
+    for name in written["models"][0].keys() - {"model", "prompts", "samples", "distinct_by"}:
         assert name.endswith(("_low", "_high")) or {f"{name}_low", f"{name}_high"} <= difference.keys(), name
     assert "| pass@1 |" in Path("t.md").read_text()
     assert pq.read_table("s.parquet").num_rows == 8

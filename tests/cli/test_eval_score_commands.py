@@ -13,7 +13,7 @@ from vdr_cli.cli import score as score_command
 from vdr_cli.cli.score import ProgressLines
 from vdr_cli.config import recipe
 from vdr_cli.config.load import dump_run_record, load_config
-from vdr_cli.evaluation import evaluate
+from vdr_cli.evaluation import evaluate, result
 from vdr_cli.scoring import score
 from vdr_cli.scoring.request import ScoreResult
 
@@ -50,7 +50,7 @@ def asked(monkeypatch) -> list:
         return [Result(name) for name in request.models]
 
     monkeypatch.setattr(evaluate, "run_eval", run_eval)
-    monkeypatch.setattr(evaluate, "paired_differences", lambda results: [])
+    monkeypatch.setattr(result, "paired_differences", lambda results: [])
     return requests
 
 
@@ -109,6 +109,9 @@ def test_eval_flags_reach_the_request(asked):
     assert json.loads(Path("o.json").read_text())["models"][0]["pass@1"] == 0.25
     assert app.run(["eval", "starter", "-n", "2", "--greedy"]) == 0
     assert (asked[-1].samples, asked[-1].greedy) == (2, True)
+    assert app.run(["eval", "starter", "--samples", "64", "--k", "1,8", "--k", "64"]) == 0
+    assert asked[-1].ks == (1, 8, 64)
+    assert app.run(["eval", "starter", "--k", "1,many"]) == 2
 
 
 def test_eval_takes_the_settings_of_the_run(asked):

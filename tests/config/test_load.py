@@ -208,3 +208,24 @@ def test_hash_ignores_what_does_not_compute():
     same = load_config(overrides=["launch.num_processes=2", "observe.live=off", "train.output=a"])
     assert config_hash(same) == base
     assert config_hash(load_config(overrides=["train.seed=9"])) != base
+
+
+@pytest.mark.parametrize("given", ["train.eval_k=1, 8,64", "train.eval_k=[1, 8, 64]"])
+def test_several_k_are_a_list_or_a_text_with_commas(given):
+    more = ["train.eval_every=5", "train.eval_samples=64"]
+    assert load_config(overrides=[given, *more]).train.eval_k == [1, 8, 64]
+    assert load_config(flags={"train.eval_k": "64"}, overrides=more).train.eval_k == [64]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.eval_k=1,64", "train.eval_every=5"], "eval_k 1,64 needs eval_samples of 64 at least, not 8"),
+        (["train.eval_k=8"], "eval_k needs train.eval_every"),
+        (["train.eval_k=0,1", "train.eval_every=5"], "train.eval_k[0] must be at least 1"),
+        (["train.eval_k=one", "train.eval_every=5"], "train.eval_k"),
+        (["train.eval_k=[]", "train.eval_every=5"], "train.eval_k"),
+    ],
+)
+def test_a_k_that_cannot_be_computed_is_refused(settings, words):
+    assert words in refused(overrides=settings)

@@ -12,7 +12,9 @@ from vdr_cli.config import DataConfig, DisagreementConfig, RewardsConfig, Rollou
 from vdr_cli.config.schema import RewardFunction
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.evaluation.evaluate import EvalRequest, EvalResult, evaluate_model, paired_differences, run_eval
+from vdr_cli.evaluation.evaluate import evaluate_model, run_eval
+from vdr_cli.evaluation.request import EvalRequest
+from vdr_cli.evaluation.result import EvalResult, paired_differences
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -33,20 +35,31 @@ def prompts(count: int) -> list[Prompt]:
     ]
 
 
-def rewards(*functions: Any) -> list[LoadedReward]:
-    return [LoadedReward(function.__name__, 1.0, function) for function in functions]
+def rewards(*functions: Any, **more: Any) -> list[LoadedReward]:
+    return [LoadedReward(function.__name__, 1.0, function, **more) for function in functions]
 
 
 def long(completions: list[str], **_: Any) -> list[float]:
     return [float(len(text) >= 5) for text in completions]
 
 
-def evaluate(count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), **more: Any) -> EvalResult:
+def evaluate(
+    count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), classes: dict[str, Any] | None = None, **more: Any
+) -> EvalResult:
     model, tokenizer = starter()
     rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
     sampling = Sampling(max_new_tokens=12)
     return evaluate_model(
-        model, tokenizer, rollout, prompts(count), rewards(*functions), n, (1, n), 0, sampling, **more
+        model,
+        tokenizer,
+        rollout,
+        prompts(count),
+        rewards(*functions, **(classes or {})),
+        n,
+        (1, n),
+        0,
+        sampling,
+        **more,
     )
 
 
@@ -79,7 +92,8 @@ def test_entropy_is_that_of_the_models_own_distributions() -> None:
 
 def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vdr_cli.evaluation.evaluate.CHUNK_COMPLETIONS", 4)
-    alone = evaluate(count=5)
+    classes = {"solution_class": firsts, "known_classes": lambda answer, **_: [number + 1 for number in answer]}
+    alone = evaluate(count=5, classes=classes)
     shares: list[Any] = []
 
     def keep(value: Any) -> list[Any]:
@@ -92,11 +106,13 @@ def test_as_many_processes_as_you_like(monkeypatch: pytest.MonkeyPatch) -> None:
     for rank in range(3):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
         with pytest.raises(StopIteration):
-            evaluate(count=5)
+            evaluate(count=5, classes=classes)
     assert [len(rows) for rows, _ in shares] == [2, 2, 1]
     monkeypatch.setattr(collectives, "gather_objects", lambda value: shares)
-    together = evaluate(count=5)
+    together = evaluate(count=5, classes=classes)
     assert together.texts == alone.texts
+    assert together.classes == alone.classes
+    assert together.known_classes.tolist() == alone.known_classes.tolist() == [1, 2, 3, 4, 5]
     assert together.metrics() == pytest.approx(alone.metrics())
 
 
@@ -215,6 +231,51 @@ def test_diversity_reference_and_disagreement_are_measured_when_asked(monkeypatc
     assert np.mean(columns["disagreement"]) == pytest.approx(record["disagreement"])
     with pytest.raises(ConfigError, match="--reference nothing"):
         run_eval(EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), reference="nothing"))
+
+
+def firsts(completions: list[str], **_: Any) -> list[str | None]:
+    return [text[0] if text else None for text in completions]
+
+
+def right(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def test_solutions_of_one_class_are_counted_once() -> None:
+    classes = {"solution_class": firsts, "known_classes": lambda answer, **_: [None, 8, 0]}
+    result = evaluate(count=3, n=16, functions=(right,), classes=classes)
+    found = [len({text[:1] for text in texts}) for texts in result.texts]
+    assert found != [len(set(texts)) for texts in result.texts]
+    assert result.metrics()["distinct_solved"] == pytest.approx(np.mean(found))
+    assert result.metrics()["distinct_solved_share"] == found[1] / 8  # what is not known, or has none, counts nowhere
+    assert result.record()["distinct_by"] == "solution class of right"
+    assert result.samples()["solution_class"] == [text[:1] for texts in result.texts for text in texts]
+
+
+def test_only_solved_completions_are_of_a_class() -> None:
+    result = evaluate(count=2, n=8, functions=(long,), classes={"solution_class": firsts})
+    pairs = [zip(*row, strict=True) for row in zip(result.texts, result.solved, strict=True)]
+    assert result.solutions() == [{text[0] for text, solved in row if solved} for row in pairs]
+    assert "distinct_solved_share" not in result.metrics()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (lambda completions, **_: ["a"], "right's solution_class must return a list of 16 entries"),
+        (lambda completions, **_: "a" * len(completions), "returned str"),
+        (lambda completions, **_: 1 / 0, "right's solution_class raised .*division by zero"),
+    ],
+)
+def test_a_bad_solution_class_is_named(classes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        evaluate(count=4, n=4, functions=(right,), classes={"solution_class": classes})
+
+
+def test_known_classes_are_numbers() -> None:
+    classes = {"solution_class": firsts, "known_classes": lambda answer, **_: ["many"] * len(answer)}
+    with pytest.raises(DataError, match="known_classes of reward right must return whole numbers"):
+        evaluate(count=1, functions=(right,), classes=classes)
 
 
 def test_distinct_solutions_are_counted_once() -> None:

@@ -35,6 +35,7 @@ def test_eval_on_two_processes_is_eval(tmp_path: Path, vdr: Command, forked: Com
     done = vdr(*flags, "--json", str(two), "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     assert two.read_text() == one.read_text()
+    assert "distinct_solved_share" in one.read_text(), "solution classes too"
     assert done.stdout.count("pass@1") == 1, "only the first process shows the table"
 
 

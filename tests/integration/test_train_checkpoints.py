@@ -156,6 +156,7 @@ def test_the_best_checkpoint_stays_beside_the_last(train, read, tmp_path: Path, 
         "rewards.functions": [{"name": f"{tmp_path}/mine.py:solving"}],
         "train.eval_every": 1,
         "train.keep_best": True,
+        "train.eval_k": [4, 8],  # the best is the one with the best pass@1 all the same
         "train.keep_last": 1,
         "train.checkpoint_every": 1,
     }

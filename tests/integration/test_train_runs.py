@@ -73,7 +73,7 @@ def test_written_config_repeats_the_run(train, vdr, read, tmp_path: Path) -> Non
 
 
 def test_a_run_leaves_what_the_design_names(train, read, tmp_path: Path) -> None:
-    settings = {"observe.tensorboard": True, "train.eval_every": 2, "train.eval_prompts": 4}
+    settings = {"observe.tensorboard": True, "train.eval_every": 2, "train.eval_prompts": 4, "train.eval_k": [2, 8]}
     ended = train(tmp_path / "run", settings=settings)
     assert ended.returncode == 0, ended.stderr
     run = tmp_path / "run"
@@ -83,7 +83,7 @@ def test_a_run_leaves_what_the_design_names(train, read, tmp_path: Path) -> None
     last = read.metrics(run)[-1]
     for name in ("reward", "reward_std", "frac_reward_zero_std", "rewards/countdown/mean", "entropy", "num_tokens",
                  "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean", "grad_norm",
-                 "learning_rate", "disagreement/mean", "eval/pass@1", "eval/pass@8"):  # fmt: skip
+                 "learning_rate", "disagreement/mean", "eval/pass@1", "eval/pass@2", "eval/pass@8"):  # fmt: skip
         assert name in last, name
     assert last["ratio/max"] == 1.0  # on-policy: the ratio is exactly 1
     from transformers import AutoModelForCausalLM

@@ -205,3 +205,28 @@ def test_files_of_one_name_are_two_modules(rewards_file):
     other.write_text("def brief(completions, **_):\n    return [9.0]\n")
     assert find_function(f"{rewards_file}:brief")(completions=["a"]) == [1.0]
     assert find_function(f"{other}:brief")(completions=["a"]) == [9.0]
+
+
+def test_solution_classes_lie_beside_the_reward_function(tmp_path, monkeypatch):
+    (tmp_path / "classified.py").write_text(
+        "def right(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
+        "def solution_class(completions, **_):\n    return [text.lower() for text in completions]\n"
+    )
+    (reward,) = load_rewards(RewardsConfig(functions=[{"name": f"{tmp_path / 'classified.py'}:right"}]), "rows.jsonl")
+    assert reward.solution_class(["A"]) == ["a"]
+    assert reward.known_classes is None
+    (built_in,) = load_rewards(RewardsConfig(), "starter")
+    assert built_in.solution_class(["5+3"]) == ["3+5"]
+    assert built_in.known_classes(numbers=[[3, 5, 7]], target=[22]) == [1]
+    (length,) = load_rewards(RewardsConfig(functions=[{"name": "length"}]), "starter")
+    assert length.solution_class is None
+
+
+def test_an_attribute_goes_before_the_file(tmp_path):
+    (tmp_path / "attributed.py").write_text(
+        "def right(completions, **_):\n    return [1.0] * len(completions)\n\n\n"
+        "def solution_class(completions, **_):\n    return completions\n\n\n"
+        "right.solution_class = lambda completions, **_: ['one'] * len(completions)\n"
+    )
+    (reward,) = load_rewards(RewardsConfig(functions=[{"name": f"{tmp_path / 'attributed.py'}:right"}]), "rows.jsonl")
+    assert reward.solution_class(["A"]) == ["one"]

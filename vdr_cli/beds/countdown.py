@@ -21,6 +21,7 @@ from math import prod
 from typing import Any
 
 HELD_OUT = 256  # problems of the test split
+MOST_ENUMERATED = 6  # numbers whose classes take milliseconds
 LEAST_CLASSES = {3: 1, 4: 2}  # solution classes of a problem, by how many numbers it has
 
 _EXPRESSION = re.compile(r"[0-9]{1,4}(?:[-+*][0-9]{1,4})*", re.ASCII)
@@ -83,6 +84,20 @@ def countdown(completions: list[Any], numbers: list[Sequence[int]], target: list
     """Reward 1 for a completion that solves its problem, else 0. Columns: `numbers`, `target`, also as a CSV's text."""
     rows = zip(completions, map(_whole_numbers, numbers), map(int, target), strict=True)
     return [float(is_solution(_text(completion), row_numbers, goal)) for completion, row_numbers, goal in rows]
+
+
+def solution_class(completions: list[Any], **_: Any) -> list[str | None]:
+    """The canonical form of each completion; None where it is no expression."""
+    return [canonical(_text(completion)) for completion in completions]
+
+
+def known_classes(numbers: list[Sequence[int]], target: list[int], **_: Any) -> list[int | None]:
+    """The number of classes that solve each problem; None where they are too many to enumerate."""
+    rows = zip(map(_whole_numbers, numbers), map(int, target), strict=True)
+    return [
+        len(classes(tuple(sorted(row_numbers))).get(goal, ())) if len(row_numbers) <= MOST_ENUMERATED else None
+        for row_numbers, goal in rows
+    ]
 
 
 @cache

@@ -62,6 +62,17 @@ def routes(completions: list[Any], streets: list[Any], start: list[str], goal: l
     return [float(is_route(route(_text(completion)), _problem(*row))) for completion, *row in rows]
 
 
+def solution_class(completions: list[Any], **_: Any) -> list[str | None]:
+    """The route that each completion names; None where it is no list of nodes."""
+    found = [route(_text(completion)) for completion in completions]
+    return [text if _ROUTE.fullmatch(text) else None for text in found]
+
+
+def known_classes(streets: list[Any], start: list[str], goal: list[str], **_: Any) -> list[int]:
+    """The number of routes of each problem."""
+    return [len(answers(_problem(*row))) for row in zip(streets, start, goal, strict=True)]
+
+
 @cache
 def answers(problem: Problem) -> tuple[str, ...]:
     """Every route of the problem, in order."""

@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 def show(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> None:
     """The numbers, a column a model; below, each pair's difference over the same prompts."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console()
     first = records[0]
@@ -21,6 +22,8 @@ def show(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str
         _show_table(console, "Differences over the same prompts", named)
     if any(name.endswith("_low") for name in first):
         console.print("\\[low, high]: 95 % interval over prompts", style="italic")
+    if (by := first.get("distinct_by", "text")) != "text":
+        console.print(Text(f"distinct_solved counts each {by} once"), style="italic")
 
 
 def as_markdown(records: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +81,7 @@ def _block(row: Mapping[str, Any]) -> Any:
 
 
 def _shown_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    hidden = {"model", "minus", "prompts", "samples"}
+    hidden = {"model", "minus", "prompts", "samples", "distinct_by"}
     return [name for name in rows[0] if name not in hidden and not name.endswith(("_low", "_high"))]
 
 

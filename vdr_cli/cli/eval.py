@@ -28,7 +28,8 @@ from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from vdr_cli.config import Config, DisagreementConfig
-    from vdr_cli.evaluation.evaluate import EvalRequest, EvalResult
+    from vdr_cli.evaluation.request import EvalRequest
+    from vdr_cli.evaluation.result import EvalResult
 
 EXAMPLES = (
     "vdr eval starter runs/wide                     # before and after",
@@ -51,7 +52,10 @@ FLAGS = (
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="starter, directory, run or hub id.")]
 Samples = Annotated[int, typer.Option("--samples", "--n", "-n", help="Completions per prompt.")]
-Ks = Annotated[list[int] | None, typer.Option("--k", help="pass@k. Repeatable. Default: 1 and --samples.")]
+Ks = Annotated[
+    list[str] | None,
+    typer.Option("--k", metavar="K,...", help="pass@k, such as 1,8,64. Repeatable. Default: 1 and --samples."),
+]
 Prompts = Annotated[int | None, typer.Option(help="Evaluate only the first N prompts.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="One completion per prompt, the likeliest tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the samples, the intervals and the masks.")]
@@ -97,6 +101,7 @@ def command(
     if greedy and typed["rollout.temperature"] is not None:
         raise ConfigError("--greedy and --temperature exclude each other; give one")
     config = checked_config(models, typed.also("--reward", "rewards.functions", reward_settings(reward)), overrides)
+    ks = numbers(k, "--k")
     files = Files(json_file, markdown, save)
     files.check()
 
@@ -105,9 +110,7 @@ def command(
 
         request = build_request(config, models, on_data=typed["data.name"] is not None)
         ensemble = ensemble_settings(members) if members else None
-        request = replace(
-            request, samples=samples, ks=tuple(k) if k else None, greedy=greedy, prompts=prompts, seed=seed
-        )
+        request = replace(request, samples=samples, ks=ks, greedy=greedy, prompts=prompts, seed=seed)
         files.write(run_eval(replace(request, diversity=diversity, reference=reference, disagreement=ensemble)))
 
     on_ranks(launch_from(typed, launch_overrides(overrides)), context.obj, evaluate)
@@ -136,6 +139,14 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     return config
 
 
+def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:
+    """Whole numbers, each option holding one or several with commas between; None when none was given."""
+    try:
+        return tuple(int(part) for text in given for part in text.split(",")) if given else None
+    except ValueError:
+        raise ConfigError(f"{flag} {','.join(given or ())}: give whole numbers, such as {flag} 1,8,64") from None
+
+
 def launch_overrides(overrides: Sequence[str] | None) -> list[str]:
     """Those of the --set options that say how processes are started."""
     return [text for text in overrides or () if text.startswith("launch.")]
@@ -143,7 +154,7 @@ def launch_overrides(overrides: Sequence[str] | None) -> list[str]:
 
 def build_request(config: Config, models: Sequence[str], *, on_data: bool) -> EvalRequest:
     """The models on the held-out prompts of the configuration; with on_data, on those of data.name."""
-    from vdr_cli.evaluation.evaluate import EvalRequest
+    from vdr_cli.evaluation.request import EvalRequest
 
     held_out = config.data.name if on_data else config.data.eval_name or config.data.name
     return EvalRequest(
@@ -186,7 +197,7 @@ class Files:
     def write(self, results: Sequence[EvalResult]) -> None:
         """Print the tables and write the files, on rank 0."""
         from vdr_cli.cli.comparison import as_markdown, show
-        from vdr_cli.evaluation.evaluate import paired_differences
+        from vdr_cli.evaluation.result import paired_differences
         from vdr_cli.scoring.parts import plain
         from vdr_cli.system.files import write_whole
 

@@ -38,7 +38,7 @@ RUN = "The run"
 FLAGS = (
     Flag("--model", "model.name"),
     Flag("--data", "data.name"),
-    *panel(RUN, "train.output", "train.steps", "train.seed"),
+    *panel(RUN, "train.output", "train.steps", "train.seed", "train.eval_k"),
     Flag("--bonus", "bonus.source", "Bonus"),
     *panel("Bonus", "bonus.weight", *(f"disagreement.{key}" for key in ("mode", "measure", "members"))),
     *panel("Rollout and update", "rollout.group_size", "rollout.max_new_tokens", "train.learning_rate", "grpo.loss"),

@@ -132,6 +132,8 @@ class Config(Section):
             )
         if self.train.keep_best and self.train.eval_every == 0:
             raise ValueError("train.keep_best needs train.eval_every: nothing measures which checkpoint is best")
+        if self.train.eval_k is not None and self.train.eval_every == 0:
+            raise ValueError("train.eval_k needs train.eval_every: without it nothing is evaluated")
         if self.train.warmup_steps >= self.train.steps and self.train.warmup_steps > 0:
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is not below train.steps {self.train.steps}"

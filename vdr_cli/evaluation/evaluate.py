@@ -7,10 +7,9 @@ of one kind, however many processes there are.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,21 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from vdr_cli.config.schema import DataConfig, DisagreementConfig, ModelConfig, RewardsConfig, RolloutConfig
 from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.evaluation.request import EvalRequest, sampling_of
+from vdr_cli.evaluation.result import EvalResult
 from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
 from vdr_cli.rewards.calling import completion_texts, compute_rewards
+from vdr_cli.rewards.classes import classifier, known_classes, solution_classes
 from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.samples import Completions, Prompt, Sampling, Stream, completion_key, to_device
-from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
-from vdr_cli.stats.passk import pass_at_k
 
 logger = logging.getLogger(__name__)
 
@@ -41,134 +40,11 @@ MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first s
 EntropySums = Callable[[Completions | None], NDArray[np.float64]]
 """(B,) sums of token entropies in nats; None: this rank has no completions and only takes part."""
 
+LISTS = ("texts", "classes")
+"""Parts of a chunk's share that hold one text per completion, in a flat list."""
+
 CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
-
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """A request to `vdr eval`. The prompts are the held-out ones of `data` (eval_name, eval_split)."""
-
-    models: tuple[str, ...]
-    data: DataConfig = field(default_factory=DataConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """dtype, revision and trust_remote_code of every model; `name` is not read."""
-    samples: int = 8
-    ks: tuple[int, ...] | None = None
-    """pass@k for these k; None: 1 and `samples`."""
-    greedy: bool = False
-    prompts: int | None = None
-    """The first this many prompts; None: all."""
-    seed: int = 0
-    diversity: bool = False
-    """Also distinct-1, distinct-2 and self-BLEU of each prompt's completions."""
-    reference: str | None = None
-    """Column that holds a reference text: also ROUGE-L against it."""
-    disagreement: DisagreementConfig | None = None
-    """Also the ensemble's mean bald of the completions; None: not measured."""
-    device: str = "auto"
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One model on N prompts with n completions each."""
-
-    model: str
-    ks: tuple[int, ...]
-    seed: int
-    prompts: list[Prompt]
-    texts: list[list[str]]  # (N, n)
-    task_reward: NDArray[np.float64]  # (N, n), NaN where every function returned None
-    rewards: dict[str, NDArray[np.float64]]  # name: (N, n)
-    solved: NDArray[np.bool_]  # (N, n)
-    length: NDArray[np.int64]  # (N, n) tokens
-    truncated: NDArray[np.bool_]  # (N, n)
-    entropy_sum: NDArray[np.float64]  # (N, n) nats, summed over tokens
-    disagreement: NDArray[np.float64] | None = None  # (N, n) mean bald of the tokens, nats
-    per_prompt: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-    """Further measures that were asked for: name to (N,), NaN where a prompt has none."""
-
-    def pass_at(self, k: int) -> NDArray[np.float64]:
-        """(N,) unbiased pass@k of each prompt."""
-        return pass_at_k(self.solved.shape[1], self.solved.sum(1), k)
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers of a table row; intervals are 95 %, by bootstrap over prompts."""
-        draws = self.draws()
-        numbers: dict[str, float] = {}
-        for name, value in self.values().items():
-            numbers[name] = value
-            numbers[f"{name}_low"], numbers[f"{name}_high"] = interval(draws[name], len(self.prompts))
-        return numbers
-
-    def values(self) -> dict[str, float]:
-        """Every measure over all prompts."""
-        parts = self._parts()
-        ratios = {name: np.atleast_1d(_ratio(sums.sum(), counts.sum())) for name, (sums, counts) in parts.items()}
-        return {name: float(value[0]) for name, value in self._finished(ratios).items()}
-
-    def draws(self) -> dict[str, NDArray[np.float64]]:
-        """Every measure over resampled prompts, (R,); evaluations of as many prompts resample the same ones."""
-        parts = self._parts()
-        sums = np.stack([sums for sums, _ in parts.values()], axis=1)  # (N, K)
-        counts = np.stack([counts for _, counts in parts.values()], axis=1)
-        ratios = resampled_ratios(sums, counts, self.seed)  # (R, K)
-        return self._finished({name: ratios[:, index] for index, name in enumerate(parts)})
-
-    def _parts(self) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """Each measure as (N,) sums and (N,) counts of what is summed: its value is the ratio of their totals."""
-        centred = self.task_reward - self._mean_reward
-        parts = {f"pass@{k}": _summed(self.pass_at(k)[:, None]) for k in self.ks}
-        parts |= {"reward": _summed(self.task_reward), "reward_std": _summed(centred**2)}
-        parts |= {f"rewards/{name}/mean": _summed(values) for name, values in self.rewards.items()}
-        parts["mean_length"] = _summed(self.length)
-        parts["truncated_share"] = _summed(self.truncated)
-        parts["entropy"] = self.entropy_sum.sum(1), self.length.sum(1).astype(np.float64)  # a token
-        parts["distinct_solved"] = _summed(np.array([[len(found)] for found in self.solutions()]))
-        if self.disagreement is not None:
-            parts["disagreement"] = _summed(self.disagreement)
-        return parts | {name: _summed(values[:, None]) for name, values in self.per_prompt.items()}
-
-    def _finished(self, ratios: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-        """The mean square deviation from one number gives way to the standard deviation."""
-        variance = ratios["reward_std"] - (ratios["reward"] - self._mean_reward) ** 2
-        return ratios | {"reward_std": np.sqrt(np.maximum(variance, 0.0))}
-
-    @property
-    def _mean_reward(self) -> float:
-        return float(_ratio(np.nansum(self.task_reward), np.isfinite(self.task_reward).sum()))
-
-    def solutions(self) -> list[set[str]]:
-        """The different solved completions of each prompt."""
-        return [
-            {text for text, solved in zip(texts, row, strict=True) if solved}
-            for texts, row in zip(self.texts, self.solved, strict=True)
-        ]
-
-    def samples(self) -> dict[str, list[Any]]:
-        """A row per completion, as columns."""
-        n = self.solved.shape[1]
-        columns: dict[str, list[Any]] = {
-            "model": [self.model] * self.solved.size,
-            "row": [prompt.row for prompt in self.prompts for _ in range(n)],
-            "prompt": [prompt.value for prompt in self.prompts for _ in range(n)],
-            "completion": [text for texts in self.texts for text in texts],
-            "reward": self.task_reward.ravel().tolist(),
-            "solved": self.solved.ravel().tolist(),
-            "length": self.length.ravel().tolist(),
-            "truncated": self.truncated.ravel().tolist(),
-            "entropy": (self.entropy_sum / np.maximum(self.length, 1)).ravel().tolist(),
-        }
-        columns |= {f"rewards/{name}": values.ravel().tolist() for name, values in self.rewards.items()}
-        if self.disagreement is not None:
-            columns["disagreement"] = self.disagreement.ravel().tolist()
-        return columns
-
-    def record(self) -> dict[str, Any]:
-        """This model's entry in the `--json` file."""
-        return {"model": self.model, "prompts": len(self.prompts), "samples": self.solved.shape[1], **self.metrics()}
 
 
 def run_eval(request: EvalRequest) -> list[EvalResult]:
@@ -180,7 +56,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     from vdr_cli.rewards.loading import load_rewards
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
-    samples, ks, sampling = _sampling(request)
+    samples, ks, sampling = sampling_of(request)
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
@@ -278,50 +154,6 @@ def evaluate_model(
     return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
 
 
-def paired_differences(results: Sequence[EvalResult]) -> list[dict[str, Any]]:
-    """Every later model minus every earlier one, with 95 % intervals over prompts: both on the same resampled ones."""
-    values, draws = [result.values() for result in results], [result.draws() for result in results]
-    rows = []
-    for first, second in itertools.combinations(range(len(results)), 2):
-        row: dict[str, Any] = {"model": results[second].model, "minus": results[first].model}
-        for name in (name for name in values[first] if name in values[second]):
-            row[name] = values[second][name] - values[first][name]
-            row[f"{name}_low"], row[f"{name}_high"] = interval(
-                draws[second][name] - draws[first][name], len(results[first].prompts)
-            )
-        rows.append(row)
-    return rows
-
-
-def _sampling(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
-    """Completions a prompt, the list of k, and how to sample; ConfigError for what cannot be."""
-    setting = request.rollout
-    samples = 1 if request.greedy else request.samples
-    if request.greedy:
-        ks: tuple[int, ...] = (1,)
-    else:
-        ks = tuple(sorted(set(request.ks or (1, samples))))
-        if samples < 1:
-            raise ConfigError(f"--samples {samples}: draw at least one completion a prompt")
-        if ks[0] < 1 or ks[-1] > samples:
-            raise ConfigError(f"--k {','.join(map(str, ks))}: each k lies between 1 and --samples {samples}")
-    if request.prompts is not None and request.prompts < 1:
-        raise ConfigError(f"--prompts {request.prompts}: evaluate on at least one prompt")
-    return (
-        samples,
-        ks,
-        Sampling(
-            max_new_tokens=setting.max_new_tokens,
-            temperature=0.0 if request.greedy else setting.temperature,
-            top_k=setting.top_k,
-            top_p=setting.top_p,
-            min_p=setting.min_p,
-            repetition_penalty=setting.repetition_penalty,
-            stop=tuple(setting.stop),
-        ),
-    )
-
-
 def _sample_chunk(
     model: nn.Module,
     tokenizer: Any,
@@ -344,8 +176,11 @@ def _sample_chunk(
     scores = compute_rewards(list(rewards), repeated, texts, ids, timeout)  # (B, F)
     shape = (len(prompts), n)
     measured = {} if ensemble is None else {"disagreement": _mean_bald(model, completions, n, ensemble).reshape(shape)}
+    if (known := known_classes(rewards, prompts, timeout)) is not None:
+        measured["known_classes"] = known
     return completions, measured | {
         "texts": [completion_text(text) for text in texts],
+        "classes": solution_classes(rewards, repeated, texts, ids, timeout),
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": lengths.cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
@@ -396,8 +231,8 @@ def _text_measures(result: EvalResult, request: EvalRequest) -> dict[str, NDArra
 def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if not shares:
         return None
-    arrays = {key: np.concatenate([share[key] for share in shares]) for key in shares[0] if key != "texts"}
-    return {**arrays, "texts": [text for share in shares for text in share["texts"]]}
+    arrays = {key: np.concatenate([share[key] for share in shares]) for key in shares[0] if key not in LISTS}
+    return arrays | {key: [text for share in shares for text in share[key]] for key in LISTS}
 
 
 def _result(
@@ -412,10 +247,12 @@ def _result(
     """The shares of all ranks, back in the order of the prompts."""
     filled = [(rows, share) for rows, share in gathered if share is not None]
     order = np.argsort(np.concatenate([rows for rows, _ in filled]))
-    whole = {key: np.concatenate([share[key] for _, share in filled])[order] for key in filled[0][1] if key != "texts"}
+    arrays = [key for key in filled[0][1] if key not in LISTS]
+    whole = {key: np.concatenate([share[key] for _, share in filled])[order] for key in arrays}
     n = whole["length"].shape[1]
-    flat = [text for _, share in filled for text in share["texts"]]
-    texts = [flat[row * n : row * n + n] for row in order]
+    flat = {key: [text for _, share in filled for text in share[key]] for key in LISTS}
+    texts, classes = ([flat[key][row * n : row * n + n] for row in order] for key in LISTS)
+    by = classifier(rewards)
     scores = whole["scores"]  # (N, n, F)
     for reward, values in zip(rewards, np.moveaxis(scores, -1, 0), strict=True):
         if np.isnan(values).all():
@@ -428,6 +265,9 @@ def _result(
         seed=seed,
         prompts=list(prompts),
         texts=texts,
+        classes=classes,
+        distinct_by="text" if by is None else f"solution class of {by.name}",
+        known_classes=whole.get("known_classes"),
         task_reward=task_reward,
         rewards={reward.name: scores[..., index] for index, reward in enumerate(rewards)},
         solved=task_reward >= solved_at,
@@ -436,12 +276,3 @@ def _result(
         entropy_sum=whole["entropy_sum"],
         disagreement=whole.get("disagreement"),
     )
-
-
-def _summed(values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(N,) sums and (N,) counts of the numbers among (N, n) values."""
-    return np.nansum(values.astype(np.float64), axis=1), (~np.isnan(values.astype(np.float64))).sum(1).astype(float)
-
-
-def _ratio(total: Any, count: Any) -> Any:
-    return np.divide(total, count) if count else np.nan

@@ -56,6 +56,10 @@ class LoadedReward:
     """Where to call a function that turns out to need a main thread; None: it is refused."""
     context: Context | None = None
     """Context variables as they were when the function was imported (decimal's precision, ...); None: none are set."""
+    solution_class: Callable[..., Any] | None = None
+    """Says which completions give the same answer (classes.py); None: those with the same text."""
+    known_classes: Callable[..., Any] | None = None
+    """Says how many right classes a prompt has; None: nobody knows."""
 
     @property
     def is_async(self) -> bool:

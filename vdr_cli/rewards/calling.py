@@ -139,7 +139,21 @@ def compute_rewards(
     together, the others run one after another. Raises DataError, naming function and row, when one
     raises, hangs or returns what is not B numbers.
     """
-    arguments = _arguments(prompts, completions, completion_ids) | {"trainer_state": trainer_state}
+    arguments = arguments_of(prompts, completions, completion_ids) | {"trainer_state": trainer_state}
+    values = call_all(loaded, arguments, prompts, timeout)
+    rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
+    for column, (reward, value) in enumerate(zip(loaded, values, strict=True)):
+        rewards[:, column] = torch.tensor(_checked(reward, value, prompts), dtype=torch.float32)
+    return rewards
+
+
+def call_all(
+    loaded: Sequence[LoadedReward], arguments: dict[str, Any], prompts: Sequence[Prompt], timeout: float
+) -> list[Any]:
+    """What each function returned, iterables as lists. DataError when one raises or hangs, naming function and row.
+
+    arguments: as arguments_of makes them for these prompts, one a completion. timeout: seconds for each call.
+    """
     calls = [_Call(reward, arguments) for reward in loaded]
     for call in calls:
         if not call.reward.is_async:
@@ -149,10 +163,7 @@ def compute_rewards(
     calls = [_moved(call, prompts, timeout) if call.needs_main_thread else call for call in calls]
     for call in calls:
         _raise_error(call, prompts, timeout)
-    rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
-    for column, call in enumerate(calls):
-        rewards[:, column] = torch.tensor(_checked(call, prompts), dtype=torch.float32)
-    return rewards
+    return [call.value for call in calls]
 
 
 @contextmanager
@@ -245,12 +256,12 @@ def _failing_row(failed: _Call, prompts: Sequence[Prompt], timeout: float) -> in
     return None
 
 
-def _arguments(
+def arguments_of(
     prompts: Sequence[Prompt],
     completions: Sequence[str] | Sequence[Messages],
     completion_ids: Sequence[Sequence[int]],
 ) -> dict[str, list[Any]]:
-    """Everything that a function may take, one list entry a completion."""
+    """Everything that a reward function may take, one list entry a completion."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in PROVIDED)
     columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     return {
@@ -261,9 +272,8 @@ def _arguments(
     }
 
 
-def _checked(call: _Call, prompts: Sequence[Prompt]) -> list[float]:
+def _checked(reward: LoadedReward, entries: Any, prompts: Sequence[Prompt]) -> list[float]:
     """The function's answer as B floats, NaN for None. DataError for anything else."""
-    reward, entries = call.reward, call.value
     if not isinstance(entries, list):
         raise DataError(
             f"reward {reward.name} returned {_shown(entries)} on dataset {_rows(prompts)}, not a list of "

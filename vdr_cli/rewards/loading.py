@@ -56,7 +56,17 @@ def _named(given: str, weight: float, taken: list[str]) -> LoadedReward:
         function,
         own_process=OwnProcess(given),
         context=copy_context(),
+        solution_class=_beside(function, "solution_class"),
+        known_classes=_beside(function, "known_classes"),
     )
+
+
+def _beside(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:
+    """The function of this name that belongs to a reward function: its attribute, or one in its module."""
+    inner = getattr(function, "func", function)  # functools.partial
+    module = sys.modules.get(getattr(inner, "__module__", None) or type(inner).__module__)
+    found = (getattr(place, name, None) for place in (function, inner, module))
+    return next(filter(callable, found), None)
 
 
 def find_function(given: str) -> Callable[..., Any]:

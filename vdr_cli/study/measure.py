@@ -21,7 +21,7 @@ from vdr_cli.system.files import write_whole
 from vdr_cli.system.text import visible
 
 if TYPE_CHECKING:
-    from vdr_cli.evaluation.evaluate import EvalResult
+    from vdr_cli.evaluation.result import EvalResult
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:
@@ -43,7 +43,8 @@ def counts_of(result: EvalResult) -> dict[str, Any]:
 
 def measure(request: Mapping[str, Any]) -> None:
     """Evaluate the model and write its counts. Raises VdrError."""
-    from vdr_cli.evaluation.evaluate import EvalRequest, run_eval
+    from vdr_cli.evaluation.evaluate import run_eval
+    from vdr_cli.evaluation.request import EvalRequest
 
     config = validate(request["settings"])
     (result,) = run_eval(

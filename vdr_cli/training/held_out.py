@@ -17,8 +17,9 @@ from vdr_cli.training.state import LoopState
 
 
 def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
-    """eval/pass@1, eval/pass@k, eval/reward ... of the policy on held-out prompts; the best pass@1 is remembered.
+    """eval/pass@1, eval/pass@K for each of eval_k, eval/reward ... of the policy on held-out prompts.
 
+    The best pass@1 so far is remembered, with its step.
     Empty without held-out prompts. Collective. Raises DataError when a reward function fails.
     """
     cfg = res.config
@@ -35,7 +36,7 @@ def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
             [res.held_out[index] for index in range(min(cfg.train.eval_prompts, len(res.held_out)))],
             res.rewards,
             cfg.train.eval_samples,
-            sorted({1, cfg.train.eval_samples}),
+            sorted({1, *(cfg.train.eval_k or [cfg.train.eval_samples])}),
             cfg.train.seed,
             res.sampling,
             solved_at=cfg.rewards.solved_at,

@@ -10,7 +10,8 @@ from pathlib import Path
 from vdr_cli.config import DataConfig, RolloutConfig
 from vdr_cli.config.load import load_config
 from vdr_cli.config.schema import RewardsConfig
-from vdr_cli.evaluation.evaluate import EvalRequest, run_eval
+from vdr_cli.evaluation.evaluate import run_eval
+from vdr_cli.evaluation.request import EvalRequest
 from vdr_cli.scoring.request import ScoreRequest
 from vdr_cli.scoring.score import run_score
 from vdr_cli.train import train

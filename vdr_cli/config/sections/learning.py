@@ -175,7 +175,7 @@ class TrainConfig(Section):
     keep_last: Positive = 2
     """Number of complete checkpoints to keep."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best held-out pass@1 (needs eval_every)."""
+    """Also keep the checkpoint with the best held-out pass@1, whatever eval_k is (needs eval_every)."""
     save_model: bool = True
     """Write model/ (save_pretrained format) at the end."""
     eval_every: Annotated[int, Field(ge=0)] = 0
@@ -184,3 +184,23 @@ class TrainConfig(Section):
     """Held-out prompts of one evaluation."""
     eval_samples: Positive = 8
     """Completions per prompt in an evaluation."""
+    eval_k: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Each k for which an evaluation computes pass@k, such as 1,8,64; none may exceed eval_samples. pass@1 is always
+    computed. None: 1 and eval_samples."""
+
+    @field_validator("eval_k", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        """`64` and `1,8,64`, as typed."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",")]
+        return [value] if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> Self:
+        if self.eval_k is not None and max(self.eval_k) > self.eval_samples:
+            raise ValueError(
+                f"eval_k {','.join(map(str, self.eval_k))} needs eval_samples of {max(self.eval_k)} at least, not "
+                f"{self.eval_samples}: pass@k is computed from k or more completions"
+            )
+        return self
