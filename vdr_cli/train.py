@@ -103,6 +103,7 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
             counts = collectives.even_shares(cfg.train.prompts_per_step)
             next_step = state.step + cfg.grpo.updates_per_rollout
             state.next_pending = start_rollout(res, state, model, counts, next_step)
+        res.rollout.rest()
         reference = reference_logps(res, model, batch.completions)
         readings = read_for_bonus(res, state.step, model, batch.completions)
     return batch, reward_head(res, state, batch, reference, readings)

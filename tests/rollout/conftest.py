@@ -63,6 +63,9 @@ class FakeVllm:
         self.fails = 0
         """Answers this many completions with 500."""
         self.development = True
+        self.asleep: set[str] = set()
+        """What has no memory: weights, kv_cache."""
+        self.naps = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -107,12 +110,23 @@ class FakeVllm:
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if path == "/v1/completions":
             with self.lock:
-                return self.complete(body)
+                return (500, {"error": f"no memory for {self.asleep}"}) if self.asleep else self.complete(body)
+        if path == "/sleep?level=2" and self.development:
+            self.asleep, self.naps = {"weights", "kv_cache"}, self.naps + 1
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.fill_(torch.nan)
+            return 200, {}
+        if path.startswith("/wake_up?tags=") and self.development:
+            self.asleep -= {path.partition("=")[2]}
+            return 200, {}
         if path == "/collective_rpc" and self.development:
             return self.call(body["method"], body["kwargs"])
         return (200, {}) if path == "/reset_prefix_cache" else (404, {"detail": "Not Found"})
 
     def call(self, method: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if method in ("reload_weights", "vdr_receive") and "weights" in self.asleep:
+            return 500, {"error": "no memory for the weights"}
         if method == "reload_weights":
             self.reload(arguments["weights_path"])
             return 200, {}

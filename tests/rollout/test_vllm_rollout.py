@@ -219,6 +219,40 @@ def test_the_prompts_of_a_lost_server_go_to_the_others(
         rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
 
 
+@pytest.mark.parametrize("push", ["directory", "broadcast"])
+def test_a_server_sleeps_between_rollouts_and_wakes_with_the_newest_weights(
+    push: str, fake_vllm: Any, tmp_path: Path
+) -> None:
+    model, sampling = tiny(), Sampling(6)
+    fake_vllm.model = tiny()
+    rollout = connect(fake_vllm, tmp_path, push=push, start_timeout=20)
+    rollout.settings = rollout.settings.model_copy(update={"sleep": True})  # as with a server that vdr started
+    for step in range(4):
+        out = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+        own = TransformersRollout(0, [1]).generate(
+            model, RolloutRequest(PROMPTS, 2, sampling, [key >> 1 for key in KEYS])
+        )
+        assert torch.equal(out.completion_ids, own.completion_ids) and not fake_vllm.asleep
+        for _ in range(2):  # once more changes nothing
+            rollout.rest()
+        assert fake_vllm.asleep == {"weights", "kv_cache"} and fake_vllm.naps == step + 1
+        if step % 2:
+            change(model)
+
+
+def test_other_ranks_wait_until_a_server_is_awake(fake_vllm: Any, tmp_path: Path) -> None:
+    model, sampling = tiny(), Sampling(6)
+    ranks = [connect(fake_vllm, tmp_path, main=main, start_timeout=0.2) for main in (True, False)]
+    for rank in ranks:
+        rank.settings = rank.settings.model_copy(update={"sleep": True})
+        rank.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    for rank in ranks:
+        rank.rest()
+    with pytest.raises(MachineError, match="rank 0 did not report"):
+        ranks[1].generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))
+    assert fake_vllm.naps == 1
+
+
 def test_servers_sample_while_the_trainer_does_something_else(fake_vllm: Any, tmp_path: Path) -> None:
     model, rollout, sampling = tiny(), connect(fake_vllm, tmp_path), Sampling(max_new_tokens=6)
     whole = rollout.generate(model, RolloutRequest(PROMPTS, 2, sampling, KEYS))

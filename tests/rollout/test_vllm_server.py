@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout import in_vllm
@@ -49,6 +50,18 @@ def test_command_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "RANK" not in environment and "WORLD_SIZE" not in environment, "it is none of our ranks"
     assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert environment["PYTHONPATH"] == str(Path(in_vllm.__file__).parent)
+
+
+def test_a_server_on_a_gpu_gets_what_the_trainer_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (48 << 30, 80 << 30))
+    started = server(tmp_path, SAYS_HOW_IT_WAS_STARTED, on_cpu=False, sleeps=True)
+    assert started.process.wait(60) == 0
+    command, _ = json.loads(started.log.read_text())
+    assert "--enable-sleep-mode" in command and "--enforce-eager" not in command
+    assert command[command.index("--gpu-memory-utilization") + 1] == "0.55"
+    with pytest.raises(ConfigError, match=r"vllm\.sleep: vLLM frees its memory on GPUs only"):
+        server(tmp_path, WAITS, on_cpu=True, sleeps=True)
 
 
 def test_the_end_of_a_server_is_told_with_its_last_line(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def command(
 ) -> None:
     """Memory per GPU and network bytes per step, by the formulas of docs/cluster.md."""
     from vdr_cli.launch.reexec import world_size
-    from vdr_cli.planning.resources import wants_layers
+    from vdr_cli.planning.resources import server_share, wants_layers
 
     config = config_from(config_file, overrides, typed)
     shape = find_shape(config.model.name)
@@ -58,6 +58,11 @@ def command(
     gpu_bytes = None if gpu_memory is None else gpu_memory * GIB
     work = replace(work, by_layers=wants_layers(config.engine.gather, shape, work, gpu_bytes))
     show(config.model.name, shape, work, gpu_memory, bandwidth)
+    if gpu_bytes is not None and config.rollout.vllm.python is not None:
+        sleeps = config.rollout.vllm.sleep
+        share = server_share(shape, work, gpu_bytes, sleeps)
+        when = "between rollouts asleep" if sleeps else "never asleep (rollout.vllm.sleep)"
+        print(f"a vLLM server on the same GPU, {when}: {share:.2f} of its memory")
     if config.model.lora is not None:
         print("model.lora: counted as if all parameters were trained; adapters need less")
 

@@ -117,6 +117,10 @@ class Work:
         return self.num_iterations * self.minibatches
 
 
+SERVER_MARGIN = 0.05
+"""Share of a GPU that neither vLLM nor the trainer plans for; rollout/vllm_server.py leaves the same."""
+
+
 def shape_of(config: Mapping[str, Any]) -> Shape:
     """The shape in a Hugging Face config.json. ConfigError when it describes no decoder that we know."""
     inner: Mapping[str, Any] = config.get("text_config") or config
@@ -232,6 +236,17 @@ def activations(shape: Shape, work: Work) -> float:
 def peak_memory(shape: Shape, work: Work) -> float:
     """Bytes a GPU at the worst moment of a step."""
     return sum(model_states(shape, work).values()) + max(phase_memory(shape, work).values())
+
+
+def server_share(shape: Shape, work: Work, gpu_bytes: float, sleeps: bool) -> float:
+    """Share of a GPU that a vLLM server beside the trainer can have, in [0, 1].
+
+    sleeps: it has memory only while the trainer holds its states and the copy of its weights; else always.
+    """
+    held = (
+        sum(model_states(shape, work).values()) + copy_of_weights(shape, work) if sleeps else peak_memory(shape, work)
+    )
+    return max(1.0 - held / gpu_bytes - SERVER_MARGIN, 0.0)
 
 
 def traffic(shape: Shape, work: Work) -> dict[str, float]:

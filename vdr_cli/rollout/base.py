@@ -52,6 +52,13 @@ class Rollout(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """No rank samples before the next `start` or `refresh`: memory that only sampling needs may be freed.
+
+        To be called on every rank, when all of them have their completions.
+        """
+        return
+
     def generate(self, model: nn.Module, request: RolloutRequest) -> Completions:
         """`start`, and wait: the completions in the order of the request."""
         return self.start(model, request)()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ PROBE = Sampling(max_new_tokens=16, temperature=0.5)
 
 PROBES = 4
 """Prompts drawn from for it, on each server."""
+
+PUSHED = "pushed.json"
+"""Rank 0's word to the other ranks, in the directory of the weights: which ones the servers hold."""
 
 MOST_REQUESTS = 256
 """Requests in flight at once; the server queues those that it cannot decode together."""
@@ -71,6 +74,8 @@ class VllmRollout(Rollout):
             raise ConfigError("rollout.vllm.urls: with rollout.vllm.python give the one address of vdr's own server")
         self.tokenizer, self.pad_id, self.eos_ids = tokenizer, pad_id, tuple(eos_ids)
         self.directory, self.main, self.layered = directory.resolve(), main, layered
+        if main:
+            (self.directory / PUSHED).unlink(missing_ok=True)  # of another process
         self.note = note if main else lambda line: None
         self.clients = [
             VllmClient(
@@ -85,6 +90,8 @@ class VllmRollout(Rollout):
         self.names: list[str] = []
         """The served model's name, by server."""
         self.pushed: int | None = None
+        self.pushes = 0
+        self.asleep = False
         self.broadcast: Broadcast | None = None
         self.noise: float | None = None
         self.sampling: list[Future[list[Answer]]] = []
@@ -111,6 +118,13 @@ class VllmRollout(Rollout):
             return assemble(prompts, n, answers, self.pad_id)
 
         return whole
+
+    def rest(self) -> None:
+        if not self.settings.sleep or self.pushed is None or self.asleep:
+            return
+        if self.main:
+            self._on_each(VllmClient.sleep)
+        self.asleep = True
 
     def close(self) -> None:
         """Stop the server that was started here."""
@@ -164,7 +178,7 @@ class VllmRollout(Rollout):
             self._push_layers(model, self.layered, prompts, sampling)
             return
         version = checksum(model)
-        if version == self.pushed:
+        if version == self.pushed and not self.asleep:
             return
         wait(self.sampling)  # what is being sampled is sampled under one set of weights
         if self.main:
@@ -177,14 +191,15 @@ class VllmRollout(Rollout):
                 sampled = self._sample_probes(prompts, server)
                 self._check_probes(mean_difference(model, sampled, PROBE.temperature), server)
             self._announce(version)
-        self.pushed = version
+        self.pushes += 1
+        self.pushed, self.asleep = version, False
 
     def _push_layers(
         self, model: nn.Module, layered: LayeredWeights, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> None:
         """`refresh` where no full copy of the weights exists. Collective."""
         version = layered.version
-        if version == self.pushed:
+        if version == self.pushed and not self.asleep:
             return
         wait(self.sampling)
         if self.pushed is None or not self.by_broadcast:
@@ -198,6 +213,7 @@ class VllmRollout(Rollout):
         if self.by_broadcast and not is_fresh:
             self._broadcast_layers(model, layered)
         with layered.agreed():
+            self._wake("kv_cache")
             self._find_names(prompts, sampling)
         for server in range(len(self.clients)):  # all, on every rank: rank 0 alone may know of a lost one
             with layered.agreed():
@@ -207,7 +223,7 @@ class VllmRollout(Rollout):
             with layered.agreed():
                 if asks:
                     self._check_probes(_mean_gap(sampled, logps), server)
-        self.pushed = version
+        self.pushed, self.asleep = version, False
 
     @property
     def by_broadcast(self) -> bool:
@@ -222,6 +238,12 @@ class VllmRollout(Rollout):
             weights = served_weights(model)
             self._open_broadcast(next(model.parameters()).device).send(weights)
             self._forget_cached_prompts()
+        self._wake("kv_cache")
+
+    def _wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Give the servers that sleep the memory for their weights before a push, for their cache after it."""
+        if self.asleep and self.main:
+            self._on_each(lambda client: client.wake(what))
 
     def _write(self, model: nn.Module) -> None:
         """Write the weights where the servers read them; the first time everything that makes a model directory."""
@@ -250,11 +272,13 @@ class VllmRollout(Rollout):
                 self.settings.arguments,
                 on_cpu,
                 by_broadcast,
+                self.settings.sleep,
             )
         if self.pushed is None:  # servers that were never there are an error, not a loss
             patience = self.settings.start_timeout if is_fresh else min(10.0, self.settings.start_timeout)
             for client in self.clients:
                 client.wait_until_ready(patience)
+        self._wake("weights")
         if not is_fresh:
             self._on_each(VllmClient.is_there if by_broadcast else self._reload)
 
@@ -304,12 +328,13 @@ class VllmRollout(Rollout):
             self.names = [client.check(longest) for client in self.clients]
 
     def _announce(self, version: int) -> None:
-        write_whole(self.directory / "pushed.json", json.dumps({"version": version, "process": os.getpid()}))
+        write_whole(self.directory / PUSHED, json.dumps({"version": version, "push": self.pushes + 1}))
 
     def _await(self, version: int) -> None:
         """Wait for rank 0's word that the servers hold these weights."""
-        file, deadline = self.directory / "pushed.json", time.monotonic() + self.settings.start_timeout
-        while not (file.is_file() and json.loads(file.read_text())["version"] == version):
+        file, deadline = self.directory / PUSHED, time.monotonic() + self.settings.start_timeout
+        wanted = {"version": version, "push": self.pushes + 1}
+        while not (file.is_file() and json.loads(file.read_text()) == wanted):
             if time.monotonic() > deadline:
                 raise MachineError(
                     f"rollout.vllm.directory {self.directory}: rank 0 did not report these weights pushed within "
@@ -333,7 +358,7 @@ class VllmRollout(Rollout):
         if not difference <= allowed:
             raise ConfigError(
                 f"rollout.vllm: log-probabilities of {self.settings.urls[server]} differ from the trainer's by "
-                f"{difference:.4f} nats a token after a push (at most {allowed:.4f}): it serves other weights "
+                f"{difference:.4f} nats per token after a push (at most {allowed:.4f}): it serves other weights "
                 "(stale, or an LM head tied to the embedding that a reload passes over), or was started without "
                 f"--logprobs-mode processed_logprobs. Start it on the untied model in {self.directory}"
             )

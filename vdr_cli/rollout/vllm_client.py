@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.samples import Sampling
@@ -127,6 +127,14 @@ class VllmClient:
     def forget(self) -> None:
         """Drop what is cached of prompts: it was computed with the weights of before."""
         self.post("/reset_prefix_cache", {}, self.push_timeout)
+
+    def sleep(self) -> None:
+        """Drop weights and cache, and free their memory. No request may be under way."""
+        self.post("/sleep?level=2", {}, self.push_timeout)
+
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Take the memory of one of them again. Weights are undefined until the next push."""
+        self.post(f"/wake_up?tags={what}", {}, self.push_timeout)
 
     def is_there(self) -> None:
         """Return if the server answers. Raises MachineError."""

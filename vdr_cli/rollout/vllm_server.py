@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import torch
+
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout import in_vllm
 from vdr_cli.system.processes import start
@@ -20,12 +22,22 @@ class VllmServer:
     """The child process, its log, and what to say when it ended."""
 
     def __init__(
-        self, python: str, url: str, model: Path, dtype: str, arguments: Sequence[str], on_cpu: bool, receives: bool
+        self,
+        python: str,
+        url: str,
+        model: Path,
+        dtype: str,
+        arguments: Sequence[str],
+        on_cpu: bool,
+        receives: bool,
+        sleeps: bool = False,
     ) -> None:
         """model: a directory in Hugging Face format; the log goes there too. dtype: float32, bfloat16, ...
 
-        receives: its workers can take weights by broadcast.
+        receives: its workers can take weights by broadcast. sleeps: it can free its memory between rollouts.
         """
+        if sleeps and on_cpu:
+            raise ConfigError("rollout.vllm.sleep: vLLM frees its memory on GPUs only, and this one runs on a CPU")
         if not (Path(python).is_file() and os.access(python, os.X_OK)):
             raise ConfigError(
                 f"rollout.vllm.python: {python} is not an interpreter; scripts/build/vllm_cpu_env.sh installs one"
@@ -40,7 +52,8 @@ class VllmServer:
             "vllm",
             "--dtype",
             dtype,
-            *(["--enforce-eager"] if on_cpu else []),
+            *(["--enforce-eager"] if on_cpu else _memory_share(arguments)),
+            *(["--enable-sleep-mode"] if sleeps else []),
             *(["--worker-extension-cls", "vdr_weights.Receiver"] if receives else []),
             *arguments,
         ]
@@ -74,6 +87,18 @@ class VllmServer:
                 self.process.poll()
             except subprocess.TimeoutExpired:
                 continue
+
+
+MARGIN = 0.05
+"""Share of a GPU that neither side plans for: kernels, CUDA contexts, fragmentation."""
+
+
+def _memory_share(arguments: Sequence[str]) -> list[str]:
+    """vLLM's share of the GPU: what the trainer, which is loaded already, has left free. Empty if the user says it."""
+    if any(argument.startswith("--gpu-memory-utilization") for argument in arguments) or not torch.cuda.is_available():
+        return []
+    free, total = torch.cuda.mem_get_info()
+    return ["--gpu-memory-utilization", f"{max(free / total - MARGIN, 0.01):.2f}"]
 
 
 def _environment(on_cpu: bool, receives: bool) -> dict[str, str]:

@@ -43,6 +43,7 @@ def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
             timeout=cfg.rewards.timeout,
             entropy_sums=partial(_entropy_sums, res, model) if res.engine.by_layers else None,
         )
+        res.rollout.rest()
     metrics = {f"eval/{name}": value for name, value in result.metrics().items()}
     state.remember_best(metrics["eval/pass@1"])
     return metrics

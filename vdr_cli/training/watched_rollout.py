@@ -22,6 +22,9 @@ class WatchedRollout(Rollout):
     def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.rollout.refresh(model, prompts, sampling)
 
+    def rest(self) -> None:
+        self.rollout.rest()
+
     def generate(self, model: nn.Module, request: RolloutRequest) -> Completions:
         return self.rollout.generate(model, request)
 

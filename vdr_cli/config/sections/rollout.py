@@ -23,6 +23,9 @@ class VllmConfig(Section):
     servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
     directory: PathText | None = None
     """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
+    sleep: bool = False
+    """Between rollouts the server that vdr started drops its weights and cache, so that it can share a GPU with the
+    trainer; it wakes with the new weights. Needs `python`, a GPU, and rollout.ahead 0."""
     arguments: list[str] = []
     """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
@@ -72,5 +75,10 @@ class RolloutConfig(Section):
             raise ValueError(
                 "ahead is 1 but backend is transformers, which samples and updates on the same device: set backend to "
                 "vllm or ahead to 0"
+            )
+        if self.vllm.sleep and (self.vllm.python is None or self.ahead):
+            raise ValueError(
+                "vllm.sleep is for a server that vdr starts, and that rests while the trainer updates: set "
+                "vllm.python, and ahead to 0"
             )
         return self
