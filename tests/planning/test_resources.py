@@ -15,6 +15,7 @@ from vdr_cli.planning.resources import (
     model_states,
     peak_memory,
     phase_memory,
+    server_share,
     shape_of,
     traffic,
     wants_layers,
@@ -167,6 +168,15 @@ def test_auto_is_what_the_engine_would_choose() -> None:
     assert not wants_layers("layer", seventy, dataclasses.replace(work, stage=2), None)
 
 
+def test_a_server_that_sleeps_has_what_the_states_and_one_copy_leave() -> None:
+    shape, gpu = SIZES["0.5B"], 80e9
+    work = Work(1, prompts_per_step=8, group_size=8, prompt_tokens=512, new_tokens=512, micro_batch_size=8)
+    states = sum(model_states(shape, work).values())
+    asleep, awake = (server_share(shape, work, gpu, sleeps) for sleeps in (True, False))
+    assert asleep == pytest.approx(1 - (states + 2 * shape.parameters) / gpu - 0.05)
+    assert 0 <= awake < asleep and server_share(shape, work, 1e9, False) == 0
+
+
 def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str]) -> None:
     from vdr_cli.cli import app
 
@@ -179,3 +189,5 @@ def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str
     assert app.run([*asked, "--set", "model.lora.rank=8"]) == 0
     assert "model.lora: counted as if all parameters were trained" in capsys.readouterr().out
     assert "a full copy of the weights (engine.gather)" in told and "does not fit" in told
+    assert app.run(["plan", "--model", "0.5B", "--gpu-memory", "80", "--set", "rollout.vllm.python=python"]) == 0
+    assert "a vLLM server on the same GPU, never asleep (rollout.vllm.sleep): 0." in capsys.readouterr().out

@@ -243,9 +243,8 @@ def server_share(shape: Shape, work: Work, gpu_bytes: float, sleeps: bool) -> fl
 
     sleeps: it has memory only while the trainer holds its states and the copy of its weights; else always.
     """
-    held = (
-        sum(model_states(shape, work).values()) + copy_of_weights(shape, work) if sleeps else peak_memory(shape, work)
-    )
+    while_sampling = sum(model_states(shape, work).values()) + copy_of_weights(shape, work)
+    held = while_sampling if sleeps else peak_memory(shape, work)
     return max(1.0 - held / gpu_bytes - SERVER_MARGIN, 0.0)
 
 
