@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.exploration.collapse import warnings_of
 from vdr_cli.report.charts import MAX_POINTS, Chart, Series, finite, number, svg
 from vdr_cli.report.data import (
     Decode,
@@ -146,7 +147,7 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
         groups_saved=saved,
         facts_header=[run.name for run in runs],
         facts=facts,
-        facts_note="First and last measured value.",
+        facts_note=" ".join(["First and last measured value.", *map(_warnings, runs)]).strip(),
         ranking_header=[],
         ranking=[],
         ranked=None,
@@ -396,6 +397,22 @@ def _bonus_line(run: RunData) -> str:
         return bonus_line(validate(run.config))
     except ConfigError:
         return "unknown"
+
+
+def _warnings(run: RunData) -> str:
+    """Early warnings of a run, each with its step, as sentences; empty without any."""
+    from vdr_cli.config.load import validate
+
+    try:
+        config = validate(run.config)
+    except ConfigError:  # of another version
+        return ""
+    by_step: dict[int, dict[str, float]] = {}
+    for name, (steps, values) in run.metrics.items():
+        for step, value in zip(steps, values, strict=True):
+            by_step.setdefault(step, {"step": step})[name] = value
+    found = warnings_of(config, [by_step[step] for step in sorted(by_step)])
+    return " ".join(f"Warning at step {step} of {run.name}: {warning}." for step, warning in found)
 
 
 def _source_name(run: RunData) -> tuple[str, str]:

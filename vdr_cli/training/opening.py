@@ -30,6 +30,7 @@ from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
+from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.exploration.sources import source_of
 from vdr_cli.exploration.watch import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
@@ -246,7 +247,7 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
             view = stack.enter_context(LiveView(observe.live))
     steps = res.config.train.steps
     rewards = RewardWatch([reward.name for reward in res.rewards], steps)
-    return RunLog(res.directory, writer, view, _bonus_watch(res), rewards)
+    return RunLog(res.directory, writer, view, _bonus_watch(res), rewards, watch_of(res.config))
 
 
 def _bonus_watch(res: Resources) -> BonusWatch | None:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from vdr_cli.config.schema import Config
 from vdr_cli.data.completions import write_completions
+from vdr_cli.data.metrics import read_metrics
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
+from vdr_cli.exploration.collapse import CollapseWatch
 from vdr_cli.exploration.watch import BonusWatch
 from vdr_cli.rewards.watch import NO_REWARD, RewardWatch
 from vdr_cli.training.batch import Advantages, RewardedGroups
@@ -37,9 +39,10 @@ class RunLog:
         view: LiveView | None,
         watch: BonusWatch | None,
         rewards: RewardWatch,
+        collapse: CollapseWatch,
     ) -> None:
         self._directory, self._writer, self._view = directory, writer, view
-        self._watch, self._rewards = watch, rewards
+        self._watch, self._rewards, self._collapse = watch, rewards, collapse
 
     def note(self, text: str) -> None:
         """Print a line for the user."""
@@ -52,13 +55,16 @@ class RunLog:
             self._view.start(total_steps, done)
 
     def truncate(self, step: int) -> None:
-        """Drop the metrics after this step: a resumed run writes them again."""
+        """Drop the metrics after this step: a resumed run writes them again. What they warned of is not repeated."""
         if self._writer is not None:
             self._writer.truncate(step)
+            for line in read_metrics(self._writer.path):
+                self._collapse.warnings(line)
 
     def starting_point(self, metrics: dict[str, float]) -> None:
         """Record the held-out numbers before the first step, so that every run shows what it improved."""
         self._write(0, metrics)
+        self._warn_of_collapse(metrics)
         shown = [f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high"))]
         self.note(f"step 0: {', '.join(shown)}")
 
@@ -82,8 +88,13 @@ class RunLog:
             self.note(line)
         if warning := sampler_warning(res.config, state.step, metrics):
             self.note(warning)
+        self._warn_of_collapse(metrics)
         if self._watch is not None and (warning := bonus_warning(self._watch, metrics)):
             self.note(warning)
+
+    def _warn_of_collapse(self, metrics: dict[str, float]) -> None:
+        for line in self._collapse.warnings(metrics):
+            self.note(line)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl. If the disk is full, warn; the line is written with the next one."""

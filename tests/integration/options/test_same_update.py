@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -125,6 +128,23 @@ def test_every_logged_number_is_that_of_the_step_on_any_number_of_ranks(left: Le
         assert two.keys() == one.keys()
         for name, value in one.items():
             assert two[name] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+
+
+@pytest.mark.runs("dapo_two", "kl_cov_two", "members2")
+@pytest.mark.parametrize("run", ["dapo_two", "kl_cov_two", "members2"])
+def test_every_logged_number_is_in_the_table_of_the_docs(left: Left, run: str) -> None:
+    lines = (left.of(run) / "metrics.jsonl").read_text().splitlines()
+    assert [name for name in json.loads(lines[-1]) if not is_documented(name)] == []
+
+
+def is_documented(metric: str) -> bool:
+    """True when the table of docs/metrics.md names it: in full, with <phase> or <name>, or by its end (`.../max`)."""
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = page[page.index("| metric") : page.index("## Early")]
+    named = {span for line in table.splitlines() for span in re.findall(r"`([^`]+)`", line.split(" | ")[0])}
+    prefix, _, end = metric.rpartition("/")
+    families = {f"{prefix}/<phase>", f"{prefix}/<name>", re.sub(r"^rewards/.*/", "rewards/<name>/", metric)}
+    return bool(named & {metric, f".../{end}", *families}) or (f"{prefix}/..." in named and end in named)
 
 
 @pytest.mark.runs("{run}", "plain")
