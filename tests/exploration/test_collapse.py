@@ -62,7 +62,7 @@ def test_groups_without_signal_say_which_way(reward: float, what: str, cure: str
 
 
 def test_groups_of_equal_completions() -> None:
-    ((_, text),) = warned(lines(80, completions_distinct=lambda step: 8 if step < 30 else 2))
+    ((_, text),) = warned(lines(80, completions_distinct=lambda step: 8 if step < 30 else 1.5))
     assert "against 8.0 at the start" in text and "pass_at_k" in text
 
 

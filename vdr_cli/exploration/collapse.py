@@ -23,8 +23,9 @@ been made (Cui et al. 2025, arXiv 2505.22617): below a tenth, little is left to 
 NO_SIGNAL = 0.8
 """Share of groups whose rewards are all equal: with four of five groups idle, a step learns from a fifth of what it
 samples."""
-DISTINCT_LEFT = 0.5
-"""Share of the start's distinct completions per group: half the samples repeat what their group has already."""
+DISTINCT_LEFT = 0.25
+"""Share of the start's distinct completions per group: three of four samples repeat what their group has already. A
+policy that learns a task with few right answers loses half without harm: the starter's demo goes from 12 to 4."""
 EVALUATIONS = 2
 """Evaluations in a row below the best one's pass@k. The upper ends of their 95 % intervals must be below it, and all
 evaluations draw the same prompts and random numbers, so noise alone hardly does this twice."""
