@@ -13,15 +13,14 @@ from tests.training.test_batch import batch_of, check
 from vdr_cli import train
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
-from vdr_cli.exploration.sources import source_of
 from vdr_cli.training.batch import Advantages, RewardedGroups
-from vdr_cli.training.reading import Readings
+from vdr_cli.training.opening import open_source
 from vdr_cli.training.state import LoopState
 
 
 def resources(**sections: Any) -> Any:
     config = Config.model_validate({"rollout": {"group_size": 2}, "train": {"steps": 10}, **sections})
-    return SimpleNamespace(config=config, source=source_of(config), reward_weights=lambda: torch.ones(1))
+    return SimpleNamespace(config=config, source=open_source(config), reward_weights=lambda: torch.ones(1))
 
 
 def bonus_of(
@@ -29,8 +28,8 @@ def bonus_of(
 ) -> Tensor:
     """What is added to advantages of 0."""
     task, state = torch.zeros(len(batch)), LoopState(step=step, rms=rms or RunningRms())
-    readings = Readings(torch.tensor(measure))
-    advantages, per_completion, bonus = train.add_bonus(res, state, batch, readings, batch.task_reward, task)
+    signals = {"measure": torch.tensor(measure)}
+    advantages, per_completion, bonus = train.add_bonus(res, state, batch, signals, batch.task_reward, task)
     assert torch.equal(advantages, bonus) and per_completion.tolist() == measure
     return bonus
 
@@ -81,7 +80,7 @@ def test_the_kl_comes_off_the_reward_beta_times() -> None:
 def test_truncated_completions_train_unless_they_are_masked(masked: bool, counted: list[int]) -> None:
     res = resources(grpo={"mask_truncated": masked}, bonus={"source": "none"})
     batch = batch_of([0, 1, 2, 3], 3)  # the odd ones are truncated
-    found = train.reward_head(res, LoopState(), batch, train.ReferenceLogps(), Readings())
+    found = train.reward_head(res, LoopState(), batch, train.ReferenceLogps(), {})
     assert found.mask.sum(1).tolist() == counted
 
 

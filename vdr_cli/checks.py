@@ -61,6 +61,7 @@ def check_before_start(config: Config, resume: str | None) -> None:
         check_held_out(config)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
+    check_bonus(config)
     check_extras(config)
     check_resume(config, resume)
 
@@ -110,6 +111,14 @@ def check_rewards(config: Config) -> None:
             f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
             "give --reward a built-in, module:function or file.py:function"
         )
+
+
+def check_bonus(config: Config) -> None:
+    """Functions that the bonus names can be ones, and their files are there."""
+    given = {"bonus.source": config.bonus.source, "bonus.answer": config.bonus.answer or ""}
+    for key, name in given.items():
+        if ":" in name:
+            check_name(name, key)
 
 
 def check_extras(config: Config) -> None:

@@ -112,6 +112,8 @@ class Stream(IntEnum):
     """Held-out prompts, by their row in the dataset: every evaluation draws the same numbers."""
     TRAINING = 1
     """Training prompts, by their position in the shuffled stream, which passes over the dataset again and again."""
+    NOISE = 3
+    """The numbers of bonus.source noise, by the prompts' positions in the stream of training."""
     PERMUTATION = 2
     """Orders of the bonus within groups (bonus.permute), by the prompts' positions in the stream of training."""
     CLIPPED_TOKENS = 10

@@ -47,7 +47,7 @@ from vdr_cli.training.held_out import evaluate
 from vdr_cli.training.minibatches import own_minibatches, read_old_logps
 from vdr_cli.training.opening import open_run
 from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
-from vdr_cli.training.reading import Readings, read_for_bonus, read_logps
+from vdr_cli.training.reading import PolicyLogps, needs_policy, read_for_bonus, read_logps
 from vdr_cli.training.record import step_metrics
 from vdr_cli.training.refusals import stop_if_refused_too_often
 from vdr_cli.training.resources import Resources
@@ -105,8 +105,9 @@ def collect(res: Resources, state: LoopState) -> tuple[RewardedGroups, Advantage
             state.next_pending = start_rollout(res, state, model, counts, next_step)
         res.rollout.rest()
         reference = reference_logps(res, model, batch.completions)
-        readings = read_for_bonus(res, state.step, model, batch.completions)
-    return batch, reward_head(res, state, batch, reference, readings)
+        policy = PolicyLogps(reference.policy, reference.entropy)
+        signals = read_for_bonus(res, state, model, batch, policy)
+    return batch, reward_head(res, state, batch, reference, signals)
 
 
 def sample_informative(res: Resources, state: LoopState, model: Any) -> RewardedGroups:
@@ -190,7 +191,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
     if res.reference is not None:
         with res.timer.phase("reference"), res.reference.whole(model) as reference_model:
             reference, _ = read_logps(res, reference_model, completions)
-    if cfg.reads_policy_first:
+    if cfg.reads_policy_first or needs_policy(res, completions):
         with res.timer.phase("policy"):
             policy, entropy = read_old_logps(res, model, completions)
         if cfg.top_entropy_quantile < 1.0:
@@ -204,22 +205,26 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
 
 
 def reward_head(
-    res: Resources, state: LoopState, batch: RewardedGroups, logps: ReferenceLogps, readings: Readings
+    res: Resources, state: LoopState, batch: RewardedGroups, logps: ReferenceLogps, signals: dict[str, Any]
 ) -> Advantages:
-    """Where task rewards and bonus become advantages. Collective."""
+    """Where task rewards and bonus become advantages. Collective.
+
+    signals: what the bonus's source needs, by name.
+    """
     completions = batch.completions
     mask = loss_mask(completions.completion_mask, completions.truncated, res.config.grpo.mask_truncated)
     rewards = rewards_less_kl(res, batch, logps)
     task_advantages = group_relative(res, batch.rewards, rewards)
     shaped, per_completion, bonus = task_advantages, None, None
     if res.source is not None:
-        shaped, per_completion, bonus = add_bonus(res, state, batch, readings, rewards, task_advantages)
+        shaped, per_completion, bonus = add_bonus(res, state, batch, signals, rewards, task_advantages)
     return Advantages(
         advantages=(shaped if shaped.dim() == 2 else shaped[:, None]).expand(mask.shape),
         mask=mask,
         task_advantages=task_advantages,
         per_completion=per_completion,
         bonus=bonus,
+        visits=signals.get("visits"),
         ref_logps=logps.reference,
         selected=logps.high_entropy,
         old_logps=logps.policy,
@@ -231,7 +236,7 @@ def add_bonus(
     res: Resources,
     state: LoopState,
     batch: RewardedGroups,
-    readings: Readings,
+    signals: dict[str, Any],
     rewards: Tensor,
     task_advantages: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,8 +247,9 @@ def add_bonus(
     cfg, G, mask = res.config.bonus, res.config.rollout.group_size, batch.completions.completion_mask
     assert res.source is not None
     solved = batch.task_reward >= res.config.rewards.solved_at
-    signals = Signals(G, mask, batch.task_reward, solved, task_advantages, **vars(readings))
-    found = res.source.numbers(signals, res.config)
+    with collectives.agreed():
+        given = Signals(G, mask, batch.task_reward, solved, task_advantages, **signals)
+        found = res.source.numbers(given, res.config)
     b, token_mask = found.b, None if found.b.dim() == 1 else mask
     if cfg.permute == "group":
         keys = uniforms(res.config.train.seed, Stream.PERMUTATION, batch.positions, G)[:, 0]

@@ -34,7 +34,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def resources(folder: Path, *overrides: str) -> Any:
     config = load_config(overrides=["model.name=other", "train.steps=9", *overrides])
     prompts = SimpleNamespace(digest="rows")
-    parts = dict.fromkeys(("engine", "reference", "rewards", "prompt_at"))
+    parts = dict.fromkeys(("engine", "reference", "rewards", "prompt_at", "source"))
     return SimpleNamespace(
         config=config, directory=folder, prompts=prompts, tokenizer=SimpleNamespace(pad_token_id=0), **parts
     )

@@ -12,11 +12,11 @@ import torch
 from tests.training.test_batch import batch_of
 from vdr_cli.config import Config
 from vdr_cli.engine.engine import StepResult
-from vdr_cli.exploration.sources import source_of
 from vdr_cli.grpo.losses import Totals
 from vdr_cli.training import record
 from vdr_cli.training.batch import Advantages, Updates
 from vdr_cli.training.completion_table import completion_columns
+from vdr_cli.training.opening import open_source
 from vdr_cli.training.timing import PhaseTimer
 
 
@@ -28,7 +28,7 @@ def resources(**sections: Any) -> Any:
     rewards = [SimpleNamespace(name="one", weight=1.0)]
     engine = SimpleNamespace(peak_flops=lambda: None)
     parts = {"rewards": rewards, "timer": timer, "engine": engine, "shown_measure": lambda: None}
-    return SimpleNamespace(config=config, source=source_of(config), **parts)
+    return SimpleNamespace(config=config, source=open_source(config), **parts)
 
 
 def test_completions_hold_the_bonus_as_it_was_added() -> None:

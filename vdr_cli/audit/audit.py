@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.audit import inputs, metrics, numbers, signal
+from vdr_cli.audit import inputs, metrics, numbers, signal, sources
 from vdr_cli.audit.files import Record, RunFiles, open_run
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models
@@ -58,6 +58,11 @@ def audit_step(
     before = run.record(record.step - stride) if record.step - stride in run.steps else None
     of_update: dict[str, float] = {}
 
+    def advantages() -> list[Line]:
+        counts = cfg.bonus_source == "counts"
+        earlier = [run.record(step) for step in run.steps if step < record.step] if counts else []
+        return sources.audit_visits(judge, record, cfg, earlier) + signal.audit(judge, record, cfg, before)
+
     def updated() -> list[Line]:
         lines, found = numbers.audit_update(judge, record, cfg, models, on_file)
         of_update.update(found)
@@ -75,7 +80,7 @@ def audit_step(
         "rewards": lambda: inputs.audit_rewards(judge, record, cfg),
         "sampling": lambda: numbers.audit_sampling(judge, record, cfg, models),
         "members": lambda: numbers.audit_members(judge, record, cfg, models),
-        "advantages": lambda: signal.audit(judge, record, cfg, before),
+        "advantages": advantages,
         "policy": lambda: numbers.audit_policy(judge, record, cfg, models),
         "update": updated,
         "metrics": logged,

@@ -112,7 +112,7 @@ def _of_lengths(record: Record, G: int) -> dict[str, float]:
 def _of_bonus(record: Record, cfg: Config) -> dict[str, float]:
     G, reduced = cfg.rollout.group_size, record.numbers("reduced")
     every = np.ones((len(record), 1), dtype=bool)
-    added = np.abs(record.tokens("bonus")[record.mask] if cfg.token_bonus else record.numbers("bonus"))
+    added = np.abs(record.tokens("bonus")[record.mask] if _per_token(record) else record.numbers("bonus"))
     prefix = "disagreement" if cfg.bonus_source == "disagreement" else "bonus"
     return {
         f"{prefix}/mean": _mean(reduced),
@@ -120,6 +120,10 @@ def _of_bonus(record: Record, cfg: Config) -> dict[str, float]:
         f"{prefix}/groups_with_spread": _mean(bonus.spread(reduced[:, None], every, G)),
         f"{prefix}/bonus_abs": _mean(added),
     }
+
+
+def _per_token(record: Record) -> bool:
+    return any(isinstance(bonus, list) for bonus in record.columns["bonus"])
 
 
 def _known_std(values: Array, G: int) -> Array:
@@ -140,7 +144,8 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
         return []
     texts = record.decoded("text")
     mask = record.mask
-    measure = cfg.disagreement.measure if cfg.bonus_source == "disagreement" else cfg.bonus_source
+    source = cfg.bonus_source.rpartition(":")[2]
+    measure = cfg.disagreement.measure if source == "disagreement" else source
     columns: dict[str, Array] = {
         "row": record.numbers("row"),
         "truncated": record.truncated.astype(np.float64),
@@ -149,9 +154,8 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
     }
     columns |= {f"rewards/{name}": record.rewards[:, index] for index, name in enumerate(record.state["rewards"])}
     if cfg.bonus_source != "none":
-        tokens = record.numbers("bonus")
-        if cfg.token_bonus:
-            tokens = record.tokens("bonus").sum(1) / np.maximum(mask.sum(1), 1)
+        per_token = _per_token(record)
+        tokens = record.tokens("bonus").sum(1) / np.maximum(mask.sum(1), 1) if per_token else record.numbers("bonus")
         columns |= {"bonus": tokens, measure: record.numbers("reduced")}
     lines = [
         judge.compare(f"completions/ {name}", _floats(saved.get(name, [])), values, "advantage")

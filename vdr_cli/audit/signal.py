@@ -34,6 +34,9 @@ def found(record: Record, cfg: Config) -> Found:
     task = _group_relative(record, cfg, penalised)
     if cfg.bonus_source == "none":
         return Found(task, _over_tokens(task, record))
+    if sources.is_taken_whole(record, cfg):
+        added = record.tokens("bonus")
+        return Found(task, (task[:, None] + added) * record.mask, added)
     b, valid, reduced = sources.numbers(record, cfg, task)
     if cfg.bonus.permute == "group":
         b = bonuses.permuted(b, valid, sources.permutation_keys(record, cfg), cfg.rollout.group_size)
@@ -64,7 +67,7 @@ def _with_bonus(
         return Found(task, _over_tokens(with_bonus, record), with_bonus - task, reduced, rms)
     size = b * valid if own.effective_shape == "plain" else from_mean / (1.0 if own.scale == "none" else rms.value)
     added = weight * np.clip(size, -own.clip, own.clip) * gate[:, None]
-    if cfg.token_bonus:
+    if b.shape[1] > 1 or cfg.token_bonus:
         return Found(task, (task[:, None] + added) * record.mask, added, reduced, rms)
     return Found(task, _over_tokens(task + added[:, 0], record), added[:, 0], reduced, rms)
 
@@ -103,9 +106,11 @@ def audit(judge: Judge, record: Record, cfg: Config, before: Record | None) -> l
     lines = [judge.compare("task advantages", record.numbers("task_advantage"), ours.task_advantages, kind)]
     if ours.bonus is not None:
         if ours.reduced is not None:
-            name = cfg.disagreement.measure if cfg.bonus_source == "disagreement" else cfg.bonus_source
+            source = cfg.bonus_source
+            name = cfg.disagreement.measure if source == "disagreement" else source
             lines.append(judge.compare(f"{name} of completions", record.numbers("reduced"), ours.reduced, "bonus"))
-        theirs = record.tokens("bonus") if cfg.token_bonus else record.numbers("bonus")
+        lines += sources.left_out(judge, record, cfg)
+        theirs = record.tokens("bonus") if ours.bonus.ndim == 2 else record.numbers("bonus")
         lines.append(judge.compare("bonus", theirs, ours.bonus, "bonus" if kind == "advantage" else kind))
     if ours.rms is not None:
         lines += _rms_lines(judge, record, before, ours.rms)

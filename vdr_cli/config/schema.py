@@ -90,15 +90,22 @@ class Config(Section):
 
     @property
     def token_bonus(self) -> bool:
-        """True when the bonus differs from token to token."""
-        return self.bonus_source == "disagreement" and self.disagreement.credit == "token"
+        """True when the bonus differs from token to token; False where a user's function decides it."""
+        credited = self.bonus_source == "disagreement" and self.disagreement.credit == "token"
+        return credited or self.bonus_source == "entropy"
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        what = "disagreement.credit token" if self.bonus.source == "disagreement" else f"source {self.bonus.source}"
         if self.token_bonus and self.bonus.effective_shape not in ("additive", "plain"):
             raise ValueError(
-                f"bonus.shape {self.bonus.effective_shape} needs one number per completion, and disagreement.credit "
-                "token gives one per token: set bonus.shape to additive or plain"
+                f"bonus.shape {self.bonus.effective_shape} needs one number per completion, and {what} gives one per "
+                "token: set bonus.shape to additive or plain"
+            )
+        if self.bonus.source not in ("disagreement", "none") and self.disagreement.mode == "none":
+            raise ValueError(
+                f"bonus.source is {self.bonus.source}, but disagreement.mode none turns the bonus off: remove one of "
+                "them"
             )
         if self.rollout.group_size < 2:
             raise ValueError(

@@ -5,14 +5,24 @@ A source is a pure function in a file of its own. Here it is given the step's si
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from vdr_cli.config import Config
-from vdr_cli.exploration import disagreement
+from vdr_cli.exploration import counts, disagreement
 from vdr_cli.exploration.bonus import reduce
+from vdr_cli.exploration.entropy import entropy
+from vdr_cli.exploration.noise import noise
+from vdr_cli.exploration.surprisal import surprisal
+from vdr_cli.exploration.unlikeliness import unlikeliness
+
+T = TypeVar("T")
+
+Need = Literal["measure", "log_probs", "entropies", "answers", "visits", "uniforms", "batch"]
+"""A field of `Signals` that is computed for the sources that ask for it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,18 @@ class Signals:
     task_advantages: Tensor  # (B,)
     measure: Tensor | None = None
     """(B, T) or (B,) of the dropout members, nats."""
+    log_probs: Tensor | None = None
+    """(B, T) of the sampled tokens under the policy at the sampling temperature, nats."""
+    entropies: Tensor | None = None
+    """(B, T) of the policy's distributions at the sampling temperature, nats."""
+    answers: Sequence[int] | None = None
+    """(B,) a key per prompt and answer."""
+    visits: Tensor | None = None
+    """(B,) int64, times that the answer was given to the prompt in the run so far, this step included."""
+    uniforms: Tensor | None = None
+    """(B, 2) float64 in [0, 1), from the seed and the prompt's place in the data."""
+    batch: Any = None
+    """The step's groups (`training.batch.RewardedGroups`), for a user's function."""
 
 
 @dataclass(frozen=True)
@@ -40,27 +62,93 @@ class Numbers:
     """What the bonus is made from: (B,), or (B, T), 0 at padding."""
 
 
+class Memory(Protocol):
+    """What a source carries from step to step: the same on every rank, and in checkpoints."""
+
+    def commit(self) -> None:
+        """The step is done: what it added stays."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, as of the last finished step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A way to compute a number per completion or token that a bonus is made from."""
 
-    needs: frozenset[str]
+    needs: frozenset[Need]
     """Fields of `Signals` that it reads beside the rewards; nothing else is computed."""
     numbers: Callable[[Signals, Config], Numbers]
     quantity: Callable[[Config], str]
     """The numbers' name, for tables and warnings."""
     flat: Callable[[Config], str]
     """Why the numbers may not differ within any group."""
+    memory: Callable[[Config], Memory | None] = lambda config: None
 
 
 def _disagreement(signals: Signals, config: Config) -> Numbers:
-    cfg, measure = config.disagreement, signals.measure
-    assert measure is not None
+    cfg, measure = config.disagreement, given(signals.measure)
     per_completion = reduce(measure, signals.mask, cfg.last_n)
     if cfg.credit == "sequence":
         return Numbers(per_completion, per_completion)
     credit = disagreement.token_credit(measure, signals.mask, cfg.measure, cfg.discount, cfg.last_n)
     return Numbers(per_completion, credit)
+
+
+def _surprisal(signals: Signals, config: Config) -> Tensor:
+    cfg = config.bonus.surprisal
+    return surprisal(given(signals.log_probs), signals.mask, signals.task_rewards, cfg.alpha, cfg.kappa)
+
+
+def _entropy(signals: Signals, config: Config) -> Tensor:
+    cfg = config.bonus.entropy
+    return entropy(given(signals.entropies), signals.mask, signals.task_advantages, cfg.alpha, cfg.kappa)
+
+
+def _counts(signals: Signals, config: Config) -> Tensor:
+    cfg = config.bonus.counts
+    if cfg.kind == "batch":
+        return counts.batch(given(signals.answers), signals.group_size)
+    return counts.ucb(given(signals.visits), cfg.b0)
+
+
+def _unlikeliness(signals: Signals, config: Config) -> Tensor:
+    return unlikeliness(
+        given(signals.log_probs),
+        signals.mask,
+        signals.task_rewards,
+        signals.solved,
+        signals.group_size,
+        config.bonus.unlikeliness.beta,
+    )
+
+
+def _noise(signals: Signals, config: Config) -> Tensor:
+    return noise(given(signals.uniforms))
+
+
+def given(value: T | None) -> T:
+    """A signal that the source's `needs` asks for."""
+    assert value is not None
+    return value
+
+
+def simple(
+    name: str,
+    needs: set[Need],
+    compute: Callable[[Signals, Config], Tensor],
+    flat: str,
+    memory: Callable[[Config], Memory | None] = lambda config: None,
+) -> Source:
+    """A source whose numbers are what the bonus is made from; per token, people see their mean."""
+
+    def numbers(signals: Signals, config: Config) -> Numbers:
+        b = compute(signals, config)
+        return Numbers(reduce(b, signals.mask), b)
+
+    return Source(frozenset(needs), numbers, lambda config: name, lambda config: flat, memory)
 
 
 SOURCES = {
@@ -73,10 +161,17 @@ SOURCES = {
             f"{config.disagreement.dropout}, scope {config.disagreement.effective_scope})"
         ),
     ),
+    "surprisal": simple("surprisal", {"log_probs"}, _surprisal, "groups of equal completions"),
+    "entropy": simple(
+        "entropy", {"entropies"}, _entropy, "task rewards that are equal in every group, which bonus.entropy.kappa caps"
+    ),
+    "counts": simple(
+        "counts",
+        {"answers", "visits"},
+        _counts,
+        "groups whose answers are all equal, or all new (bonus.answer says what an answer is)",
+        lambda config: counts.Visits(),
+    ),
+    "unlikeliness": simple("unlikeliness", {"log_probs"}, _unlikeliness, "no group has a solved completion"),
+    "noise": simple("noise", {"uniforms"}, _noise, "the numbers drawn are equal"),
 }
-
-
-def source_of(config: Config) -> Source | None:
-    """The source of the run's bonus; None for plain GRPO."""
-    name = config.bonus_source
-    return None if name == "none" else SOURCES[name]

@@ -69,16 +69,16 @@ def _beside(function: Callable[..., Any], name: str) -> Callable[..., Any] | Non
     return next(filter(callable, found), None)
 
 
-def find_function(given: str) -> Callable[..., Any]:
-    """The reward function that a name stands for. ConfigError, one line, when there is none."""
-    place, attribute = check_name(given)
+def find_function(given: str, key: str = "rewards.functions") -> Callable[..., Any]:
+    """The function that a name stands for. key: the setting, for errors. ConfigError, one line, when there is none."""
+    place, attribute = check_name(given, key)
     if not place:
         return built_in(given)
-    module = _import_file(place) if place.endswith(".py") else _import_module(place, given)
-    return _attribute(module, attribute, given)
+    module = _import_file(place, key) if place.endswith(".py") else _import_module(place, given, key)
+    return _attribute(module, attribute, given, key)
 
 
-def check_name(given: str) -> tuple[str, str]:
+def check_name(given: str, key: str = "rewards.functions") -> tuple[str, str]:
     """("", built-in), (module, function) or (file.py, function), without importing anything. ConfigError on others."""
     place, colon, attribute = given.rpartition(":")
     if not colon:
@@ -87,23 +87,22 @@ def check_name(given: str) -> tuple[str, str]:
         near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}."
         raise ConfigError(
-            f"rewards.functions: no built-in {given or 'without a name'}; {hint} "
-            "Or give module:function or file.py:function"
+            f"{key}: no built-in {given or 'without a name'}; {hint} Or give module:function or file.py:function"
         )
     if not place or not attribute:
-        raise ConfigError(f"rewards.functions: {given} must be module:function or file.py:function")
+        raise ConfigError(f"{key}: {given} must be module:function or file.py:function")
     if not place.endswith(".py"):
         return place, attribute
     try:
         path = Path(path_text(place)).resolve()
     except ValueError as error:
-        raise ConfigError(f"rewards.functions: {error}") from None
+        raise ConfigError(f"{key}: {error}") from None
     if not path.is_file():
-        raise ConfigError(f"rewards.functions: {given}: no such file {path}")
+        raise ConfigError(f"{key}: {given}: no such file {path}")
     return str(path), attribute
 
 
-def _import_file(place: str) -> ModuleType:
+def _import_file(place: str, key: str) -> ModuleType:
     path = Path(place)
     name = module_name(path)
     if name in sys.modules:
@@ -112,36 +111,34 @@ def _import_file(place: str) -> ModuleType:
         with exit_is_an_error():
             return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"rewards.functions: importing {path} failed: {one_line(error)}") from error
+        raise ConfigError(f"{key}: importing {path} failed: {one_line(error)}") from error
 
 
-def _import_module(place: str, given: str) -> ModuleType:
+def _import_module(place: str, given: str, key: str) -> ModuleType:
     make_importable(Path.cwd())
     try:
         with exit_is_an_error():
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
-            raise ConfigError(
-                f"rewards.functions: {given}: no module {place} here or among the installed packages"
-            ) from error
-        raise ConfigError(f"rewards.functions: importing {place} failed: {one_line(error)}") from error
+            raise ConfigError(f"{key}: {given}: no module {place} here or among the installed packages") from error
+        raise ConfigError(f"{key}: importing {place} failed: {one_line(error)}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"rewards.functions: importing {place} failed: {one_line(error)}") from error
+        raise ConfigError(f"{key}: importing {place} failed: {one_line(error)}") from error
 
 
-def _attribute(module: ModuleType, attribute: str, given: str) -> Callable[..., Any]:
+def _attribute(module: ModuleType, attribute: str, given: str, key: str) -> Callable[..., Any]:
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if callable(found):
         return found  # type: ignore[no-any-return]
     if found is not None:
-        raise ConfigError(f"rewards.functions: {given}: {attribute} is not a function")
+        raise ConfigError(f"{key}: {given}: {attribute} is not a function")
     there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
     near = difflib.get_close_matches(attribute, there, n=1, cutoff=0.5) or there[:5]
     hint = f"; it has {', '.join(near)}" if near else ""
-    raise ConfigError(f"rewards.functions: {given}: no function {attribute} there{hint}")
+    raise ConfigError(f"{key}: {given}: no function {attribute} there{hint}")
 
 
 def one_line(error: BaseException) -> str:

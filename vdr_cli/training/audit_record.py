@@ -39,6 +39,7 @@ TYPES = {
     "task_reward": pa.float32(),
     "task_advantage": pa.float32(),
     "reduced": pa.float32(),
+    "visits": pa.int64(),
 }
 
 
@@ -70,6 +71,7 @@ def save(
     columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     lost = sorted({name for names in columns.pop("lost") for name in names})
     numbers = _numbers(res, state) | {"lost_columns": lost, "ranks": [len(part["row"]) for part in parts]}
+    numbers["log_probs"] = "sampler_logps" if advantages.old_logps is None else "logps"
     try:
         _write(res.directory / "audit" / f"step_{state.step:06d}.parquet", columns, numbers)
     except MachineError as error:
@@ -132,6 +134,7 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "reduced": [None] * count if advantages.per_completion is None else advantages.per_completion.tolist(),
         "measure_tokens": tokens(res.shown_measure()),
         "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
+        "visits": [None] * count if advantages.visits is None else advantages.visits.tolist(),
         "ref_logps": tokens(advantages.ref_logps),
         "selected": tokens(advantages.selected),
         "logps": _before_the_update(advantages.old_logps, updates.first_logps, lengths),

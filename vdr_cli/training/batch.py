@@ -91,6 +91,8 @@ class Advantages:
     """(B,) the source's number of each completion; None without a bonus."""
     bonus: Tensor | None = None
     """(B,) or (B, T) as added to the advantage."""
+    visits: Tensor | None = None
+    """(B,) int64, times that the answer was given to the prompt, where the bonus counts them."""
     ref_logps: Tensor | None = None  # (B, T)
     selected: Tensor | None = None  # (B, T) bool
     old_logps: Tensor | None = None

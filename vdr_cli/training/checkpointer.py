@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from vdr_cli.config.load import config_hash
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
@@ -16,6 +18,15 @@ from vdr_cli.samples import Prompt
 from vdr_cli.training import pending_rollout
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.state import LoopState
+
+MEMORY = "bonus.pt"
+"""File of a checkpoint that holds what the bonus's source carries from step to step."""
+
+
+def new_state(resources: Resources) -> LoopState:
+    """The state of a run that starts."""
+    source = resources.source
+    return LoopState(memory=source.memory(resources.config) if source else None)
 
 
 class Checkpointer:
@@ -48,6 +59,8 @@ class Checkpointer:
         def write_more(folder: Path) -> None:
             if isinstance(self._resources.reference, FrozenCopy):
                 self._resources.reference.save(folder)
+            if state.memory is not None and collectives.is_main():
+                torch.save(state.memory.state_dict(), folder / MEMORY)
             if state.pending is not None:
                 pending_rollout.save(state.pending, folder)
 
@@ -72,13 +85,15 @@ class Checkpointer:
         Raises ConfigError when the data have changed, MachineError when a rank does not see the same files, or they
         cannot be converted.
         """
-        state = LoopState()
+        state = new_state(self._resources)
         if found is not None:
             self._refuse_other_data(found)
             checkpoints.load(self._resources.engine, found)
             if isinstance(self._resources.reference, FrozenCopy):
                 self._resources.reference.load(found.path)
-            state = LoopState.restored(found.state["loop"])
+            state = LoopState.restored(found.state["loop"], state.memory)
+            if state.memory is not None and (found.path / MEMORY).is_file():
+                state.memory.load_state_dict(torch.load(found.path / MEMORY, weights_only=True))
             state.pending = self._pending(found.path, state.step)
             self._saved_step = state.step if found.path.parent == self._folder else None
             self._note(f"resumed from {found.path}")

@@ -31,7 +31,7 @@ from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.collapse import watch_of
-from vdr_cli.exploration.sources import source_of
+from vdr_cli.exploration.sources import SOURCES, Source
 from vdr_cli.exploration.watch import STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import environment_restored, prepare_process
@@ -49,13 +49,15 @@ from vdr_cli.samples import Sampling
 from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
-from vdr_cli.training.checkpointer import Checkpointer
+from vdr_cli.training.answers import Answers, answers_of
+from vdr_cli.training.checkpointer import Checkpointer, new_state
 from vdr_cli.training.closing import closing_lines
 from vdr_cli.training.live import LiveView
 from vdr_cli.training.metrics import MetricsWriter
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
 from vdr_cli.training.state import LoopState
+from vdr_cli.training.user_source import user_source
 from vdr_cli.training.watched_rollout import WatchedRollout
 
 
@@ -156,7 +158,7 @@ def _open(
     if lora is not None and lora.targets == "all-linear" and (frozen := frozen_layers(res.engine.causal_lm)):
         log.note(frozen)
     checkpointer = Checkpointer(res, log.note)
-    state = LoopState()
+    state = new_state(res)
     if resume is not None:
         state = checkpointer.restore(found)
         log.truncate(state.step or -1)  # what was measured before the first step is measured again
@@ -175,6 +177,8 @@ class _Inputs:
     prompts: PromptSet
     held_out: PromptSet | None
     rewards: list[LoadedReward]
+    source: Source | None
+    answers: Answers | None
 
 
 def _read_inputs(config: Config) -> _Inputs:
@@ -188,7 +192,15 @@ def _read_inputs(config: Config) -> _Inputs:
     held_out = load_prompts(config.data, "eval", tokenizer, limits) if config.train.eval_every else None
     if held_out is not None:
         check_columns(rewards, held_out.columns)
-    return _Inputs(tokenizer, prompts, held_out, rewards)
+    source = open_source(config)
+    answers = answers_of(config, rewards) if source and source.needs & {"answers", "visits"} else None
+    return _Inputs(tokenizer, prompts, held_out, rewards, source, answers)
+
+
+def open_source(config: Config) -> Source | None:
+    """The source of the run's bonus; None for plain GRPO. ConfigError when a function of the user's is not there."""
+    name = config.bonus_source
+    return user_source(name) if ":" in name else SOURCES.get(name)
 
 
 def _load(
@@ -223,7 +235,6 @@ def _load(
         sampling=sampling_of(config),
         ensemble=reader,
         reference=build_reference(config, engine),
-        source=source_of(config),
     )
 
 

@@ -9,23 +9,68 @@ from torch import Tensor
 
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine import collectives
-from vdr_cli.samples import Completions
+from vdr_cli.exploration.counts import Visits
+from vdr_cli.exploration.draws import uniforms
+from vdr_cli.samples import Completions, Stream
+from vdr_cli.training.answers import answer_keys
+from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.resources import Resources
+from vdr_cli.training.state import LoopState
 
 
 @dataclass(frozen=True)
-class Readings:
-    """What was read for the bonus's source; None where it does not ask."""
+class PolicyLogps:
+    """Log-probabilities and entropies (B, T) under the policy, where something has read them."""
 
-    measure: Tensor | None = None
-    """(B, T) or (B,) of the dropout members, nats."""
+    logps: Tensor | None = None
+    entropies: Tensor | None = None
 
 
-def read_for_bonus(res: Resources, step: int, model: Any, completions: Completions) -> Readings:
-    """Everything that the source needs of models, and nothing else. Collective."""
+def needs_policy(res: Resources, completions: Completions) -> bool:
+    """True when the bonus asks for numbers of the policy that sampling has not left. Collective where it asks."""
     needs = res.source.needs if res.source else frozenset()
-    measure = measure_disagreement(res, step, model, completions) if "measure" in needs else None
-    return Readings(measure)
+    if "log_probs" not in needs:
+        return "entropies" in needs
+    return not sampled_under_policy(res, completions) or "entropies" in needs
+
+
+def sampled_under_policy(res: Resources, completions: Completions) -> bool:
+    """True when the sampler's log-probabilities are the policy's own: newest weights, no filter. Collective."""
+    cfg = res.config.rollout
+    filtered = cfg.top_k or cfg.top_p < 1.0 or cfg.min_p or cfg.repetition_penalty != 1.0
+    unknown = float(completions.sampler_logps.isnan().any())
+    return collectives.all_reduce_max([unknown])[0] == 0 and not filtered and not cfg.ahead
+
+
+def read_for_bonus(
+    res: Resources, state: LoopState, model: Any, batch: RewardedGroups, policy: PolicyLogps
+) -> dict[str, Any]:
+    """The signals that the source needs, by their names in `Signals`, and nothing else. Collective."""
+    needs = res.source.needs if res.source else frozenset()
+    completions, found = batch.completions, dict[str, Any]()
+    if "measure" in needs:
+        found["measure"] = measure_disagreement(res, state.step, model, completions)
+    if "log_probs" in needs:
+        found["log_probs"] = completions.sampler_logps if policy.logps is None else policy.logps
+    if "entropies" in needs:
+        found["entropies"] = policy.entropies
+    if "uniforms" in needs:
+        cfg = res.config
+        found["uniforms"] = uniforms(cfg.train.seed, Stream.NOISE, batch.positions, cfg.rollout.group_size, 2)
+    if "answers" in needs:
+        found |= count_answers(res, state, batch)
+    if "batch" in needs:
+        found["batch"] = batch
+    return found
+
+
+def count_answers(res: Resources, state: LoopState, batch: RewardedGroups) -> dict[str, Any]:
+    """The completions' answers as keys, and how often each was given in the run. Collective."""
+    assert res.answers is not None and isinstance(state.memory, Visits)
+    with collectives.agreed(), res.timer.phase("bonus"):
+        keys = answer_keys(batch, res.answers(batch))
+    state.memory.take(key for part in collectives.gather_objects(keys) for key in part)
+    return {"answers": keys, "visits": state.memory.of(keys)}
 
 
 def measure_disagreement(res: Resources, step: int, model: Any, completions: Completions) -> Tensor | None:

@@ -19,6 +19,7 @@ from vdr_cli.exploration.sources import Source
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout
 from vdr_cli.samples import Prompt, Sampling
+from vdr_cli.training.answers import Answers
 from vdr_cli.training.state import Due, due_after
 from vdr_cli.training.timing import PhaseTimer
 
@@ -42,6 +43,8 @@ class Resources:
     """None with grpo.beta 0."""
     source: Source | None
     """What the bonus is computed from; None for plain GRPO."""
+    answers: Answers | None
+    """What counts as a completion's answer; None where nothing counts answers."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def prompt_at(self, position: int) -> Prompt:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vdr_cli.config.schema import TrainConfig
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.exploration.sources import Memory
 from vdr_cli.grpo.entropy_control import EntropyControl
 from vdr_cli.training.pending_rollout import PendingRollout
 
@@ -41,6 +42,8 @@ class LoopState:
     """The adaptive weight of the entropy bonus, as of the last finished step (grpo.entropy_target)."""
     drawn_in_step: int = 0
     """Prompts that this step has taken. An abandoned step gives them back: they count when it ends."""
+    memory: Memory | None = None
+    """What the bonus's source carries from step to step; None for most."""
     pending: PendingRollout | None = None
     """This step's groups, when their sampling started in the step before (rollout.ahead)."""
     next_pending: PendingRollout | None = None
@@ -68,6 +71,8 @@ class LoopState:
         self.seconds += seconds
         self.drawn += self.drawn_in_step
         self.finished_rms = self.rms.state_dict()
+        if self.memory is not None:
+            self.memory.commit()
         self.drawn_in_step = 0
         self.pending, self.next_pending = self.next_pending, None
 
@@ -92,9 +97,9 @@ class LoopState:
         }
 
     @classmethod
-    def restored(cls, saved: dict[str, Any]) -> LoopState:
-        """The state that `saved` described."""
-        state = cls(**{name: saved[name] for name in SAVED if name in saved}, finished_rms=saved["rms"])
+    def restored(cls, saved: dict[str, Any], memory: Memory | None = None) -> LoopState:
+        """The state that `saved` described. memory: what its source carries, which is saved beside it."""
+        state = cls(memory=memory, **{name: saved[name] for name in SAVED if name in saved}, finished_rms=saved["rms"])
         state.rms.load_state_dict(saved["rms"])
         state.entropy = EntropyControl(**saved.get("entropy", {}))
         return state
