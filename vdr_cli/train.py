@@ -65,7 +65,7 @@ def train(config: Config, resume: str | None = None) -> int:
     with open_run(config, resume) as run:
         res, state, log = run.resources, run.state, run.log
         if state.step == 0 and config.train.eval_every:
-            log.starting_point(evaluate(res, state))
+            log.starting_point(evaluate(res, state, log))
         while not state.is_over(config.train) and not run.stopped():
             before = state.step
             with res.timer.phase("step"):
@@ -79,7 +79,7 @@ def train(config: Config, resume: str | None = None) -> int:
             if due.reference:
                 res.synchronise_reference()
             if due.evaluation:
-                metrics |= evaluate(res, state)
+                metrics |= evaluate(res, state, log)
             log.step(res, state, metrics, batch, advantages, due.completions)
             stop_if_refused_too_often(res, state, log, batch, advantages, updates)
             if due.checkpoint or run.checkpointer.best_is_new(state):

@@ -6,13 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.training.test_batch import batch_of
+from vdr_cli.audit.evaluation import expected
 from vdr_cli.audit.files import RunFiles
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.samples import Prompt
 from vdr_cli.training import audit_record
 from vdr_cli.training.batch import Advantages, Updates
 from vdr_cli.training.state import LoopState
@@ -90,3 +93,32 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, capsys) -> None:
     zeros = [torch.zeros(2, 2)]
     audit_record.save(*run, batch, advantages, Updates(first_logps=zeros, first_entropies=zeros))
     assert "cannot be written" in capsys.readouterr().out
+
+
+def test_what_an_evaluation_sampled_reads_back(tmp_path) -> None:
+    prompts = [Prompt(7, "2+2=", [1, 2], {"gold": 4}), Prompt(9, [{"role": "user", "content": "hi"}], [3], {})]
+    result = SimpleNamespace(
+        prompts=prompts,
+        texts=[["4", "5"], ["hello", ""]],
+        completion_ids=[[[4, 1], [5]], [[6, 7, 8], []]],
+        solved=np.array([[True, False], [False, False]]),
+        ks=(1, 2),
+        rewards={"right": np.array([[1.0, 0.0], [np.nan, 0.0]])},
+        truncated=np.array([[False, True], [False, True]]),
+    )
+    res, state, log = a_run(tmp_path, step=4, audit_every=4)
+    audit_record.save_evaluation(res, state, log, result)
+    found = RunFiles(tmp_path, res.config, {})
+    record = found.record(4, "eval")
+    assert found.evaluations == [4] and found.steps == []
+    assert record.columns["row"] == [7, 7, 9, 9] and record.lengths.tolist() == [2, 1, 3, 0]
+    assert record.decoded("text")[1:3] == ["5", [{"role": "assistant", "content": "hello"}]]
+    assert record.state["k"] == [1, 2] and record.state["samples"] == 2
+    assert np.isnan(record.rewards[2, 0]) and record.rewards[0, 0] == 1.0
+    assert expected(record, res.config)["pass@1"] == 0.25
+    audit_record.remove_from(tmp_path, 4)
+    assert found.evaluations == [4], "the evaluation after step 4 is of the checkpoint"
+    audit_record.remove_from(tmp_path, 3)
+    assert found.evaluations == []
+    audit_record.save_evaluation(*a_run(tmp_path, step=5, audit_every=4), result)
+    assert found.evaluations == []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vdr_cli.config.load import load_config
-from vdr_cli.training import held_out
+from vdr_cli.training import audit_record, held_out
 from vdr_cli.training.timing import PhaseTimer
 
 
@@ -23,6 +23,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return SimpleNamespace(metrics=lambda: {"pass@1": 0.5, "reward": 0.25})
 
     monkeypatch.setattr(held_out, "evaluate_model", evaluate_model)
+    monkeypatch.setattr(audit_record, "save_evaluation", lambda *_: None)
     return given
 
 
@@ -32,12 +33,13 @@ def resources(prompts: list[str] | None) -> Any:
         yield "model"
 
     overrides = ["model.name=other", "train.eval_prompts=3", "train.eval_samples=4", "rewards.solved_at=0.5"]
-    parts = dict.fromkeys(("tokenizer", "rollout", "rewards", "sampling"))
+    parts = dict.fromkeys(("tokenizer", "rewards", "sampling"))
     return SimpleNamespace(
         config=load_config(overrides=overrides),
         held_out=prompts,
         engine=SimpleNamespace(gathered_model=gathered_model, by_layers=False),
         timer=PhaseTimer(),
+        rollout=SimpleNamespace(rest=lambda: None),
         **parts,
     )
 
@@ -48,13 +50,13 @@ def state(pending: Any = None) -> Any:
 
 
 def test_without_held_out_prompts_there_is_nothing(evaluated: list[dict[str, Any]]) -> None:
-    assert held_out.evaluate(resources(None), state()) == {}
+    assert held_out.evaluate(resources(None), state(), None) == {}
     assert evaluated == []
 
 
 def test_the_first_prompts_are_evaluated_and_the_best_is_remembered(evaluated: list[dict[str, Any]]) -> None:
     res, loop = resources(["a", "b", "c", "d"]), state()
-    assert held_out.evaluate(res, loop) == {"eval/pass@1": 0.5, "eval/reward": 0.25}
+    assert held_out.evaluate(res, loop, None) == {"eval/pass@1": 0.5, "eval/reward": 0.25}
     (given,) = evaluated
     assert given["prompts"] == ["a", "b", "c"] and given["samples"] == 4 and given["ks"] == [1, 4]
     assert given["solved_at"] == 0.5
@@ -63,12 +65,12 @@ def test_the_first_prompts_are_evaluated_and_the_best_is_remembered(evaluated: l
 
 
 def test_fewer_prompts_than_asked_for_are_all_evaluated(evaluated: list[dict[str, Any]]) -> None:
-    held_out.evaluate(resources(["a"]), state())
+    held_out.evaluate(resources(["a"]), state(), None)
     assert evaluated[0]["prompts"] == ["a"]
 
 
 def test_a_pending_rollout_ends_before_the_weights_are_used(evaluated: list[dict[str, Any]]) -> None:
     waited: list[int] = []
     pending = SimpleNamespace(wait=lambda: waited.append(len(evaluated)))
-    held_out.evaluate(resources(["a"]), state(pending))
+    held_out.evaluate(resources(["a"]), state(pending), None)
     assert waited == [0], "before the evaluation"

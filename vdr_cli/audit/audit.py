@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.audit import inputs, metrics, numbers, signal, sources
+from vdr_cli.audit import evaluation, inputs, metrics, numbers, signal, sources
 from vdr_cli.audit.files import Record, RunFiles, open_run
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import write_whole
 
-SECTIONS = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics", "export")
-"""What --only takes: a step's parts in its order, and last the model that the run exported."""
+OF_A_STEP = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics")
+SECTIONS = (*OF_A_STEP, "evaluation", "export")
+"""What --only takes: a step's parts in its order, evaluations, and last the model that the run exported."""
 
 
 def audit_run(
@@ -42,6 +43,11 @@ def audit_run(
         if models is None or models.dtype != record.state["dtype"]:
             models = Models(run, record.state["dtype"])
         lines += audit_step(run, record, models, parts, tell or (lambda text: None))
+    if "evaluation" in parts and models is not None:
+        for step in (step for step in run.evaluations if steps is None or step in steps):
+            record = run.record(step, "eval")
+            judge = Judge(step, record.state["dtype"])
+            lines += evaluation.audit(judge, record, run.config, models, run.metrics.get(step, {}))
     if "export" in parts and models is not None:
         last = max(run.metrics, default=0)
         lines += numbers.audit_export(Judge(last, models.dtype), run.config, models)
@@ -55,6 +61,8 @@ def audit_step(
     cfg, judge = run.config, Judge(record.step, record.state["dtype"])
     stride = cfg.grpo.updates_per_rollout
     on_file = run.metrics.get(record.step + stride, {})
+    if record.step + stride in run.evaluations:  # its numbers have lines of their own
+        on_file = {name: value for name, value in on_file.items() if not name.startswith("eval/")}
     before = run.record(record.step - stride) if record.step - stride in run.steps else None
     of_update: dict[str, float] = {}
 

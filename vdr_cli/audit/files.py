@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,14 +88,22 @@ class RunFiles:
     @property
     def steps(self) -> list[int]:
         """The steps that have an audit record."""
-        files = (self.path / "audit").glob("step_*.parquet")
-        return sorted(int(file.stem.removeprefix("step_")) for file in files)
+        return self._numbers("step")
 
-    def record(self, step: int) -> Record:
-        """One step's record. DataError when it cannot be read."""
+    @property
+    def evaluations(self) -> list[int]:
+        """The steps after which an evaluation left a record."""
+        return self._numbers("eval")
+
+    def _numbers(self, kind: str) -> list[int]:
+        files = (self.path / "audit").glob(f"{kind}_*.parquet")
+        return sorted(int(file.stem.removeprefix(f"{kind}_")) for file in files)
+
+    def record(self, step: int, kind: Literal["step", "eval"] = "step") -> Record:
+        """The record of one step, or of the evaluation after it. DataError when it cannot be read."""
         import pyarrow.parquet as pq
 
-        file = self.path / "audit" / f"step_{step:06d}.parquet"
+        file = self.path / "audit" / f"{kind}_{step:06d}.parquet"
         try:
             table = pq.read_table(file)
             state = json.loads((table.schema.metadata or {})[STATE])

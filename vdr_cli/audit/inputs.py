@@ -71,13 +71,18 @@ def audit(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Lin
     places = places_of(record, cfg)
     prompts = record.decoded("prompt")
     ids = [list(row) for row in record.columns["prompt_ids"]]
-    texts = [_text(models.tokenizer, row, prompt) for row, prompt in zip(_ids(record), prompts, strict=True)]
     lines = [
         judge.equal("order of prompts", record.columns["row"][::G], places.expected_rows),
         judge.equal("prompt tokens", ids, [_encoded(models.tokenizer, prompt, cfg) for prompt in prompts]),
-        judge.equal("completion texts", record.decoded("text"), texts),
     ]
-    return [*lines, *_ends(judge, record, cfg, models)]
+    return [*lines, *audit_texts(judge, record, cfg, models)]
+
+
+def audit_texts(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
+    """Texts and ends of completions, from their tokens."""
+    prompts = record.decoded("prompt")
+    texts = [_text(models.tokenizer, row, prompt) for row, prompt in zip(_ids(record), prompts, strict=True)]
+    return [judge.equal("completion texts", record.decoded("text"), texts), *_ends(judge, record, cfg, models)]
 
 
 def _ids(record: Record) -> list[list[int]]:
@@ -131,17 +136,20 @@ def _ended(ids: list[int], ends: set[int], cfg: Config, tokenizer: Any) -> bool:
 
 def audit_rewards(judge: Judge, record: Record, cfg: Config) -> list[Line]:
     """Every function's rewards from the texts, and their sum with the overlong penalty."""
-    loaded = load_rewards(cfg.rewards.model_copy(update={"processes": 0}), cfg.data.name)
-    lines = []
+    lines = audit_functions(judge, record, cfg, TrainerState(record.step, cfg.train.steps))
+    task = task_rewards(record, cfg, weights_of(cfg))
+    return [*lines, judge.compare("task reward", record.numbers("task_reward"), task, "reward")]
+
+
+def audit_functions(judge: Judge, record: Record, cfg: Config, trainer: TrainerState) -> list[Line]:
+    """Every function's rewards from the texts. trainer: where the run is, as functions are told."""
     if record.state.get("lost_columns"):
         lost = ", ".join(record.state["lost_columns"])
-        lines.append(judge.skipped("rewards", f"columns {lost} could not be saved as JSON"))
-    else:
-        for index, reward in enumerate(loaded):
-            found = _called(reward, record, cfg)
-            lines.append(judge.compare(f"rewards/{reward.name}", record.rewards[:, index], found, "reward"))
-    task = task_rewards(record, cfg, np.array([reward.weight for reward in loaded]))
-    lines.append(judge.compare("task reward", record.numbers("task_reward"), task, "reward"))
+        return [judge.skipped("rewards", f"columns {lost} could not be saved as JSON")]
+    lines = []
+    for index, reward in enumerate(load_rewards(cfg.rewards.model_copy(update={"processes": 0}), cfg.data.name)):
+        found = _called(reward, record, trainer)
+        lines.append(judge.compare(f"rewards/{reward.name}", record.rewards[:, index], found, "reward"))
     return lines
 
 
@@ -158,7 +166,7 @@ def weights_of(cfg: Config) -> Array:
     return np.array([entry.weight for entry in cfg.rewards.functions] or [1.0])
 
 
-def _called(reward: LoadedReward, record: Record, cfg: Config) -> Array:
+def _called(reward: LoadedReward, record: Record, trainer: TrainerState) -> Array:
     """(B,) what the function says of all completions of the step, NaN for None."""
     columns = record.decoded("columns")
     arguments: dict[str, Any] = {name: [row.get(name) for row in columns] for name in (columns[0] if columns else ())}
@@ -166,7 +174,7 @@ def _called(reward: LoadedReward, record: Record, cfg: Config) -> Array:
         "prompts": record.decoded("prompt"),
         "completions": record.decoded("text"),
         "completion_ids": _ids(record),
-        "trainer_state": TrainerState(record.step, cfg.train.steps),
+        "trainer_state": trainer,
     }
     try:
         value = reward.function(**reward.accepted(arguments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,6 +74,10 @@ class Line:
     @property
     def verdict(self) -> str:
         return {True: "ok", False: "OUTSIDE", None: "-"}[self.within]
+
+    def named(self, quantity: str) -> Line:
+        """The same line under another name."""
+        return replace(self, quantity=quantity)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; numbers that are not finite become null."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) ->
     policy = models.at(step)
     if policy is None:
         return [judge.skipped("tokens drawn", no_weights(step))]
-    logps, distance = _drawn(record, cfg, policy)
+    logps, distance = drawn(record, cfg, policy, places_of(record, cfg).positions)
     on_file = np.where(record.mask, record.tokens("sampler_logps"), 0.0)
     return [
         judge.compare("sampler log-probabilities", on_file, logps, "logp"),
@@ -46,10 +47,14 @@ def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) ->
 
 
 @torch.no_grad()
-def _drawn(record: Record, cfg: Config, policy: torch.nn.Module) -> tuple[Array, Array]:
-    """(B, T) log-probabilities of the filtered distribution, and distances of the uniforms from their tokens."""
-    G = cfg.rollout.group_size
-    positions = places_of(record, cfg).positions
+def drawn(
+    record: Record, cfg: Config, policy: torch.nn.Module, positions: Sequence[int | None], stream: int = 1
+) -> tuple[Array, Array]:
+    """(B, T) log-probabilities of the filtered distribution, and distances of the uniforms from their tokens.
+
+    positions: each prompt's in its stream of random numbers; None: not found, so that no uniform fits.
+    """
+    G = len(record) // len(positions)
     prompts, completions = record.columns["prompt_ids"], record.columns["completion_ids"]
     logps, distance = np.zeros(record.mask.shape), np.zeros(record.mask.shape)
     for rows in model.alike(prompts, completions):
@@ -57,11 +62,11 @@ def _drawn(record: Record, cfg: Config, policy: torch.nn.Module) -> tuple[Array,
         for row, each in zip(rows, logits, strict=True):
             position, ids = positions[row // G], completions[row]
             place = -1 if position is None else position
-            uniforms = streams.completion_uniforms(cfg.train.seed, place, row % G, len(ids))
+            uniforms = streams.completion_uniforms(cfg.train.seed, place, row % G, len(ids), stream)
             for t, token in enumerate(ids):
                 scores = sampling.filtered(each[t], [*prompts[row], *ids[:t]], cfg.rollout)
-                drawn = sampling.draw(scores, token, float(uniforms[t]))
-                logps[row, t], distance[row, t] = drawn.logp, drawn.distance
+                found = sampling.draw(scores, token, float(uniforms[t]))
+                logps[row, t], distance[row, t] = found.logp, found.distance
     return logps, distance
 
 

@@ -36,7 +36,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Parts of: inputs, rewards, sampling, members, advantages, policy, update, metrics, export.",
+            help="Parts of: inputs, rewards, sampling, members, advantages, policy, update, metrics, evaluation, "
+            "export.",
         ),
     ] = None,
     outside: Annotated[bool, typer.Option("--outside", help="Show only lines outside their bound.")] = False,

@@ -40,8 +40,8 @@ MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first s
 EntropySums = Callable[[Completions | None], NDArray[np.float64]]
 """(B,) sums of token entropies in nats; None: this rank has no completions and only takes part."""
 
-LISTS = ("texts", "classes")
-"""Parts of a chunk's share that hold one text per completion, in a flat list."""
+LISTS = ("texts", "classes", "completion_ids")
+"""Parts of a chunk's share that hold one entry per completion, in a flat list."""
 
 CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and leaves something for the other ranks
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
@@ -181,6 +181,7 @@ def _sample_chunk(
     return completions, measured | {
         "texts": [completion_text(text) for text in texts],
         "classes": solution_classes(rewards, repeated, texts, ids, timeout),
+        "completion_ids": ids,
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": lengths.cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
@@ -232,7 +233,7 @@ def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     if not shares:
         return None
     arrays = {key: np.concatenate([share[key] for share in shares]) for key in shares[0] if key not in LISTS}
-    return arrays | {key: [text for share in shares for text in share[key]] for key in LISTS}
+    return arrays | {key: [entry for share in shares for entry in share[key]] for key in LISTS}
 
 
 def _result(
@@ -250,8 +251,8 @@ def _result(
     arrays = [key for key in filled[0][1] if key not in LISTS]
     whole = {key: np.concatenate([share[key] for _, share in filled])[order] for key in arrays}
     n = whole["length"].shape[1]
-    flat = {key: [text for _, share in filled for text in share[key]] for key in LISTS}
-    texts, classes = ([flat[key][row * n : row * n + n] for row in order] for key in LISTS)
+    flat = {key: [entry for _, share in filled for entry in share[key]] for key in LISTS}
+    texts, classes, ids = ([flat[key][row * n : row * n + n] for row in order] for key in LISTS)
     by = classifier(rewards)
     scores = whole["scores"]  # (N, n, F)
     for reward, values in zip(rewards, np.moveaxis(scores, -1, 0), strict=True):
@@ -266,6 +267,7 @@ def _result(
         prompts=list(prompts),
         texts=texts,
         classes=classes,
+        completion_ids=ids,
         distinct_by="text" if by is None else f"solution class of {by.name}",
         known_classes=whole.get("known_classes"),
         task_reward=task_reward,

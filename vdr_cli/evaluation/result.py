@@ -25,6 +25,7 @@ class EvalResult:
     prompts: list[Prompt]
     texts: list[list[str]]  # (N, n)
     classes: list[list[str]]  # (N, n) solution classes; the texts where no reward function knows any
+    completion_ids: list[list[list[int]]]  # (N, n) token ids without padding
     task_reward: NDArray[np.float64]  # (N, n), NaN where every function returned None
     rewards: dict[str, NDArray[np.float64]]  # name: (N, n)
     solved: NDArray[np.bool_]  # (N, n)

@@ -1,4 +1,6 @@
-"""audit/step_000000.parquet: what `vdr audit` needs to compute a step again, one row per completion.
+"""What `vdr audit` needs to compute a step again (audit/step_000000.parquet) or an evaluation (eval_000000.parquet).
+
+One row per completion.
 
 Columns and the step's own numbers are described in docs/audit.md.
 """
@@ -10,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
@@ -17,6 +20,7 @@ from vdr_cli.config import Config
 from vdr_cli.data.completions import write_table
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
+from vdr_cli.evaluation.result import EvalResult
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
@@ -78,11 +82,57 @@ def save(
         log.note(f"{error}; training continues")
 
 
+def save_evaluation(res: Resources, state: LoopState, log: RunLog, result: EvalResult) -> None:
+    """Write what an evaluation sampled, when a record is due at its step. Every rank has it; rank 0 writes.
+
+    A full disk is reported, and the training goes on without the record.
+    """
+    if not is_due(res.config, state.step) or not collectives.is_main():
+        return
+    columns = _evaluation_columns(result)
+    numbers = {
+        "step": state.step,
+        "samples": result.solved.shape[1],
+        "k": list(result.ks),
+        "rewards": list(result.rewards),
+        "lost_columns": sorted({name for names in columns.pop("lost") for name in names}),
+        "dtype": _dtype(res),
+    }
+    try:
+        _write(res.directory / "audit" / f"eval_{state.step:06d}.parquet", columns, numbers)
+    except MachineError as error:
+        log.note(f"{error}; training continues")
+
+
+def _evaluation_columns(result: EvalResult) -> dict[str, list[Any]]:
+    n = result.solved.shape[1]
+    prompts = [prompt for prompt in result.prompts for _ in range(n)]
+    saved = [_as_json(prompt.columns) for prompt in prompts]
+    texts = [text for texts in result.texts for text in texts]
+    return {
+        "row": [prompt.row for prompt in prompts],
+        "prompt": [json.dumps(prompt.value) for prompt in prompts],
+        "columns": [text for text, _ in saved],
+        "lost": [names for _, names in saved],
+        "text": [json.dumps(_as_given(text, prompt.value)) for text, prompt in zip(texts, prompts, strict=True)],
+        "prompt_ids": [prompt.token_ids for prompt in prompts],
+        "completion_ids": [ids for group in result.completion_ids for ids in group],
+        "truncated": result.truncated.ravel().tolist(),
+        "rewards": np.stack(list(result.rewards.values()), axis=-1).reshape(len(prompts), -1).tolist(),
+    }
+
+
+def _as_given(text: str, prompt: Any) -> Any:
+    """The completion as reward functions see it: a message where the prompt is a chat."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def remove_from(directory: Path, step: int) -> None:
-    """Delete the records of this step and later ones: a resumed run writes them again."""
-    for path in (directory / "audit").glob("step_*.parquet"):
-        if int(path.stem.removeprefix("step_")) >= step:
-            path.unlink()
+    """Delete the records of this step and later ones, and of later evaluations: a resumed run writes them again."""
+    for kind, first in (("step", step), ("eval", step + 1 if step else 0)):
+        for path in (directory / "audit").glob(f"{kind}_*.parquet"):
+            if int(path.stem.removeprefix(f"{kind}_")) >= first:
+                path.unlink()
 
 
 def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
@@ -99,8 +149,12 @@ def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
         "entropy": state.entropy.state_dict(),
         "members": None if res.ensemble is None else asdict(res.ensemble.spec),
         "rewards": [reward.name for reward in res.rewards],
-        "dtype": str(next(res.engine.causal_lm.parameters()).dtype).removeprefix("torch."),
+        "dtype": _dtype(res),
     }
+
+
+def _dtype(res: Resources) -> str:
+    return str(next(res.engine.causal_lm.parameters()).dtype).removeprefix("torch.")
 
 
 def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, list[Any]]:

@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from vdr_cli.engine import collectives
 from vdr_cli.evaluation.evaluate import evaluate_model
 from vdr_cli.samples import Completions
+from vdr_cli.training import audit_record
 from vdr_cli.training.resources import Resources
+from vdr_cli.training.run_log import RunLog
 from vdr_cli.training.state import LoopState
 
 
-def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
+def evaluate(res: Resources, state: LoopState, log: RunLog) -> dict[str, float]:
     """eval/pass@1, eval/pass@K for each of eval_k, eval/reward ... of the policy on held-out prompts.
 
-    The best pass@1 so far is remembered, with its step.
+    The best pass@1 so far is remembered, with its step. Samples are saved for `vdr audit` where that is due.
     Empty without held-out prompts. Collective. Raises DataError when a reward function fails.
     """
     cfg = res.config
@@ -44,6 +46,7 @@ def evaluate(res: Resources, state: LoopState) -> dict[str, float]:
             entropy_sums=partial(_entropy_sums, res, model) if res.engine.by_layers else None,
         )
         res.rollout.rest()
+    audit_record.save_evaluation(res, state, log, result)
     metrics = {f"eval/{name}": value for name, value in result.metrics().items()}
     state.remember_best(metrics["eval/pass@1"])
     return metrics
