@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vdr_cli.cli.checks import check_writable_file
 from vdr_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ def command(
     Nothing of the training code is used. Exit code 0: all within their bounds; 1: some are not.
     Train with observe.audit_every to audit more than the first step.
     """
-    from vdr_cli.cli.eval import check_writable_file
-
     if json_file is not None:
         check_writable_file(json_file, "--json")
     numbers = None if steps is None else _numbers(steps)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vdr_cli.cli.options import LAUNCH, SetOption, Typed, config_from, panel, takes
+from vdr_cli.errors import MachineError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +23,6 @@ EXAMPLES = (
     "vdr doctor run.yaml --hostfile hosts            and whether they could run this",
 )
 
-PROBLEMS = 4
 GIB = 1 << 30
 
 
@@ -60,7 +60,7 @@ def examine(config: Config, config_file: str | None) -> int:
     console.print(operator_table())
     for problem in problems:
         console.print(problem.line(), markup=False, highlight=False, soft_wrap=True)
-    return PROBLEMS if problems else 0
+    return MachineError.exit_code if problems else 0
 
 
 FACTS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,7 +162,6 @@ def build_request(config: Config, models: Sequence[str], *, on_data: bool) -> Ev
         rewards=config.rewards,
         rollout=config.rollout,
         model=config.model,
-        device=default_device(),
     )
 
 
@@ -224,10 +222,3 @@ def save_samples(path: Path, results: Sequence[EvalResult]) -> None:
         for name, values in result.samples().items():
             columns.setdefault(name, []).extend(values)
     write_columns(path, columns)
-
-
-def default_device() -> str:
-    """This process's accelerator when there is one."""
-    import torch
-
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

@@ -21,13 +21,12 @@ from typing import IO
 
 import psutil
 
+from vdr_cli.errors import MachineError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.processes import RUNNER, ranks_below
 from vdr_cli.system import processes
 
 POLL = 0.2
-BUG = 1
-MACHINE = 4
 HOST_ENDED = re.compile(rb"pdsh@[^:]+: ([^:]+): ssh (?:exited with exit code|killed by signal) (\d+)")
 FOLLOW = 20.0
 SLACK = 5.0
@@ -153,7 +152,7 @@ def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> in
     if launcher_code in STOPPED:
         return launcher_code
     # 247: a rank killed with SIGKILL, through a launcher that exits with the negative code; ssh says 255.
-    return launcher_code if 0 < launcher_code < 128 else MACHINE
+    return launcher_code if 0 < launcher_code < 128 else MachineError.exit_code
 
 
 def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: HostEnds) -> int:
@@ -175,7 +174,7 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
         if passed_on and time.monotonic() - signals.times[0] > plan.fault_timeout + SLACK:
             break
         time.sleep(POLL)
-    return child.returncode if child.returncode is not None else MACHINE
+    return child.returncode if child.returncode is not None else MachineError.exit_code
 
 
 def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:

@@ -25,13 +25,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.errors import VdrError
+from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.ancestors import Watched
 from vdr_cli.launch.peers import Loss, Peers
 from vdr_cli.system.processes import end_process
 
-EXIT_CODE = 4
 POLL = 0.5
 DEFAULT_TIMEOUT = 60.0
 
@@ -121,10 +120,10 @@ class Watchdog:
         if peers is not None and peers.rank == 0:
             peers.tell(loss)
             if self.directory is not None:
-                outcome.write_fault(self.directory, loss.rank, loss.message, EXIT_CODE, host=loss.host)
+                outcome.write_fault(self.directory, loss.rank, loss.message, MachineError.exit_code, host=loss.host)
         self._exit(f"{loss.line()}; ending too")
 
-    def _exit(self, reason: str, code: int = EXIT_CODE) -> None:
+    def _exit(self, reason: str, code: int = MachineError.exit_code) -> None:
         rank = os.environ.get("RANK", "0")
         line = f"vdr: host {socket.gethostname()}, rank {rank}, during {self.phase}: {reason}\n"
         try:
