@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -61,6 +62,7 @@ def interval(draws: ArrayLike, clusters: int | None = None, level: float = LEVEL
     return float(low), float(high)
 
 
+@cache
 def student_quantile(probability: float, freedom: int) -> float:
     """The quantile of Student's t distribution with a whole number of degrees of freedom; probability in [0.5, 1)."""
     if freedom > 1000:  # within 0.3 % of the normal one

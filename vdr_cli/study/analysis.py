@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vdr_cli.stats.paired import LEVEL, Mean, holm, mean_over_seeds, mean_over_seeds_and_prompts
-from vdr_cli.stats.passk import pass_at_k
-from vdr_cli.study.endpoints import LOWER_IS_BETTER, ks_up_to, value_of
+from vdr_cli.study.endpoints import LOWER_IS_BETTER, ks_up_to, pass_at, value_of
 from vdr_cli.study.record import Record, RunRecord
 
 ALPHA = 1.0 - LEVEL
@@ -82,6 +81,14 @@ def analysed(record: Record) -> Rows:
     return _judged(record, rows)
 
 
+def start_value(record: Record, bed: str, name: str) -> float | None:
+    """The number of the bed's starting model; None where it is not one of a model alone, or was not measured."""
+    start = record.start(bed)
+    if start is None or not (name.startswith("pass@") or name in ("classes", "reward")):
+        return None
+    return float(np.mean(value_of(name, start, start)))
+
+
 def curves(record: Record, bed: str) -> dict[str, Curve]:
     """Arm to its pass@k; the starting model's is under the empty name."""
     found = {}
@@ -89,13 +96,13 @@ def curves(record: Record, bed: str) -> dict[str, Curve]:
         runs = [run.measured for run in record.of(bed, arm).values()]
         if runs:
             tables = {
-                k: np.stack([pass_at_k(run.samples, run.solved, k) for run in runs]) for k in ks_up_to(runs[0].samples)
+                k: np.stack([pass_at(run.samples, run.solved, k) for run in runs]) for k in ks_up_to(runs[0].samples)
             }
             found[arm] = _curve({k: mean_over_seeds_and_prompts(table) for k, table in tables.items()})
     if (start := record.start(bed)) is not None:
         most = ks_up_to(record.study.file.evaluation.samples)
         ks = [k for k in most if k <= start.samples]
-        found[""] = _curve({k: mean_over_seeds(pass_at_k(start.samples, start.solved, k)) for k in ks})
+        found[""] = _curve({k: mean_over_seeds(pass_at(start.samples, start.solved, k)) for k in ks})
     return found
 
 
@@ -173,7 +180,7 @@ def verdict_of(difference: Difference, p_holm: float, lower_is_better: bool) -> 
     is_equivalent = difference.p_equivalent < ALPHA
     if p_holm < ALPHA and difference.value != 0:
         word = "better" if (difference.value > 0) is not lower_is_better else "worse"
-        return f"{word}, within the bound" if is_equivalent else word
+        return f"{word}, negligible" if is_equivalent else word
     if difference.n < 2:
         return "no interval"
     return "equivalent" if is_equivalent else "undecided"

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ def described(name: str, samples: int) -> str:
 def value_of(name: str, run: Measured, start: Measured | None) -> Array | float:
     """The number of this run: one value per prompt, (P,), or one for all. NaN where the start was not measured."""
     if found := PASS.fullmatch(name):
-        return pass_at_k(run.samples, run.solved, int(found[1]))
+        return pass_at(run.samples, run.solved, int(found[1]))
     if name == "area":
         return area_under_pass(run.samples, run.solved)
     if name == "classes":
@@ -90,10 +91,21 @@ def ks_up_to(samples: int) -> list[int]:
     return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
+def pass_at(samples: int, solved: NDArray[np.int64], k: int) -> Array:
+    """pass@k of every count in `solved`, an array of any shape."""
+    return np.asarray(_pass_table(samples, k)[solved])
+
+
+@cache
+def _pass_table(samples: int, k: int) -> Array:
+    """pass@k of 0, 1, ..., `samples` solved completions: hundreds of runs ask for the same few."""
+    return pass_at_k(samples, np.arange(samples + 1), k)
+
+
 def area_under_pass(samples: int, solved: NDArray[np.int64]) -> Array:
     """(P,) area under pass@k over log2 k by trapezoids, divided by the width: 1 where every completion solves."""
     ks = ks_up_to(samples)
-    curves = np.stack([pass_at_k(samples, solved, k) for k in ks])  # (K, P)
+    curves = np.stack([pass_at(samples, solved, k) for k in ks])  # (K, P)
     if len(ks) == 1:
         return np.asarray(curves[0])
     widths = np.diff(np.log2(ks))[:, None]

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from vdr_cli.errors import MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
-from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves
+from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves, start_value
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.drawing import RangeRow, ranges_svg
 from vdr_cli.study.endpoints import described
@@ -138,10 +138,7 @@ def _endpoints(record: Record, rows: Mapping[str, Row], bed: str) -> Markup:
     """Every arm's endpoint, with each seed's as a point; the line is the starting model's."""
     file = record.study.file
     found = [RangeRow(arm, row.mean, row.low, row.high, list(row.seeds.values())) for arm, row in rows.items()]
-    k = file.endpoint.removeprefix("pass@")
-    start = None
-    if k.isdigit() and (curve := curves(record, bed).get("")) is not None and int(k) in curve.k:
-        start = curve.mean[curve.k.index(int(k))]
+    start = start_value(record, bed, file.endpoint)
     label = file.endpoint + ("" if start is None else "; the dashed line is the starting model")
     return Markup(ranges_svg(file.endpoint, label, found, start))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vdr_cli.config.yaml_text import dump_tree
 from vdr_cli.stats.paired import detectable_deviations
-from vdr_cli.study.analysis import Difference, Row, Rows
+from vdr_cli.study.analysis import Difference, Row, Rows, start_value
 from vdr_cli.study.curves import RunMetrics
 from vdr_cli.study.endpoints import described
 from vdr_cli.study.record import Record
@@ -60,13 +60,16 @@ def missing_line(record: Record) -> str:
 
 def answers(record: Record, rows: Rows) -> dict[str, list[str]]:
     """Bed to what was found there, a sentence a kind of verdict."""
-    return {bed: _answer(record, rows[bed][record.study.file.endpoint]) for bed in record.study.beds}
+    name = record.study.file.endpoint
+    return {bed: _answer(record, rows[bed][name], start_value(record, bed, name)) for bed in record.study.beds}
 
 
-def _answer(record: Record, rows: Mapping[str, Row]) -> list[str]:
+def _answer(record: Record, rows: Mapping[str, Row], start: float | None) -> list[str]:
     file = record.study.file
     control = rows[file.control]
-    lines = [f"{file.control} reaches {file.endpoint} {number(control.mean)}{_interval(control.low, control.high)}."]
+    begun = "" if start is None else f" The starting model has {number(start)}."
+    reached = f"{number(control.mean)}{_interval(control.low, control.high)}"
+    lines = [f"{file.control} reaches {file.endpoint} {reached}.{begun}"]
     judged = {arm: row.difference for arm, row in rows.items() if row.difference is not None}
     for word, text in (
         ("better", "Better than {control}: {arms}."),
@@ -75,10 +78,15 @@ def _answer(record: Record, rows: Mapping[str, Row]) -> list[str]:
         ("undecided", "No difference shown, none excluded: {arms}."),
         ("no interval", "Too few seeds for an interval: {arms}."),
     ):
-        chosen = [f"{arm} ({_signed(d.value)}{_interval(d.low, d.high)})" for arm, d in _ranked(judged, word)]
+        chosen = [f"{arm} ({_found(d)})" for arm, d in _ranked(judged, word)]
         if chosen:
             lines.append(text.format(control=file.control, bound=f"{file.equivalence:g}", arms=", ".join(chosen)))
     return lines
+
+
+def _found(difference: Difference) -> str:
+    small = ", too small to matter" if difference.verdict.endswith("negligible") else ""
+    return f"{_signed(difference.value)}{_interval(difference.low, difference.high)}{small}"
 
 
 def _ranked(judged: Mapping[str, Difference], word: str) -> list[tuple[str, Difference]]:
@@ -89,8 +97,8 @@ def _ranked(judged: Mapping[str, Difference], word: str) -> list[tuple[str, Diff
 def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics]) -> Table:
     """An arm a row: the endpoint, its difference to the control, the verdict, what it cost."""
     file = record.study.file
-    header = ["arm", "n", file.endpoint, f"difference to {file.control}", "p (Holm)", "verdict", "detectable"]
-    header += ["steps", "time a run", "tokens a run"]
+    header = ["arm", "n", file.endpoint, f"difference to {file.control}", "p (Holm)", "verdict"]
+    header += ["steps", "time a run", "tokens a run", "detectable"]
     lines = []
     for arm, row in rows[bed][file.endpoint].items():
         own = [one for one in runs if (one.run.bed, one.run.arm) == (bed, arm)]
@@ -99,18 +107,30 @@ def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics])
             duration(_average([one.seconds for one in own])),
             f"{_average([one.run.tokens for one in own]):,.0f}",
         ]
-        lines.append([arm, str(row.n), _with_interval(row), *_judgement(row.difference), *(spent if own else [""] * 3)])
+        lines.append(
+            [
+                arm,
+                str(row.n),
+                _with_interval(row),
+                *_judgement(row.difference),
+                *(spent if own else [""] * 3),
+                _detectable(row.difference),
+            ]
+        )
     return Table(header, lines)
 
 
 def _judgement(difference: Difference | None) -> list[str]:
-    """Difference, adjusted p, verdict, and what would have been found."""
+    """Difference, adjusted p, verdict."""
     if difference is None:
-        return ["", "", "control", ""]
+        return ["", "", "control"]
     shown = f"{_signed(difference.value)}{_interval(difference.low, difference.high)}"
     p = "" if difference.p_holm is None or math.isnan(difference.p) else p_text(difference.p_holm)
-    found = number(difference.detectable) if math.isfinite(difference.detectable) else ""
-    return [shown, p, difference.verdict, found]
+    return [shown, p, difference.verdict]
+
+
+def _detectable(difference: Difference | None) -> str:
+    return "" if difference is None else number(difference.detectable)
 
 
 def secondary_table(record: Record, rows: Rows, bed: str) -> Table:

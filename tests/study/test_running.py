@@ -1,0 +1,289 @@
+"""Running a study with processes that only pretend: order, failures, tuning, locks, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.study.conftest import study_with, write_counts, write_metrics
+from vdr_cli.config.load import load_config
+from vdr_cli.errors import ConfigError
+from vdr_cli.launch import outcome
+from vdr_cli.study import launching, running
+from vdr_cli.study.directory import StudyDirectory, open_directory, study_locked, try_lock
+from vdr_cli.study.load import Study
+from vdr_cli.study.measure import fingerprint
+from vdr_cli.study.plan import Shard, Task, tasks_of
+from vdr_cli.study.record import record_of
+from vdr_cli.study.running import Runner, Watcher
+
+Code = Callable[[Task, str], int]
+
+
+class Machine(Watcher):
+    """Starts processes that have ended at once, with the files they would leave."""
+
+    def __init__(self, study: Study, directory: StudyDirectory, code: Code) -> None:
+        self.study, self.directory, self.code = study, directory, code
+        self.started: list[str] = []
+        self.environments: list[Mapping[str, str]] = []
+        self.generator = np.random.default_rng(0)
+
+    def start(self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: int) -> Any:
+        os.fstat(lock)  # it is open
+        phase = "train" if command[2] == "vdr_cli" else "measure"
+        task = next(task for task in tasks_of(self.study) if self.directory.work(task, "log") == log)
+        self.started.append(f"{phase} {task.name}")
+        self.environments.append(environment)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        code = self.code(task, phase)
+        if code == 0:
+            (self.trained if phase == "train" else self.measured)(task, Path(command[-1 if phase == "measure" else 4]))
+        else:
+            log.write_text("step 1\nvdr: error: reward f raised ValueError\n\n")
+        return Ended(code)
+
+    def trained(self, task: Task, settings: Path) -> None:
+        run = self.directory.run(task)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(settings.read_text())
+        write_metrics(self.directory, task, 0.0, self.generator)
+        outcome.write_finished(run, step=40)
+
+    def measured(self, task: Task, request: Path) -> None:
+        rate = 0.5
+        if not task.is_start:
+            rate = load_config(self.directory.run(task) / "config.yaml").train.learning_rate * 1e3
+        asked = json.loads(request.read_text())
+        path = self.directory.evaluation(task)
+        path.unlink(missing_ok=True)
+        if not path.parent.exists():
+            write_counts(self.study, self.directory, task, np.full(8, rate), self.generator)
+        else:
+            counts = {"samples": asked["samples"], "rows": list(range(8)), "classes": [1] * 8, "reward": [0.5] * 8}
+            path.write_text(json.dumps({**counts, "solved": [round(rate * asked["samples"])] * 8}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "request": fingerprint(asked)}))
+
+
+class Ended:
+    pid = 0
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Runner, Machine]]:
+    """machine(code, jobs=1, shard=None, **keys): a runner of a study with two arms and two seeds, and its machine."""
+    monkeypatch.setattr(running, "POLL", 0.0)
+    monkeypatch.setattr(running, "RETRY", 0.0)
+
+    def make(
+        code: Code = lambda task, phase: 0, jobs: int = 1, shard: str | None = None, resume: bool = False, **more: Any
+    ) -> tuple[Runner, Machine]:
+        evaluation = {"samples": 64, "start_samples": 64}
+        study = study_with(["grpo", "noise"], tmp_path / "study", **{"seeds": 2, "evaluation": evaluation, **more})
+        directory, _ = open_directory(study, resume or shard is not None)
+        made = Machine(study, directory, code)
+        monkeypatch.setattr(launching, "start", made.start)
+        tasks = tasks_of(study)
+        return Runner(study, directory, Shard.parse(shard).of(tasks) if shard else tasks, jobs, made), made
+
+    return make
+
+
+def test_whole_seeds_come_first_and_everything_is_measured(machine: Any) -> None:
+    runner, made = machine()
+    assert runner.run() == 0
+    names = ["starter/grpo seed 0", "starter/noise seed 0", "starter/grpo seed 1", "starter/noise seed 1"]
+    assert made.started == ["measure starter start"] + [f"{do} {name}" for name in names for do in ("train", "measure")]
+    config = load_config(made.directory.path / "runs" / "starter" / "noise" / "seed_0001" / "config.yaml")
+    assert (config.train.seed, config.train.steps, config.observe.tensorboard) == (1, 40, False)
+    again, made = machine(resume=True)
+    assert again.run() == 0 and made.started == []
+
+
+def test_a_failed_run_is_named_and_stops_no_other(machine: Any) -> None:
+    runner, made = machine(lambda task, phase: 3 if task.name == "starter/noise seed 0" else 0)
+    assert runner.run() == 1
+    (failed,) = [job for job in runner.jobs if job.phase == "failed"]
+    assert failed.reason.startswith("training ended with exit code 3: vdr: error: reward f raised ValueError (")
+    assert sum(job.phase == "done" for job in runner.jobs) == 4
+    again, made = machine(resume=True)
+    assert again.run() == 0
+    assert made.started == ["train starter/noise seed 0", "measure starter/noise seed 0"]
+
+
+def test_a_training_that_ends_without_its_marker_has_failed(machine: Any) -> None:
+    runner, made = machine()
+    made.trained = lambda task, settings: None  # type: ignore[method-assign]
+    assert runner.run() == 1
+    assert all(job.phase == "failed" for job in runner.jobs if not job.task.is_start)
+
+
+TUNING = {
+    "tuning": {
+        "seeds": [100, 101],
+        "trials": {
+            "grpo": [{"train.learning_rate": 1e-4}, {"train.learning_rate": 4e-4}],
+            "noise": [{"train.learning_rate": 3e-4}, {"train.learning_rate": 2e-4}],
+        },
+    },
+    "endpoint": "pass@1",
+}
+
+
+def test_the_best_trial_of_each_arm_runs_on_the_seeds_of_record(machine: Any) -> None:
+    """The pretended model solves more with a larger learning rate."""
+    runner, made = machine(**TUNING)
+    assert runner.run() == 0
+    assert made.started.index("train starter/grpo seed 0") > made.started.index(
+        "measure starter/noise trial 2 seed 101"
+    )
+    rates = {
+        arm: load_config(made.directory.run(Task("starter", arm, 0)) / "config.yaml").train.learning_rate
+        for arm in ("grpo", "noise")
+    }
+    assert rates == {"grpo": 4e-4, "noise": 3e-4}
+    record = record_of(made.study, made.directory)
+    assert {(row["arm"], row["trial"]) for row in record.tuning if row["taken"]} == {("grpo", 1), ("noise", 0)}
+    assert {run.trial for run in record.runs if run.arm == "grpo"} == {1}
+
+
+def test_an_arm_whose_trial_failed_waits(machine: Any) -> None:
+    runner, made = machine(lambda task, phase: int(task.name == "starter/noise trial 1 seed 100"), **TUNING)
+    assert runner.run() == 1
+    waiting = [job.task.name for job in runner.jobs if job.phase == "waiting"]
+    assert waiting == ["starter/noise seed 0", "starter/noise seed 1"]
+    assert "not tuned" in runner.jobs[-1].reason
+    assert "train starter/grpo seed 1" in made.started
+
+
+def test_shards_share_everything_out_once(machine: Any) -> None:
+    for more in ({}, TUNING):
+        study = machine(resume=True, **more)[1].study if not more else study_with(["grpo", "noise"], Path("x"), **more)
+        tasks = tasks_of(study)
+        parts = [Shard(number, 3).of(tasks) for number in (1, 2, 3)]
+        assert sorted(str(task) for part in parts for task in part) == sorted(map(str, tasks))
+        if more:  # an arm's runs of record are where its trials are
+            for part in parts:
+                arms = {task.arm for task in part if task.is_trial}
+                assert {task.arm for task in part if not task.is_trial and task.arm} == arms
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_shard_is_one_of_n(text: str) -> None:
+    with pytest.raises(ConfigError, match="give I/N"):
+        Shard.parse(text)
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(machine: Any) -> None:
+    runner, made = machine()
+    task = Task("starter", "noise", 0)
+    lock = try_lock(made.directory.work(task, "lock"))
+    assert lock is not None
+    runner.find_done()
+    for _ in range(30):
+        going_on = runner.step()
+    (job,) = [job for job in runner.jobs if job.phase == "elsewhere"]
+    assert job.task == task and going_on
+    os.close(lock)
+    while runner.step():
+        pass
+    assert job.phase == "done"
+
+
+def test_two_studies_in_one_directory_do_not_meet(machine: Any) -> None:
+    directory = machine()[1].directory
+    one, two = Shard(1, 2), Shard(2, 2)
+    with study_locked(directory, one), study_locked(directory, two):
+        with pytest.raises(ConfigError, match="shard 1/2 is running already"), study_locked(directory, one):
+            pass
+        with pytest.raises(ConfigError, match="another vdr study is running"), study_locked(directory, None):
+            pass
+    refused = pytest.raises(ConfigError, match="another vdr study is running")
+    with study_locked(directory, None), refused, study_locked(directory, one):
+        pass
+    with study_locked(directory, None):
+        pass
+
+
+def test_a_signal_ends_the_processes_and_the_study(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, made = machine()
+    asked: list[int] = []
+
+    class Running(Ended):
+        def poll(self) -> int | None:  # type: ignore[override]
+            return 143 if asked else None
+
+    monkeypatch.setattr(launching, "start", lambda *_: Running(0))
+    monkeypatch.setattr(launching, "end", lambda process, number: asked.append(number))
+    made.update = lambda jobs: os.kill(os.getpid(), signal.SIGTERM)  # type: ignore[method-assign]
+    assert runner.run() == 143
+    assert asked == [signal.SIGTERM]
+    assert all(job.phase == "waiting" for job in runner.jobs) and runner.slots == [None]
+    again = try_lock(made.directory.work(runner.jobs[0].task, "lock"))
+    assert again is not None
+    os.close(again)
+
+
+def test_a_directory_belongs_to_one_study(machine: Any, tmp_path: Path) -> None:
+    machine()
+    with pytest.raises(ConfigError, match="holds this study already; go on with it by --resume"):
+        machine()
+    with pytest.raises(ConfigError, match=r"other settings \(budget differs\)"):
+        machine(resume=True, budget={"steps": 41})
+    with pytest.raises(ConfigError, match=r"arms\.noise differs"):
+        machine(resume=True, arms={"grpo": {"train.learning_rate": 1e-4}, "noise": {"train.learning_rate": 1.0}})
+    study = study_with(
+        ["grpo", "noise", "new"], tmp_path / "study", seeds=3, evaluation={"samples": 64, "start_samples": 64}
+    )
+    assert open_directory(study, resume=True)[1] == ["differs from when the study was started: arms, seeds"]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no study"):
+        open_directory(study_with(["a", "b"], tmp_path / "full"), resume=True)
+
+
+def test_a_finished_run_with_other_settings_is_refused(machine: Any) -> None:
+    runner, made = machine()
+    runner.run()
+    config = made.directory.run(Task("starter", "noise", 1)) / "config.yaml"
+    config.write_text(config.read_text().replace("group_size: 16", "group_size: 8"))
+    with pytest.raises(ConfigError, match="a run with other settings than the study gives starter/noise seed 1"):
+        machine(resume=True)[0].run()
+
+
+def test_the_machine_is_shared_between_slots() -> None:
+    cores = len(os.sched_getaffinity(0))
+    env = {"RANK": "0", "WORLD_SIZE": "2", "PATH": "x", "CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    first, last = (launching.environment_of(slot, 2, 1, env) for slot in (0, 1))
+    assert first["OMP_NUM_THREADS"] == str(max(1, cores // 2)) and "RANK" not in first
+    assert (first["CUDA_VISIBLE_DEVICES"], last["CUDA_VISIBLE_DEVICES"]) == ("4,5", "6,7")
+    assert launching.environment_of(0, 1, 1, env)["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+    assert launching.environment_of(5, 6, 1, {**env, "OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert [launching.share_of(["0", "1"], slot, 3) for slot in range(3)] == [["0"], ["1"], ["0"]]
+
+
+def test_gpus_are_counted_by_their_devices(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "null"):
+        (tmp_path / name).touch()
+    assert launching.visible_gpus({}, tmp_path) == ["0", "1"]
+    assert launching.visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+
+
+def test_the_last_line_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert launching.last_line(log) == ""
+    log.write_text("x" * 9000 + "\nvdr: error: no\n\n")
+    assert launching.last_line(log) == "vdr: error: no"
