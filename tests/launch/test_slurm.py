@@ -75,3 +75,11 @@ def test_the_batch_script_is_one_task_a_node_that_goes_on(tmp_path: Path, progra
         "srun --kill-on-bad-exit=1 vdr train run.yaml --output o --num-processes 8 --resume auto"
     )
     assert "#SBATCH --ntasks-per-node=1" in (SCRIPTS / "slurm.sbatch").read_text()
+
+
+def test_a_task_of_an_array_runs_its_part_of_a_study(tmp_path: Path, programs: dict[str, str]) -> None:
+    task = {**programs, "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    said = run("study.sbatch", "study.yaml", "--jobs", "4", tmp_path=tmp_path, env=task)
+    assert said.stdout.strip() == "srun --kill-on-bad-exit=1 vdr study study.yaml --jobs 4 --shard 3/16"
+    said = run("study.sbatch", "study.yaml", tmp_path=tmp_path, env=programs)
+    assert said.returncode != 0 and "submit it as an array" in said.stderr

@@ -123,7 +123,7 @@ def test_rows_like_the_data_sets_become_prompts_and_rewards(name, rows, tokenize
 def test_the_commands(capsys):
     assert app.run(["recipes"]) == 0
     listed = capsys.readouterr().out
-    assert [line.split()[0] for line in listed.splitlines()] == list(recipes.NAMES)
+    assert [line.split()[0] for line in listed.splitlines()] == list(recipes.ALL)
     assert app.run(["recipes", "list"]) == 0 and capsys.readouterr().out == listed
     assert app.run(["recipes", "show", "gsm8k"]) == 0
     assert capsys.readouterr().out == recipes.recipe_text("gsm8k")
@@ -147,3 +147,15 @@ def test_mistakes_are_one_line(arguments, expected, capsys):
     streams = capsys.readouterr()
     assert expected in streams.err and streams.err.count("\n") == 1 and streams.out == ""
     assert Path("there.yaml").read_text() == "mine"
+
+
+def test_the_study_can_answer_its_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Copied and checked as a user does it: every arm's settings are valid, and 20 seeds find one deviation."""
+    assert app.run(["recipes", "copy", "study", "mine.yaml"]) == 0
+    assert "start with vdr study mine.yaml" in capsys.readouterr().out
+    assert app.run(["study", "mine.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "detectable difference  0.87" in said.out
+    assert sum(line.startswith("starter/") for line in said.out.splitlines()) == 8 * 20
+    assert not (tmp_path / "studies").exists()
+    assert all(len(line) <= 120 for line in recipes.recipe_text("study").splitlines())

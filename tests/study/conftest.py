@@ -94,8 +94,8 @@ def write_metrics(directory: StudyDirectory, task: Task, level: float, generator
         rise = 0.2 + (0.4 + 0.2 * level) * (1 - math.exp(-step / 12))
         line: dict[str, float] = {"step": step}
         if step:
-            line |= {"reward": rise + generator.normal(0, 0.03), "entropy": 1.2 * math.exp(-step / 30)}
-            line |= {"step_time": 0.5, "num_tokens": step * 1500.0}
+            line |= {"solved": rise, "reward": rise + generator.normal(0, 0.03), "entropy": 1.2 * math.exp(-step / 30)}
+            line |= {"step_time": 0.5, "sampled_tokens": step * 1500.0}
         if step % 10 == 0:
             line |= {"eval/pass@1": rise + generator.normal(0, 0.02), "eval/pass@8": 0.9 - step / 200}
         lines.append(json.dumps(line))

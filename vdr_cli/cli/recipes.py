@@ -18,7 +18,7 @@ EXAMPLES = (
 
 
 def _complete(incomplete: str) -> list[str]:
-    return [name for name in recipes.NAMES if name.startswith(incomplete)]
+    return [name for name in recipes.ALL if name.startswith(incomplete)]
 
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="See vdr recipes list.", autocompletion=_complete)]
@@ -32,8 +32,8 @@ def command(context: typer.Context) -> None:
 
 def show_list() -> None:
     """Each recipe in one line."""
-    width = max(map(len, recipes.NAMES))
-    for name in recipes.NAMES:
+    width = max(map(len, recipes.ALL))
+    for name in recipes.ALL:
         typer.echo(f"{name:<{width}}  {recipes.summary(name)}")
 
 
@@ -59,9 +59,8 @@ def copy(
         raise ConfigError(f"{target}: no directory {target.parent}; make it first") from None
     except OSError as error:
         raise MachineError(f"{target}: cannot be written ({error.strerror})") from None
-    typer.echo(
-        f"{target}: change it, look at the plan with vdr train {target} --dry-run, start with vdr train {target}"
-    )
+    start = f"vdr {'study' if name in recipes.STUDIES else 'train'} {target}"
+    typer.echo(f"{target}: change it, look at the plan with {start} --dry-run, start with {start}")
 
 
 SUBCOMMANDS = {"list": show_list, "show": show, "copy": copy}

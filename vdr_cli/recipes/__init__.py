@@ -9,16 +9,20 @@ from vdr_cli.config.described import SCHEMA_FILE
 from vdr_cli.errors import ConfigError
 
 NAMES = ("starter", "tldr", "gsm8k", "7b", "32b")
-"""From the smallest machine to the largest."""
+"""Runs, from the smallest machine to the largest."""
+STUDIES = ("study",)
+"""Files of `vdr study`."""
+ALL = (*NAMES, *STUDIES)
 
 
 def recipe_path(name: str) -> Path:
     """The YAML file of a recipe; ConfigError with the nearest name for an unknown one."""
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMES)}"
+    if name not in ALL:
+        near = difflib.get_close_matches(name, ALL, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ALL)}"
         raise ConfigError(f"no recipe {name}; {hint}")
-    return Path(__file__).parent / f"{name}.yaml"
+    folder = Path(__file__).parent
+    return (folder / "studies" if name in STUDIES else folder) / f"{name}.yaml"
 
 
 def recipe_text(name: str) -> str:

@@ -116,9 +116,9 @@ def first_success(lines: Iterable[Mapping[str, float]]) -> float:
     """The first step of metrics.jsonl with a solved completion; the last step if there is none; NaN without steps."""
     last = math.nan
     for line in lines:
-        if "reward" not in line:  # held-out numbers before the first step
+        if "solved" not in line:  # held-out numbers before the first step
             continue
         last = float(line["step"])
-        if line.get("solved", line["reward"]) > 0:
+        if line["solved"] > 0:
             return last
     return last

@@ -112,7 +112,7 @@ def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Map
         trial=trial,
         settings=config_hash(study.config(task.bed, task.arm, task.seed, trial)),
         steps=int(last.get("step", 0)),
-        tokens=int(last.get("num_tokens", 0)),
+        tokens=int(last.get("sampled_tokens", 0)),
         first_success=first_success(lines),
     )
 

@@ -68,6 +68,7 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
         added = bonus if bonus.dim() == 1 else bonus[batch.completions.completion_mask]
         spread = has_spread(advantages.per_completion, G)
         pairs |= bonus_pairs(bonus_prefix(res.config), advantages.per_completion, added, spread, G)
+    pairs["solved"] = (float((batch.task_reward >= res.config.rewards.solved_at).sum()), float(len(batch)))
     pairs["advantage_abs"] = (float(advantages.task_advantages.abs().sum()), float(len(batch)))
     return pairs
 
