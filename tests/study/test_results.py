@@ -57,6 +57,19 @@ def test_a_seed_that_one_arm_lacks_is_left_out_of_its_pair(make_study: Make) -> 
     assert "1 of 16 runs missing" in (directory.path / "study.md").read_text()
 
 
+@pytest.mark.parametrize("gone", ["grpo", "pass_at_k"])
+def test_an_arm_without_any_run_is_said_to_have_none(make_study: Make, gone: str) -> None:
+    study, directory = make_study(seeds=3)
+    shutil.rmtree(directory.path / "runs" / "starter" / gone)
+    write_results(record_of(study, directory), directory.path)
+    text = (directory.path / "study.md").read_text()
+    if gone == "grpo":
+        assert "grpo has no run." in text and "No pair of runs: disagreement, pass_at_k, bald_per_token." in text
+    else:
+        assert "No pair of runs: pass_at_k." in text and "3 of 12 runs missing" in text
+    rebuild(directory.path)
+
+
 def test_one_seed_claims_nothing(make_study: Make) -> None:
     study, directory = make_study(seeds=1)
     write_results(record_of(study, directory), directory.path)

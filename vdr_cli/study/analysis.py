@@ -40,7 +40,7 @@ class Difference:
     p_holm: float | None = None
     """None for numbers that are not tested."""
     verdict: str = ""
-    """better, worse, equivalent, undecided; of the endpoint only."""
+    """better, worse, equivalent, undecided, or why there is none; of the endpoint only."""
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ def verdict_of(difference: Difference, p_holm: float, lower_is_better: bool) -> 
         word = "better" if (difference.value > 0) is not lower_is_better else "worse"
         return f"{word}, negligible" if is_equivalent else word
     if difference.n < 2:
-        return "no interval"
+        return "no interval" if difference.n else "no runs"
     return "equivalent" if is_equivalent else "undecided"

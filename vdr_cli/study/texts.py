@@ -69,7 +69,9 @@ def _answer(record: Record, rows: Mapping[str, Row], start: float | None) -> lis
     control = rows[file.control]
     begun = "" if start is None else f" The starting model has {number(start)}."
     reached = f"{number(control.mean)}{_interval(control.low, control.high)}"
-    lines = [f"{file.control} reaches {file.endpoint} {reached}.{begun}"]
+    lines = [
+        f"{file.control} reaches {file.endpoint} {reached}.{begun}" if control.n else f"{file.control} has no run."
+    ]
     judged = {arm: row.difference for arm, row in rows.items() if row.difference is not None}
     for word, text in (
         ("better", "Better than {control}: {arms}."),
@@ -77,8 +79,9 @@ def _answer(record: Record, rows: Mapping[str, Row], start: float | None) -> lis
         ("equivalent", "Equivalent to {control}, within ±{bound}: {arms}."),
         ("undecided", "No difference shown, none excluded: {arms}."),
         ("no interval", "Too few seeds for an interval: {arms}."),
+        ("no runs", "No pair of runs: {arms}."),
     ):
-        chosen = [f"{arm} ({_found(d)})" for arm, d in _ranked(judged, word)]
+        chosen = [f"{arm} ({_found(d)})" if d.n else arm for arm, d in _ranked(judged, word)]
         if chosen:
             lines.append(text.format(control=file.control, bound=f"{file.equivalence:g}", arms=", ".join(chosen)))
     return lines
@@ -101,23 +104,26 @@ def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics])
     header += ["steps", "time a run", "tokens a run", "detectable"]
     lines = []
     for arm, row in rows[bed][file.endpoint].items():
-        own = [one for one in runs if (one.run.bed, one.run.arm) == (bed, arm)]
-        spent = [
-            f"{_average([one.run.steps for one in own]):,.0f}",
-            duration(_average([one.seconds for one in own])),
-            f"{_average([one.run.tokens for one in own]):,.0f}",
-        ]
+        spent = _spent([one for one in runs if (one.run.bed, one.run.arm) == (bed, arm)])
         lines.append(
             [
                 arm,
                 str(row.n),
                 _with_interval(row),
                 *_judgement(row.difference),
-                *(spent if own else [""] * 3),
+                *spent,
                 _detectable(row.difference),
             ]
         )
     return Table(header, lines)
+
+
+def _spent(runs: Sequence[RunMetrics]) -> list[str]:
+    """Steps, time and tokens of a run, in the mean."""
+    if not runs:
+        return ["", "", ""]
+    steps, tokens = _average([one.run.steps for one in runs]), _average([one.run.tokens for one in runs])
+    return [f"{steps:,.0f}", duration(_average([one.seconds for one in runs])), f"{tokens:,.0f}"]
 
 
 def _judgement(difference: Difference | None) -> list[str]:
@@ -239,7 +245,7 @@ def _with_interval(row: Row) -> str:
 
 
 def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return sum(values) / len(values)
 
 
 def _many(count: int, word: str) -> str:
