@@ -112,6 +112,12 @@ class Stream(IntEnum):
     """Held-out prompts, by their row in the dataset: every evaluation draws the same numbers."""
     TRAINING = 1
     """Training prompts, by their position in the shuffled stream, which passes over the dataset again and again."""
+    PROJECTION = 4
+    """Projections of bonus.source novelty, by optimizer step."""
+    HEADS = 5
+    """Heads of bonus.source value_heads at the start, by their number."""
+    BOOTSTRAP = 6
+    """Completions that each of these heads learns from, by the prompts' positions in the stream of training."""
     NOISE = 3
     """The numbers of bonus.source noise, by the prompts' positions in the stream of training."""
     PERMUTATION = 2

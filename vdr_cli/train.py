@@ -188,7 +188,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
     """Log-probabilities before the update; nothing is computed that the loss does not use. Collective."""
     cfg = res.config.grpo
     reference = policy = entropy = high_entropy = None
-    if res.reference is not None:
+    if res.reference is not None and cfg.beta:
         with res.timer.phase("reference"), res.reference.whole(model) as reference_model:
             reference, _ = read_logps(res, reference_model, completions)
     if cfg.reads_policy_first or needs_policy(res, completions):

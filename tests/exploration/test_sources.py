@@ -20,14 +20,16 @@ from vdr_cli.config.sections import bonus as bonus_config
 from vdr_cli.exploration import counts, sources
 from vdr_cli.exploration.bonus import NOISE
 from vdr_cli.exploration.noise import noise
+from vdr_cli.exploration.novelty import novelty, sparse_projection
 from vdr_cli.exploration.sources import SOURCES, Numbers, Signals
 from vdr_cli.exploration.unlikeliness import shared_ranks, unlikeliness
+from vdr_cli.exploration.value_heads import Heads, gradient, value_heads
 from vdr_cli.grpo.losses import LossInputs, LossSettings, policy_loss, token_weights
 from vdr_cli.samples import Completions, Prompt
 from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.state import LoopState
 
-G, T = 4, 5
+G, T, D = 4, 5, 6
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exploration.md"
 
 
@@ -55,6 +57,10 @@ def signals_of(rewards: list[float], seed: int = 0) -> Signals:
         entropies=entropies * mask,
         answers=answers.tolist(),
         visits=visits,
+        start_states=torch.randn(B, D, generator=random),
+        projection=sparse_projection(torch.rand(D, 3, generator=random, dtype=torch.float64)),
+        states=torch.randn(B, D, generator=random),
+        weights=torch.randn(5, D + 1, generator=random, dtype=torch.float64),
         uniforms=torch.rand(B, 2, generator=random, dtype=torch.float64),
     )
 
@@ -135,6 +141,87 @@ def test_equal_completions_share_a_rank() -> None:
     mask = torch.ones(4, 1, dtype=torch.bool)
     once = unlikeliness(torch.tensor([[-1.0], [-2.0], [-2.0], [-3.0]]), mask, torch.ones(4), torch.ones(4) > 0, 4, 1.0)
     assert once.tolist() == pytest.approx([-0.75, -0.375, -0.375, 0.0])
+
+
+def test_novelty_is_the_leverage_by_dense_linear_algebra() -> None:
+    on = signals_of(MIXED)
+    expected = []
+    h = on.start_states.double().numpy() @ on.projection.numpy()
+    for start in range(0, len(MIXED), G):
+        group = h[start : start + G] - h[start : start + G].mean(0)
+        total = 0.01 * np.eye(3) + sum(np.outer(row, row) for row in group)
+        expected += [row @ np.linalg.inv(total) @ row for row in group]
+    assert numbers_of("novelty", on).b.tolist() == pytest.approx(expected, rel=1e-5)
+    alone = novelty(torch.tensor([[0.0], [0.0], [0.0], [4.0]]), torch.ones(1, 1), 4, 12.0)
+    assert alone.tolist() == pytest.approx([1 / 24, 1 / 24, 1 / 24, 9 / 24]), "the one that differs is new"
+    assert novelty(torch.ones(4, 6), on.projection, 4).tolist() == [0.0] * 4
+
+
+def test_a_projection_keeps_lengths_on_average() -> None:
+    uniforms = torch.rand(100, 400, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    found = sparse_projection(uniforms)
+    assert set(found.unique().tolist()) == {-1 / math.sqrt(0.1 * 400), 0.0, 1 / math.sqrt(0.1 * 400)}
+    h = torch.randn(50, 100, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    assert ((h @ found).square().sum(1) / h.square().sum(1)).mean() == pytest.approx(1.0, abs=0.05)
+
+
+def loop_features(row: np.ndarray) -> np.ndarray:
+    return np.append(row / math.sqrt((row**2).mean()), 1.0)
+
+
+def test_value_heads_disagree_by_their_standard_deviation() -> None:
+    on = signals_of(MIXED)
+    weights, states = on.weights.numpy(), on.states.double().numpy()
+    expected = [np.std([head @ loop_features(row) for head in weights], ddof=1) for row in states]
+    assert numbers_of("value_heads", on).b.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_heads_by_hand() -> None:
+    weights = torch.tensor([[0.5, 0.1], [0.2, -0.2]], dtype=torch.float64)
+    assert value_heads(torch.tensor([[3.0]]), weights).tolist() == pytest.approx([0.6 / math.sqrt(2)])
+
+
+def test_heads_learn_their_share_by_adam() -> None:
+    on, rewards = signals_of(MIXED), torch.tensor([*MIXED[:-1], math.nan])
+    kept = torch.rand(len(MIXED), 5, generator=torch.Generator().manual_seed(2)) < 0.5
+    heads = Heads(0.01)
+    heads.start(torch.rand(5, D + 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
+    expected = heads.weights.numpy().copy()
+    first, second = np.zeros_like(expected), np.zeros_like(expected)
+    for step in range(1, 4):
+        slope = np.zeros_like(expected)
+        for k in range(5):
+            rows = [i for i in range(len(MIXED)) if kept[i, k] and not math.isnan(rewards[i])]
+            for i in rows:
+                x = loop_features(on.states[i].double().numpy())
+                slope[k] += (expected[k] @ x - float(rewards[i])) * x / len(rows)
+        found = gradient(on.states, rewards, kept, heads.weights)
+        assert found.numpy() == pytest.approx(slope, rel=1e-9, abs=1e-12)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        expected -= 0.01 * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        heads.take(torch.full_like(found, 9.0))  # of an abandoned step
+        heads.take(found)
+        heads.commit()
+        assert heads.weights.numpy() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        heads, saved = Heads(0.01), heads.state_dict()
+        heads.load_state_dict(saved)
+
+
+def test_heads_agree_about_what_they_have_seen() -> None:
+    """Their disagreement falls where completions are visited, and stays elsewhere."""
+    random = torch.Generator().manual_seed(7)
+    states = torch.randn(8, 16, generator=random)
+    seen, unseen = states.clone(), torch.randn(8, 16, generator=random)
+    seen[:, 8:], unseen[:, :8] = 0.0, 0.0
+    heads = Heads(0.05)
+    heads.start(torch.rand(8, 17, generator=random, dtype=torch.float64))
+    before = value_heads(seen, heads.weights).mean(), value_heads(unseen, heads.weights).mean()
+    for _ in range(200):
+        kept = torch.rand(8, 8, generator=random) < 0.5
+        heads.take(gradient(seen, torch.ones(8), kept, heads.weights))
+        heads.commit()
+    after = value_heads(seen, heads.weights).mean(), value_heads(unseen, heads.weights).mean()
+    assert after[0] < 0.05 * before[0] and after[1] > 0.3 * before[1]
 
 
 def test_noise_is_standard_normal() -> None:
@@ -313,8 +400,8 @@ def test_the_settings_know_every_source() -> None:
     assert set(bonus_config.OWN) <= set(SOURCES)
 
 
-def test_sources_of_the_original_papers_need_no_forward_of_their_own() -> None:
-    forwards = {"measure", "entropies"}
+def test_some_sources_need_no_forward() -> None:
+    forwards = {"measure", "entropies", "start_states", "states"}
     assert {name for name, source in SOURCES.items() if not source.needs & forwards} == {
         "surprisal",
         "counts",

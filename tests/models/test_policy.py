@@ -14,7 +14,10 @@ from vdr_cli.models.policy import (
     Policy,
     can_share_prompts,
     completion_logps,
+    completion_states,
     distinct_prompts,
+    end_state,
+    mean_state,
     silence_dropout,
 )
 
@@ -307,3 +310,24 @@ def test_lora_trains_adapters_only_and_switched_off_is_the_base() -> None:
         assert (parameter.grad is not None) == ("lora_" in name), name
     with adapted.disable_adapter(), torch.no_grad():
         assert torch.equal(policy(**data, temperature=1.0)[0], base)
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "gpt2"])
+def test_states_of_completions_are_those_of_each_row_alone(kind: str, share: bool) -> None:
+    """Mean and end states, whatever the padding and whether prompts are read once."""
+    model, data = tiny(kind), groups()
+    tokens = data["prompt_ids"], data["prompt_mask"], data["completion_ids"], data["completion_mask"]
+    with torch.no_grad():
+        states = completion_states(model, *tokens, share)
+        means, ends = mean_state(states, tokens[3]), end_state(states, tokens[3])
+        for row in range(len(tokens[0])):
+            prompt = tokens[0][row, tokens[1][row].bool()]
+            completion = tokens[2][row, tokens[3][row].bool()]
+            if not len(completion):
+                assert not means[row].any()
+                continue
+            alone = model(torch.cat([prompt, completion])[None], output_hidden_states=True).hidden_states[-1][0]
+            P = len(prompt)
+            torch.testing.assert_close(means[row], alone[P:].mean(0), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(ends[row], alone[-2], atol=2e-5, rtol=1e-4)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.audit import evaluation, inputs, metrics, numbers, signal, sources
+from vdr_cli.audit import evaluation, inputs, metrics, numbers, signal, sources, states
 from vdr_cli.audit.files import Record, RunFiles, open_run
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models
@@ -87,7 +87,7 @@ def audit_step(
         "inputs": lambda: inputs.audit(judge, record, cfg, models),
         "rewards": lambda: inputs.audit_rewards(judge, record, cfg),
         "sampling": lambda: numbers.audit_sampling(judge, record, cfg, models),
-        "members": lambda: numbers.audit_members(judge, record, cfg, models),
+        "members": lambda: numbers.audit_members(judge, record, cfg, models) + states.audit(judge, record, cfg, models),
         "advantages": advantages,
         "policy": lambda: numbers.audit_policy(judge, record, cfg, models),
         "update": updated,

@@ -129,16 +129,19 @@ SOURCES: dict[str, Callable[[Record, Config, Array], Array]] = {
 def left_out(judge: Judge, record: Record, cfg: Config) -> list[Line]:
     """What of the source's numbers is taken from the record as it is, and why."""
     name = cfg.bonus_source
-    if name in ("none", "disagreement") or name in SOURCES:
+    if not _is_users(name):
         return []
     what = "bonus of tokens" if is_taken_whole(record, cfg) else f"{name} of completions"
     return [judge.skipped(what, "a function of the user's: its numbers are taken as they are")]
 
 
+def _is_users(name: str) -> bool:
+    return ":" in name
+
+
 def is_taken_whole(record: Record, cfg: Config) -> bool:
     """True where a user's function gives a number per token, of which the record holds the bonus alone."""
-    users = cfg.bonus_source not in ("none", "disagreement", *SOURCES)
-    return users and any(isinstance(bonus, list) for bonus in record.columns["bonus"])
+    return _is_users(cfg.bonus_source) and any(isinstance(bonus, list) for bonus in record.columns["bonus"])
 
 
 # ---- visits ------------------------------------------------------------------------------------------------------

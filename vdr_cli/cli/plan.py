@@ -95,7 +95,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         cached_tokens=config.rollout.batch_tokens,
         members=config.disagreement.members if config.needs_ensemble else 0,
         checkpointing=config.model.gradient_checkpointing,
-        reference=config.grpo.beta > 0 and config.model.lora is None,
+        reference=config.needs_reference and config.model.lora is None,
     )
 
 

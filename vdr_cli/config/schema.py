@@ -89,6 +89,11 @@ class Config(Section):
         return self.bonus_source == "disagreement"
 
     @property
+    def needs_reference(self) -> bool:
+        """True when the starting weights are read as well: for the KL, or for source novelty."""
+        return self.grpo.beta > 0 or self.bonus_source == "novelty"
+
+    @property
     def token_bonus(self) -> bool:
         """True when the bonus differs from token to token; False where a user's function decides it."""
         credited = self.bonus_source == "disagreement" and self.disagreement.credit == "token"
@@ -115,6 +120,10 @@ class Config(Section):
             raise ValueError(
                 f"grpo.pass_k {self.grpo.pass_k} is above rollout.group_size {self.rollout.group_size}: the best of k "
                 "needs k completions"
+            )
+        if self.grpo.sync_reference_every and self.bonus_source == "novelty":
+            raise ValueError(
+                "grpo.sync_reference_every replaces the starting weights, which bonus.source novelty reads: remove it"
             )
         if self.grpo.sync_reference_every and self.grpo.beta == 0:
             raise ValueError("grpo.sync_reference_every is set but grpo.beta is 0: there is no reference to update")

@@ -6,7 +6,7 @@ The rest of the program sees a policy forward, `backward`, `step`, and the weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from vdr_cli.engine.ds_config import DsConfig, zero_stage
 from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.engine.gpu import peak_of
 from vdr_cli.models.anatomy import WholeLayer, has_experts, input_embeddings, output_head
-from vdr_cli.models.policy import completion_logps
+from vdr_cli.models.policy import completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
 
 
@@ -111,16 +111,40 @@ class Engine:
         """
         logps = torch.zeros(completions.completion_ids.shape)
         entropy = torch.zeros_like(logps)
+        for rows, part in self._micro_batches(completions, micro_batch_size):
+            found = self._read(model, part, temperature)
+            if rows is not None:
+                T = part.completion_ids.shape[1]
+                logps[rows, :T], entropy[rows, :T] = found
+        return logps, entropy
+
+    def read_states(
+        self, model: Any, completions: Completions, micro_batch_size: int, reduce: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """(B, D) last hidden states of the completions under a gathered model; float32, on the CPU.
+
+        reduce: from states (b, T + 1, D), the prompt's end first, and mask (b, T) to (b, D). Collective as read_logps.
+        """
+        found = []
+        for rows, part in self._micro_batches(completions, micro_batch_size):
+            on = to_device(part, self.device)
+            tokens = on.prompt_ids, on.prompt_mask, on.completion_ids, on.completion_mask
+            states = completion_states(model, *tokens, self.share_prompts)
+            if rows is not None:
+                found.append(reduce(states.float(), on.completion_mask).cpu())
+        return torch.cat(found)
+
+    def _micro_batches(
+        self, completions: Completions, micro_batch_size: int
+    ) -> Iterator[tuple[slice | None, Completions]]:
+        """Rows and what they hold without common padding; None and one token where other ranks have more to read."""
         starts = range(0, len(completions), micro_batch_size)
         most = int(collectives.all_reduce_max([len(starts)])[0]) if self.by_layers else len(starts)
         for start in starts:
             rows = slice(start, start + micro_batch_size)
-            part = completions.rows(rows).trimmed()
-            T = part.completion_ids.shape[1]
-            logps[rows, :T], entropy[rows, :T] = self._read(model, part, temperature)
+            yield rows, completions.rows(rows).trimmed()
         for _ in range(most - len(starts)):
-            self._read(model, _one_token(), temperature)
-        return logps, entropy
+            yield None, _one_token()
 
     def _read(self, model: Any, part: Completions, temperature: float) -> tuple[Tensor, Tensor]:
         """(B, T) each, on the device: one micro-batch, as the policy reads it."""

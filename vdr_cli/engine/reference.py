@@ -1,4 +1,7 @@
-"""The reference model of the KL term: a frozen copy, sharded like the policy, or the policy without its adapters."""
+"""The starting weights, which the KL term and bonus.source novelty read.
+
+A frozen copy, sharded like the policy, or the policy without its adapters.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ class Adapterless:
 
 
 def build_reference(config: Config, engine: Engine) -> FrozenCopy | Adapterless | None:
-    """The reference model that grpo.beta needs; None with beta 0, where nothing is loaded. Collective."""
-    if config.grpo.beta == 0.0:
+    """The reference model that the KL or the bonus reads; None where neither does: nothing is loaded. Collective."""
+    if not config.needs_reference:
         return None
     return Adapterless() if config.model.lora else FrozenCopy(config, engine)

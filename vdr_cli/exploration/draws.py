@@ -19,8 +19,18 @@ def uniforms(seed: int, stream: Stream, positions: Sequence[int], group_size: in
 
     positions: (B,) each completion's prompt's place in the stream of prompts; rows are whole groups, in order.
     """
-    bits = np.empty((len(positions), count), dtype=np.uint64)
-    for row, position in enumerate(positions):
-        key = np.array([completion_key(seed, stream, position), row % group_size], dtype=np.uint64)
-        bits[row] = np.random.Philox(key=key).random_raw(count)
+    keys = [(completion_key(seed, stream, position), row % group_size) for row, position in enumerate(positions)]
+    return _drawn(keys, count)
+
+
+def table(seed: int, stream: Stream, index: int, shape: tuple[int, int]) -> Tensor:
+    """`shape` float64 in [0, 1): a stream of its own for each row, chosen by `index` and the row's number."""
+    key = completion_key(seed, stream, index)
+    return _drawn([(key, row) for row in range(shape[0])], shape[1])
+
+
+def _drawn(keys: Sequence[tuple[int, int]], count: int) -> Tensor:
+    bits = np.empty((len(keys), count), dtype=np.uint64)
+    for row, key in enumerate(keys):
+        bits[row] = np.random.Philox(key=np.array(key, dtype=np.uint64)).random_raw(count)
     return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)

@@ -16,12 +16,26 @@ from vdr_cli.exploration import counts, disagreement
 from vdr_cli.exploration.bonus import reduce
 from vdr_cli.exploration.entropy import entropy
 from vdr_cli.exploration.noise import noise
+from vdr_cli.exploration.novelty import novelty
 from vdr_cli.exploration.surprisal import surprisal
 from vdr_cli.exploration.unlikeliness import unlikeliness
+from vdr_cli.exploration.value_heads import Heads, value_heads
 
 T = TypeVar("T")
 
-Need = Literal["measure", "log_probs", "entropies", "answers", "visits", "uniforms", "batch"]
+Need = Literal[
+    "measure",
+    "log_probs",
+    "entropies",
+    "answers",
+    "visits",
+    "start_states",
+    "projection",
+    "states",
+    "weights",
+    "uniforms",
+    "batch",
+]
 """A field of `Signals` that is computed for the sources that ask for it."""
 
 
@@ -47,6 +61,14 @@ class Signals:
     """(B,) a key per prompt and answer."""
     visits: Tensor | None = None
     """(B,) int64, times that the answer was given to the prompt in the run so far, this step included."""
+    start_states: Tensor | None = None
+    """(B, D) mean of the last hidden states of the completion's tokens, under the starting weights."""
+    projection: Tensor | None = None
+    """(D, d) float64, the step's random projection."""
+    states: Tensor | None = None
+    """(B, D) last hidden state that predicts the completion's last token, under the policy."""
+    weights: Tensor | None = None
+    """(K, D + 1) float64, the value heads as of the last finished step."""
     uniforms: Tensor | None = None
     """(B, 2) float64 in [0, 1), from the seed and the prompt's place in the data."""
     batch: Any = None
@@ -125,6 +147,15 @@ def _unlikeliness(signals: Signals, config: Config) -> Tensor:
     )
 
 
+def _novelty(signals: Signals, config: Config) -> Tensor:
+    own = config.bonus.novelty
+    return novelty(given(signals.start_states), given(signals.projection), signals.group_size, own.ridge)
+
+
+def _value_heads(signals: Signals, config: Config) -> Tensor:
+    return value_heads(given(signals.states), given(signals.weights))
+
+
 def _noise(signals: Signals, config: Config) -> Tensor:
     return noise(given(signals.uniforms))
 
@@ -173,5 +204,13 @@ SOURCES = {
         lambda config: counts.Visits(),
     ),
     "unlikeliness": simple("unlikeliness", {"log_probs"}, _unlikeliness, "no group has a solved completion"),
+    "novelty": simple("novelty", {"start_states", "projection"}, _novelty, "groups of equal completions"),
+    "value_heads": simple(
+        "value_heads",
+        {"states", "weights"},
+        _value_heads,
+        "groups of equal completions",
+        lambda config: Heads(config.bonus.value_heads.learning_rate),
+    ),
     "noise": simple("noise", {"uniforms"}, _noise, "the numbers drawn are equal"),
 }

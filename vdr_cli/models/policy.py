@@ -104,6 +104,32 @@ def completion_hidden(
     return hidden[:, prompt_ids.shape[1] - 1 :]
 
 
+def completion_states(
+    causal_lm: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    share_prompts: bool,
+) -> Tensor:
+    """(B, T + 1, D): the last hidden state of the prompt, then of each completion token; padding says nothing."""
+    read = shared_completion_hidden if share_prompts else completion_hidden
+    ids, mask = (nn.functional.pad(tensor, (0, 1)) for tensor in (completion_ids, completion_mask))
+    return read(causal_lm, prompt_ids, prompt_mask, ids, mask)
+
+
+def mean_state(states: Tensor, completion_mask: Tensor) -> Tensor:
+    """(B, D): the mean over the valid tokens of states (B, T + 1, D), as `completion_states` gives them."""
+    mask = completion_mask.unsqueeze(2).to(states.dtype)
+    return (states[:, 1:] * mask).sum(1) / mask.sum(1).clamp_min(1.0)
+
+
+def end_state(states: Tensor, completion_mask: Tensor) -> Tensor:
+    """(B, D): the state that predicts the last valid token, of states (B, T + 1, D)."""
+    last = (completion_mask.sum(1) - 1).clamp_min(0)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
 def shared_completion_hidden(
     causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> Tensor:

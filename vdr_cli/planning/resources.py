@@ -90,7 +90,7 @@ class Work:
     """0: no disagreement."""
     checkpointing: bool = False
     reference: bool = False
-    """A frozen reference model (grpo.beta above 0)."""
+    """A frozen reference model (grpo.beta above 0, or bonus.source novelty)."""
     by_layers: bool = False
     """engine.gather layer (stage 3): no full copy of the weights, one decoder layer at a time; vLLM samples."""
     gloo: bool = False

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.counts import Visits
-from vdr_cli.exploration.draws import uniforms
+from vdr_cli.exploration.draws import table, uniforms
+from vdr_cli.exploration.novelty import sparse_projection
+from vdr_cli.exploration.value_heads import Heads, gradient
+from vdr_cli.models.policy import end_state, mean_state
 from vdr_cli.samples import Completions, Stream
 from vdr_cli.training.answers import answer_keys
 from vdr_cli.training.batch import RewardedGroups
@@ -59,6 +63,10 @@ def read_for_bonus(
         found["uniforms"] = uniforms(cfg.train.seed, Stream.NOISE, batch.positions, cfg.rollout.group_size, 2)
     if "answers" in needs:
         found |= count_answers(res, state, batch)
+    if "start_states" in needs:
+        found |= read_novelty(res, state, model, completions)
+    if "states" in needs:
+        found |= read_value_heads(res, state, model, batch)
     if "batch" in needs:
         found["batch"] = batch
     return found
@@ -71,6 +79,33 @@ def count_answers(res: Resources, state: LoopState, batch: RewardedGroups) -> di
         keys = answer_keys(batch, res.answers(batch))
     state.memory.take(key for part in collectives.gather_objects(keys) for key in part)
     return {"answers": keys, "visits": state.memory.of(keys)}
+
+
+def read_novelty(res: Resources, state: LoopState, model: Any, completions: Completions) -> dict[str, Any]:
+    """Hidden states under the starting weights, and the step's projection. Collective."""
+    cfg = res.config
+    assert res.reference is not None
+    with res.timer.phase("bonus"), res.reference.whole(model) as start:
+        states = res.engine.read_states(start, completions, cfg.train.micro_batch_size, mean_state)
+    shape = states.shape[1], cfg.bonus.novelty.dim
+    drawn = table(cfg.train.seed, Stream.PROJECTION, state.step, shape)
+    return {"start_states": states, "projection": sparse_projection(drawn)}
+
+
+def read_value_heads(res: Resources, state: LoopState, model: Any, batch: RewardedGroups) -> dict[str, Any]:
+    """Hidden states under the policy, and the heads before they learn from this step. Collective."""
+    cfg, own, heads = res.config, res.config.bonus.value_heads, state.memory
+    assert isinstance(heads, Heads)
+    with res.timer.phase("bonus"):
+        states = res.engine.read_states(model, batch.completions, cfg.train.micro_batch_size, end_state)
+        if heads.weights is None:
+            heads.start(table(cfg.train.seed, Stream.HEADS, 0, (own.heads, states.shape[1] + 1)))
+        assert heads.weights is not None
+        drawn = uniforms(cfg.train.seed, Stream.BOOTSTRAP, batch.positions, cfg.rollout.group_size, own.heads)
+        parts = collectives.gather_objects((states, batch.task_reward, drawn < own.share))
+        everybody = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        heads.take(collectives.broadcast_object(gradient(everybody[0], everybody[1], everybody[2], heads.weights)))
+    return {"states": states, "weights": heads.weights}
 
 
 def measure_disagreement(res: Resources, step: int, model: Any, completions: Completions) -> Tensor | None:

@@ -40,7 +40,7 @@ class Resources:
     ensemble: EnsembleReader | None
     """None where no member reads a step's completions."""
     reference: FrozenCopy | Adapterless | None
-    """None with grpo.beta 0."""
+    """None where neither the KL nor the bonus reads one."""
     source: Source | None
     """What the bonus is computed from; None for plain GRPO."""
     answers: Answers | None

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from vdr_cli.config.sections.base import Positive, Section
 
-SOURCES = ("disagreement", "surprisal", "entropy", "counts", "unlikeliness", "noise", "none")
+SOURCES = ("disagreement", "surprisal", "entropy", "counts", "novelty", "unlikeliness", "value_heads", "noise", "none")
 """Values of bonus.source, beside file.py:function."""
 
 Shape = Literal["additive", "plain", "reward", "multiplicative", "quality"]
@@ -47,6 +47,26 @@ class CountsConfig(Section):
     """Baseline of ucb (the authors' value)."""
 
 
+class NoveltyConfig(Section):
+    """Source novelty."""
+
+    dim: Positive = 32
+    """d, the dimensions that hidden states are projected to (the authors' value for GSM8K and MATH)."""
+    ridge: Annotated[float, Field(gt=0)] = 0.01
+    """λ, added to the diagonal of the group's covariance (the authors' value)."""
+
+
+class ValueHeadsConfig(Section):
+    """Source value_heads."""
+
+    heads: Annotated[int, Field(ge=2)] = 8
+    """K, linear heads that predict the task reward."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the completions that each head learns from."""
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Adam's learning rate of the heads, one step per rollout."""
+
+
 class UnlikelinessConfig(Section):
     """Source unlikeliness."""
 
@@ -59,8 +79,9 @@ class BonusConfig(Section):
     sources."""
 
     source: str = "disagreement"
-    """What the bonus is computed from: disagreement, surprisal, entropy, counts, unlikeliness, noise, none (plain
-    GRPO), or a function of yours, file.py:function. docs/exploration.md describes them."""
+    """What the bonus is computed from: disagreement, surprisal, entropy, counts, novelty, unlikeliness,
+    value_heads, noise, none (plain GRPO), or a function of yours, file.py:function. docs/exploration.md describes
+    them."""
     weight: float | None = None
     """Weight of the bonus at the first step: λ (additive, plain, reward) or β (multiplicative, quality). Negative turns
     the bonus into a penalty. None: 0.1; 1 for entropy and unlikeliness."""
@@ -90,7 +111,9 @@ class BonusConfig(Section):
     surprisal: SurprisalConfig = SurprisalConfig()
     entropy: EntropyConfig = EntropyConfig()
     counts: CountsConfig = CountsConfig()
+    novelty: NoveltyConfig = NoveltyConfig()
     unlikeliness: UnlikelinessConfig = UnlikelinessConfig()
+    value_heads: ValueHeadsConfig = ValueHeadsConfig()
 
     @field_validator("answer")
     @classmethod
