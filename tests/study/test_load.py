@@ -58,6 +58,7 @@ def refused(path: Path) -> str:
         ("default: {}", "default: {disagreement.mode: none}", "arms.default: the same settings as grpo"),
         ("default: {}", "default: {train.seed: 3}", "arms.default: train.seed is the study's; it sets it from `seeds`"),
         ("default: {}", "default: {train.steps: 3}", "train.steps is the study's; it sets it from `budget`"),
+        ("default: {}", "default: {train.save_model: false}", "train.save_model is the study's"),
         ("default: {}", "de/fault: {}", "arms.de/fault: names a directory"),
         ("default: {}", "GRPO: {}", "differs from grpo in case only"),
         ("control: grpo", "control: gropo", "study.yaml:10: control: gropo is not an arm; there are grpo, default"),

@@ -81,7 +81,7 @@ def _defaulting(default: str) -> type[typer.core.TyperGroup]:
 
     class Group(typer.core.TyperGroup):
         def parse_args(self, context: Any, args: list[str]) -> list[str]:
-            named = not args or args[0] in (*self.commands, *context.help_option_names)
+            named = bool(args) and args[0] in (*self.commands, *context.help_option_names)
             return super().parse_args(context, args if named else [default, *args])
 
     return Group

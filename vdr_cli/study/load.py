@@ -24,10 +24,16 @@ from vdr_cli.study.endpoints import LOWER_IS_BETTER, check_endpoint
 from vdr_cli.study.schema import Settings, StudyFile
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=@-]{0,63}")
-OWNED = ("train.seed", "train.output", "train.max_seconds", "train.max_sampled_tokens")
-"""Settings that the study gives to each run itself."""
-UNDER_BASE: Tree = {"observe": {"tensorboard": False, "report": False}}
-"""Defaults of a study's runs: what nobody looks at in hundreds of them."""
+OWNED = {
+    "train.seed": "seeds",
+    "train.output": "output",
+    "train.max_seconds": "budget",
+    "train.max_sampled_tokens": "budget",
+    "train.save_model": "evaluation",
+}
+"""Settings that the study gives to each run itself, and the key that they follow from."""
+UNDER_BASE: Tree = {"observe": {"tensorboard": False, "report": False}, "train": {"keep_last": 1}}
+"""Defaults of a study's runs: there are hundreds of them on one disk."""
 MOST_STEPS = 1_000_000
 """train.steps under a budget of seconds or tokens, where only the budget ends a run."""
 
@@ -93,7 +99,7 @@ class Study:
     def _owned(self, tree: Tree, seed: int) -> Tree:
         """The settings that the study decides: the seed and the end."""
         budget = self.file.budget
-        train: Tree = {"seed": seed}
+        train: Tree = {"seed": seed, "save_model": True}
         if budget.steps is not None:
             train["steps"] = budget.steps
         else:
@@ -208,10 +214,9 @@ def _check_owned(study: Study, where: Any) -> None:
         trees |= {("tuning", "trials", tuned, index): settings for index, settings in enumerate(each)}
     for place, settings in trees.items():
         keys = {".".join(map(str, key)) for key in _leaves(nested(settings))}
-        owned = (*OWNED, "train.steps") if place[0] != "base" or file.budget.steps is not None else OWNED
-        for key in owned:
+        owned = OWNED | ({"train.steps": "budget"} if place[0] != "base" or file.budget.steps is not None else {})
+        for key, ours in owned.items():
             if key in keys:
-                ours = "seeds" if key == "train.seed" else "output" if key == "train.output" else "budget"
                 raise ConfigError(f"{where(*place)}: {key} is the study's; it sets it from `{ours}`")
 
 
