@@ -237,7 +237,8 @@ def _interval(low: float, high: float) -> str:
 
 
 def _bound(value: float) -> str:
-    return number(value).replace("-", "\u2212")
+    text = number(abs(value))
+    return text if value >= 0 or not text.strip("0.") else "\u2212" + text
 
 
 def _with_interval(row: Row) -> str:
