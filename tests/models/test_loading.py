@@ -41,7 +41,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
         ("config.json", with_setting("vocab_size", 99), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "t5"), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "alien"), load_model_config, "model type `alien`"),
-        ("config.json", with_setting("hidden_size", "big"), load_model_config, "hidden_size"),
+        ("config.json", with_setting("hidden_size", "big"), load_causal_lm, "cannot be loaded"),
         ("config.json", lambda path: path.write_text("{"), load_model_config, "not a valid JSON file"),
         ("config.json", lambda path: path.write_text("[]"), load_model_config, "cannot be loaded"),
         ("tokenizer.json", lambda path: path.write_text("{}"), load_tokenizer, "cannot be loaded"),
