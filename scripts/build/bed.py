@@ -15,20 +15,29 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from demonstrations import PRETRAINING, Draw, Pretraining
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from vdr_cli.beds.registry import BEDS, Bed
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from harness import write_results
+
 PAD, EOS = 0, 1
 IGNORED = -100  # target of positions that give no loss
 REPORTED_K = (1, 8, 256)
+REPORTED_ROWS = 512
 
 
 def vocabulary(characters: str) -> list[str]:
@@ -88,28 +97,26 @@ def token_logps(model: nn.Module, ids: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def solve_rates(model: nn.Module, bed: Bed, characters: str, split: str, at_most: int = 512) -> Tensor:
-    """(N,) exact probability, per problem, that one sample at temperature 1 solves it: its answers' total."""
-    rows = bed.rows(split)[:at_most]
-    cases, owner = [], []
-    for index, row in enumerate(rows):
-        for answer in bed.answers(row):
-            cases.append(encode(characters, row["prompt"], answer))
-            owner.append(index)
+def answer_rates(model: nn.Module, bed: Bed, characters: str, rows: Sequence[dict[str, Any]]) -> list[NDArray[Any]]:
+    """Each row's (answers,) probabilities that one sample at temperature 1 is that right answer."""
+    answers = [bed.answers(row) for row in rows]
+    cases = [
+        encode(characters, row["prompt"], text) for row, found in zip(rows, answers, strict=True) for text in found
+    ]
     ids, targets = pad_right(cases)
-    answer_logps = torch.cat(
-        [token_logps(model, i, t)[0].sum(1) for i, t in zip(ids.split(256), targets.split(256), strict=True)]
+    logps = torch.cat(
+        [token_logps(model, i, t)[0].double().sum(1) for i, t in zip(ids.split(256), targets.split(256), strict=True)]
     )
-    return torch.zeros(len(rows)).index_add(0, torch.tensor(owner), answer_logps.exp())
+    return [part.exp().numpy() for part in logps.split([len(found) for found in answers])]
 
 
 def report(model: nn.Module, bed: Bed, characters: str) -> dict[str, float]:
     """Exact pass@k of both splits."""
-    found = {}
+    found: dict[str, float] = {}
     for split in ("train", "test"):
-        rates = solve_rates(model, bed, characters, split).double()
-        for k in REPORTED_K:
-            found[f"{split} pass@{k}"] = round(float((1 - (1 - rates) ** k).mean()), 4)
+        rates = answer_rates(model, bed, characters, bed.rows(split)[:REPORTED_ROWS])
+        solved = np.array([chances.sum() for chances in rates])
+        found |= {f"{split} pass@{k}": round(float((1 - (1 - solved) ** k).mean()), 4) for k in REPORTED_K}
     return found
 
 
@@ -143,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bed", choices=BEDS)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the seconds that it took here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     for name, default in vars(PRETRAINING["starter"]).items():
@@ -153,6 +161,7 @@ def main() -> None:
     given = {name: value for name, value in vars(arguments).items() if hasattr(plan, name) and value is not None}
     plan = replace(plan, **given)
 
+    start, start_cpu = time.monotonic(), time.process_time()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     model = build_model(plan)
@@ -162,6 +171,8 @@ def main() -> None:
         pretrain(model, bed, plan, plan.doubt, arguments.seed + 1, plan.doubt_steps, plan.right, plan.doubt_lr)
     model.save_pretrained(arguments.output)
     build_tokenizer(plan.characters).save_pretrained(arguments.output)
+    seconds = {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - start_cpu}
+    write_results(arguments.json, seconds)
 
 
 if __name__ == "__main__":

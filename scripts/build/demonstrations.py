@@ -139,9 +139,10 @@ def _wrong(rng: random.Random, numbers: list[int]) -> list[int]:
     return rng.sample([*numbers, rng.choice(numbers)], count) if count == 5 else rng.sample(numbers, count)
 
 
-# Routes: the model prefers short ones and comes to walk without looking ahead.
+# Routes: the model prefers short ones, and comes to make mistakes.
 
-DETOUR = 0.2  # weight of a route over that of a route one node shorter
+LEARNT_DETOUR = 0.2  # weight of a route over that of a route one node shorter
+DOUBTED_DETOUR = 0.05
 
 
 @cache
@@ -160,37 +161,35 @@ def _renamed(rng: random.Random) -> routes.Problem:
             return problem
 
 
-def _preferred(rng: random.Random, problem: routes.Problem) -> str:
+def _preferred(rng: random.Random, problem: routes.Problem, detour: float) -> str:
     found = tuple(routes.enumerated(problem))
-    return rng.choices(found, [DETOUR ** len(route) for route in found])[0]
+    return rng.choices(found, [detour ** len(route) for route in found])[0]
 
 
-def _walk(rng: random.Random, problem: routes.Problem) -> str:
-    """Any street from each node, until the goal or a dead end."""
-    walked = problem.start
-    while walked[-1] != problem.goal:
-        following = [street[1] for street in problem.streets if street[0] == walked[-1]]
-        if not following:
-            break
-        walked += rng.choice(following)
-    return walked
-
-
-def _mistaken(rng: random.Random, problem: routes.Problem) -> str:
-    """A route with a node left out, put in or changed; by chance it may still be one."""
-    route = list(_preferred(rng, problem))
-    place = rng.randrange(1, len(route))
-    route[place : place + rng.randint(0, 1)] = rng.choice(routes.NODES) * rng.randint(0, 1)
-    return "".join(route)
+def _mistaken(rng: random.Random, route: str) -> str:
+    """The route with a node left out, put in or changed; by chance it may still be one."""
+    nodes = list(route)
+    place = rng.randrange(1, len(nodes))
+    removed, added = rng.choice(((1, 0), (0, 1), (1, 1)))
+    nodes[place : place + removed] = rng.choices(routes.NODES, k=added)
+    return "".join(nodes)
 
 
 def route(rng: random.Random, right: float) -> tuple[str, str]:
-    """A problem with its streets in a random order; what is not right is a walk or a route with a mistake."""
+    """A problem with its streets in a random order, and a route, mostly a short one."""
+    return _route(rng, 1.0, LEARNT_DETOUR)
+
+
+def route_with_mistakes(rng: random.Random, right: float) -> tuple[str, str]:
+    """The same with one of the shortest routes, or what a mistake made of it."""
+    return _route(rng, right, DOUBTED_DETOUR)
+
+
+def _route(rng: random.Random, right: float, detour: float) -> tuple[str, str]:
     problem = _renamed(rng)
-    if rng.random() < right:
-        completion = _preferred(rng, problem)
-    else:
-        completion = (_walk if rng.random() < 0.5 else _mistaken)(rng, problem)
+    completion = _preferred(rng, problem, detour)
+    if rng.random() >= right:
+        completion = _mistaken(rng, completion)
     return routes.prompt(rng.sample(problem.streets, len(problem.streets)), problem.start, problem.goal), completion
 
 
@@ -199,7 +198,22 @@ PRETRAINING = {
         "0123456789+-*=: ", three_numbers, three_numbers, learn_steps=1000, doubt_steps=200, right=0.5
     ),
     "countdown4": Pretraining(
-        "0123456789+-*=: ", four_numbers, four_numbers_roughly, learn_steps=1000, doubt_steps=200, right=0.01
+        "0123456789+-*=: ",
+        four_numbers,
+        four_numbers_roughly,
+        learn_steps=1200,
+        doubt_steps=200,
+        right=0.01,
+        batch=128,
     ),
-    "routes": Pretraining(routes.NODES + ": ", route, route, learn_steps=2000, doubt_steps=200, right=0.3, batch=64),
+    "routes": Pretraining(
+        routes.NODES + ": ",
+        route,
+        route_with_mistakes,
+        learn_steps=2000,
+        doubt_steps=150,
+        right=0.25,
+        batch=64,
+        hidden=96,
+    ),
 }

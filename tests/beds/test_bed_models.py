@@ -2,17 +2,26 @@
 
 import subprocess
 import sys
+import zipfile
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import vdr_cli
 from vdr_cli.beds.registry import BEDS, SPLITS
-from vdr_cli.config import Config
+from vdr_cli.config import Config, DataConfig, RewardsConfig
+from vdr_cli.data.sources import open_table
+from vdr_cli.models.paths import resolve_model_path
+from vdr_cli.rewards.builtin import BUILT_IN
+from vdr_cli.rewards.loading import load_rewards
 
 STARTS = {"starter": {1: (0.15, 0.40), 8: (0.75, 0.90)}, "countdown4": {1: (0.01, 0.03), 256: (0.40, 0.60)}}
 """The starting model's pass@k on held-out problems, at least and at most."""
+RARE = {"starter": 0.0, "countdown4": 0.5, "routes": 0.2}
+"""Least share of problems that have a solution class which the start takes less than once in 256 samples."""
 
 
 @cache
@@ -90,3 +99,53 @@ def test_registry_does_not_load_torch():
     assert (
         subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=False).returncode == 0
     )
+
+
+@pytest.mark.parametrize("name", BEDS)
+def test_the_starting_model_almost_never_takes_some_solutions(name):
+    """What a method that keeps exploring could find and a sharpened start could not."""
+    bed = BEDS[name]
+    classify = sys.modules[BUILT_IN[bed.reward].__module__].solution_class
+    rare, groups = 0, bed.rows("test")[:64]
+    for row in groups:
+        chances: dict[str, float] = {}
+        for answer, chance in zip(classify(list(bed.answers(row))), answer_rates(name, row).tolist(), strict=True):
+            chances[answer] = chances.get(answer, 0.0) + chance
+        rare += min(chances.values()) < 1 / 256
+    assert rare / len(groups) >= RARE[name]
+
+
+def test_every_file_of_the_beds_is_in_the_package():
+    """The wheel takes vdr_cli/ whole, except what git ignores."""
+    root = Path(vdr_cli.__file__).parent
+    files = [file for bed in BEDS.values() for file in (bed.recipe_path, *sorted(bed.model_path.iterdir()))]
+    assert len(files) == 6 * len(BEDS)
+    if (root.parent / ".git").exists():
+        names = [str(file.relative_to(root.parent)) for file in files]
+        listed = subprocess.run(
+            ["git", "ls-files", *names], cwd=root.parent, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert sorted(listed) == sorted(names)
+
+
+def test_the_wheel_holds_the_beds(tmp_path):
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder
+    (wheel,) = builder(str(Path(vdr_cli.__file__).parents[1])).build(directory=str(tmp_path), versions=["standard"])
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    for name in BEDS:
+        assert {f"vdr_cli/beds/shipped/{name}/{file}" for file in ("recipe.yaml", "model/model.safetensors")} <= packed
+
+
+@pytest.mark.parametrize("name", BEDS)
+def test_the_name_finds_data_reward_model_and_classes(name):
+    assert resolve_model_path(name) == str(BEDS[name].model_path)
+    table = open_table(DataConfig(name=name), "eval")
+    (reward,) = load_rewards(RewardsConfig(), name)
+    assert reward.name == BEDS[name].reward
+    row = table.rows[0]
+    columns = {column: [row[column]] * 2 for column in row if column != "prompt"}
+    answer = BEDS[name].answers(row)[0]
+    assert reward.function(completions=[answer, "?"], **columns) == [1.0, 0.0]
+    assert reward.solution_class(completions=[answer, "?"], **columns)[1] is None
+    known = set(reward.solution_class(completions=list(BEDS[name].answers(row)), **columns))
+    assert reward.known_classes(**columns) == [len(known)] * 2

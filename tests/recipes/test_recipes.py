@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from vdr_cli import recipes
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.cli import app
 from vdr_cli.config import Config
 from vdr_cli.config.load import load_config
@@ -22,7 +23,7 @@ from vdr_cli.rewards.base import check_columns
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rewards.loading import load_rewards
 
-FROM_HUB = [name for name in recipes.NAMES if name != "starter"]
+FROM_HUB = [name for name in recipes.NAMES if name not in BEDS]
 COMPLETION = {"tldr": "A cat came in.", "gsm8k": "So \\boxed{42}.", "7b": "\\boxed{42}", "32b": "\\boxed{42}"}
 
 
@@ -73,9 +74,10 @@ def test_an_editor_finds_the_schema_and_has_nothing_to_underline(name):
         jsonschema.validate(settings, schema)
 
 
-def test_the_starters_recipe_says_what_the_starter_gets_anyway():
-    written = yaml.safe_load(recipes.recipe_text("starter"))
-    for section, settings in bed_recipe("starter").items():
+@pytest.mark.parametrize("name", BEDS)
+def test_a_beds_recipe_says_what_its_model_gets_anyway(name):
+    written = yaml.safe_load(recipes.recipe_text(name))
+    for section, settings in bed_recipe(name).items():
         assert settings.items() <= written[section].items()
 
 
@@ -135,7 +137,7 @@ def test_the_commands(capsys):
     ("arguments", "expected"),
     [
         (["show", "gsm8"], "no recipe gsm8; did you mean gsm8k?"),
-        (["show", "zzz"], "no recipe zzz; there are starter, tldr"),
+        (["show", "zzz"], "no recipe zzz; there are starter, countdown4"),
         (["copy", "tldr", "there.yaml"], "there.yaml is there already"),
         (["copy", "tldr", "none/x.yaml"], "no directory none"),
         (["burn"], "No such command 'burn'"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vdr_cli.beds import countdown
+from vdr_cli.beds import countdown, routes
 
 _SHIPPED = Path(__file__).resolve().parent / "shipped"
 SPLITS = ("train", "test")
@@ -57,4 +57,17 @@ def _countdown(name: str, about: str, count: int) -> Bed:
     )
 
 
-BEDS = {bed.name: bed for bed in (_countdown("starter", "Countdown with three numbers", 3),)}
+BEDS = {
+    bed.name: bed
+    for bed in (
+        _countdown("starter", "Countdown with three numbers", 3),
+        _countdown("countdown4", "Countdown with four numbers, sparse", 4),
+        Bed(
+            "routes",
+            "routes through a small graph, all of them known",
+            reward="routes",
+            rows=routes.rows,
+            answers=lambda row: routes.answers(routes.problem_of(row)),
+        ),
+    )
+}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "vdr eval starter runs/wide                     # before and after",
-    "vdr eval Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right -n 16 --k 4",
+    "vdr eval Qwen/Qwen3-0.6B --data rows.jsonl --reward mine.py:right -n 16 --k 1,4,16",
     "vdr eval runs/a runs/b --greedy --json results.json",
     "vdr eval starter runs/wide --diversity --members 8 --markdown table.md --save samples.parquet",
     "vdr eval starter runs/wide --num-processes 8   # the same numbers, sooner",
@@ -49,7 +49,9 @@ FLAGS = (
     *LAUNCH_FLAGS,
 )
 
-Models = Annotated[list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="starter, directory, run or hub id.")]
+Models = Annotated[
+    list[str], typer.Argument(metavar="MODEL_OR_RUN...", help="Bed (such as starter), directory, run or hub id.")
+]
 Samples = Annotated[int, typer.Option("--samples", "--n", "-n", help="Completions per prompt.")]
 Ks = Annotated[
     list[str] | None,
