@@ -105,6 +105,14 @@ class Watcher(Protocol):
         ...
 
 
+class Actors(Protocol):
+    """Several models in one: which of them reads each row of a pass depends on the prompt that the row continues."""
+
+    def rows_continue(self, prompts: Tensor) -> None:
+        """The rows of the next passes continue these prompts of the call, (R,)."""
+        ...
+
+
 class Stream(IntEnum):
     """Independent streams of random numbers under one seed."""
 
@@ -124,6 +132,8 @@ class Stream(IntEnum):
     """Orders of the bonus within groups (bonus.permute), by the prompts' positions in the stream of training."""
     CLIPPED_TOKENS = 10
     """Tokens that loss clip_cov leaves out, by optimizer step."""
+    ACTING_MEMBER = 11
+    """Members that sample (rollout.members), by their prompt's position in the stream of training."""
 
 
 def completion_key(seed: int, stream: Stream, index: int) -> int:

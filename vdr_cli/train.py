@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.config import Config, GrpoConfig
+from vdr_cli.disagreement.acting import by_position
 from vdr_cli.engine import collectives
 from vdr_cli.engine.optimizer import learning_rate_at
 from vdr_cli.exploration import bonus as bonuses
@@ -138,7 +139,12 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
         keys = [completion_key(cfg.train.seed, Stream.TRAINING, position) for position in positions]
         rewards = reward_stream(cfg, res.rewards, res.tokenizer, prompts, step)
     request = RolloutRequest(
-        [prompt.token_ids for prompt in prompts], cfg.rollout.group_size, res.sampling, keys, rewards.finished
+        [prompt.token_ids for prompt in prompts],
+        cfg.rollout.group_size,
+        res.sampling,
+        keys,
+        rewards.finished,
+        acting=None if res.acting is None else by_position(res.acting, step, positions),
     )
     with collectives.agreed(), res.timer.phase("rollout"):
         wait = res.rollout.start(model, request)

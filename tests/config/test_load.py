@@ -87,7 +87,7 @@ def test_yaml_means_what_it_says(write):
             "train:\n  group_size: 3\n",
             "run.yaml:2: train.group_size is not a setting; did you mean rollout.group_size?",
         ),
-        ("members: 3\n", "run.yaml:1: members is not a setting; did you mean disagreement.members?"),
+        ("members: 3\n", "run.yaml:1: members is not a setting; did you mean rollout.members or disagreement.members?"),
         ("xyzzy: 3\n", "run.yaml:1: xyzzy is not a setting; the sections are model, data,"),
         ("model:\n  lora:\n    rnk: 3\n", "run.yaml:3: model.lora.rnk is not a setting; did you mean model.lora.rank?"),
         ("train:\n  steps: abc\n", "run.yaml:2: train.steps must be a whole number, not 'abc'"),

@@ -23,8 +23,9 @@ def test_a_sampler_that_is_not_the_policy_is_reported_with_the_number() -> None:
         ({}, 1, {}),
         ({}, 2, APART),
         ({"grpo": {"num_iterations": 2}, "train": {"steps": 2}}, 1, APART),
+        ({"rollout": {"members": True}}, 1, APART),
     ],
-    ids=["rounding", "refused", "not measured", "later", "several updates"],
+    ids=["rounding", "refused", "not measured", "later", "several updates", "members"],
 )
 def test_what_other_weights_or_rounding_explain_is_not(settings: dict, step: int, metrics: dict) -> None:
     assert sampler_warning(Config.model_validate(settings), step, metrics) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +38,10 @@ def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) ->
     policy = models.at(step)
     if policy is None:
         return [judge.skipped("tokens drawn", no_weights(step))]
-    logps, distance = drawn(record, cfg, policy, places_of(record, cfg).positions)
+    try:
+        logps, distance = drawn(record, cfg, policy, places_of(record, cfg).positions)
+    except members.CannotReadError as why:
+        return [judge.skipped("tokens drawn", str(why))]
     on_file = np.where(record.mask, record.tokens("sampler_logps"), 0.0)
     return [
         judge.compare("sampler log-probabilities", on_file, logps, "logp"),
@@ -57,8 +60,8 @@ def drawn(
     G = len(record) // len(positions)
     prompts, completions = record.columns["prompt_ids"], record.columns["completion_ids"]
     logps, distance = np.zeros(record.mask.shape), np.zeros(record.mask.shape)
-    for rows in model.alike(prompts, completions):
-        logits = model.logits_of(policy, prompts, completions, rows).numpy()
+    acting = cfg.rollout.members and stream == 1  # evaluations sample from the policy
+    for rows, logits in _sampled_logits(record, cfg, policy, positions, acting):
         for row, each in zip(rows, logits, strict=True):
             position, ids = positions[row // G], completions[row]
             place = -1 if position is None else position
@@ -68,6 +71,28 @@ def drawn(
                 found = sampling.draw(scores, token, float(uniforms[t]))
                 logps[row, t], distance[row, t] = found.logp, found.distance
     return logps, distance
+
+
+def _sampled_logits(
+    record: Record, cfg: Config, policy: torch.nn.Module, positions: Sequence[int | None], acting: bool
+) -> Iterator[tuple[list[int], Array]]:
+    """Rows of one shape with the logits (n, T, V) that they were sampled from: the policy's, or their member's."""
+    prompts, completions = record.columns["prompt_ids"], record.columns["completion_ids"]
+    if not acting:
+        for rows in model.alike(prompts, completions):
+            yield rows, model.logits_of(policy, prompts, completions, rows).numpy()
+        return
+    seed, G = cfg.train.seed, cfg.rollout.group_size
+    for member in range(cfg.disagreement.members):
+        own = [
+            row
+            for row in range(len(record))
+            if (place := positions[row // G]) is not None
+            and streams.acting_member(seed, place, cfg.disagreement.members) == member
+        ]
+        with members.one_member(policy, cfg, members.masks_of(cfg, record.step, member, [], [])):
+            for rows in model.alike(prompts, completions, own):
+                yield rows, model.logits_of(policy, prompts, completions, rows).numpy()
 
 
 # ---- members -----------------------------------------------------------------------------------------------------

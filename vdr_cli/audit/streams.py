@@ -65,6 +65,12 @@ def clipped_uniforms(seed: int, step: int, row: int, count: int) -> Array:
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def acting_member(seed: int, position: int, members: int) -> int:
+    """The member from which the prompt at `position` of the stream is sampled (rollout.members)."""
+    digest = hashlib.blake2b(f"{seed}/11/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 1) % members
+
+
 def mask(seed: int, name: str, count: int, dropout: float) -> Array:
     """(count,) of 0 and 1/(1 - p): the mask that seed and name select.
 

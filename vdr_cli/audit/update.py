@@ -81,10 +81,11 @@ class Outcome:
 def settings_of(cfg: Config, entropy_coefficient: float) -> GrpoConfig:
     """`grpo` with what follows from elsewhere.
 
-    Completions of older weights bring a cap (docs/rollout.md), entropy_target a weight of the entropy (docs/losses.md).
+    Completions of older weights or of members bring a cap (docs/rollout.md), entropy_target a weight of the entropy
+    (docs/losses.md).
     """
     changed: dict[str, float] = {}
-    if cfg.grpo.importance_cap is None and cfg.rollout.ahead:
+    if cfg.grpo.importance_cap is None and (cfg.rollout.ahead or cfg.rollout.members):
         changed["importance_cap"] = 2.0
     if cfg.grpo.entropy_target is not None:
         changed["entropy_weight"] = entropy_coefficient

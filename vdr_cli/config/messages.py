@@ -37,7 +37,10 @@ def dotted_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[s
 
 
 def nearest_key(path: KeyPath, model: type[BaseModel] = Config) -> str | None:
-    """The valid dotted key that an unknown one most likely stands for: of the same section first, then of any."""
+    """The valid dotted key that an unknown one most likely stands for: of the same section first, then of any.
+
+    Sections that share the key's name are all given, joined by "or".
+    """
     *parents, last = [str(part) for part in path]
     prefix = "".join(f"{part}." for part in parents)
     keys = list(dotted_keys(model))
@@ -47,7 +50,7 @@ def nearest_key(path: KeyPath, model: type[BaseModel] = Config) -> str | None:
         return prefix + close[0]
     exact = [key for key in keys if key.rsplit(".", 1)[-1] == last]
     if exact:
-        return exact[0]
+        return " or ".join(exact)
     by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
     close = difflib.get_close_matches(str(last), by_name, n=1, cutoff=0.75)
     if close:

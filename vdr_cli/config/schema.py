@@ -23,7 +23,7 @@ from vdr_cli.config.sections.rewards import RewardFunction, RewardsConfig
 from vdr_cli.config.sections.rollout import RolloutConfig, VllmConfig
 
 __all__ = [
-    "AHEAD_CAP",
+    "CORRECTION_CAP",
     "BonusConfig",
     "Config",
     "DataConfig",
@@ -42,8 +42,8 @@ __all__ = [
     "VllmConfig",
 ]
 
-AHEAD_CAP = 2.0
-"""grpo.importance_cap with rollout.ahead, unless it is given."""
+CORRECTION_CAP = 2.0
+"""grpo.importance_cap with rollout.ahead and rollout.members, unless it is given."""
 
 
 class Config(Section):
@@ -68,13 +68,13 @@ class Config(Section):
     def loss_settings(self) -> dict[str, Any]:
         """The numbers and names of the loss, by the fields of `grpo.losses.LossSettings`.
 
-        Completions of older weights are corrected (`importance_cap`) even if nothing is set.
+        Completions of older weights or of members are corrected (`importance_cap`) even if nothing is set.
         """
         kept = "loss epsilon_low epsilon_high delta sapo_temperature_positive sapo_temperature_negative"
         names = f"{kept} kl_cov_weight beta kl kl_in entropy_weight importance_cap".split()
         found = {name: getattr(self.grpo, name) for name in names}
-        if self.rollout.ahead and found["importance_cap"] is None:
-            found["importance_cap"] = AHEAD_CAP
+        if (self.rollout.ahead or self.rollout.members) and found["importance_cap"] is None:
+            found["importance_cap"] = CORRECTION_CAP
         return found
 
     @property
@@ -115,6 +115,11 @@ class Config(Section):
         if self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"
+            )
+        if self.rollout.members and self.disagreement.mask_sharing == "token":
+            raise ValueError(
+                "rollout.members needs disagreement.mask_sharing member: masks drawn by token depend on the whole "
+                "completion, which sampling does not know yet"
             )
         if self.grpo.advantage == "pass_at_k" and self.grpo.pass_k > self.rollout.group_size:
             raise ValueError(

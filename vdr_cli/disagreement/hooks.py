@@ -87,25 +87,25 @@ def ensemble(
     training flags restored, whatever happens inside. Raises RuntimeError when a block is open on this model already,
     ConfigError when its layers or blocks are not found or last_k exceeds them.
     """
-    sites = [site for site in _sites(model, spec) if layer in (None, site[0])]
-    if any(isinstance(hook, _BranchHook) for _, _, block in sites for hook in block._forward_hooks.values()):
+    chosen = [site for site in sites(model, spec) if layer in (None, site[0])]
+    if any(isinstance(hook, _BranchHook) for _, _, block in chosen for hook in block._forward_hooks.values()):
         raise RuntimeError("an ensemble block is already open on this model: its masks would be applied twice")
     active = Members(spec, step, members)
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
-        for number, site, block in sites:
+        for number, site, block in chosen:
             restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, number, site)))
         yield active
 
 
-def _sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
+def sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Module]]:
     """(layer, site, module) of every mask of the ensemble."""
-    sites: list[tuple[int, Site, nn.Module]] = []
+    found: list[tuple[int, Site, nn.Module]] = []
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):
         blocks = anatomy.residual_blocks(layers[number], spec.block_names)
-        sites += [(number, site, block) for site, block in zip(SITES, blocks, strict=False)]  # one, in some models
-    return sites
+        found += [(number, site, block) for site, block in zip(SITES, blocks, strict=False)]  # one, in some models
+    return found
 
 
 def first_layer(count: int, spec: EnsembleSpec) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_hole
 from vdr_cli.rollout.cuda_graphs import GraphedForward
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.static_cache import StaticCache
-from vdr_cli.samples import Completions, Finished, Sampling, pad_prompts
+from vdr_cli.samples import Actors, Completions, Finished, Sampling, pad_prompts
 
 COMPACT_SHARE = 8
 """Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""
@@ -88,10 +89,11 @@ class TransformersRollout(Rollout):
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
         collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, request.finished)
-        with packed_linears(model):
+        acting = nullcontext() if request.acting is None else request.acting(model)
+        with packed_linears(model), acting as actors:
             for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
                 at = torch.tensor([row.prompt * n + row.completion for row in rows])
-                decoder = _Decoder(model, self, request, rows, at)
+                decoder = _Decoder(model, self, request, rows, at, actors)
                 decoder.run(collected.taker(at))
                 if decoder.graphed is not None and decoder.graphed.has_failed:
                     self.can_capture = False
@@ -171,8 +173,10 @@ class _Decoder:
         request: RolloutRequest,
         batch: list[_Row],
         at: Tensor,
+        actors: Actors | None,
     ) -> None:
         """at: (R,) row of the call that each row of the batch is."""
+        self.actors = actors
         self.model: Any = model
         self.sampling = sampling = request.sampling
         self.at, self.watcher = at, request.watcher
@@ -229,6 +233,7 @@ class _Decoder:
                 keep = without_holes(done)
                 self.cache.select(keep)
                 rows, token, done = rows[keep], token[keep], done[keep]
+                self._rows_continue(self.owner[rows])
             logits = self._forward(token, rows, t)
         leave(rows, t + 1, ~done)
 
@@ -237,7 +242,9 @@ class _Decoder:
         cache = DynamicCache(config=self.model.config)
         positions = position_ids(self.prompt_mask)
         mask = self.prompt_mask if self.needs_mask else None
+        self._rows_continue(torch.arange(len(self.prompts)))
         logits = self._logits(cache, self.prompt_ids, mask, positions)  # (N, V)
+        self._rows_continue(self.owner)
         if self.watcher is not None:
             self.watcher.prompts_were_read(self.prompts)
         T = self.sampling.max_new_tokens
@@ -254,6 +261,11 @@ class _Decoder:
         self.next_position = positions[self.owner, -1:] + 1  # (R, 1)
         self.mask = nn.functional.pad(self.prompt_mask[self.owner], (0, T), value=True)  # (R, P + T)
         return logits[self.owner]
+
+    def _rows_continue(self, owner: Tensor) -> None:
+        """The rows of the next passes continue these prompts of the batch."""
+        if self.actors is not None:
+            self.actors.rows_continue(self.prompts[owner.cpu()])
 
     def _forward(self, token: Tensor, rows: Tensor, t: int) -> Tensor:
         """Read token t of each row; (R, V) logits of token t + 1."""

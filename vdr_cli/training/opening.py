@@ -214,9 +214,10 @@ def _load(
 ) -> Resources:
     """The models and the sampler, once everything that can be wrong with the settings has been checked."""
     seed = config.train.seed
-    members = EnsembleSpec(**config.disagreement.member_settings, seed=seed) if config.needs_ensemble else None
+    spec = EnsembleSpec(**config.disagreement.member_settings, seed=seed)
+    members = spec if config.needs_ensemble else None
     engine = build_engine(config, device, universal=universal)
-    _check_model(engine, members)
+    _check_model(engine, spec if config.needs_ensemble or config.rollout.members else None)
     _prepare_directory(directory, config, fresh)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
     layered = ServedLayers(engine) if engine.by_layers else None
@@ -234,6 +235,7 @@ def _load(
         rollout=rollout,
         sampling=sampling_of(config),
         ensemble=reader,
+        acting=spec if config.rollout.members else None,
         reference=build_reference(config, engine),
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vdr_cli.config import Config
 from vdr_cli.data.order import stream_indices
 from vdr_cli.data.prompts import PromptSet
+from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
@@ -39,6 +40,8 @@ class Resources:
     sampling: Sampling
     ensemble: EnsembleReader | None
     """None where no member reads a step's completions."""
+    acting: EnsembleSpec | None
+    """Members that sample; None: the policy does."""
     reference: FrozenCopy | Adapterless | None
     """None where neither the KL nor the bonus reads one."""
     source: Source | None

@@ -135,10 +135,11 @@ def largest_rewards(rewards: Tensor) -> list[float]:
 def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str | None:
     """A line if sampler and policy disagree in the first step, where both have the same weights; None otherwise.
 
-    step: optimizer steps done. Later updates of one rollout, and completions drawn ahead, are of other weights.
+    step: optimizer steps done. Later updates of one rollout, completions drawn ahead and members are of other weights.
     """
     apart = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
-    if step != 1 or config.grpo.updates_per_rollout > 1 or config.rollout.ahead or not apart > MOST_APART:
+    other_weights = config.grpo.updates_per_rollout > 1 or config.rollout.ahead or config.rollout.members
+    if step != 1 or other_weights or not apart > MOST_APART:
         return None
     return (
         f"sampler and policy are {apart:.3f} nats per token apart with the same weights: the model's numbers depend on "

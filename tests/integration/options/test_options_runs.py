@@ -24,6 +24,13 @@ Run = tuple[Any, ...]
 
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])
 LORA = {"rank": 4, "alpha": 8}
+ACTING = {
+    "rollout.members": True,
+    "disagreement.mode": "end_of_sequence",
+    "disagreement.dropout": 0.3,
+    "disagreement.scope": "last_k",
+    "disagreement.last_k": 2,
+}
 ADAPTIVE = {"grpo.entropy_target": 9.0, "grpo.entropy_delta": 0.25, "grpo.entropy_max": 0.5}
 MINIBATCHES = {"grpo.minibatches": 5, "disagreement.mode": "end_of_sequence", "train.micro_batch_size": 3}
 """A group each: of every minibatch one rank has no group."""
@@ -72,6 +79,9 @@ def training_runs(folder: Path) -> list[Run]:
         ("resample", {"grpo.resample_groups": 3}),
         ("quantile", {"grpo.top_entropy_quantile": 0.2}),
         ("entropy", {**twice, "grpo.entropy_weight": 1.0, "rewards.functions": flat}),
+        ("acting", {**ACTING, "train.steps": 3}),
+        ("acting_parts", {**ACTING, "train.steps": 2}),
+        ("acting_parts", {**ACTING, "train.steps": 3}),
         ("adaptive", {**ADAPTIVE, "train.steps": 4}),
         ("adaptive_parts", {**ADAPTIVE, "train.steps": 2}),
         ("adaptive_parts", {**ADAPTIVE, "train.steps": 4}),
@@ -92,7 +102,7 @@ def training_runs(folder: Path) -> list[Run]:
 def trained(work_through: Callable[..., Left], chosen: Any, tmp_path_factory: pytest.TempPathFactory) -> Left:
     folder = tmp_path_factory.mktemp("options")
     (folder / "mine.py").write_text(REWARDS)
-    return work_through(folder, chosen(training_runs(folder)))
+    return work_through(folder, chosen(training_runs(folder)), chosen([("acting_alone", ACTING)]))
 
 
 def test_every_run_ends_well(left: Left) -> None:
@@ -221,6 +231,23 @@ def test_minibatches_take_a_step_each_and_resume_bit_for_bit(left: Left) -> None
     assert line["ratio/max"] > 1.0 and line["sampling/sampling_logp_difference/max"] < 1e-4
     whole, parts = left.weights("minibatches"), left.weights("minibatches_parts")
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.runs("acting", "acting_parts", "plain")
+def test_members_act_and_resume_bit_for_bit(left: Left) -> None:
+    lines = left.metrics("acting")
+    assert lines == left.metrics("acting_parts")
+    whole, parts = left.weights("acting"), left.weights("acting_parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert left.table("acting")["completion_ids"] != left.table("plain")["completion_ids"]
+    assert lines[0]["sampling/sampling_logp_difference/mean"] > 1e-2
+    assert lines[0]["sampling/importance_sampling_ratio/max"] <= 2.0 and lines[0]["ratio/max"] == 1.0
+
+
+@pytest.mark.runs("acting_alone", "acting")
+def test_members_act_alike_on_any_number_of_ranks(left: Left) -> None:
+    one, two = left.table("acting_alone"), left.table("acting")
+    assert one["completion_ids"] == two["completion_ids"] and one["row"] == two["row"]
 
 
 @pytest.mark.runs("adaptive", "adaptive_parts")
@@ -363,6 +390,8 @@ def test_every_phase_has_its_speed_and_share(left: Left) -> None:
             {"train": {"steps": 4, "prompts_per_step": 6}, "grpo": {"minibatches": 4}},
             "train.prompts_per_step 6 is not a multiple of grpo.minibatches 4",
         ),
+        ({"rollout": {"members": True, "backend": "vllm"}}, "members is true but backend is vllm"),
+        ({"rollout": {"members": True}, "disagreement": {"mask_sharing": "token"}}, "mask_sharing member"),
         ({"rollout": {"ahead": 1}}, "ahead is 1 but backend is transformers"),
         (
             {"rollout": {"group_size": 1}, "grpo": {"scale_rewards": "none"}, "disagreement": {"mode": "none"}},

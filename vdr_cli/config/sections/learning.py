@@ -84,7 +84,8 @@ class GrpoConfig(Section):
     """Maximum extra rollouts per step to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0:
     off."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead)."""
+    """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead
+    or rollout.members)."""
 
     @property
     def updates_per_rollout(self) -> int:

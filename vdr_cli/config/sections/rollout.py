@@ -61,6 +61,10 @@ class RolloutConfig(Section):
     """1: vLLM servers sample each step's completions while the trainer updates the step before, under the weights from
     before that update; truncated importance sampling is then on (grpo.importance_cap, 2 unless it is given). Only with
     backend vllm. 0: from the newest weights."""
+    members: bool = False
+    """Sample each group from one dropout member of `disagreement` instead of the policy (Thompson sampling): members
+    act, they need not be paid for. Truncated importance sampling against the policy is then on (grpo.importance_cap, 2
+    unless it is given). Not with backend vllm."""
     batch_tokens: Positive = 262_144
     """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
@@ -80,5 +84,9 @@ class RolloutConfig(Section):
             raise ValueError(
                 "vllm.sleep is for a server that vdr starts, and that rests while the trainer updates: set "
                 "vllm.python, and ahead to 0"
+            )
+        if self.members and self.backend == "vllm":
+            raise ValueError(
+                "members is true but backend is vllm, which samples from the plain model: set backend to transformers"
             )
         return self
