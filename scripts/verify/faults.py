@@ -672,4 +672,81 @@ ELSEWHERE = [
     ),
 ]
 
-FAULTS = [*LOOP, *ENGINE, *AROUND, *GRPO, *BONUS, *MEMBERS, *MODELS, *ELSEWHERE]
+UPDATES = [
+    *_of(
+        "tests/training/test_minibatches.py",
+        (
+            "minibatches forget the groups of other ranks",
+            "training/minibatches.py",
+            "number = first + torch.arange(groups)",
+            "number = torch.arange(groups)",
+            "minibatches_two",
+        ),
+    ),
+    *_of(
+        "tests/grpo/test_covariance.py tests/grpo/test_entropy_control.py",
+        ("kl_cov takes the lowest", "grpo/covariance.py", "descending=True", "descending=False", "kl_cov"),
+        (
+            "the adaptive entropy bonus acts above its target",
+            "grpo/entropy_control.py",
+            "if self.entropy is not None and self.entropy <= target else 0.0",
+            "if self.entropy is not None else 0.0",
+            "entropy_target",
+        ),
+        (
+            "the largest ratio may be padding's",
+            "grpo/losses.py",
+            "_largest(torch.exp(terms.log_ratio), mask)",
+            "torch.exp(terms.log_ratio).amax()",
+            "dapo",
+        ),
+        (
+            "the adaptive coefficient starts again after a resume",
+            "training/state.py",
+            'EntropyControl(**saved.get("entropy", {}))',
+            "EntropyControl()",
+        ),
+    ),
+    *_of(
+        "tests/disagreement/test_acting.py",
+        ("every group acts under member 0", "disagreement/acting.py", "% spec.members for", "* 0 for", "acting"),
+        (
+            "members act under the masks of step 0",
+            "disagreement/acting.py",
+            "self.spec, self.step, member,",
+            "self.spec, 0, member,",
+            "acting_two",
+        ),
+    ),
+    *_of(
+        "",
+        (
+            "the importance cap of rollout.members is left out",
+            "config/schema.py",
+            "(self.rollout.ahead or self.rollout.members)",
+            "self.rollout.ahead",
+            "acting",
+        ),
+    ),
+    *_of(
+        "tests/training/test_run_log.py",
+        (
+            "num_tokens leaves the prompts out",
+            "training/run_log.py",
+            "float(state.prompt_tokens + state.tokens)",
+            "float(state.tokens)",
+            "dapo",
+        ),
+    ),
+    *_of(
+        "tests/exploration/test_collapse.py",
+        (
+            "a single evaluation is a collapse",
+            "exploration/collapse.py",
+            "if self._below < EVALUATIONS:",
+            "if self._below < 1:",
+        ),
+    ),
+]
+
+FAULTS = [*LOOP, *UPDATES, *ENGINE, *AROUND, *GRPO, *BONUS, *MEMBERS, *MODELS, *ELSEWHERE]

@@ -231,3 +231,11 @@ def test_tokens_are_measured_when_asked(make_run: MakeRun) -> None:
     heat = measured["groups"][0]["completions"][0]["heat"]
     assert len(heat) == 6
     assert all(0 < value < 0.7 for value in heat)
+
+
+def test_early_warnings_of_a_run_are_on_its_page(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((41, 0.4), (42, 0.4)):
+            file.write(json.dumps({"step": step, "eval/pass@8": value, "eval/pass@8_high": value}) + "\n")
+    assert "Warning at step 42 of wide: held-out pass@8 has fallen from 0.900" in write_report(run).read_text()

@@ -32,3 +32,10 @@ def test_without_evaluations_the_reward_and_without_a_model_no_next(tmp_path: Pa
         "reward 0.250 at step 1, 0.500 at step 2",
     ]
     assert closing_lines(run_of(tmp_path, {"step": 1, "reward": 0.25}), Config())[1:] == []
+
+
+def test_early_warnings_are_repeated_with_their_steps(tmp_path: Path) -> None:
+    values = {0: 0.9, 10: 0.5, 20: 0.4}
+    lines = [{"step": step, "eval/pass@1": 0.2, "eval/pass@8": v, "eval/pass@8_high": v} for step, v in values.items()]
+    (warning,) = [line for line in closing_lines(run_of(tmp_path, *lines), Config()) if "warned" in line]
+    assert warning.startswith("warned at step 20: held-out pass@8 has fallen from 0.900 to 0.400")

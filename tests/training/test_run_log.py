@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from vdr_cli.config import Config
-from vdr_cli.training.run_log import counters, sampler_warning
+from vdr_cli.config.schema import ObserveConfig
+from vdr_cli.exploration.collapse import watch_of
+from vdr_cli.rewards.watch import RewardWatch
+from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.run_log import RunLog, counters, sampler_warning
 from vdr_cli.training.state import LoopState
 
 APART = {"sampling/sampling_logp_difference/mean": 0.2}
@@ -35,3 +41,34 @@ def test_tokens_are_counted_as_trl_counts_them() -> None:
     """Prompt and completion tokens of every completion; an epoch is a pass over the rows."""
     state = LoopState(drawn=30, tokens=7, prompt_tokens=50)
     assert counters(state, rows=20) == {"num_tokens": 57.0, "sampled_tokens": 7.0, "epoch": 1.5}
+
+
+class Notes:
+    """A live view that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def evaluated(folder: Path, notes: Notes, values: list[float], resume_at: int | None = None) -> None:
+    """A log that is given held-out pass@8 of these values, after a resume at that step if there is one."""
+    with MetricsWriter(folder, ObserveConfig(tensorboard=False)) as writer:
+        log = RunLog(folder, writer, notes, None, RewardWatch([], 10), watch_of(Config()))  # type: ignore[arg-type]
+        if resume_at is not None:
+            log.truncate(resume_at)
+        for value in values:
+            log.starting_point({"eval/pass@1": 0.5, "eval/pass@8": value, "eval/pass@8_high": value + 0.01})
+
+
+def test_a_collapse_is_reported_once_also_over_a_resume(tmp_path: Path) -> None:
+    notes = Notes()
+    evaluated(tmp_path, notes, [0.9, 0.5])
+    assert not any("has fallen" in line for line in notes.lines)
+    evaluated(tmp_path, notes, [0.5, 0.4], resume_at=0)
+    evaluated(tmp_path, notes, [0.3], resume_at=0)
+    assert [line.partition(":")[0] for line in notes.lines if "fallen" in line] == [
+        "held-out pass@8 has fallen from 0.900 to 0.500"
+    ]
