@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 def test_every_setting_of_trl_is_in_the_table() -> None:
     """Those that GRPOConfig adds to TrainingArguments; `x_*` and `..._x` stand for families."""
     code = (
