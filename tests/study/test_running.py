@@ -255,6 +255,20 @@ def test_a_directory_belongs_to_one_study(machine: Any, tmp_path: Path) -> None:
         open_directory(study_with(["a", "b"], tmp_path / "full"), resume=True)
 
 
+def test_a_study_goes_on_with_a_version_that_has_more_keys(machine: Any) -> None:
+    """What the earlier version did not know has its default: neither the study nor its evaluations are other ones."""
+    runner, made = machine()
+    assert runner.run() == 0
+    path = made.directory.path / "study.yaml"
+    path.write_text(path.read_text().replace("equivalence: 0.02\n", ""))
+    assert "equivalence" not in path.read_text()
+    again, made = machine(resume=True)
+    request = again.request(Task("starter"))
+    more = {**request, "settings": {**request["settings"], "data": {**request["settings"]["data"], "new": None}}}
+    assert fingerprint(more) == fingerprint(request) != fingerprint({**request, "seed": 1})
+    assert again.run() == 0 and made.started == []
+
+
 def test_a_finished_run_with_other_settings_is_refused(machine: Any) -> None:
     runner, made = machine()
     runner.run()

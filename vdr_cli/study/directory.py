@@ -22,7 +22,7 @@ from typing import Any
 
 from vdr_cli.config.yaml_text import dump_tree, parse_document
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.study.load import Study
+from vdr_cli.study.load import Study, study_of
 from vdr_cli.study.plan import Shard, Task
 from vdr_cli.system.files import write_whole
 
@@ -87,7 +87,8 @@ def check_directory(study: Study, directory: StudyDirectory, resume: bool) -> li
         if directory.path.is_dir() and any(directory.path.iterdir()):
             raise ConfigError(f"output {directory.path}: is not empty and holds no study; give another directory")
         return []
-    earlier = parse_document(text, str(directory.path / STUDY_FILE)).tree
+    path = str(directory.path / STUDY_FILE)
+    earlier = study_tree(study_of({**parse_document(text, path).tree, "output": str(directory.path)}, path))
     changed = [key for key, value in study_tree(study).items() if earlier.get(key) != value]
     hard = [key for key in changed if key not in LATER]
     hard += [f"arms.{arm}" for arm, settings in _changed_arms(earlier, study)]

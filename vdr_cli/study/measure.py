@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:
-    """16 hex digits of what decides the counts: everything but where the model and the files lie."""
-    kept = {key: value for key, value in request.items() if key not in ("model", "output")}
+    """16 hex digits of what decides the counts: not where files lie, nor settings that are the defaults.
+
+    So a study goes on with a version of vdr that has more settings.
+    """
+    kept = {key: value for key, value in request.items() if key not in ("model", "output", "settings")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

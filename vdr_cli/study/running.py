@@ -32,6 +32,8 @@ POLL = 0.2
 """Seconds between looks at the processes."""
 RETRY = 5.0
 """Seconds between looks at tasks that another process works on."""
+MEASURED = {"model", "data", "rewards", "rollout"}
+"""Sections of a bed's settings that an evaluation reads."""
 PATIENCE = 300.0
 """Seconds that runs get to save and end after Ctrl-C; a second Ctrl-C ends them at once."""
 
@@ -219,7 +221,8 @@ class Runner:
         return {
             "model": bed.model.name if task.is_start else str(self.directory.run(task).absolute()),
             "output": str(self.directory.evaluation(task).absolute()),
-            "settings": bed.model_dump(mode="json", include={"model", "data", "rewards", "rollout"}),
+            "settings": bed.model_dump(mode="json", include=MEASURED),
+            "changed": bed.model_dump(mode="json", include=MEASURED, exclude_defaults=True),
             "prompts": asked.prompts,
             "samples": asked.start_samples if task.is_start else asked.samples,
             "seed": asked.seed,
