@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from scripts.verify import study_statistics as simulation
 
 SHAPE = 20, 64
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "study_statistics.json"
 
 
 @pytest.mark.parametrize("world", ["seeds alone differ", "the effect depends on the problem"])
@@ -33,3 +37,11 @@ def test_the_effect_of_one_deviation_is_one() -> None:
     tables = [simulation.differences(simulation.World(effect=effect), SHAPE, generator) for _ in range(200)]
     null = [simulation.differences(simulation.World(), SHAPE, generator).mean(1).std(ddof=1) for _ in range(200)]
     assert np.mean([table.mean() for table in tables]) == pytest.approx(np.mean(null), rel=0.15)
+
+
+def test_the_published_numbers_keep_the_promises() -> None:
+    results = json.loads(RESULTS.read_text())["results"]
+    assert results["seeds"] == 20 and results["studies"] >= 2000
+    assert all(0.93 <= world["study"] <= 0.97 for world in results["coverage"].values())
+    assert results["false positives with 10 arms"] <= 0.05 + 2 * 0.005
+    assert results["power for one standard deviation"]["ten arms"] >= 0.8
