@@ -70,6 +70,12 @@ def test_evaluations_are_counted_with_the_first_and_the_last(every: int, count: 
     assert lines(1, "train.steps=10", f"train.eval_every={every}")["held-out evaluations"].startswith(count)
 
 
+def test_members_that_sample_are_named_only_where_they_do() -> None:
+    assert "sampling" not in lines(1)
+    found = lines(1, "rollout.members=true", "disagreement.scope=full", "bonus.source=none")
+    assert found["sampling"] == "each group from one of 8 members through every layer"
+
+
 def test_resampling_is_named_only_where_it_happens() -> None:
     assert "resampling" not in lines(1)
     assert lines(1, "grpo.resample_groups=2")["resampling"].startswith("up to 2 extra rollouts")

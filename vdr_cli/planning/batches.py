@@ -31,6 +31,8 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
         ("checkpoints", _checkpoints(config)),
         ("output", config.train.output or "a new directory in runs/, named at the start"),
     ]
+    if config.rollout.members:
+        lines.insert(6, ("sampling", f"each group from one of {_members(config)}"))
     if config.grpo.resample_groups:
         lines.insert(
             6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts per step, not counted above")
@@ -49,9 +51,14 @@ def bonus_line(config: Config) -> str:
 
 def _disagreement(config: Config) -> str:
     cfg = config.disagreement
+    return f"{cfg.measure}, {cfg.mode}, {_members(config)}"
+
+
+def _members(config: Config) -> str:
+    cfg = config.disagreement
     top = f"the top {cfg.last_k} layers" if cfg.last_k else "the top quarter of the layers"
     share = "every layer" if cfg.effective_scope == "full" else top
-    return f"{cfg.measure}, {cfg.mode}, {cfg.members} members through {share}"
+    return f"{cfg.members} members through {share}"
 
 
 def _evaluations(config: Config) -> str:
