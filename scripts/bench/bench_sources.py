@@ -1,0 +1,141 @@
+"""A whole training step of `vdr train` with each source of the bonus, over plain GRPO.
+
+    python scripts/bench/bench_sources.py [--rounds 5] [--threads 2] [--json PATH]
+
+The model and shapes of bench_step.py: 66.6M parameters, 2 prompts x 8 completions of 64 tokens after 128. One process
+trains one policy; its steps take turns with the sources, so all of them see the same machine. The first round warms up.
+Medians of seconds and of CPU seconds, and the median over rounds of each ratio to plain GRPO of the same round. Asked:
+at most 1.02 for sources that need no forward.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness import parser_of, seconds_of, write_results
+
+if TYPE_CHECKING:
+    from vdr_cli.config import Config
+    from vdr_cli.training.opening import Run
+    from vdr_cli.training.resources import Resources
+
+PLAIN = "none"
+
+
+def config_of(folder: Path, model: str, source: str, steps: int) -> Config:
+    """Settings of bench_step.py's case qwen2 with this source."""
+    import bench_step
+
+    from vdr_cli.config import Config
+
+    case = bench_step.CASES["qwen2"]
+    train = {"steps": steps, "prompts_per_step": case.prompts, "micro_batch_size": case.micro_batch}
+    return Config.model_validate(
+        {
+            "model": {"name": model},
+            "data": {"name": str(folder / "prompts.jsonl")},
+            "rollout": {"group_size": case.group, "max_new_tokens": case.new_tokens},
+            "rewards": {"functions": [{"name": f"{folder / 'reward.py'}:digits"}]},
+            "bonus": {"source": source},
+            "train": {**train, "output": str(folder / "run"), "checkpoint_every": 0, "save_model": False},
+            "observe": {
+                "tensorboard": False, "report": False, "completions_every": 0, "audit_every": 0, "live": "off"
+            },
+        }
+    )  # fmt: skip
+
+
+def resources_of(run: Run, config: Config) -> Resources:
+    """The run's parts with another source, and what that source needs beside them."""
+    from vdr_cli.engine.reference import build_reference
+    from vdr_cli.training.answers import answers_of
+    from vdr_cli.training.opening import open_source
+    from vdr_cli.training.watched_rollout import WatchedRollout
+
+    res = run.resources
+    rollout = res.rollout
+    if not config.needs_ensemble and isinstance(rollout, WatchedRollout):
+        rollout = rollout.rollout
+    return replace(
+        res,
+        config=config,
+        source=open_source(config),
+        rollout=rollout,
+        ensemble=res.ensemble if config.needs_ensemble else None,
+        answers=answers_of(config, res.rewards),
+        reference=build_reference(config, res.engine),
+    )
+
+
+def one_step(res: Resources, state: Any, memory: Any) -> tuple[float, float]:
+    """(seconds, CPU seconds) of a step."""
+    from vdr_cli import train
+
+    state.memory = memory
+
+    def step() -> None:
+        batch, advantages = train.collect(res, state)
+        train.update(res, state, batch, advantages)
+
+    spent = seconds_of(step)
+    state.end_step(1, tokens=0)
+    return spent
+
+
+def measured(rounds: int) -> dict[str, dict[str, float]]:
+    """Of each source: seconds and CPU seconds of a step, and their ratios to plain GRPO."""
+    import bench_step
+
+    from vdr_cli.exploration.sources import SOURCES
+    from vdr_cli.training.opening import open_run
+
+    names = [PLAIN, *SOURCES]
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, prompts = bench_step.make_inputs("qwen2", folder)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+        (folder / "reward.py").write_text(bench_step.REWARD)
+        configs = {name: config_of(folder, model, name, (rounds + 1) * len(names)) for name in names}
+        with open_run(configs["disagreement"], None) as run:
+            parts = {name: resources_of(run, config) for name, config in configs.items()}
+            memories = {name: s.memory(configs[name]) if (s := parts[name].source) else None for name in names}
+            for turn in range(rounds + 1):
+                for name in names:
+                    took = one_step(parts[name], run.state, memories[name])
+                    print(f"round {turn} {name:14} {took[0]:6.2f} s, CPU {took[1]:6.2f} s", flush=True)
+                    if turn:
+                        spent[name].append(took)
+    return {name: summary(spent[name], spent[PLAIN]) for name in names}
+
+
+def summary(own: list[tuple[float, float]], plain: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians over the rounds."""
+    ratios = [(a[0] / b[0], a[1] / b[1]) for a, b in zip(own, plain, strict=True)]
+    columns = {"step": [a[0] for a in own], "step_cpu": [a[1] for a in own]}
+    columns |= {"ratio": [a[0] for a in ratios], "ratio_cpu": [a[1] for a in ratios]}
+    return {name: statistics.median(values) for name, values in columns.items()}
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    found = measured(arguments.rounds)
+    for name, each in found.items():
+        wall, cpu = (f"{each[f'step{kind}']:8.2f} s {each[f'ratio{kind}']:8.3f}" for kind in ("", "_cpu"))
+        print(f"{name:14} {wall}   CPU {cpu}")
+    write_results(arguments.json, {"sources": found})
+
+
+if __name__ == "__main__":
+    main()
