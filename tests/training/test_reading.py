@@ -13,7 +13,9 @@ from vdr_cli.config import Config
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine.engine import Engine
+from vdr_cli.exploration.sources import SOURCES
 from vdr_cli.training import reading
+from vdr_cli.training.state import LoopState
 from vdr_cli.training.timing import PhaseTimer
 
 
@@ -58,3 +60,37 @@ def test_members_are_the_steps(mode: str, positions: str, step: int, shown: int)
     (request,) = requests
     assert (request.step, request.positions, request.shown_rows) == (step, positions, shown)
     assert request.group_size == 2 and tuple(request.measures) == ("rmi",)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "known"),
+    [
+        ({}, True),
+        ({"temperature": 0.5}, True),
+        ({"top_k": 5}, False),
+        ({"top_p": 0.9}, False),
+        ({"min_p": 0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"members": True}, False),
+        ({"ahead": 1, "backend": "vllm"}, False),
+    ],
+    ids=str,
+)
+def test_the_samplers_log_probabilities_serve_where_they_are_the_policys(rollout: dict[str, Any], known: bool) -> None:
+    res = resources(rollout={"group_size": 2, **rollout}, bonus={"source": "surprisal"})
+    res.source, completions = SOURCES["surprisal"], batch_of([0, 1], 2).completions
+    assert reading.sampled_under_policy(res, completions) is known
+    assert reading.needs_policy(res, completions) is not known
+    completions.sampler_logps[0, 0] = float("nan")  # a server that did not say
+    assert reading.needs_policy(res, completions)
+
+
+def test_nothing_is_read_that_the_source_does_not_ask_for() -> None:
+    batch, policy = batch_of([0, 1, 2, 3], 2), reading.PolicyLogps()
+    for name, expected in (("surprisal", {"log_probs"}), ("noise", {"uniforms"}), (None, set())):
+        res = resources(bonus={"source": name or "none"})
+        res.source = SOURCES[name] if name else None
+        found = reading.read_for_bonus(res, LoopState(), None, batch, policy)
+        assert set(found) == expected
+    assert not reading.needs_policy(res, batch.completions)
+    assert reading.needs_policy(SimpleNamespace(source=SOURCES["entropy"]), batch.completions)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from vdr_cli.engine.engine import StepResult
 from vdr_cli.grpo.losses import Totals
 from vdr_cli.training import record
 from vdr_cli.training.batch import Advantages, Updates
-from vdr_cli.training.completion_table import completion_columns
+from vdr_cli.training.completion_table import completion_columns, shown_group
 from vdr_cli.training.opening import open_source
 from vdr_cli.training.timing import PhaseTimer
 
@@ -79,3 +79,17 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert "clip_ratio/high_max" not in found
+
+
+@pytest.mark.parametrize(("source", "shown"), [("disagreement", False), ("surprisal", True), ("none", True)])
+def test_a_group_is_shown_unless_its_tokens_are_still_to_be_measured(source: str, shown: bool) -> None:
+    """A source that measures no tokens has nothing to wait for."""
+    res = resources(bonus={"source": source})
+    res.tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    batch = batch_of([0, 1], 2)
+    zeros = torch.zeros(2)
+    advantages = Advantages(torch.zeros(2, 2), batch.completions.completion_mask, zeros, zeros, zeros)
+    samples = shown_group(res, batch, advantages)
+    assert (samples is not None) is shown
+    if samples is not None:
+        assert [list(sample.disagreement) for sample in samples] == [[0.0], [0.0, 0.0]]

@@ -46,13 +46,14 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
     None where it was not measured token by token and an earlier group that was is still shown.
     """
     per_completion, measured = advantages.per_completion, res.shown_measure()
-    if per_completion is not None and measured is None and res.config.observe.completions_every:
+    measures = res.config.needs_ensemble
+    if measures and measured is None and res.config.observe.completions_every:
         return None
     samples = []
     for row in range(min(res.config.rollout.group_size, SHOWN_COMPLETIONS)):
         ids = batch.completions.completion_ids[row, batch.completions.completion_mask[row]].tolist()
         heat = measured[row, : len(ids)].tolist() if measured is not None else [0.0] * len(ids)
-        if measured is None and per_completion is not None and ids:
+        if measures and measured is None and per_completion is not None and ids:
             heat[-1] = float(per_completion[row])  # end_of_sequence: the position that predicts the last token
         prompt = batch.prompts[row].value
         samples.append(

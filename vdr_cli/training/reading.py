@@ -39,11 +39,15 @@ def needs_policy(res: Resources, completions: Completions) -> bool:
 
 
 def sampled_under_policy(res: Resources, completions: Completions) -> bool:
-    """True when the sampler's log-probabilities are the policy's own: newest weights, no filter. Collective."""
+    """True when the sampler's log-probabilities are the policy's own: its newest weights, no filter, no member.
+
+    Collective.
+    """
     cfg = res.config.rollout
     filtered = cfg.top_k or cfg.top_p < 1.0 or cfg.min_p or cfg.repetition_penalty != 1.0
     unknown = float(completions.sampler_logps.isnan().any())
-    return collectives.all_reduce_max([unknown])[0] == 0 and not filtered and not cfg.ahead
+    other = filtered or cfg.ahead or cfg.members
+    return collectives.all_reduce_max([unknown])[0] == 0 and not other
 
 
 def read_for_bonus(
