@@ -45,6 +45,7 @@ RUN_CHARTS = (
     ("Disagreement", ("disagreement/mean",), "nats"),
     ("Bonus source", ("bonus/mean",), "mean"),
     ("Groups whose rewards are all equal", ("frac_reward_zero_std",), "share"),
+    ("Different completions per group", ("completions/distinct",), "completions"),
     ("Completion length", ("completions/mean_length",), "tokens"),
     ("Truncated completions", ("completions/clipped_ratio",), "share"),
     ("Entropy", ("entropy",), "nats"),
