@@ -317,8 +317,8 @@ def step_moments(values: Tensor) -> grpo_advantages.Moments:
 def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: Advantages) -> Updates:
     """Optimizer steps on one rollout: num_iterations passes over its minibatches, a step each. Collective.
 
-    The ratio's denominator is the policy that sampled: `old_logps` is read before the first update. With one minibatch
-    the first pass, whose ratio is 1, reads it.
+    The ratio's denominator is the policy before the first of them. With one minibatch the first pass, whose ratio is 1,
+    reads it; with several it was read beforehand.
     """
     cfg, engine = res.config, res.engine
     settings = LossSettings(**cfg.loss_settings)

@@ -16,8 +16,8 @@ from vdr_cli.training.resources import Resources
 def rows_of_minibatches(first: int, groups: int, minibatches: int, group_size: int) -> list[Tensor]:
     """The rows of this rank in each minibatch, (b,) int64 in ascending order; `first` groups are on lower ranks.
 
-    Group g of the step, counted over all ranks, belongs to minibatch g mod `minibatches`. Groups stay whole, as verl
-    keeps them, so that a minibatch holds complete comparisons. The same groups form a minibatch on any number of ranks,
+    Group g of the step, counted over all ranks, belongs to minibatch g mod `minibatches`. Groups stay whole, so that a
+    minibatch holds complete comparisons. The same groups form a minibatch on any number of ranks,
     and every rank has its share of each.
     """
     number = first + torch.arange(groups)
