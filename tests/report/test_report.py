@@ -8,7 +8,7 @@ import pytest
 
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.report import data as report_data
-from vdr_cli.report import page as report
+from vdr_cli.report import score_page
 from vdr_cli.report.data import load_run, over_seeds, pieces, run_groups
 from vdr_cli.report.page import write_pictures, write_report
 
@@ -190,7 +190,7 @@ def test_scores_in_other_formats(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_nested_quality_has_its_curve() -> None:
-    chart = report._risk_chart({"doc": [{"score": 3.0}, {"score": 1.0}], "nll_mean": [0.1, 0.9]}, "doc.score")
+    chart = score_page._risk_chart({"doc": [{"score": 3.0}, {"score": 1.0}], "nll_mean": [0.1, 0.9]}, "doc.score")
     assert chart.y_label == "mean of -doc.score"
     assert list(chart.series[0].y) == [-3.0, -2.0]
 

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from vdr_cli.cli.score import interval_cell
 from vdr_cli.errors import DataError
-from vdr_cli.report import page as report
+from vdr_cli.report import score_page
 from vdr_cli.scoring.ranking import Ranking, check_labels, rank_columns, save_ranking
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
@@ -110,7 +110,7 @@ def test_one_group_says_nothing_of_its_spread(tmp_path: Path) -> None:
     assert np.isnan([row["auroc_low"], row["auroc_high"]]).all()
     assert interval_cell(row, "auroc") == f"{row['auroc']:.3f}"
     saved = json.loads(Path(path + ".ranking.json").read_text())[0]
-    assert report._interval(saved, "auroc") == f"{row['auroc']:.3f}"
+    assert score_page._interval(saved, "auroc") == f"{row['auroc']:.3f}"
 
 
 def test_true_and_false_are_labels(tmp_path: Path) -> None:
