@@ -15,7 +15,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.stats.paired import holm, mean_over_seeds
 from vdr_cli.study.analysis import analysed, curves, verdict_of
 from vdr_cli.study.curves import learning_curve, read_runs, shown_metrics
-from vdr_cli.study.page import rebuild, write_results
+from vdr_cli.study.page import html, rebuild, write_results
 from vdr_cli.study.plan import Task
 from vdr_cli.study.record import read_record, record_of
 
@@ -29,6 +29,9 @@ def test_arms_that_differ_are_told_from_arms_that_do_not(make_study: Make) -> No
     found = {arm: row.difference.verdict for arm, row in rows.items() if row.difference}
     assert found == {"disagreement": "equivalent", "pass_at_k": "better", "bald_per_token": "worse"}
     assert rows["grpo"].difference is None and rows["grpo"].n == 20
+    page = html(record_of(study, directory), {"starter": {"pass@64": rows}}, [])
+    places = [page.index(f">{arm}</text>") for arm in ("pass_at_k", "disagreement", "bald_per_token")]
+    assert places == sorted(places), "the best comes first"
 
 
 def test_differences_are_paired_and_corrected(make_study: Make) -> None:

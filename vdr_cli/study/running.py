@@ -7,6 +7,7 @@ alone; one that is killed leaves checkpoints, from which the next call goes on.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -75,7 +76,7 @@ class Runner:
         self.study, self.directory, self.watcher = study, directory, watcher
         self.jobs = [Job(task) for task in tasks]
         self.slots: list[Job | None] = [None] * slots
-        self.looked = 0.0
+        self.looked = -math.inf
 
     def run(self) -> int:
         """Run everything that is missing. 0; 1 when a task is not done at the end; 130 or 143 after a signal."""
