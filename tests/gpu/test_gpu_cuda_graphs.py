@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from gpu_reference import logits_by_hand, logp_error, model_on
 from torch import Tensor, nn
 
+from vdr_cli.disagreement.acting import by_position
+from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.rollout import static_cache
 from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import CudaGraphs, TransformersRollout
@@ -17,11 +20,14 @@ from vdr_cli.samples import Completions, Sampling
 PROMPTS, KEYS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]], [101, 202, 303]
 
 
-def sampled(model: nn.Module, graphs: CudaGraphs, new_tokens: int = 40, watcher: Seen | None = None) -> Completions:
+def sampled(
+    model: nn.Module, graphs: CudaGraphs, new_tokens: int = 40, watcher: Seen | None = None, acting: Any = None
+) -> Completions:
     rollout = TransformersRollout(0, [3, 4], cuda_graphs=graphs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a capture that fails warns
-        return rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(new_tokens), KEYS, watcher=watcher))
+        request = RolloutRequest(PROMPTS, 6, Sampling(new_tokens), KEYS, watcher=watcher, acting=acting)
+        return rollout.generate(model, request)
 
 
 class Seen:
@@ -65,6 +71,15 @@ def test_log_probabilities_are_the_models(device: torch.device, dtype: torch.dty
     exact = logits.log_softmax(-1).gather(-1, drawn.completion_ids[..., None])[..., 0]
     error = (exact - drawn.sampler_logps)[drawn.completion_mask].abs().max()
     assert error < 2 * logp_error(dtype, logits)
+
+
+def test_members_act_in_replayed_steps(device: torch.device) -> None:
+    """Rows leave: the members of those that stay are those of the graph that is captured then."""
+    model, block = model_on(device), by_position(EnsembleSpec(members=3, dropout=0.3), 0, [4, 5, 6])
+    growing, static = sampled(model, "off", acting=block), sampled(model, "on", acting=block)
+    assert torch.equal(static.completion_ids, growing.completion_ids)
+    torch.testing.assert_close(static.sampler_logps, growing.sampler_logps, rtol=0, atol=1e-4)
+    assert not torch.equal(sampled(model, "on").completion_ids, static.completion_ids)
 
 
 def test_a_watched_layer_is_seen_in_replayed_steps(device: torch.device) -> None:
