@@ -31,8 +31,13 @@ def test_a_rollout_of_several_updates_is_sampled_once() -> None:
 def test_minibatches_are_optimizer_steps() -> None:
     plan = lines(1, "train.steps=12", "grpo.num_iterations=2", "grpo.minibatches=3", "train.prompts_per_step=6",
                  "rollout.group_size=4", "train.micro_batch_size=4")  # fmt: skip
-    assert plan["steps"] == "12 from 2 rollouts"
+    assert plan["steps"] == "12 from 2 rollouts, 3 minibatches of 2 groups each"
     assert plan["micro-batches"].startswith("2 per process and step")
+
+
+def test_processes_with_fewer_groups_than_minibatches_are_told_to_idle() -> None:
+    few = ("grpo.minibatches=4", "train.prompts_per_step=8", "train.steps=8")
+    assert "idles" in lines(4, *few)["steps"] and "idles" not in lines(2, *few)["steps"]
 
 
 def test_groups_are_shared_out_unequally() -> None:

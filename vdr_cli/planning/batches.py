@@ -18,7 +18,7 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
     rollouts = config.train.steps // config.grpo.updates_per_rollout
     lines = [
         ("processes", str(processes)),
-        ("steps", f"{config.train.steps:,} from {rollouts:,} rollouts"),
+        ("steps", f"{config.train.steps:,} from {rollouts:,} rollouts{_minibatches(config, few)}"),
         ("groups per rollout", f"{groups}, {few if few == many else f'{few} or {many}'} on a process"),
         ("completions per rollout", f"{completions} = {groups} groups x {group}"),
         (
@@ -38,6 +38,15 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
             6, ("resampling", f"up to {config.grpo.resample_groups} extra rollouts per step, not counted above")
         )
     return lines
+
+
+def _minibatches(config: Config, groups: int) -> str:
+    """groups: the fewest that a process holds."""
+    parts = config.grpo.minibatches
+    if parts == 1:
+        return ""
+    idle = "" if groups >= parts else "; a process without a group of a minibatch idles through its step"
+    return f", {parts} minibatches of {config.train.prompts_per_step // parts} groups each{idle}"
 
 
 def bonus_line(config: Config) -> str:
