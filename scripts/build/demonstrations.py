@@ -187,8 +187,9 @@ def route_with_mistakes(rng: random.Random, right: float) -> tuple[str, str]:
 
 def _route(rng: random.Random, right: float, detour: float) -> tuple[str, str]:
     problem = _renamed(rng)
+    is_right = rng.random() < right
     completion = _preferred(rng, problem, detour)
-    if rng.random() >= right:
+    if not is_right:
         completion = _mistaken(rng, completion)
     return routes.prompt(rng.sample(problem.streets, len(problem.streets)), problem.start, problem.goal), completion
 
