@@ -157,7 +157,7 @@ def test_the_study_can_answer_its_question(tmp_path: Path, capsys: pytest.Captur
     assert "start with vdr study mine.yaml" in capsys.readouterr().out
     assert app.run(["study", "mine.yaml", "--dry-run"]) == 0
     said = capsys.readouterr()
-    assert said.err == "" and "detectable difference  0.91" in said.out
-    assert sum(line.startswith("starter/") for line in said.out.splitlines()) == 12 * 20
+    assert said.err == "" and "detectable difference  0.94" in said.out
+    assert sum(line.startswith("starter/") for line in said.out.splitlines()) == 15 * 20
     assert not (tmp_path / "studies").exists()
     assert all(len(line) <= 120 for line in recipes.recipe_text("study").splitlines())

@@ -172,7 +172,7 @@ def warnings(study: Study) -> list[str]:
     many = "comparison" if study.comparisons == 1 else "comparisons"
     return [
         f"seeds: with {seeds} seeds and {study.comparisons} {many}, a difference is found with probability 0.8 only if "
-        f"it is {found:.1f} times the standard deviation of a seed's difference; {needed} seeds find one of 1.0"
+        f"it is {found:.2f} times the standard deviation of a seed's difference; {needed} seeds find one of 1.0"
     ]
 
 
