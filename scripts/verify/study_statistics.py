@@ -42,7 +42,7 @@ RESAMPLES = 500
 
 @dataclass(frozen=True)
 class World:
-    """Where studies are drawn from. Numbers are standard deviations of log-odds."""
+    """A population of studies. Numbers are standard deviations of log-odds."""
 
     effect: float = 0.0
     """Mean effect of the arm."""
@@ -99,7 +99,7 @@ def differences(world: World, shape: tuple[int, int], generator: np.random.Gener
 
 
 def students(table: Array, seed: int) -> tuple[float, float]:
-    """What a study reports: Student's, from the variance components of seeds and problems."""
+    """The interval of a study: Student's, from the variance components of seeds and problems."""
     return mean_over_seeds_and_prompts(table).interval()
 
 

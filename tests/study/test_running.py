@@ -255,7 +255,7 @@ def test_a_directory_belongs_to_one_study(machine: Any, tmp_path: Path) -> None:
 
 
 def test_a_study_goes_on_with_a_version_that_has_more_keys(machine: Any) -> None:
-    """What the earlier version did not know has its default: neither the study nor its evaluations are other ones."""
+    """Keys that the earlier version did not know have their defaults: study and evaluations stay the same."""
     runner, made = machine()
     assert runner.run() == 0
     path = made.directory.path / "study.yaml"

@@ -1,4 +1,4 @@
-"""What `vdr study` shows while it runs."""
+"""The display of `vdr study`."""
 
 from __future__ import annotations
 

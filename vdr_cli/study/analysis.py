@@ -1,4 +1,4 @@
-"""From what the runs left to what follows: means, paired differences to the control, tests, verdicts. Pure.
+"""Means, paired differences to the control, tests and verdicts, from the counts of the runs. Pure.
 
 The endpoint alone is tested. Holm's correction counts every rival on every bed: where no arm differs from the control,
 the whole study names one with probability 5 % at most. Other numbers come with intervals.

@@ -33,7 +33,7 @@ LATER = ("output", "seeds", "arms", "secondary", "equivalence")
 
 
 class StudyDirectory:
-    """Where everything of a study lies."""
+    """The paths of a study."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -15,7 +15,7 @@ from vdr_cli.system.text import visible
 
 ROW, LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 8, 48
 LINE, JITTER = 36, 7
-"""Where in a row its interval is, and how far the points of single seeds lie from it."""
+"""Height of the interval within its row, and the distance of the seeds' points from it."""
 KINDS = {"better": "better", "worse": "worse", "equivalent": "same"}
 """First word of a verdict to its style; others are plain."""
 
@@ -102,7 +102,7 @@ def _axis(x: Callable[[float], float], low: float, high: float, label: str, bott
 
 
 def _span(rows: Sequence[RangeRow], line: float | None, bound: float) -> tuple[float, float]:
-    """What the axis covers: every number, the line and its zone, with a margin."""
+    """Range of the axis: every number, the line and its zone, with a margin."""
     edges = [value for row in rows for value in (row.value, row.low, row.high, *row.points) if math.isfinite(value)]
     if line is not None:
         edges += [line - bound, line + bound]

@@ -34,7 +34,7 @@ LOWER_IS_BETTER = ("first_success",)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run left. The arrays have one value per prompt, (P,)."""
+    """Counts of one run's completions. The arrays have one value per prompt, (P,)."""
 
     samples: int
     """Completions per prompt."""

@@ -1,4 +1,4 @@
-"""How a study's processes are started: the command, its share of the machine, its lock."""
+"""Starts a study's processes: the command, its share of the machine, its lock."""
 
 from __future__ import annotations
 

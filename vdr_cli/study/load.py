@@ -205,7 +205,7 @@ def _check_names(names: Iterable[str], section: str, where: Any) -> None:
 
 
 def _check_owned(study: Study, where: Any) -> None:
-    """What the study sets for each run is not for an arm to change."""
+    """Refuse settings that the study gives to each run itself."""
     file = study.file
     trees: dict[KeyPath, Settings] = {("base",): file.base}
     trees |= {("beds", bed): settings for bed, settings in file.beds.items()}

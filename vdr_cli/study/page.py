@@ -1,4 +1,4 @@
-"""study.html and study.md: what a study found, for a reader who has not read the documentation.
+"""study.html and study.md: a study's findings, for a reader who has not read the documentation.
 
 Both follow from study.json and the runs' metrics alone. The page forbids itself every request; all text is escaped.
 """

@@ -1,4 +1,4 @@
-"""What a study has to run, in order, and where each part lies. Pure."""
+"""The parts of a study in the order in which they run, and their directories. Pure."""
 
 from __future__ import annotations
 

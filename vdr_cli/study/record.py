@@ -1,4 +1,4 @@
-"""study.json: the study, what every run left, and what follows from it. Everything but the curves comes from this file.
+"""study.json: the study, the counts of every run, and the results. Everything but the curves comes from this file.
 
 Times are not in it: they are read from the runs' metrics, so two executions of a study have the same study.json.
 """
@@ -50,7 +50,7 @@ class RunRecord:
 
     @property
     def task(self) -> Task:
-        """Where its directory lies."""
+        """Its place among the study's directories."""
         return Task(self.bed, self.arm, self.seed)
 
     @property
@@ -62,7 +62,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A study and what its runs left."""
+    """A study and the counts of its runs."""
 
     title: str
     study: Study
@@ -74,7 +74,7 @@ class Record:
     """A trial: bed, arm, trial, the mean endpoint over its seeds, and whether it was taken."""
 
     def start(self, bed: str) -> Measured | None:
-        """What the bed's starting model solves; None where it has not been measured."""
+        """Counts of the bed's starting model; None where it has not been measured."""
         return next((run.measured for run in self.starts if run.bed == bed), None)
 
     def of(self, bed: str, arm: str) -> dict[int, RunRecord]:
@@ -83,7 +83,7 @@ class Record:
 
 
 def record_of(study: Study, directory: StudyDirectory) -> Record:
-    """What the directory holds of the study so far. Raises DataError when runs were measured on other prompts."""
+    """The runs that the directory holds so far. Raises DataError when runs were measured on other prompts."""
     rows: dict[str, list[int]] = {}
     starts: list[RunRecord] = []
     runs: list[RunRecord] = []

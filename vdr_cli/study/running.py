@@ -1,4 +1,4 @@
-"""Runs what a study lacks, several processes at a time. What is done is read from the disk, never remembered.
+"""Runs the missing parts of a study, several processes at a time. Progress is read from the disk, never remembered.
 
 A task is done when its run has finished and its last checkpoint is evaluated. A process that fails costs its task
 alone; one that is killed leaves checkpoints, from which the next call goes on.
@@ -48,7 +48,7 @@ class Job:
     task: Task
     phase: Phase = "waiting"
     reason: str = ""
-    """Why it failed, or what it waits for."""
+    """Reason for a failure, or for waiting."""
     slot: int = -1
     lock: int = -1
     process: launching.Process | None = None
@@ -217,7 +217,7 @@ class Runner:
         return {bed: self.study.bed_config(bed) for bed in self.study.beds}
 
     def request(self, task: Task) -> dict[str, Any]:
-        """What measure.py is asked."""
+        """The request to measure.py."""
         asked, bed = self.study.file.evaluation, self.beds[task.bed]
         return {
             "model": bed.model.name if task.is_start else str(self.directory.run(task).absolute()),

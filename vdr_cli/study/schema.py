@@ -18,7 +18,7 @@ MOST_K = 256
 
 
 class Budget(Section):
-    """What ends every run: exactly one of the three."""
+    """The end of every run: exactly one of the three."""
 
     steps: Positive | None = None
     """Optimizer steps."""
@@ -35,7 +35,7 @@ class Budget(Section):
 
 
 class Evaluation(Section):
-    """How the last checkpoint of every run is measured."""
+    """The measurement of every run's last checkpoint."""
 
     prompts: Positive | None = 256
     """The first this many held-out prompts; None: all."""
@@ -73,7 +73,7 @@ class StudyFile(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)] = list(range(20))
     """A list, or how many: 20 is 0 to 19. Every arm runs with every seed: same prompts, same random numbers."""
     budget: Budget
-    """What ends every run."""
+    """The end of every run."""
     tuning: Tuning | None = None
     """None: every arm runs with the settings given."""
     endpoint: str = "pass@64"
@@ -83,7 +83,7 @@ class StudyFile(Section):
     equivalence: Annotated[float, Field(gt=0)] = 0.02
     """Differences of the endpoint below this do not matter: an arm whose 90 % interval lies within is equivalent."""
     evaluation: Evaluation = Evaluation()
-    """How the last checkpoint of every run is measured."""
+    """The measurement of every run's last checkpoint."""
 
     @field_validator("seeds", mode="before")
     @classmethod

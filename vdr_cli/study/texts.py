@@ -1,4 +1,4 @@
-"""What a study found, in words and tables: the parts that study.md and study.html share. Pure."""
+"""A study's findings in words and tables, which study.md and study.html share. Pure."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def tuning_table(record: Record) -> Table:
 
 
 def arms_table(record: Record) -> Table:
-    """What each arm changes."""
+    """The settings that each arm changes."""
     return Table(["arm", "settings"], [[arm, settings_text(record.study.file.arms[arm])] for arm in record.study.arms])
 
 
@@ -190,7 +190,7 @@ def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def method_lines(record: Record) -> list[str]:
-    """How to read the numbers."""
+    """Notes for readers of the numbers."""
     file, study = record.study.file, record.study
     found = detectable_deviations(len(file.seeds), study.comparisons)
     tail = (

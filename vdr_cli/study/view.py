@@ -1,4 +1,4 @@
-"""What `vdr study` shows while it runs: a live table on a terminal, a line for each task that ends elsewhere."""
+"""The display of `vdr study`: a live table on a terminal, elsewhere a line for each task that ends."""
 
 from __future__ import annotations
 
