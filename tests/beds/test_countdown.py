@@ -177,6 +177,14 @@ def test_known_classes_are_those_of_the_answers(count):
         assert len(known) >= countdown.LEAST_CLASSES[count]
 
 
+@pytest.mark.parametrize("numbers", [(3, 5, 7), (1, 1, 2, 3), (2, 3, 5, 7)])
+def test_classes_are_enumerated_without_their_expressions(numbers):
+    found = {}
+    for expression in countdown.expressions(numbers):
+        found.setdefault(evaluate(expression)[1], set()).add(canonical(expression))
+    assert countdown.classes(numbers) == found
+
+
 def test_every_reachable_target_is_posed():
     for numbers in [(1, 1, 1), (3, 5, 7), (9, 9, 9)]:
         values = {evaluate(expression)[1] for expression in countdown.expressions(numbers)}
