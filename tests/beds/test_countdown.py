@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -219,3 +221,11 @@ def test_rows_are_the_same_everywhere():
 def test_unknown_split():
     with pytest.raises(KeyError):
         countdown.rows(3, "validation")
+
+
+def test_the_examples_of_the_docs_are_solutions():
+    page = (Path(__file__).parents[2] / "docs" / "beds.md").read_text(encoding="utf-8")
+    examples = re.findall(r"`([\d ]+)=(\d+):` `([\d+*-]+)`", page)
+    assert len(examples) == 2
+    for numbers, target, expression in examples:
+        assert is_solution(expression, [int(number) for number in numbers.split()], int(target))
