@@ -30,6 +30,9 @@ EVALUATIONS = 2
 """Evaluations in a row below the best one's pass@k. The upper ends of their 95 % intervals must be below it, and all
 evaluations draw the same prompts and random numbers, so noise alone hardly does this twice."""
 
+WORSE = 0.5
+"""Share of the start's reward or pass@1 below which the policy has become worse, rather than narrower."""
+
 PASS_AT = re.compile(r"eval/pass@(\d+)$")
 
 
@@ -42,6 +45,8 @@ class Cures:
     solved: str
     distinct: str
     coverage: str
+    worse: str
+    """The policy solves less than at the start: it is not exploration that it lacks."""
 
     @classmethod
     def of(cls, config: Config) -> Cures:
@@ -62,6 +67,8 @@ class Cures:
             solved=f"take harder prompts{resample}",
             distinct=f"{varied}, or set grpo.entropy_target" if grpo.entropy_target is None else varied,
             coverage=varied,
+            worse="lower train.learning_rate"
+            + ("" if grpo.beta else ", or set grpo.beta, which holds it near its start"),
         )
 
 
@@ -76,6 +83,8 @@ class CollapseWatch:
     _newest: dict[str, deque[float]] = field(default_factory=dict)
     _best: dict[int, float] = field(default_factory=dict)
     """Highest held-out pass@k so far, by k."""
+    _first: float | None = None
+    """Held-out pass@1 of the first evaluation."""
     _below: int = 0
     """Evaluations in a row that are below the best."""
     _warned: set[str] = field(default_factory=set)
@@ -121,8 +130,12 @@ class CollapseWatch:
         share = self._now("frac_reward_zero_std")
         if not share > NO_SIGNAL:
             return None
-        solved = self._now("reward") >= self.solved_at / 2
-        what, cure = ("solved", self.cures.solved) if solved else ("not solved", self.cures.unsolved)
+        reward, start = self._now("reward"), self._at_start("reward")
+        what, cure = (
+            ("solved", self.cures.solved) if reward >= self.solved_at / 2 else ("not solved", self.cures.unsolved)
+        )
+        if reward < WORSE * start:
+            cure = f"the mean reward was {start:.3g} at the start and is {reward:.3g}: {self.cures.worse}"
         return (
             f"{share:.0%} of the groups gave no signal over the last {WINDOW} rollouts: all their rewards are equal, "
             f"most of them {what}; {cure}"
@@ -143,15 +156,19 @@ class CollapseWatch:
         k = max(ks, default=1)
         if k == 1:
             return None
-        value = metrics[f"eval/pass@{k}"]
+        value, once = metrics[f"eval/pass@{k}"], metrics.get("eval/pass@1", math.nan)
+        self._first = once if self._first is None else self._first
         best = self._best.get(k, -math.inf)
         self._best[k] = max(best, value)
         self._below = self._below + 1 if metrics.get(f"eval/pass@{k}_high", value) < best else 0
         if self._below < EVALUATIONS:
             return None
+        cure = self.cures.coverage
+        if once < WORSE * self._first:
+            cure = f"pass@1 has fallen as well, from {self._first:.3f} to {once:.3f}: {self.cures.worse}"
         return (
             f"held-out pass@{k} has fallen from {best:.3f} to {value:.3f}: the policy solves fewer problems in {k} "
-            f"tries than it did; {self.cures.coverage}"
+            f"tries than it did; {cure}"
         )
 
 
