@@ -98,9 +98,11 @@ def test_a_schedule_needs_steps_to_go_by(written: Any) -> None:
     path = written("default: {}", "default: {train.lr_schedule: linear}")
     path.write_text(path.read_text().replace("{steps: 40}", "{seconds: 60}"))
     assert "arms.default: train.lr_schedule goes by steps, and the budget is not in steps" in refused(path)
-    path.write_text(path.read_text().replace("base:", "base:\n  train.steps: 500"))
+    path.write_text(path.read_text().replace("train.lr_schedule: linear", "grpo.num_iterations: 3"))
+    assert load_study(path).config("starter", "default", 0).train.steps % 3 == 0
+    path.write_text(path.read_text().replace("base:", "base:\n  train.steps: 501"))
     train = load_study(path).config("starter", "default", 0).train
-    assert (train.steps, train.max_seconds, train.max_sampled_tokens) == (500, 60.0, None)
+    assert (train.steps, train.max_seconds, train.max_sampled_tokens) == (501, 60.0, None)
 
 
 def test_a_runs_settings_come_from_base_bed_arm_trial_and_study(written: Any) -> None:

@@ -34,8 +34,9 @@ OWNED = {
 """Settings that the study gives to each run itself, and the key that they follow from."""
 UNDER_BASE: Tree = {"observe": {"tensorboard": False, "report": False}, "train": {"keep_last": 1}}
 """Defaults of a study's runs: there are hundreds of them on one disk."""
-MOST_STEPS = 1_000_000
-"""train.steps under a budget of seconds or tokens, where only the budget ends a run."""
+MOST_STEPS = 720_720
+"""train.steps under a budget of seconds or tokens, where only the budget ends a run: a multiple of every number of
+updates per rollout up to 16."""
 
 
 @dataclass(frozen=True)
