@@ -96,9 +96,15 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
             timeout=request.rewards.timeout,
             name=name,
             ensemble=ensemble,
+            entropy_sums=None if request.entropy else _no_entropy_sums,
         )
         results.append(replace(result, per_prompt=_text_measures(result, request)))
     return results
+
+
+def _no_entropy_sums(completions: Completions | None) -> NDArray[np.float64]:
+    """(B,) NaN in the place of each completion's entropy."""
+    return np.full(0 if completions is None else len(completions), np.nan)
 
 
 def _members(request: EvalRequest) -> EnsembleSpec | None:

@@ -26,6 +26,8 @@ class EvalRequest:
     prompts: int | None = None
     """The first this many prompts; None: all."""
     seed: int = 0
+    entropy: bool = True
+    """Measure token entropies, a quarter of the work for a small model; False: they are NaN."""
     diversity: bool = False
     """Also distinct-1, distinct-2 and self-BLEU of each prompt's completions."""
     reference: str | None = None

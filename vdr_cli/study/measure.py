@@ -61,6 +61,7 @@ def measure(request: Mapping[str, Any]) -> None:
             ks=(1,),
             prompts=request["prompts"],
             seed=request["seed"],
+            entropy=False,
         )
     )
     record = {"request": fingerprint(request), **counts_of(result)}
