@@ -54,18 +54,23 @@ def resources_of(run: Run, config: Config) -> Resources:
     """The run's parts with another source, and what that source needs beside them."""
     from vdr_cli.engine.reference import build_reference
     from vdr_cli.training.answers import answers_of
+    from vdr_cli.training.end_states import EndStateKeeper
     from vdr_cli.training.opening import open_source
     from vdr_cli.training.watched_rollout import WatchedRollout
 
     res = run.resources
-    rollout = res.rollout
+    rollout, keeper = res.rollout, None
     if not config.needs_ensemble and isinstance(rollout, WatchedRollout):
         rollout = rollout.rollout
+    if config.bonus_source == "value_heads":
+        keeper = EndStateKeeper()
+        rollout = WatchedRollout(rollout, keeper)
     return replace(
         res,
         config=config,
         source=open_source(config),
         rollout=rollout,
+        end_states=keeper,
         ensemble=res.ensemble if config.needs_ensemble else None,
         answers=answers_of(config, res.rewards),
         reference=build_reference(config, res.engine),

@@ -52,6 +52,7 @@ from vdr_cli.training import audit_record
 from vdr_cli.training.answers import Answers, answers_of
 from vdr_cli.training.checkpointer import Checkpointer, new_state
 from vdr_cli.training.closing import closing_lines
+from vdr_cli.training.end_states import EndStateKeeper
 from vdr_cli.training.live import LiveView
 from vdr_cli.training.metrics import MetricsWriter
 from vdr_cli.training.resources import Resources
@@ -223,7 +224,10 @@ def _load(
     layered = ServedLayers(engine) if engine.by_layers else None
     opened = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main(), layered)
     rollout: Rollout = stack.enter_context(opened)
-    reader = None
+    reader = keeper = None
+    if inputs.source and "states" in inputs.source.needs and not config.rollout.members:
+        keeper = EndStateKeeper()
+        rollout = WatchedRollout(rollout, keeper)
     if members is not None:
         reader = EnsembleReader(members, engine.whole_layers if engine.by_layers else None)
         rollout = WatchedRollout(rollout, reader)
@@ -235,6 +239,7 @@ def _load(
         rollout=rollout,
         sampling=sampling_of(config),
         ensemble=reader,
+        end_states=keeper,
         acting=spec if config.rollout.members else None,
         reference=build_reference(config, engine),
     )

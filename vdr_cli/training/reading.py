@@ -101,7 +101,9 @@ def read_value_heads(res: Resources, state: LoopState, model: Any, batch: Reward
     cfg, own, heads = res.config, res.config.bonus.value_heads, state.memory
     assert isinstance(heads, Heads)
     with res.timer.phase("bonus"):
-        states = res.engine.read_states(model, batch.completions, cfg.train.micro_batch_size, end_state)
+        states = res.end_states.of(batch.completions) if res.end_states else None
+        if states is None:
+            states = res.engine.read_states(model, batch.completions, cfg.train.micro_batch_size, end_state)
         if heads.weights is None:
             heads.start(table(cfg.train.seed, Stream.HEADS, 0, (own.heads, states.shape[1] + 1)))
         assert heads.weights is not None

@@ -21,6 +21,7 @@ from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout
 from vdr_cli.samples import Prompt, Sampling
 from vdr_cli.training.answers import Answers
+from vdr_cli.training.end_states import EndStateKeeper
 from vdr_cli.training.state import Due, due_after
 from vdr_cli.training.timing import PhaseTimer
 
@@ -46,6 +47,8 @@ class Resources:
     """None where neither the KL nor the bonus reads one."""
     source: Source | None
     """What the bonus is computed from; None for plain GRPO."""
+    end_states: EndStateKeeper | None
+    """Keeps the ends' hidden states of what is sampled; None where no bonus reads them, or members sample."""
     answers: Answers | None
     """What counts as a completion's answer; None where nothing counts answers."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)

@@ -1,23 +1,32 @@
-"""Sampling for training whose layers' output the ensemble uses again."""
+"""Sampling for training whose hidden states are used again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from torch import nn
 
-from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.samples import Completions, Sampling
 
 
+class Keeper(Protocol):
+    """What keeps hidden states of sampling: the ensemble's reader, or the value heads' (`end_states`)."""
+
+    def watching(self, model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
+        """Yields a watcher with a settable `completions`, or None where nothing can be kept."""
+        ...
+
+
 @dataclass(frozen=True)
 class WatchedRollout(Rollout):
-    """A rollout that lets the ensemble watch what `start` samples; `generate`, which evaluates, is not watched."""
+    """A rollout that lets a keeper watch what `start` samples; `generate`, which evaluates, is not watched."""
 
     rollout: Rollout
-    ensemble: EnsembleReader
+    keeper: Keeper
 
     def refresh(self, model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         self.rollout.refresh(model, prompts, sampling)
@@ -29,12 +38,12 @@ class WatchedRollout(Rollout):
         return self.rollout.generate(model, request)
 
     def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
-        """The ensemble watches in place of the request's watcher. Raises ValueError when there is one."""
+        """The keeper watches in place of the request's watcher. Raises ValueError when there is one."""
         if request.watcher is not None:
-            raise ValueError("the ensemble watches this rollout: give no other watcher")
+            raise ValueError("this rollout is watched already: give no other watcher")
         widest = max(map(len, request.prompts), default=0)
         tokens = len(request.prompts) * (widest + request.n * request.sampling.max_new_tokens)
-        with self.ensemble.watching(model, tokens) as watched:
+        with self.keeper.watching(model, tokens) as watched:
             wait = self.rollout.start(model, replace(request, watcher=watched))
         if watched is None:
             return wait
