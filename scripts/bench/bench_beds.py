@@ -6,8 +6,8 @@ Every right completion of a held-out problem is enumerated, so a model's chance 
 temperature 1 is the sum of their probabilities, and pass@k is the mean of 1 - (1 - p)^k: nothing is sampled. Only
 right completions in another spelling (spaces, leading zeros) are left out. Intervals: 95 %, by bootstrap over problems.
 
-A solution class is rare when the model's chance of it is below 1 in 1,024 samples. --built NAME=FILE adds the seconds
-that scripts/build/bed.py wrote with --json.
+A solution class is rare when the model's chance of it is below 1 in 1,024 samples. How long a model took to build is
+what scripts/build/bed.py writes with --json: benchmarks/build-NAME.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,14 +79,11 @@ def measured(bed: Bed) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument("--built", action="append", default=[], metavar="NAME=FILE")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
-    built = {name: json.loads(Path(file).read_text()) for name, file in (text.split("=") for text in arguments.built)}
     results = {}
     for bed in BEDS.values():
-        results[bed.name] = measured(bed) | ({"built": built[bed.name]["results"]} if bed.name in built else {})
+        results[bed.name] = measured(bed)
         print(json.dumps({bed.name: results[bed.name]}, indent=1), flush=True)
     write_results(arguments.json, results)
 
