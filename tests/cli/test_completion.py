@@ -20,7 +20,13 @@ def vdr(*arguments: str, **variables: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"), [("vdr sc", "score"), ("vdr score --mem", "--members"), ("vdr recipes show g", "gsm8k")]
+    ("typed", "offered"),
+    [
+        ("vdr sc", "score"),
+        ("vdr score --mem", "--members"),
+        ("vdr recipes show g", "gsm8k"),
+        ("vdr train --bonus surp", "surprisal"),
+    ],
 )
 def test_words_are_completed(typed: str, offered: str) -> None:
     word = str(len(typed.split()) - 1)

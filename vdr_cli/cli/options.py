@@ -132,7 +132,7 @@ def completion(key: str) -> Callable[[str], list[str]] | None:
     """What a shell offers for the value of a setting; None: whatever it offers for a file."""
     if key == "engine.ds_config":
         return ds_configs
-    choices = setting(key).choices
+    choices = setting(key).choices or setting(key).examples
     return (lambda incomplete: [value for value in choices if value.startswith(incomplete)]) if choices else None
 
 

@@ -53,6 +53,11 @@ class Setting:
         return tuple(map(str, values[0]["enum"])) if len(values) == 1 and "enum" in values[0] else ()
 
     @property
+    def examples(self) -> tuple[str, ...]:
+        """Words that it may be among others."""
+        return tuple(map(str, self.node.get("examples", ())))
+
+    @property
     def values(self) -> str:
         """What a user may write, in words, with bounds."""
         return _in_words(self.node)

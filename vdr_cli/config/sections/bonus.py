@@ -78,7 +78,7 @@ class BonusConfig(Section):
     """The bonus (docs/exploration.md). The source gives a number per completion or token; the rest is the same for all
     sources."""
 
-    source: str = "disagreement"
+    source: Annotated[str, Field(examples=list(SOURCES))] = "disagreement"
     """What the bonus is computed from: disagreement, surprisal, entropy, counts, novelty, unlikeliness,
     value_heads, noise, none (plain GRPO), or a function of yours, file.py:function. docs/exploration.md describes
     them."""
