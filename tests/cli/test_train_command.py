@@ -46,6 +46,7 @@ FLAGS = {
     "--bonus": ("none", "bonus.source"),
     "--weight": (0.5, "bonus.weight"),
     "--group-size": (6, "rollout.group_size"),
+    "--eval-k": ([1, 4], "train.eval_k"),
     "--max-new-tokens": (9, "rollout.max_new_tokens"),
     "--learning-rate": (0.001, "train.learning_rate"),
     "--loss": ("grpo", "grpo.loss"),
@@ -70,7 +71,11 @@ def test_every_flag_reaches_its_setting(started, monkeypatch):
     monkeypatch.setattr(training, "world_size", lambda launch: 1)
     Path("d.jsonl").write_text('{"prompt": "a"}\n')
     Path("f.py").write_text("")
-    arguments = [text for flag, (value, _) in FLAGS.items() for text in (flag, str(value))]
+    typed = {
+        flag: ",".join(map(str, value)) if isinstance(value, list) else value for flag, (value, _) in FLAGS.items()
+    }
+    arguments = [text for flag, value in typed.items() for text in (flag, str(value))]
+    arguments += ["--set", "train.eval_every=5", "--set", "data.eval_name=d.jsonl"]  # else --eval-k is refused
     assert app.run(["train", *arguments, "--reward", "f.py:g=0.5", "--reward", "length"]) == 0
     dumped = started["config"].model_dump()
     for flag, (value, key) in FLAGS.items():
