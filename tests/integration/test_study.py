@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def written(folder: Path) -> Path:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 500
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -98,7 +99,10 @@ def steps_of(run: Path) -> int:
 def in_training(call: Call, study: Path) -> psutil.Process | None:
     """A process of the call, known by its lock, whose run is past its first checkpoint and not yet near its end."""
     for process in psutil.Process(call.pid).children():
-        for file in map(Path, (opened.path for opened in process.open_files())):
+        files: list[Path] = []
+        with suppress(psutil.NoSuchProcess):
+            files = [Path(opened.path) for opened in process.open_files()]
+        for file in files:
             if file.suffix == ".lock" and 16 <= steps_of(study / file.relative_to(study / "work").with_suffix("")) < 36:
                 return process
     return None
