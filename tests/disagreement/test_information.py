@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vdr_cli.disagreement import information
 from vdr_cli.disagreement.information import MEASURES
-from vdr_cli.exploration.bonus import reduce, token_credit
+from vdr_cli.exploration.bonus import reduce
+from vdr_cli.exploration.disagreement import token_credit
 from vdr_cli.models.head import Head
 
 
