@@ -201,7 +201,7 @@ def test_a_process_that_a_function_forks_ends_as_it_likes():
 
 def test_wrong_length():
     message = failure(lambda completions, **_: [1.0])
-    assert "returned 1 rewards for 4 completions of dataset rows 7, 12; it must return one a completion" in message
+    assert "returned 1 rewards for 4 completions of dataset rows 7, 12; it must return one per completion" in message
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def refused(path: Path) -> str:
         ("seeds: 4", "seeds: true", "seeds: give how many, or a list"),
         ("seeds: 4", "seeds: [1, 2, 1]", "seeds: 1 is given twice"),
         ("seeds: 4", "endpoint: pas@64", "endpoint: nothing computes pas@64; did you mean pass@64?"),
-        ("seeds: 4", "endpoint: pass@65", "pass@65 needs 65 completions a problem and evaluation.samples is 64"),
+        ("seeds: 4", "endpoint: pass@65", "pass@65 needs 65 completions per problem and evaluation.samples is 64"),
         ("seeds: 4", "secondary: [clases]", "secondary.0: nothing computes clases; did you mean classes?"),
         ("{steps: 40}", "{steps: 40, seconds: 3}", "budget: give exactly one of steps, seconds and sampled_tokens"),
         ("{steps: 40}", "{}", "budget: give exactly one of"),

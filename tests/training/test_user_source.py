@@ -72,7 +72,7 @@ def test_it_cannot_change_what_the_loss_sees(function: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("return [1.0]", r"returned the shape \(1,\); it must return 4 numbers, one a completion, or \(4, 3\)"),
+        ("return [1.0]", r"returned the shape \(1,\); it must return 4 numbers, one per completion, or \(4, 3\)"),
         ("return [[1.0], [1.0], [1.0], [1.0]]", r"returned the shape \(4, 1\)"),
         ("return None", "returned a NoneType that is not numbers; it must return 4"),
         ("return ['a', 'b', 'c', 'd']", "returned a list that is not numbers"),

@@ -24,7 +24,7 @@ KINDS = {"kl": "kl", "learning_rate": "rate", "sampling/": "logp", "ratio/": "lo
 def audit(
     judge: Judge, record: Record, cfg: Config, on_file: dict[str, float], of_update: dict[str, float]
 ) -> list[Line]:
-    """A line a metric; of_update: what the update made again says."""
+    """A line per metric; of_update: what the update made again says."""
     names = list(record.state["rewards"])
     ours = expected(record, cfg, names) | of_update
     lines = []

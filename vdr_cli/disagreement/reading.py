@@ -1,7 +1,7 @@
 """Members' hidden states over completions: the forward passes, each as small as its purpose allows.
 
 A member is a fixed sub-network, so a prompt's keys and values are the same for all completions of its group:
-prompts run first, one row a group, and completions follow against the kept keys and values. With scope last_k the
+prompts run first, one row per group, and completions follow against the kept keys and values. With scope last_k the
 layers below the members' run once, undropped, for all members.
 """
 

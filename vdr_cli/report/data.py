@@ -26,11 +26,11 @@ Decode = Callable[[list[int]], list[str]]
 """Token ids to the text of each token."""
 
 Heat = Callable[[list[int], list[list[int]]], list[list[float]]]
-"""Prompt ids and the completions' ids of a group to one number a token."""
+"""Prompt ids and the completions' ids of a group to one number per token."""
 
 DISAGREEMENT = ("bald_tokens", "rmi_tokens", "measured_tokens", "token_bald")
 HEAT = (*DISAGREEMENT, "token_entropy")
-"""Columns with a number a token; the first that a completion has colours it."""
+"""Columns with a number per token; the first that a completion has colours it."""
 GROUPS_SHOWN = 60
 CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
 NOT_SEEDS = ("seed", "output")
@@ -71,7 +71,7 @@ class Completion:
     text: str
     tokens: list[str] | None = None
     heat: list[float] | None = None
-    """One number a token."""
+    """One number per token."""
     numbers: dict[str, float] = field(default_factory=dict)
 
 

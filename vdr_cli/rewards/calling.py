@@ -135,7 +135,7 @@ def compute_rewards(
 ) -> Tensor:
     """Rewards of B completions by F functions, (B, F) float32; NaN where a function returned None.
 
-    prompts: one a completion. timeout: seconds for each function's call. Async functions are awaited
+    prompts: one per completion. timeout: seconds for each function's call. Async functions are awaited
     together, the others run one after another. Raises DataError, naming function and row, when one
     raises, hangs or returns what is not B numbers.
     """
@@ -152,7 +152,7 @@ def call_all(
 ) -> list[Any]:
     """What each function returned, iterables as lists. DataError when one raises or hangs, naming function and row.
 
-    arguments: as arguments_of makes them for these prompts, one a completion. timeout: seconds for each call.
+    arguments: as arguments_of makes them for these prompts, one per completion. timeout: seconds for each call.
     """
     calls = [_Call(reward, arguments) for reward in loaded]
     for call in calls:
@@ -277,13 +277,13 @@ def _checked(reward: LoadedReward, entries: Any, prompts: Sequence[Prompt]) -> l
     if not isinstance(entries, list):
         raise DataError(
             f"reward {reward.name} returned {_shown(entries)} on dataset {_rows(prompts)}, not a list of "
-            f"{len(prompts)} numbers, one a completion"
+            f"{len(prompts)} numbers, one per completion"
         )
     if len(entries) != len(prompts):
         count = len(entries) if len(entries) < len(prompts) else f"more than {len(prompts)}"
         raise DataError(
             f"reward {reward.name} returned {count} rewards for {len(prompts)} completions of dataset "
-            f"{_rows(prompts)}; it must return one a completion"
+            f"{_rows(prompts)}; it must return one per completion"
         )
     return [_number(reward, entry, prompt) for entry, prompt in zip(entries, prompts, strict=True)]
 

@@ -2,7 +2,7 @@
 
 A reward function may say so: with a function of this name beside it in its file, or as its attribute,
 
-    solution_class(completions, **columns) -> list[str | None]     one a completion; None: it gives no answer
+    solution_class(completions, **columns) -> list[str | None]     one per completion; None: it gives no answer
     known_classes(**columns) -> list[int | None]                   how many right classes each prompt has
 
 Both take the arguments of a reward function (base.py) and return one entry a completion. The first reward function
@@ -35,7 +35,7 @@ def solution_classes(
     completion_ids: Sequence[Sequence[int]],
     timeout: float,
 ) -> list[str]:
-    """The class of each of B completions; its text where there is none. prompts: one a completion.
+    """The class of each of B completions; its text where there is none. prompts: one per completion.
 
     Raises DataError, naming the function, when `solution_class` raises, hangs or returns what is not B texts.
     """
@@ -78,7 +78,7 @@ def _called(
     (value,) = call_all([one], arguments_of(prompts, completions, completion_ids), prompts, timeout)
     if not isinstance(value, list) or len(value) != len(prompts):
         raise DataError(
-            f"reward {one.name} must return a list of {len(prompts)} entries, one a completion; it returned "
+            f"reward {one.name} must return a list of {len(prompts)} entries, one per completion; it returned "
             f"{f'{len(value)} entries' if isinstance(value, list) else type(value).__name__}"
         )
     return value

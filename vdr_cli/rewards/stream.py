@@ -48,7 +48,7 @@ class RewardStream:
         state: TrainerState,
         texts_of: Callable[[list[Prompt], Completions], Texts],
     ) -> None:
-        """prompts: one a group, in the order of the batch. texts_of: what the functions see of each completion."""
+        """prompts: one per group, in the order of the batch. texts_of: what the functions see of each completion."""
         self.loaded, self.prompts, self.group_size = loaded, prompts, group_size
         self.timeout, self.state, self.texts_of = timeout, state, texts_of
         plain = [column for column, reward in enumerate(loaded) if not reward.is_async]

@@ -89,4 +89,4 @@ class ScoreResult:
     skipped_rows: tuple[str, ...] = ()
     """The first of them: `file:line: why`."""
     ranking: tuple[dict[str, Any], ...] = ()
-    """With labels: a row a measure, {"measure", "auroc", "auroc_low", "auroc_high", ...}."""
+    """With labels: a row per measure, {"measure", "auroc", "auroc_low", "auroc_high", ...}."""

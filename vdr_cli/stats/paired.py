@@ -77,7 +77,7 @@ class Mean:
 
 
 def mean_over_seeds(values: Array) -> Mean:
-    """The mean of one number a seed, (S,)."""
+    """The mean of one number per seed, (S,)."""
     if len(values) < 2:
         return Mean(float(values.mean()) if len(values) else math.nan, math.nan, math.nan)
     return _mean(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values) - 1.0)

@@ -53,7 +53,7 @@ def check_endpoint(name: str, samples: int, where: str) -> None:
     found = PASS.fullmatch(name)
     if found and int(found[1]) > samples:
         raise ConfigError(
-            f"{where}: {name} needs {found[1]} completions a problem and evaluation.samples is {samples}; raise it"
+            f"{where}: {name} needs {found[1]} completions per problem and evaluation.samples is {samples}; raise it"
         )
     if not found and name not in NAMES:
         known = [f"pass@{k}" for k in ks_up_to(samples)] + list(NAMES)

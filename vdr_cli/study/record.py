@@ -179,7 +179,7 @@ def read_counts(path: Path) -> dict[str, Any] | None:
 
 
 def record_text(record: Record, results: Mapping[str, Any]) -> str:
-    """study.json: a line a run, so that a difference between two files shows which one differs."""
+    """study.json: a line per run, so that a difference between two files shows which one differs."""
     parts = {
         "format": json.dumps(FORMAT),
         "title": json.dumps(record.title),

@@ -29,7 +29,7 @@ MARKS = {
     "done": ("■", "green"),
     "failed": ("✗", "red"),
 }
-"""A task's sign in the table, one a seed."""
+"""A task's sign in the table, one per seed."""
 
 
 class StudyView(Watcher):

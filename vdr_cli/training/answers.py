@@ -59,7 +59,9 @@ def _called(name: str, function: Callable[..., Any]) -> Answers:
             raise DataError(f"{name} raised: {one_line(error)}") from error
         if not isinstance(found, list) or len(found) != len(batch):
             count = len(found) if isinstance(found, list) else type(found).__name__
-            raise DataError(f"{name} returned {count}; it must return a list of {len(batch)} answers, one a completion")
+            raise DataError(
+                f"{name} returned {count}; it must return a list of {len(batch)} answers, one per completion"
+            )
         return [str(answer) for answer in found]
 
     return answers

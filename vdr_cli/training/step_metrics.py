@@ -55,7 +55,7 @@ def length_extremes(lengths: Tensor, truncated: Tensor) -> tuple[dict[str, float
 
 
 def distinct_pairs(texts: Sequence[object], group_size: int) -> Pairs:
-    """How many different completions a group has. texts: B strings, or B lists of one assistant message."""
+    """The number of different completions that a group has. texts: B strings, or B lists of one assistant message."""
     plain = [str(text) for text in texts]
     groups = [plain[start : start + group_size] for start in range(0, len(plain), group_size)]
     return {"completions/distinct": (float(sum(len(set(group)) for group in groups)), float(len(groups)))}

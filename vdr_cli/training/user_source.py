@@ -89,7 +89,7 @@ def _as_tensor(answer: Any, lengths: Sequence[int], width: int) -> Tensor:
 
 def _wanted(mask: Tensor) -> str:
     B, T = mask.shape
-    return f"it must return {B} numbers, one a completion, or ({B}, {T}), one a token"
+    return f"it must return {B} numbers, one per completion, or ({B}, {T}), one per token"
 
 
 def _taken(given: str, function: Callable[..., Any]) -> set[str]:
