@@ -101,7 +101,7 @@ def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics])
     """An arm a row: the endpoint, its difference to the control, the verdict, what it cost."""
     file = record.study.file
     header = ["arm", "n", file.endpoint, f"difference to {file.control}", "p (Holm)", "verdict"]
-    header += ["steps", "time a run", "tokens a run", "detectable"]
+    header += ["steps", "time per run", "tokens per run", "detectable"]
     lines = []
     for arm, row in rows[bed][file.endpoint].items():
         spent = _spent([one for one in runs if (one.run.bed, one.run.arm) == (bed, arm)])
