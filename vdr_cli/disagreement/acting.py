@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.disagreement.hooks import evaluating, hooked, sites
+from vdr_cli.disagreement.hooks import BranchHook, evaluating, hooked, sites
 from vdr_cli.disagreement.masks import EnsembleSpec, Site, member_mask
 from vdr_cli.samples import Stream, completion_key
 
@@ -39,26 +38,18 @@ class Actors:
         return torch.stack(found).to(self.of_prompt.device)
 
 
-class _RowHook:
-    """Forward hook that multiplies a block's output, or the first entry of a tuple, by each row's member's mask."""
+class _RowHook(BranchHook):
+    """Each row's mask is that of its prompt's member: a member acts as it reads."""
 
     def __init__(self, actors: Actors, layer: int, site: Site) -> None:
         self.actors, self.layer = actors, layer
         self.site: Site = site
         self.kept: Tensor | None = None
 
-    def __call__(self, module: nn.Module, arguments: object, output: Tensor | tuple[Any, ...]) -> object:
-        if isinstance(output, tuple):
-            return (self.masked(output[0]), *output[1:])
-        return self.masked(output)
-
-    def masked(self, branch: Tensor) -> Tensor:
-        """The product is taken in float32, as in `hooks`: a member acts as it reads."""
-        rows = self.actors.of_row
+    def mask(self, branch: Tensor) -> Tensor:
         if self.kept is None:
             self.kept = self.actors.masks(self.layer, self.site, branch.shape[-1])
-        flat = branch.reshape(len(rows), -1, branch.shape[-1])
-        return (flat * self.kept[rows]).to(branch.dtype).view(branch.shape)
+        return self.kept[self.actors.of_row]
 
 
 @contextmanager

@@ -49,14 +49,12 @@ class Members:
         return torch.cat(rows)
 
 
-class _BranchHook:
-    """Forward hook that multiplies a block's output, or the first entry of a tuple, by the members' masks."""
+class BranchHook:
+    """Forward hook that multiplies a block's output, or the first entry of a tuple, by masks."""
 
-    def __init__(self, members: Members, layer: int, site: Site) -> None:
-        self.members = members
-        self.layer = layer
-        self.site: Site = site
-        self.kept: Tensor | None = None
+    def mask(self, branch: Tensor) -> Tensor:
+        """(n, 1, D) or (n, tokens, D) float32: the masks of the branch seen as (n, tokens, D)."""
+        raise NotImplementedError
 
     def __call__(self, module: nn.Module, arguments: object, output: Tensor | tuple[Any, ...]) -> object:
         if isinstance(output, tuple):
@@ -65,8 +63,19 @@ class _BranchHook:
 
     def masked(self, branch: Tensor) -> Tensor:
         # The product is taken in float32: 1/(1-p) rounded to bfloat16 would scale every branch by a wrong constant.
-        flat = branch.reshape(len(self.members.members), -1, branch.shape[-1])
-        return (flat * self.mask(branch)).to(branch.dtype).view(branch.shape)
+        mask = self.mask(branch)
+        flat = branch.reshape(len(mask), -1, branch.shape[-1])
+        return (flat * mask).to(branch.dtype).view(branch.shape)
+
+
+class _MembersHook(BranchHook):
+    """The masks of `Members`, made once where they are the same in every pass."""
+
+    def __init__(self, members: Members, layer: int, site: Site) -> None:
+        self.members = members
+        self.layer = layer
+        self.site: Site = site
+        self.kept: Tensor | None = None
 
     def mask(self, branch: Tensor) -> Tensor:
         if self.members.spec.mask_sharing == "token":
@@ -88,13 +97,13 @@ def ensemble(
     ConfigError when its layers or blocks are not found or last_k exceeds them.
     """
     chosen = [site for site in sites(model, spec) if layer in (None, site[0])]
-    if any(isinstance(hook, _BranchHook) for _, _, block in chosen for hook in block._forward_hooks.values()):
+    if any(isinstance(hook, BranchHook) for _, _, block in chosen for hook in block._forward_hooks.values()):
         raise RuntimeError("an ensemble block is already open on this model: its masks would be applied twice")
     active = Members(spec, step, members)
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
         for number, site, block in chosen:
-            restore.enter_context(hooked(block.register_forward_hook, _BranchHook(active, number, site)))
+            restore.enter_context(hooked(block.register_forward_hook, _MembersHook(active, number, site)))
         yield active
 
 
