@@ -100,7 +100,7 @@ class Config(Section):
         return credited or self.bonus_source == "entropy"
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _bonus_fits(self) -> Self:
         what = "disagreement.credit token" if self.bonus.source == "disagreement" else f"source {self.bonus.source}"
         if self.token_bonus and self.bonus.effective_shape not in ("additive", "plain"):
             raise ValueError(
@@ -112,6 +112,10 @@ class Config(Section):
                 f"bonus.source is {self.bonus.source}, but disagreement.mode none turns the bonus off: remove one of "
                 "them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
         if self.rollout.group_size < 2:
             raise ValueError(
                 f"rollout.group_size is {self.rollout.group_size}: a group is compared with itself, give at least 2"
@@ -126,6 +130,16 @@ class Config(Section):
                 f"grpo.pass_k {self.grpo.pass_k} is above rollout.group_size {self.rollout.group_size}: the best of k "
                 "needs k completions"
             )
+        processes = self.launch.num_processes or 1
+        if self.train.prompts_per_step < processes:
+            raise ValueError(
+                f"train.prompts_per_step {self.train.prompts_per_step} is below {processes} processes: "
+                f"a group lives on one rank, so some would have none; give at least {processes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> Self:
         if self.grpo.sync_reference_every and self.bonus_source == "novelty":
             raise ValueError(
                 "grpo.sync_reference_every replaces the starting weights, which bonus.source novelty reads: remove it"
@@ -136,6 +150,10 @@ class Config(Section):
             raise ValueError(
                 "grpo.sync_reference_every needs a reference of its own; with model.lora it is the base model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
         if self.train.prompts_per_step % self.grpo.minibatches:
             raise ValueError(
                 f"train.prompts_per_step {self.train.prompts_per_step} is not a multiple of grpo.minibatches "
@@ -159,6 +177,10 @@ class Config(Section):
             raise ValueError(
                 f"train.warmup_steps {self.train.warmup_steps} is not below train.steps {self.train.steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_reach_the_sampler(self) -> Self:
         if self.engine.gather == "layer" and self.rollout.backend != "vllm":
             raise ValueError(
                 "engine.gather is layer, so no process has a full copy of the weights to sample with: set "
@@ -168,11 +190,5 @@ class Config(Section):
             raise ValueError(
                 "engine.gather is layer, and adapters are merged in the host's memory only: set rollout.vllm.push to "
                 "directory"
-            )
-        processes = self.launch.num_processes or 1
-        if self.train.prompts_per_step < processes:
-            raise ValueError(
-                f"train.prompts_per_step {self.train.prompts_per_step} is below {processes} processes: "
-                f"a group lives on one rank, so some would have none; give at least {processes}"
             )
         return self
