@@ -37,7 +37,7 @@ def moments(groups: list[torch.Tensor]) -> dict:
     return {"state": state, "param_groups": []}
 
 
-def check(saved: checkpoint.Saved) -> None:
+def assert_read(saved: checkpoint.Saved) -> None:
     assert saved.count == 4
     for found, factor in ((saved.weights, 1), (saved.first, 2), (saved.second, 3)):
         assert torch.equal(found["a"], A * factor) and torch.equal(found["b"], B * factor)
@@ -47,19 +47,19 @@ def test_zero3_shares_every_parameter_out(tmp_path):
     pad = torch.zeros(1)
     ranks = [[A.flatten()[:3], B[:3]], [A.flatten()[3:], torch.cat([B[3:], pad])]]
     states = [{"fp32_flat_groups": groups, "optimizer_state_dict": moments(groups)} for groups in ranks]
-    check(checkpoint.read(written(tmp_path / "step", states, {})))
+    assert_read(checkpoint.read(written(tmp_path / "step", states, {})))
 
 
 def test_zero2_cuts_a_groups_parameters_in_a_row(tmp_path):
     pad = torch.zeros(1)
     ranks = [[A.flatten()[:4], B[:3]], [torch.cat([A.flatten()[4:], pad, pad]), torch.cat([B[3:], pad])]]
     states = [{"single_partition_of_fp32_groups": groups, "base_optimizer_state": moments(groups)} for groups in ranks]
-    check(checkpoint.read(written(tmp_path / "step", states, {})))
+    assert_read(checkpoint.read(written(tmp_path / "step", states, {})))
 
 
 def test_zero0_keeps_the_models_own_state(tmp_path):
     model = {"module": {"causal_lm.a": A, "causal_lm.b": B}, "optimizer": moments([A, B])}
-    check(checkpoint.read(written(tmp_path / "step", [], model)))
+    assert_read(checkpoint.read(written(tmp_path / "step", [], model)))
 
 
 def test_a_checkpoint_of_another_form_is_one_line(tmp_path):

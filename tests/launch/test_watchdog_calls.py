@@ -64,7 +64,9 @@ def test_a_block_that_fails_says_why(recorder: Recorder) -> None:
 
 def test_without_a_watchdog_every_call_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_watchdog", None)
+    met: list[object] = []
     watchdog.phase("rollout")
     watchdog.end(ValueError())
-    with watchdog.connected(0, 2, lambda value: value):
+    with watchdog.connected(0, 2, lambda value: met.append(value)):
         pass
+    assert watchdog._watchdog is None and met == [], "no thread, and no rank is asked to meet"
