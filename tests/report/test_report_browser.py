@@ -1,46 +1,29 @@
 """The report in a real Chromium (pip install playwright). AXE_CORE names axe.min.js of the npm package axe-core."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.browser import MARKS, opened, started
 from vdr_cli.report.page import write_report
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: bash scripts/install_test_tools.sh, or set CHROMIUM"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
+    with started() as browser:
+        yield browser
 
 
 @pytest.fixture
 def open_page(browser: Any, make_run: Callable[..., Path]) -> Callable[..., tuple[Any, list[str]]]:
     report = write_report(make_run())
-
-    def open_it(scheme: str = "light", width: int = 1280) -> tuple[Any, list[str]]:
-        page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 844}).new_page()
-        complaints: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url) if "file:" not in request.url else None)
-        page.on("dialog", lambda dialog: complaints.append("dialog"))
-        page.goto(report.as_uri())
-        return page, complaints
-
-    return open_it
+    return partial(opened, browser, report)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
