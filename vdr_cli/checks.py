@@ -41,7 +41,7 @@ CHANGEABLE_ON_RESUME = {
     "data.eval_name",
     "data.eval_split",
 }
-"""What a resumed run may do differently: how long, how often, in which pieces; never what a step computes."""
+"""Settings that a resumed run may change: how long, how often, in which pieces; never what a step computes."""
 
 
 def default_output() -> str:

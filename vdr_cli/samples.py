@@ -36,7 +36,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. temperature 0 means greedy."""
+    """Settings of sampling. temperature 0 means greedy."""
 
     max_new_tokens: int
     temperature: float = 1.0

@@ -213,7 +213,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
 def reward_head(
     res: Resources, state: LoopState, batch: RewardedGroups, logps: ReferenceLogps, signals: dict[str, Any]
 ) -> Advantages:
-    """Where task rewards and bonus become advantages. Collective.
+    """The reward head: task rewards and bonus to advantages. Collective.
 
     signals: what the bonus's source needs, by name.
     """
@@ -275,7 +275,7 @@ def add_bonus(
 
 
 def bonus_scale(res: Resources, state: LoopState, b: Tensor, token_mask: Tensor | None) -> float:
-    """What the additive shape divides by, this step's deviations included. Collective; updates state.rms."""
+    """The divisor of the additive shape, this step's deviations included. Collective; updates state.rms."""
     cfg = res.config.bonus
     sums = bonuses.deviation_sums(b, res.config.rollout.group_size, token_mask)
     first = cfg.scale_steps if cfg.scale == "initial" else None
@@ -341,7 +341,7 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
 
 
 def spent(metrics: dict[str, float]) -> dict[str, Any]:
-    """What a step used up, by the arguments of `LoopState.end_step`."""
+    """The resources that a step used up, by the arguments of `LoopState.end_step`."""
     tokens, prompt_tokens = (int(metrics[name]) for name in ("step_tokens", "step_prompt_tokens"))
     return {"tokens": tokens, "prompt_tokens": prompt_tokens, "seconds": metrics["step_time"]}
 

@@ -1,4 +1,4 @@
-"""What the beds' models do at the start: pass@k, groups without a success, routes to every right answer.
+"""The beds' models at the start: pass@k, groups without a success, routes to every right answer.
 
     python scripts/bench/bench_beds.py --json benchmarks/beds.json
 

@@ -1,4 +1,4 @@
-"""What disagreement costs, side by side with the way the original code computed it.
+"""The cost of disagreement, side by side with the way the original code computed it.
 
     python scripts/bench/bench_disagreement.py --asked [--json PATH]      the asked cases beside the measured
     python scripts/bench/bench_disagreement.py --shortcuts --rounds 9     what each shortcut saves

@@ -20,7 +20,7 @@ from vdr_cli.models.logprobs import chunked_logps
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What the update does."""
+    """The update's way."""
     return chunked_logps(hidden, weight, None, targets)
 
 

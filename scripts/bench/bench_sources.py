@@ -93,7 +93,7 @@ def one_step(res: Resources, state: Any, memory: Any) -> tuple[float, float]:
 
 
 def measured(rounds: int) -> dict[str, dict[str, float]]:
-    """Of each source: seconds and CPU seconds of a step, and their ratios to plain GRPO."""
+    """Seconds and CPU seconds of a step with each source, and their ratios to plain GRPO."""
     import bench_step
 
     from vdr_cli.exploration.sources import SOURCES

@@ -64,7 +64,7 @@ def now() -> tuple[float, float]:
 
 
 class Clock:
-    """How long each call of some functions took."""
+    """Seconds of each call of some functions."""
 
     def __init__(self) -> None:
         self.spent: dict[tuple[str, str], list[float]] = defaultdict(list)

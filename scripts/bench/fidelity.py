@@ -1,4 +1,4 @@
-"""How well cheaper ensembles rank completions as the full one does, on the starter or any model given.
+"""Fidelity of cheaper ensembles: do they rank completions as the full one does? On the starter or any model given.
 
     python scripts/bench/fidelity.py starter "after training=RUN_OR_MODEL" ... --json benchmarks/fidelity.json
 

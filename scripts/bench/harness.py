@@ -1,4 +1,4 @@
-"""What the benchmarks and checks share: clocks, cases in processes of their own, and results as JSON.
+"""Shared by the benchmarks and checks: clocks, cases in processes of their own, and results as JSON.
 
 A result file in benchmarks/ says how its numbers came about: {command, provenance, date, commit, machine, versions,
 results}. scripts/build/tables.py makes the tables of README and docs from them.
@@ -52,7 +52,7 @@ def write_results(path: Path | None, results: Mapping[str, Any]) -> None:
 
 
 def command_line() -> str:
-    """What was typed, without --json, and with the script's path inside the repository."""
+    """The command typed, without --json, and with the script's path inside the repository."""
     words, skip = [], False
     for word in sys.argv[1:]:
         if not skip and not word.startswith("--json="):

@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def direct_requirements() -> list[Requirement]:
-    """What pyproject.toml names for vdr and its extra `test`."""
+    """The requirements that pyproject.toml names for vdr and its extra `test`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
     named = [Requirement(text) for text in (*project["dependencies"], *optional["test"])]

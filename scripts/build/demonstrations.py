@@ -1,4 +1,4 @@
-"""What the beds' models are pretrained on: for each bed, how an example is drawn in each of its two phases.
+"""Demonstrations for pretraining the beds' models: for each bed, the draw of an example in each of its two phases.
 
 No example poses a held-out problem.
 """
@@ -19,7 +19,7 @@ Draw = Callable[[random.Random, float], tuple[str, str]]
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a bed's model is made: first it learns right answers, then it comes to doubt them."""
+    """The recipe of a bed's model: first it learns right answers, then it comes to doubt them."""
 
     characters: str
     """The tokens beside padding and end, one a character."""

@@ -41,7 +41,7 @@ UNITS = {
     "grpo/estimators.py": "tests/grpo/test_estimators.py",
     "grpo/losses.py": "tests/grpo/test_losses.py",
 }
-"""Where a large directory has a file for the code; elsewhere the whole directory is run."""
+"""Test files of the code in large directories; for others the whole directory is run."""
 
 
 class Fault(NamedTuple):

@@ -81,7 +81,7 @@ OVER_HOSTS += ["--set", "launch.env.GLOO_SOCKET_IFNAME=eth0"]
 
 
 class Cluster:
-    """How a run is started: on processes of this machine, or over two hosts from the first of them."""
+    """The start of a run: on processes of this machine, or over two hosts from the first of them."""
 
     def __init__(self, processes: int, flags: list[str], two_hosts: bool = False) -> None:
         entry = [sys.executable, str(HOSTS), "exec", "h1"] if two_hosts else []

@@ -170,7 +170,7 @@ def run_yaml(folder: Path, micro_batch_size: int, checkpointing: bool, new_token
 
 
 def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
-    """What rank 0 of two counted."""
+    """The counts of rank 0 of two."""
     from vdr_cli.launch.commands import Target, node_command
     from vdr_cli.launch.environment import free_port
 
@@ -185,7 +185,7 @@ def measured(folder: Path, settings: Path) -> dict[str, dict[str, int]]:
 def rows(
     folder: Path, micro_batch_size: int, checkpointing: bool, new_tokens: int, counted: Any
 ) -> list[tuple[str, float, float]]:
-    """What, bytes measured, bytes by formula."""
+    """Name, bytes measured, bytes by formula."""
     from vdr_cli.planning import resources as plan
 
     shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))

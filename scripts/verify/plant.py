@@ -197,7 +197,7 @@ def summary(outcomes: list[Outcome]) -> str:
 
 
 def kept(outcome: Outcome | None = None) -> list[Outcome]:
-    """What docs/planted_faults.json holds, in the order of faults.py, with this outcome in it from now on."""
+    """Put this outcome into docs/planted_faults.json; returns all of it, in the order of faults.py."""
     path = ROOT / "docs" / "planted_faults.json"
     with path.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement  # noqa: E402
 
 SHOWN = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "peft", "typer", "pydantic", "numpy")
 TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scipy", "jsonschema", "scikit-learn", "packaging")
-"""What tests import beside vdr's own requirements; their versions are not what is tried."""
+"""Packages that tests import beside vdr's own requirements, at any version."""
 LEFT_OUT = ("trl", "playwright", "ruff", "mypy", "import-linter", "types-PyYAML", "types-psutil")
 """Tools of the test command that need other versions than the lowest, or that no unit test imports."""
 UNIT = "not integration and not cluster and not network and not gpu"
@@ -48,7 +48,7 @@ CASES = (
 
 
 def requirements(lowest: bool) -> list[str]:
-    """What to ask pip for: every direct requirement at its lower bound, or as it stands."""
+    """The words for pip: every direct requirement at its lower bound, or as it stands."""
     wanted = [found for found in direct_requirements() if found.name not in (*LEFT_OUT, *TOOLS)]
     return [*(pinned(found) if lowest else str(found) for found in wanted), *TOOLS]
 

@@ -16,7 +16,7 @@ from vdr_cli.system.files import write_whole
 
 OF_A_STEP = ("inputs", "rewards", "sampling", "members", "advantages", "policy", "update", "metrics")
 SECTIONS = (*OF_A_STEP, "evaluation", "export")
-"""What --only takes: a step's parts in its order, evaluations, and last the model that the run exported."""
+"""Values of --only: a step's parts in its order, evaluations, and last the model that the run exported."""
 
 
 def audit_run(

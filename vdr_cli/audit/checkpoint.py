@@ -29,7 +29,7 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint knows of the trained parameters, by name: float32 weights and moments."""
+    """The trained parameters in a checkpoint, by name: float32 weights and moments."""
 
     weights: Named
     first: Named = field(default_factory=dict)

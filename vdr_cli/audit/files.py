@@ -1,4 +1,4 @@
-"""What a run has left on disk: settings, metrics, and the audit records that training wrote for this."""
+"""A run's files: settings, metrics, and the audit records that training wrote for this."""
 
 from __future__ import annotations
 

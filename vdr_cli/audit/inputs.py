@@ -1,4 +1,4 @@
-"""What went into a step: the order of prompts, their tokens, the completions' texts and ends, and the rewards."""
+"""Inputs of a step: the order of prompts, their tokens, the completions' texts and ends, and the rewards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Places:
-    """Where a step's groups stand in the stream of prompts."""
+    """The places of a step's groups in the stream of prompts."""
 
     positions: list[int | None]
     """One a group; None: its row is at none of the places it can come from."""

@@ -56,7 +56,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """What was found about one quantity of one step."""
+    """The finding on one quantity of one step."""
 
     step: int
     quantity: str

@@ -56,7 +56,7 @@ class Terms:
 
 
 def weight_of(loss: str, length: int, totals: Denominators, longest: int) -> float:
-    """What a token of a completion with `length` trained tokens weighs; longest: rollout.max_new_tokens."""
+    """The weight of a token of a completion with `length` trained tokens; longest: rollout.max_new_tokens."""
     if loss == "dr_grpo":
         return 1.0 / (totals.completions * longest)
     if loss in MEAN_OF_MEANS:
@@ -118,7 +118,7 @@ def row_loss(row: Row, terms: Terms, cfg: GrpoConfig, totals: Denominators, long
 def covariant_tokens(
     advantages: Sequence[float], logps: Sequence[float], uniforms: Sequence[float], cfg: GrpoConfig
 ) -> list[bool]:
-    """Which of an optimizer step's trained tokens, in order, clip_cov or kl_cov singles out (docs/losses.md)."""
+    """The trained tokens of an optimizer step, in order, that clip_cov or kl_cov singles out (docs/losses.md)."""
     count = len(logps)
     mean_advantage, mean_logp = math.fsum(advantages) / max(count, 1), math.fsum(logps) / max(count, 1)
     covariance = [(a - mean_advantage) * (lp - mean_logp) for a, lp in zip(advantages, logps, strict=True)]

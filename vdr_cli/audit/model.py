@@ -24,7 +24,7 @@ FORWARD_TOKENS = 2**15
 
 
 def place_of(name: str) -> str:
-    """Where a model's files lie: a bed's directory, a directory, a run's model/, else the hub id itself."""
+    """The place of a model's files: a bed's directory, a directory, a run's model/, else the hub id itself."""
     if name in BEDS:
         return str(BEDS[name].model_path)
     for candidate in (Path(name).expanduser(), Path(name).expanduser() / "model"):

@@ -1,4 +1,4 @@
-"""What the models say of a step: how tokens were drawn, the members' measures, log-probabilities, the update."""
+"""Numbers of a step that need a model: the draw of tokens, the members' measures, log-probabilities, the update."""
 
 from __future__ import annotations
 

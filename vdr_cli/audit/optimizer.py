@@ -31,7 +31,7 @@ def norm_of(gradients: Iterable[Tensor]) -> float:
 
 
 def clip_factor(norm: float, longest: float) -> float:
-    """What the gradient is multiplied by; 1 when it is short enough, or is not clipped (0)."""
+    """The factor on the gradient; 1 when it is short enough, or is not clipped (0)."""
     return min(1.0, longest / (norm + CLIP_EPSILON)) if longest > 0 else 1.0
 
 

@@ -42,7 +42,7 @@ def _softmax(scores: Array) -> Array:
 
 @dataclass(frozen=True)
 class Draw:
-    """How one token was drawn."""
+    """The draw of one token."""
 
     logp: float
     """Log-probability of the token in the filtered distribution; -inf: it was filtered out."""

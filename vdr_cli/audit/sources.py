@@ -127,7 +127,7 @@ SOURCES: dict[str, Callable[[Record, Config, Array], Array]] = {
 
 
 def left_out(judge: Judge, record: Record, cfg: Config) -> list[Line]:
-    """What of the source's numbers is taken from the record as it is, and why."""
+    """A note on numbers of the source that are taken from the record as they are."""
     name = cfg.bonus_source
     if not _is_users(name):
         return []
@@ -179,7 +179,7 @@ def _answer_function(cfg: Config) -> Callable[..., Any] | None:
 
 
 def audit_visits(judge: Judge, record: Record, cfg: Config, earlier: Sequence[Record]) -> list[Line]:
-    """How often each answer was given; `earlier`: the records of the rollouts before this one."""
+    """Counts of each answer; `earlier`: the records of the rollouts before this one."""
     if cfg.bonus_source != "counts" or not record.has("visits"):
         return []
     stride = cfg.grpo.updates_per_rollout

@@ -20,7 +20,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Given:
-    """What the update is made of. Arrays are (B, T), 0 at padding."""
+    """Inputs of the update. Arrays are (B, T), 0 at padding."""
 
     prompts: Sequence[Sequence[int]]
     completions: Sequence[Sequence[int]]
@@ -37,7 +37,7 @@ class Given:
 
 @dataclass
 class Outcome:
-    """What the steps were; sums and counts over all of them."""
+    """The outcome of the steps; sums and counts over all of them."""
 
     loss: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)

@@ -32,7 +32,7 @@ Term = tuple[bool, tuple[int, ...]]
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """What makes two prompts the same problem: the sorted numbers and the target."""
+    """The identity of a problem: the sorted numbers and the target."""
 
     numbers: tuple[int, ...]
     target: int

@@ -31,7 +31,7 @@ _ROUTE = re.compile(r"[a-z]{2,26}", re.ASCII)
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """What makes two prompts the same problem: the sorted streets, each from its first node to its second, and ends."""
+    """The identity of a problem: its sorted streets, each from its first node to its second, and its ends."""
 
     streets: tuple[str, ...]
     start: str

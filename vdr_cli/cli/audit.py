@@ -113,7 +113,7 @@ def _shown(value: float | None, form: str = ".5g") -> str:
 
 
 def show_summary(console: object, lines: Sequence[Line]) -> int:
-    """How many agree, and the exit code."""
+    """Print how many agree, and return the exit code."""
     counts = {verdict: sum(line.within is verdict for line in lines) for verdict in (True, False, None)}
     typer.echo(f"{counts[True]} within their bounds, {counts[False]} outside, {counts[None]} not recomputed")
     return OUTSIDE if counts[False] else 0

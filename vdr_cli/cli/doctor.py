@@ -83,7 +83,7 @@ FEW = 3
 
 
 def host_table(answers: Mapping[str, Answer], problems: list[Problem]) -> Table:
-    """What the hosts have: a column per host; with many hosts a row per host, and in the caption what all share."""
+    """Facts about the hosts: a column per host; with many hosts a row per host, and in the caption what all share."""
     from rich.markup import escape
     from rich.table import Table
 

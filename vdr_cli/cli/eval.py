@@ -177,7 +177,7 @@ def ensemble_settings(members: int) -> DisagreementConfig:
 
 @dataclass(frozen=True)
 class Files:
-    """Where the results go beside the terminal; None: nowhere."""
+    """Files of the results beside the terminal; None: no file."""
 
     numbers: str | None
     """JSON."""

@@ -39,7 +39,7 @@ class Flag:
     panel: str | None = None
     """Heading of the help page under which it stands; None: the first."""
     note: str = ""
-    """What this command adds to the setting's description."""
+    """An addition of this command to the setting's description."""
     default: str | int | None = None
     """The command's own default; None: the value of the file, the recipe or the schema."""
     required: bool = False
@@ -80,7 +80,7 @@ LAUNCH_FLAGS = panel(
     LAUNCH, "launch.num_processes", "launch.hostfile", "launch.include", "launch.exclude", "launch.master_addr",
     "launch.master_port", "launch.ssh_port", "launch.launcher", "launch.no_ssh", "launch.node_rank",
 )  # fmt: skip
-"""How processes are started, on every command that starts some."""
+"""Options for starting processes, on every command that starts some."""
 
 
 def parameter_name(flag: str) -> str:
@@ -90,7 +90,7 @@ def parameter_name(flag: str) -> str:
 
 @dataclass(frozen=True)
 class Typed:
-    """What the user typed for the options that stand for settings."""
+    """The values typed for options that stand for settings."""
 
     values: Mapping[str, Any]
     """Dotted key to value; None: not given."""
@@ -129,7 +129,7 @@ def takes(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callable[...
 
 
 def completion(key: str) -> Callable[[str], list[str]] | None:
-    """What a shell offers for the value of a setting; None: whatever it offers for a file."""
+    """A shell's suggestions for the value of a setting; None: its own for files."""
     if key == "engine.ds_config":
         return ds_configs
     choices = setting(key).choices or setting(key).examples
@@ -168,7 +168,7 @@ def config_from(path: str | Path | None, overrides: Sequence[str] | None, typed:
 
 
 def launch_from(typed: Typed, overrides: Sequence[str] | None = None) -> LaunchConfig:
-    """How processes are started: the options of the launch section over --set launch.x. Raises ConfigError."""
+    """The launch settings: the options of that section over --set launch.x. Raises ConfigError."""
     from vdr_cli.config.load import load_launch
 
     return load_launch(overrides or (), typed.section("launch").values, typed.names)

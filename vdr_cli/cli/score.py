@@ -197,7 +197,7 @@ def default_output(inputs: Sequence[str]) -> str:
 
 
 def show(result: ScoreResult) -> None:
-    """What was written, what was left out, and with labels how well each measure ranks."""
+    """Print what was written and left out, and with labels the quality of each measure's ranking."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape

@@ -52,7 +52,7 @@ def chosen_output(config: Config) -> str:
 
 
 def show_plan(config: Config, processes: int, all_settings: bool) -> None:
-    """What the settings amount to, as comments, and under it the settings: the output is a configuration file.
+    """Print the plan as comments, and under it the settings: the output is a configuration file.
 
     all_settings: with those that are at their defaults.
     """

@@ -59,7 +59,7 @@ class Setting:
 
     @property
     def values(self) -> str:
-        """What a user may write, in words, with bounds."""
+        """The values allowed, in words, with bounds."""
         return _in_words(self.node)
 
     @property

@@ -24,7 +24,7 @@ from vdr_cli.config.yaml_text import Document, KeyPath, dump_tree, parse_documen
 from vdr_cli.errors import ConfigError
 
 SECTIONS_WITHOUT_EFFECT = ("launch", "observe")
-"""How ranks are started and what is shown: never part of what a run computes."""
+"""Start of ranks and display: never part of what a run computes."""
 
 
 def load_config(
@@ -45,7 +45,7 @@ def load_config(
 
 
 def settings_typed(flags: Mapping[str, Any], flag_names: Mapping[str, str]) -> Config:
-    """What was typed over the defaults, without a file. Raises ConfigError."""
+    """The configuration typed, over the defaults, without a file. Raises ConfigError."""
     places: dict[KeyPath, str] = {}
     tree = _typed((), flags, flag_names, places)
     return validate(tree, places)
@@ -60,7 +60,7 @@ def load_launch(
     flags: Mapping[str, Any] | None = None,
     flag_names: Mapping[str, str] | None = None,
 ) -> LaunchConfig:
-    """How the processes of a command that is not a training run are started: what was typed alone.
+    """The launch settings of a command that is not a training run, from what was typed alone.
 
     A run's own launch section says how it was trained, on machines that may be gone.
     """
@@ -167,7 +167,7 @@ def _typed(
     flag_names: Mapping[str, str] | None,
     places: dict[KeyPath, str],
 ) -> Tree:
-    """What the command line says: flags over --set."""
+    """The settings of the command line: flags over --set."""
     tree = _parse_overrides(overrides, places)
     for key, value in (flags or {}).items():
         if value is not None:

@@ -1,4 +1,4 @@
-"""What a user reads when a configuration is refused: key, value, what is allowed, where it was given."""
+"""Messages of a refused configuration: key, value, what is allowed, where it was given."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class PromptSet(Sequence[Prompt]):
         return Prompt(row=index, value=value, token_ids=self._tokens(index, value), columns=self._columns_of(row))
 
     def where(self, index: int) -> str:
-        """How error messages name a row: `FILE line 7` (JSONL, from 1) or `NAME row 6` (from 0)."""
+        """A row's name in error messages: `FILE line 7` (JSONL, from 1) or `NAME row 6` (from 0)."""
         return self._table.where(index)
 
     def _columns_of(self, row: Row) -> Row:

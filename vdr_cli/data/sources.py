@@ -1,4 +1,4 @@
-"""Where rows come from: a bed, a local file or directory, or the hub."""
+"""Sources of rows: a bed, a local file or directory, or the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a batch is divided so that it fits in memory: budgets in bytes, and the rows and members that go together."""
+"""Division of a batch so that it fits in memory: budgets in bytes, and the rows and members that go together."""
 
 from __future__ import annotations
 

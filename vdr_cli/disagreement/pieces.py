@@ -38,7 +38,7 @@ class Part:
     """Index of the batch's first row in the request."""
     batch: Batch
     results: Results
-    """Where the part's measures go."""
+    """The result that takes the part's measures."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Piece:
     together: int
     """Members at once, from where they differ."""
     positions: slice
-    """Which of the part's wanted positions belong to the piece."""
+    """The part's wanted positions that belong to the piece."""
     members: range | None = None
     """None below the layer in which members begin to differ."""
     hidden: Tensor | None = None

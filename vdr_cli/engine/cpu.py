@@ -1,4 +1,4 @@
-"""What a process does on a CPU so that its threads do not stand in each other's way."""
+"""Settings of a process on a CPU that keep its threads out of each other's way."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ PASS_AT = re.compile(r"eval/pass@(\d+)$")
 
 @dataclass(frozen=True)
 class Cures:
-    """What to do about each cause, by this run's settings."""
+    """Advice for each cause, by this run's settings."""
 
     entropy: str
     unsolved: str

@@ -77,15 +77,15 @@ class Signals:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a source says of the completions."""
+    """A source's numbers for the completions."""
 
     per_completion: Tensor  # (B,), for people and metrics
     b: Tensor
-    """What the bonus is made from: (B,), or (B, T), 0 at padding."""
+    """The number that the bonus is made from: (B,), or (B, T), 0 at padding."""
 
 
 class Memory(Protocol):
-    """What a source carries from step to step: the same on every rank, and in checkpoints."""
+    """A source's state from step to step: the same on every rank, and in checkpoints."""
 
     def commit(self) -> None:
         """The step is done: what it added stays."""

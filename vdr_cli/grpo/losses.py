@@ -44,7 +44,7 @@ class LossSettings:
     """Weight of the KL to the reference model."""
     kl: str = "k3"
     kl_in: str = "loss"
-    """Where the KL acts: loss or reward."""
+    """The place of the KL: loss or reward."""
     entropy_weight: float = 0.0
     importance_cap: float | None = None
     """Cap of π_old/π_sampler; None: no correction."""

@@ -1,4 +1,4 @@
-"""How a run ended, written by the run itself: exit codes of launchers over ssh cannot be trusted.
+"""The end of a run, written by the run itself: exit codes of launchers over ssh cannot be trusted.
 
 finished.json stands in the run directory when the run ended as it should; fault.json when it ended
 for a reason it knows. `stop` in the same directory asks every rank to save and end.

@@ -114,7 +114,7 @@ def question_for(config: Config, hosts: Hosts, arguments: Sequence[str] = ()) ->
 
 
 def meeting_of(launch: LaunchConfig, hosts: Hosts) -> dict[str, Any] | None:
-    """Where rank 0 will listen. Without launch.master_addr the launcher asks the first host; then only the port is
+    """The address of rank 0. Without launch.master_addr the launcher asks the first host; then only the port is
     tried."""
     if len(hosts) < 2:
         return None

@@ -103,7 +103,7 @@ def remaining(launch: LaunchConfig, hosts: Hosts) -> tuple[LaunchConfig, Hosts]:
 
 
 def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratch: Path) -> Plan:
-    """How this launch is done: ranks here, through DeepSpeed's runner over ssh, or through srun."""
+    """The plan of this launch: ranks here, through DeepSpeed's runner over ssh, or through srun."""
     environment = {**os.environ, **checked(launch.env)}
     if directory is not None:
         environment["VDR_RUN_DIRECTORY"] = str(directory)
@@ -164,7 +164,7 @@ def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
 
 
 def _rendezvous(launch: LaunchConfig, hosts: Hosts) -> tuple[str, int | None]:
-    """Where rank 0 listens. Several hosts must agree without a word; one host takes a free port at each start."""
+    """The port of rank 0. Several hosts must agree without a word; one host takes a free port at each start."""
     if len(hosts) == 1:
         return launch.master_addr or "127.0.0.1", launch.master_port
     if launch.master_addr is None and not _one_task_a_node(os.environ):

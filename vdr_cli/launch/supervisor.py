@@ -38,7 +38,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Plan:
-    """How to start all ranks of one attempt."""
+    """The command that starts all ranks of one attempt."""
 
     command: Callable[[Sequence[str]], list[str]]
     """Arguments of vdr to a command line."""

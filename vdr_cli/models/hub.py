@@ -11,7 +11,7 @@ ANSWER_SECONDS = 5.0
 
 @functools.cache
 def settle_on_cache_if_away() -> None:
-    """Where the hub does not answer, later loads look in the cache at once; to be called before the first.
+    """If the hub does not answer, later loads look in the cache at once; to be called before the first.
 
     The hub's own client tries again and again, half a minute for each file: a model that is cached, or a directory
     with a typing error, would take a minute to say so.

@@ -48,7 +48,7 @@ def chunked_logps(
 
 
 class HeadSettings(NamedTuple):
-    """How hidden states become logits, and in what portions."""
+    """The map from hidden states to logits, and its portions."""
 
     temperature: float
     scale: float

@@ -1,4 +1,4 @@
-"""Where a model that a user names lies: a bed, a directory, a run, an adapter or a hub id. Imports no torch."""
+"""The place of a model that a user names: a bed, a directory, a run, an adapter or a hub id. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
 
 
 def _base_of(adapter: Path, key: str) -> str:
-    """Where the weights lie that the adapter is added to."""
+    """The place of the weights that the adapter is added to."""
     base = adapter_settings(adapter)["base_model_name_or_path"]
     try:
         return resolve_model_path(base, key)

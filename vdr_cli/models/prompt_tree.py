@@ -20,7 +20,7 @@ FULL_ATTENTION = frozenset({"full_attention", "attention"})
 
 
 class TreeLayout(NamedTuple):
-    """Where the tokens of B completions are in their trees, U of them, S wide: the prompt first, then those tokens of
+    """Places of the tokens of B completions in their trees, U of them, S wide: the prompt first, then those tokens of
     its completions that others follow, without padding between them."""
 
     firsts: Tensor  # (U,) the first row of each prompt

@@ -1,4 +1,4 @@
-"""What a configuration amounts to in batches, tokens and files, before anything starts. Pure."""
+"""The plan of a configuration in batches, tokens and files, before anything starts. Pure."""
 
 from __future__ import annotations
 

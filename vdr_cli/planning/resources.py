@@ -1,4 +1,4 @@
-"""What a run needs: memory per GPU and bytes over the network per step, by formula. Pure arithmetic, no torch.
+"""Needs of a run: memory per GPU and bytes over the network per step, by formula. Pure arithmetic, no torch.
 
 The formulas follow the code (engine/gathered.py, engine/build.py, models/policy.py) and are held against
 measurements by scripts/verify/plan_check.py. GPU kernels' workspaces, NCCL's buffers and the allocator's
@@ -72,7 +72,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one step does, and on how many GPUs."""
+    """The work of one step, and the GPUs it is done on."""
 
     gpus: int
     stage: int = 3
@@ -292,5 +292,5 @@ def _gathered_before_the_update(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def _layer_bytes(shape: Shape, e: int) -> int:
-    """What one layer keeps of one token for backward."""
+    """Bytes that one layer keeps of one token for backward."""
     return (4 * e + 8) * shape.hidden + 4 * e * shape.intermediate + e * (2 * shape.query_width + shape.kv_width)

@@ -24,13 +24,13 @@ class Page:
     ranking: list[list[str]]
     ranked: IntervalChart | None
     heat: str
-    """What the numbers at the tokens are."""
+    """Name of the numbers at the tokens."""
     command: tuple[str, str]
-    """How to get numbers at the tokens that have none: a command, and what it does."""
+    """A command that adds numbers at tokens without any, and its effect."""
 
 
 def decoder_of(model: str | None) -> Decode | None:
-    """How to show single tokens; None when the tokenizer is not there any more: texts are then shown whole."""
+    """A function that shows single tokens; None when the tokenizer is gone: texts are then shown whole."""
     if model is None:
         return None
     from vdr_cli.models.loading import load_tokenizer

@@ -1,4 +1,4 @@
-"""What a report shows, read from run directories and scored files. No markup here."""
+"""The contents of a report, read from run directories and scored files. No markup here."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
 
 
 def _from_cell(name: str, cell: Any) -> Any:
-    """What a CSV's text says, where it is a number or a list of them."""
+    """A CSV's text as its value, where it is a number or a list of them."""
     if name.startswith("token_") or name in ("prompt_ids", "completion_ids"):
         return json.loads(cell) if cell else None
     if name in (*BASE_COLUMNS, *ENSEMBLE_COLUMNS, *NUMBERS_SHOWN) or name.startswith("rewards/"):

@@ -29,7 +29,7 @@ class IntervalChart:
     x_label: str
     rows: Sequence[Interval]
     chance: float
-    """Where a number says nothing."""
+    """The value that says nothing."""
 
 
 def interval_svg(chart: IntervalChart) -> str:
@@ -74,7 +74,7 @@ def ordered(chart: IntervalChart) -> list[Interval]:
 
 
 def span(chart: IntervalChart) -> tuple[float, float]:
-    """What the axis covers: every interval and chance, with a margin."""
+    """The axis's range: every interval and chance, with a margin."""
     edges = [chart.chance, *(edge for row in ordered(chart) for edge in (row.low, row.high))]
     margin = 0.04 * (max(edges) - min(edges)) or 0.1
     return min(edges) - margin, max(edges) + margin

@@ -103,7 +103,7 @@ def render(page: Page) -> str:
 
 
 def _groups_note(page: Page) -> str:
-    """How many groups the page has of all that were saved, and what the colours in them mean."""
+    """A note on the number of groups shown, of all that were saved, and on the meaning of their colours."""
     shown = len(page.groups)
     note = f"{shown} of {page.groups_saved} saved groups" if shown < page.groups_saved else f"All {shown} saved groups"
     coloured = _coloured(page)

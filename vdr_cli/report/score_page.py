@@ -83,7 +83,7 @@ def _or_nan(value: Any) -> float:
 
 
 def _risk_chart(columns: Mapping[str, Sequence[Any]], label: str) -> Chart:
-    """What the most certain rows lose, for each column that ranks them."""
+    """Losses of the most certain rows, for each column that ranks them."""
     from vdr_cli.scoring.ranking import loss_of
     from vdr_cli.scoring.tokens import value_at
     from vdr_cli.stats.ranking import Ranked, risk_coverage

@@ -24,7 +24,7 @@ PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where the run is, under the names of transformers' TrainerState; both 0 outside a run."""
+    """The run's progress, under the names of transformers' TrainerState; both 0 outside a run."""
 
     global_step: int = 0
     """Optimizer steps done."""
@@ -53,7 +53,7 @@ class LoadedReward:
     at_once: int = 1
     """Calls that may run beside each other; async functions have no such limit."""
     own_process: Elsewhere | None = None
-    """Where to call a function that turns out to need a main thread; None: it is refused."""
+    """Caller of a function that turns out to need a main thread; None: it is refused."""
     context: Context | None = None
     """Context variables as they were when the function was imported (decimal's precision, ...); None: none are set."""
     solution_class: Callable[..., Any] | None = None

@@ -150,7 +150,7 @@ def compute_rewards(
 def call_all(
     loaded: Sequence[LoadedReward], arguments: dict[str, Any], prompts: Sequence[Prompt], timeout: float
 ) -> list[Any]:
-    """What each function returned, iterables as lists. DataError when one raises or hangs, naming function and row.
+    """Return values of the functions, iterables as lists. DataError when one raises or hangs, with function and row.
 
     arguments: as arguments_of makes them for these prompts, one per completion. timeout: seconds for each call.
     """

@@ -83,7 +83,7 @@ class _Worker:
         return value
 
     def end(self) -> str:
-        """How it ended: `with code 3`, `by SIGSEGV`."""
+        """Its end in words: `with code 3`, `by SIGSEGV`."""
         self.connection.close()
         try:
             code = self.process.wait(EXIT_SECONDS)

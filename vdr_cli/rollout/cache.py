@@ -26,7 +26,7 @@ SHARED_PROMPT = "vdr_shared_prompt"
 
 
 class Grouping:
-    """Which prompt each row continues, and how rows are gathered by prompt.
+    """The prompt that each row continues, and the gathering of rows by prompt.
 
     A matrix product over prompts needs rectangular groups: N prompts times c slots, c the largest group.
     """

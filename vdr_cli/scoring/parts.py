@@ -126,7 +126,7 @@ def metadata_path(output: Path) -> Path:
 
 
 def read_metadata(output: Path) -> dict[str, Any] | None:
-    """How a scored file was made: inside a Parquet file, beside another."""
+    """The making of a scored file, kept inside a Parquet file, beside another."""
     try:
         if output.suffix.lower() == ".parquet":
             text: str | bytes = (pq.read_schema(output).metadata or {})[METADATA_KEY]

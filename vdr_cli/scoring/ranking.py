@@ -30,7 +30,7 @@ GROUP = "group_id"
 
 @dataclass(frozen=True)
 class Ranking:
-    """How well each measure ranks, and what a reader must know of the rows it was computed from."""
+    """The quality of each measure's ranking, and notes on the rows it was computed from."""
 
     rows: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()

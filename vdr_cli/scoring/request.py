@@ -34,7 +34,7 @@ ENSEMBLE_TOKEN_COLUMNS = ("token_bald", "token_rmi")
 
 @dataclass(frozen=True)
 class Fields:
-    """Where the parts of a row lie: column names, or paths into nested columns such as resps.0.0."""
+    """Places of the parts of a row: column names, or paths into nested columns such as resps.0.0."""
 
     prompt: str = "prompt"
     completion: str = "completion"

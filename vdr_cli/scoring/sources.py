@@ -68,7 +68,7 @@ class Row:
 
 
 def shown_path(path: str) -> str:
-    """How messages call a source."""
+    """A source's name in messages."""
     return "stdin" if path.endswith(SPOOL) else path
 
 

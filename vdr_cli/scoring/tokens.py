@@ -48,7 +48,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """How rows become tokens. use_ids: whether ids that rows bring are this tokenizer's."""
+    """The encoding of rows. use_ids: ids that rows bring are this tokenizer's."""
 
     tokenizer: Any
     fields: Fields

@@ -16,7 +16,7 @@ _CELLS = 4_000_000  # counts held at once
 
 
 def resampled_counts(clusters: int, resamples: int, seed: int, width: int | None = None) -> Iterator[NDArray[np.int64]]:
-    """How often each cluster is drawn in each resample, in blocks of (R, clusters); the same for the same seed.
+    """Counts of each cluster in each resample, in blocks of (R, clusters); the same for the same seed.
 
     width: numbers that the caller holds for each resample; blocks are the smaller for it.
     """

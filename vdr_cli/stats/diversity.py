@@ -1,4 +1,4 @@
-"""How different the completions of one prompt are, and how close to a reference. Units are words and single signs."""
+"""Diversity of a prompt's completions, and closeness to a reference. Units are words and single signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well an uncertainty ranks errors: AUROC, AUPRC, risk-coverage, prediction rejection ratio, calibration.
+"""Quality of an uncertainty's ranking of errors: AUROC, AUPRC, risk-coverage, prediction rejection ratio, calibration.
 
 u is an uncertainty (higher = less certain), e in {0, 1} an error (or any loss where higher is worse). Rows may carry
 integer weights, the counts of a bootstrap resample. Rows of equal uncertainty are taken in random order, in

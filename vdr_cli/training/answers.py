@@ -1,4 +1,4 @@
-"""What counts as a completion's answer, for bonuses that count answers."""
+"""Answers of completions, for bonuses that count answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `vdr audit` needs to compute a step again (audit/step_000000.parquet) or an evaluation (eval_000000.parquet).
+"""Records for `vdr audit`: of a step (audit/step_000000.parquet) or of an evaluation (audit/eval_000000.parquet).
 
 One row per completion.
 

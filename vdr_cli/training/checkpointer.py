@@ -1,4 +1,4 @@
-"""What a checkpoint contains, and how a run resumes from it. state.due_after says when one is due."""
+"""Contents of a checkpoint, and resuming from it. state.due_after says when one is due."""
 
 from __future__ import annotations
 

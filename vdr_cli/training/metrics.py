@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
+"""Writers of a run's numbers: metrics.jsonl always, TensorBoard and Weights & Biases when asked."""
 
 from __future__ import annotations
 

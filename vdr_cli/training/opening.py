@@ -101,7 +101,7 @@ class Run:
 
 
 def _adapter_folder(res: Resources) -> Path | None:
-    """Where a LoRA run leaves its adapter. None where the base has an adapter itself, which no file could name."""
+    """The directory of a LoRA run's adapter. None where the base has an adapter itself, which no file could name."""
     model = res.config.model
     return None if model.lora is None or adapter_directory(model.name) else res.directory / "adapter"
 

@@ -26,7 +26,7 @@ class PendingRollout:
     """Groups that are being sampled; their rewards are computed as they finish."""
 
     positions: list[int]
-    """Where the prompts stand in the stream."""
+    """The prompts' places in the stream."""
     prompts: list[Prompt]  # one per group
     wait: Callable[[], Completions]
     """Returns the completions when all of them are there; a second call returns them again."""

@@ -74,7 +74,7 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
 
 
 def bonus_prefix(config: Config) -> str:
-    """What the names of the bonus's metrics begin with."""
+    """Prefix of the names of the bonus's metrics."""
     return "disagreement" if config.bonus_source == "disagreement" else "bonus"
 
 

@@ -46,11 +46,11 @@ class Resources:
     reference: FrozenCopy | Adapterless | None
     """None where neither the KL nor the bonus reads one."""
     source: Source | None
-    """What the bonus is computed from; None for plain GRPO."""
+    """The bonus's source; None for plain GRPO."""
     end_states: EndStateKeeper | None
     """Keeps the ends' hidden states of what is sampled; None where no bonus reads them, or members sample."""
     answers: Answers | None
-    """What counts as a completion's answer; None where nothing counts answers."""
+    """Finds a completion's answer; None where nothing counts answers."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def prompt_at(self, position: int) -> Prompt:

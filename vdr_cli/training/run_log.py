@@ -1,4 +1,4 @@
-"""Where a run reports: metrics.jsonl, completions/, the terminal. Rank 0 writes and prints, other ranks are silent."""
+"""The outputs of a run: metrics.jsonl, completions/, the terminal. Rank 0 writes and prints, other ranks are silent."""
 
 from __future__ import annotations
 

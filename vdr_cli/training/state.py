@@ -43,7 +43,7 @@ class LoopState:
     drawn_in_step: int = 0
     """Prompts that this step has taken. An abandoned step gives them back: they count when it ends."""
     memory: Memory | None = None
-    """What the bonus's source carries from step to step; None for most."""
+    """State of the bonus's source from step to step; None for most."""
     pending: PendingRollout | None = None
     """This step's groups, when their sampling started in the step before (rollout.ahead)."""
     next_pending: PendingRollout | None = None

@@ -131,7 +131,7 @@ def _arguments(signals: Signals) -> dict[str, Any]:
 
 
 def _call(given: str, function: Callable[..., Any], arguments: dict[str, Any], timeout: float) -> Any:
-    """What the function returns. DataError when it raises, or takes longer than `timeout` seconds."""
+    """The function's return value. DataError when it raises, or takes longer than `timeout` seconds."""
     outcome: dict[str, Any] = {}
 
     def run() -> None:

@@ -14,7 +14,7 @@ from vdr_cli.samples import Completions, Sampling
 
 
 class Keeper(Protocol):
-    """What keeps hidden states of sampling: the ensemble's reader, or the value heads' (`end_states`)."""
+    """A keeper of hidden states of sampling: the ensemble's reader, or the value heads' (`end_states`)."""
 
     def watching(self, model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
         """Yields a watcher with a settable `completions`, or None where nothing can be kept."""

@@ -66,7 +66,7 @@ STAGES: tuple[tuple[Part, ...], ...] = (
 
 @dataclass
 class Check:
-    """Where results go and how much time is left."""
+    """The place of results, and the time left."""
 
     out: Path
     work: Path

@@ -1,4 +1,4 @@
-"""What the parts of the GPU check share: arguments, model shapes, clocks and the result file."""
+"""Shared by the parts of the GPU check: arguments, model shapes, clocks and the result file."""
 
 from __future__ import annotations
 

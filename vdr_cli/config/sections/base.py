@@ -1,4 +1,4 @@
-"""What every section is: frozen, and strict about its keys and types."""
+"""The base of every section: frozen, and strict about its keys and types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run computes, how its ranks start, and what it shows."""
+"""Settings of the machine: engine, launch and display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a completion is paid for."""
+"""Reward functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How completions are sampled."""
+"""Settings of sampling."""
 
 from __future__ import annotations
 
