@@ -3,9 +3,11 @@
     python scripts/bench/bench_sources.py [--rounds 5] [--threads 2] [--json PATH]
 
 The model and shapes of bench_step.py: 66.6M parameters, 2 prompts x 8 completions of 64 tokens after 128. One process
-trains one policy; its steps take turns with the sources, so all of them see the same machine. The first round warms up.
-Medians of seconds and of CPU seconds, and the median over rounds of each ratio to plain GRPO of the same round. Asked:
-at most 1.02 for sources that need no forward.
+trains one policy at a learning rate of nearly 0 on the same prompts: every step does the same work but for its source.
+Steps take turns, each round in another order, so all sources see the same machine. The first round warms up.
+Medians of seconds and of CPU seconds, and the median over rounds of each ratio to plain GRPO of the same round; `none
+again` is plain GRPO a second time, and its distance from 1 is what this machine cannot tell apart. Asked: at most 1.02
+for sources that need no forward.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from vdr_cli.training.opening import Run
     from vdr_cli.training.resources import Resources
 
-PLAIN = "none"
+PLAIN, AGAIN = "none", "none again"
 
 
 def config_of(folder: Path, model: str, source: str, steps: int) -> Config:
@@ -35,13 +37,14 @@ def config_of(folder: Path, model: str, source: str, steps: int) -> Config:
 
     case = bench_step.CASES["qwen2"]
     train = {"steps": steps, "prompts_per_step": case.prompts, "micro_batch_size": case.micro_batch}
+    train["learning_rate"] = 1e-12
     return Config.model_validate(
         {
             "model": {"name": model},
             "data": {"name": str(folder / "prompts.jsonl")},
             "rollout": {"group_size": case.group, "max_new_tokens": case.new_tokens},
             "rewards": {"functions": [{"name": f"{folder / 'reward.py'}:digits"}]},
-            "bonus": {"source": source},
+            "bonus": {"source": PLAIN if source == AGAIN else source},
             "train": {**train, "output": str(folder / "run"), "checkpoint_every": 0, "save_model": False},
             "observe": {
                 "tensorboard": False, "report": False, "completions_every": 0, "audit_every": 0, "live": "off"
@@ -81,7 +84,7 @@ def one_step(res: Resources, state: Any, memory: Any) -> tuple[float, float]:
     """(seconds, CPU seconds) of a step."""
     from vdr_cli import train
 
-    state.memory = memory
+    state.memory, state.drawn = memory, 0  # the same prompts, and so the same completions
 
     def step() -> None:
         batch, advantages = train.collect(res, state)
@@ -99,7 +102,7 @@ def measured(rounds: int) -> dict[str, dict[str, float]]:
     from vdr_cli.exploration.sources import SOURCES
     from vdr_cli.training.opening import open_run
 
-    names = [PLAIN, *SOURCES]
+    names = [PLAIN, *SOURCES, AGAIN]
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,7 +114,7 @@ def measured(rounds: int) -> dict[str, dict[str, float]]:
             parts = {name: resources_of(run, config) for name, config in configs.items()}
             memories = {name: s.memory(configs[name]) if (s := parts[name].source) else None for name in names}
             for turn in range(rounds + 1):
-                for name in names:
+                for name in names[turn % len(names) :] + names[: turn % len(names)]:
                     took = one_step(parts[name], run.state, memories[name])
                     print(f"round {turn} {name:14} {took[0]:6.2f} s, CPU {took[1]:6.2f} s", flush=True)
                     if turn:
