@@ -143,7 +143,7 @@ def check_output(config: Config, resume: str | None) -> None:
         _refuse_leftovers(directory, resume)
         return
     changed = differing_keys(_computed_by(earlier), computed_settings(config))
-    hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME]
+    hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME or _balances(config, key)]
     if resume is None:
         whose = f"another run ({_few(changed)})" if changed else "this run already"
         help_text = "give another --output" if hard else "continue it with --resume auto, or give another --output"
@@ -165,6 +165,11 @@ def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: s
         elif a != b:
             keys.append(f"{prefix}{name}")
     return keys
+
+
+def _balances(config: Config, key: str) -> bool:
+    """True where the load-balancing loss, which is that of a micro-batch, depends on this setting."""
+    return key == "train.micro_batch_size" and config.grpo.router_aux_loss_coef > 0
 
 
 def _refuse_leftovers(directory: Path, resume: str | None) -> None:

@@ -331,7 +331,8 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
             totals, micro_batches = minibatch(res, batch, advantages, rows, now)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
-                inputs = micro.inputs(logps, updates.old_logps(micro, index, logps, entropy), entropy)
+                old_logps = updates.old_logps(micro, index, logps, entropy)
+                inputs = micro.inputs(logps, old_logps, entropy, engine.router_balance())
                 output = policy_loss(inputs, micro.weights, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(output)

@@ -188,6 +188,8 @@ def audit_update(
     saved = models.saved(record.step)
     if saved is None:
         return [judge.skipped("loss, gradient, update", no_weights(record.step))], {}
+    if cfg.grpo.router_aux_loss_coef:
+        return [judge.skipped("loss, gradient, update", "the load-balancing loss depends on the micro-batches")], {}
     if metrics.get("refused_steps", 0.0):
         return [judge.skipped("loss, gradient, update", "the step was refused: its gradient was not finite")], {}
     if cfg.grpo.updates_per_rollout > 1 and record.step > 0 and not saved.first:

@@ -71,7 +71,7 @@ class Config(Section):
         Completions of older weights or of members are corrected (`importance_cap`) even if nothing is set.
         """
         kept = "loss epsilon_low epsilon_high delta sapo_temperature_positive sapo_temperature_negative"
-        names = f"{kept} kl_cov_weight beta kl kl_in entropy_weight importance_cap".split()
+        names = f"{kept} kl_cov_weight beta kl kl_in entropy_weight router_aux_loss_coef importance_cap".split()
         found = {name: getattr(self.grpo, name) for name in names}
         if (self.rollout.ahead or self.rollout.members) and found["importance_cap"] is None:
             found["importance_cap"] = CORRECTION_CAP

@@ -52,7 +52,8 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         causal_lm.to(device)
     gathered = GatheredModel(causal_lm, device, gather_to_read(ds_config))
     _prepare_for_training(config, causal_lm)
-    policy = Policy(causal_lm, as_trees=_as_trees(config, causal_lm))
+    balanced = config.grpo.router_aux_loss_coef > 0
+    policy = Policy(causal_lm, as_trees=_as_trees(config, causal_lm), watch_routers=balanced)
     ds_engine = _initialize(config, ds_config, policy, device)
     return Engine(ds_engine, causal_lm, gathered, ds_config, _by_layers(config, ds_config, causal_lm, device))
 
@@ -95,7 +96,8 @@ def _as_trees(config: Config, causal_lm: nn.Module) -> bool:
     The same on all ranks and in all steps: ZeRO-3's gathers must match.
     """
     group_tokens = config.rollout.group_size * config.rollout.max_new_tokens
-    return group_tokens <= TREE_TOKENS and can_read_trees(causal_lm)
+    short = group_tokens <= TREE_TOKENS and config.grpo.router_aux_loss_coef == 0
+    return short and can_read_trees(causal_lm)
 
 
 def _by_layers(config: Config, ds_config: DsConfig, causal_lm: nn.Module, device: torch.device) -> bool:

@@ -173,6 +173,10 @@ class Engine:
         """Log-probabilities and entropies (B, T) of the completions under the policy, with gradient."""
         return self.ds_engine(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
 
+    def router_balance(self) -> Tensor | None:
+        """() load-balancing loss of the newest forward, with gradient; None without grpo.router_aux_loss_coef."""
+        return self.ds_engine.module.router_balance()  # type: ignore[no-any-return]
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradient of this rank's share of the step's loss; `last` closes the step's accumulation.
 

@@ -46,6 +46,8 @@ class LossSettings:
     kl_in: str = "loss"
     """The place of the KL: loss or reward."""
     entropy_weight: float = 0.0
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts."""
     importance_cap: float | None = None
     """Cap of π_old/π_sampler; None: no correction."""
 
@@ -64,6 +66,7 @@ class LossInputs:
     selected: Tensor | None = None  # (B, T) bool, tokens whose policy term counts; None: all
     covariant: Tensor | None = None  # (B, T) bool, tokens that clip_cov and kl_cov treat differently
     entropy_weights: Tensor | None = None  # (B, T), token_weights("dapo", ...): mean over the step's tokens
+    router_balance: Tensor | None = None  # (), the micro-batch's load-balancing loss, with gradient
 
 
 @dataclass
@@ -261,7 +264,7 @@ def entropy_threshold(entropies: Tensor, share: float) -> float:
 
 
 def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> LossOutput:
-    """Σ_{b,t} w · (policy term + β KL) − c · entropy, and its metrics.
+    """Σ_{b,t} w · (policy term + β KL) − c · entropy + a · load balance, and its metrics.
 
     weights: (B, T) from token_weights. Padding is replaced before it is weighed, so nothing there can spread.
     """
@@ -289,6 +292,9 @@ def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> 
     if settings.entropy_weight != 0.0:
         bonus = _required(inputs.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
         loss = loss - settings.entropy_weight * _where(mask, bonus).sum()
+    if settings.router_aux_loss_coef != 0.0:  # weighted by the micro-batch's share of the step's tokens
+        share = _required(inputs.entropy_weights, "entropy_weights").sum()
+        loss = loss + settings.router_aux_loss_coef * share * _required(inputs.router_balance, "router_balance")
     means = _metrics(inputs, terms, token_loss, old_logps, settings)
     return LossOutput(loss, means, *_extremes(inputs, terms, token_loss, old_logps, settings))
 
@@ -310,6 +316,8 @@ def _metrics(
         metrics["covariance/share"] = ((inputs.covariant & mask).sum().float(), count)
     if inputs.entropy is not None:
         metrics["entropy"] = (_where(mask, inputs.entropy).sum(), count)
+    if inputs.router_balance is not None:
+        metrics["aux_loss"] = (inputs.router_balance * count, count)
     if inputs.ref_logps is not None:
         kl = kl_estimate(_where(mask, inputs.logps - inputs.ref_logps), settings.kl)
         metrics["kl"] = (_where(mask, kl).sum(), count)

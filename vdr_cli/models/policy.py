@@ -18,6 +18,7 @@ from vdr_cli.models.head import Head
 from vdr_cli.models.logprobs import chunked_logps
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
+from vdr_cli.models.routing import Routers
 
 NOISE_NAMES = ("drop", "jitter")
 """Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
@@ -45,6 +46,7 @@ class Policy(nn.Module):
     share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
     model alone, never on a batch: ranks that choose differently wait for each other forever.
     as_trees: in one row with all of them, see `prompt_tree`; as little a matter of the batch.
+    watch_routers: keep what the experts' routers do, for `router_balance`; not with as_trees.
     """
 
     def __init__(
@@ -53,12 +55,18 @@ class Policy(nn.Module):
         chunk_tokens: int | None = None,
         share_prompts: bool | None = None,
         as_trees: bool = False,
+        watch_routers: bool = False,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.share_prompts = can_share_prompts(causal_lm) if share_prompts is None else share_prompts
         self.as_trees = as_trees
         self.head_logps = HeadLogps(chunk_tokens)
+        self._routers = Routers(causal_lm) if watch_routers else None
+
+    def router_balance(self) -> Tensor | None:
+        """() load-balancing loss of the tokens read since the last call, with gradient; None without watch_routers."""
+        return None if self._routers is None else self._routers.take_balance()
 
     def forward(
         self,

@@ -123,7 +123,9 @@ class MicroBatch:
     old_logps: Tensor | None = None  # (b, T)
     covariant: Tensor | None = None  # (b, T) bool
 
-    def inputs(self, logps: Tensor, old_logps: Tensor, entropy: Tensor) -> LossInputs:
+    def inputs(
+        self, logps: Tensor, old_logps: Tensor, entropy: Tensor, router_balance: Tensor | None = None
+    ) -> LossInputs:
         return LossInputs(
             logps=logps,
             advantages=self.advantages,
@@ -135,6 +137,7 @@ class MicroBatch:
             selected=self.selected,
             covariant=self.covariant,
             entropy_weights=self.entropy_weights,
+            router_balance=router_balance,
         )
 
 

@@ -69,6 +69,8 @@ class GrpoConfig(Section):
     """Adaptive entropy bonus: its weight rises by this after a rollout below the target, and falls by it otherwise."""
     entropy_max: Annotated[float, Field(gt=0)] = 5e-3
     """Adaptive entropy bonus: largest weight."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
+    """Mixtures of experts: weight of the load-balancing loss, which is that of each micro-batch; 0: off."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
