@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.training.test_batch import batch_of, check
 from vdr_cli import train
-from vdr_cli.config import Config
+from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.opening import open_source
@@ -68,12 +68,12 @@ def test_a_reward_that_reaches_solved_at_is_solved() -> None:
 
 
 def test_the_kl_comes_off_the_reward_beta_times() -> None:
-    res = resources(grpo={"beta": 0.5, "kl": "k1", "kl_in": "reward"})
+    cfg = GrpoConfig(beta=0.5, kl="k1", kl_in="reward")
     batch = batch_of([0, 1], 2)  # one token, then two
     policy, reference = torch.full((2, 2), -1.0), torch.full((2, 2), -1.5)
-    rewards = train.rewards_less_kl(res, batch, train.ReferenceLogps(reference, policy))
+    rewards = train.rewards_less_kl(cfg, batch, train.ReferenceLogps(reference, policy))
     assert rewards.tolist() == pytest.approx([0.0 - 0.25, 1.0 - 0.5])
-    assert train.rewards_less_kl(res, batch, train.ReferenceLogps()) is batch.task_reward
+    assert train.rewards_less_kl(cfg, batch, train.ReferenceLogps()) is batch.task_reward
 
 
 @pytest.mark.parametrize(("masked", "counted"), [(False, [1, 2, 3, 1]), (True, [1, 0, 3, 0])])

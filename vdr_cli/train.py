@@ -197,7 +197,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
     if res.reference is not None and cfg.beta:
         with res.timer.phase("reference"), res.reference.whole(model) as reference_model:
             reference, _ = read_logps(res, reference_model, completions)
-    if cfg.reads_policy_first or needs_policy(res, completions):
+    if cfg.reads_policy_first or needs_policy(res.source, res.config.rollout, completions):
         with res.timer.phase("policy"):
             policy, entropy = read_old_logps(res, model, completions)
         if cfg.top_entropy_quantile < 1.0:
@@ -219,8 +219,8 @@ def reward_head(
     """
     completions = batch.completions
     mask = loss_mask(completions.completion_mask, completions.truncated, res.config.grpo.mask_truncated)
-    rewards = rewards_less_kl(res, batch, logps)
-    task_advantages = group_relative(res, batch.rewards, rewards)
+    rewards = rewards_less_kl(res.config.grpo, batch, logps)
+    task_advantages = group_relative(res.config, res.reward_weights(), batch.rewards, rewards)
     shaped, per_completion, bonus = task_advantages, None, None
     if res.source is not None:
         shaped, per_completion, bonus = add_bonus(res, state, batch, signals, rewards, task_advantages)
@@ -265,38 +265,41 @@ def add_bonus(
         cfg.schedule, cfg.effective_weight, cfg.schedule_fraction, state.step, res.config.train.steps
     )
     if cfg.effective_shape == "reward":
-        advantages = group_relative(res, batch.rewards, bonuses.shaped_rewards(rewards, b, gate, weight, G))
+        shaped = bonuses.shaped_rewards(rewards, b, gate, weight, G)
+        advantages = group_relative(res.config, res.reward_weights(), batch.rewards, shaped)
         return advantages, found.per_completion, advantages - task_advantages
-    scale = bonus_scale(res, state, b, token_mask)
+    scale = bonus_scale(res.config, state.rms, b, token_mask)
     advantages, bonus = bonuses.shaped_advantages(
         cfg.effective_shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, scale, token_mask
     )
     return advantages, found.per_completion, bonus
 
 
-def bonus_scale(res: Resources, state: LoopState, b: Tensor, token_mask: Tensor | None) -> float:
-    """The divisor of the additive shape, this step's deviations included. Collective; updates state.rms."""
-    cfg = res.config.bonus
-    sums = bonuses.deviation_sums(b, res.config.rollout.group_size, token_mask)
+def bonus_scale(config: Config, rms: bonuses.RunningRms, b: Tensor, token_mask: Tensor | None) -> float:
+    """The divisor of the additive shape, this step's deviations included. Collective; updates rms."""
+    cfg = config.bonus
+    sums = bonuses.deviation_sums(b, config.rollout.group_size, token_mask)
     first = cfg.scale_steps if cfg.scale == "initial" else None
     squares, count = collectives.all_reduce_sum(sums)
-    state.rms.update(squares, count, first)
-    return 1.0 if cfg.scale == "none" else state.rms.value
+    rms.update(squares, count, first)
+    return 1.0 if cfg.scale == "none" else rms.value
 
 
-def rewards_less_kl(res: Resources, batch: RewardedGroups, logps: ReferenceLogps) -> Tensor:
+def rewards_less_kl(cfg: GrpoConfig, batch: RewardedGroups, logps: ReferenceLogps) -> Tensor:
     """(B,) task rewards, less β times the KL to the reference when it is taken from the reward."""
-    cfg, mask = res.config.grpo, batch.completions.completion_mask
     if cfg.kl_in == "loss" or logps.reference is None or logps.policy is None:
         return batch.task_reward
+    mask = batch.completions.completion_mask
     return kl_penalised_rewards(batch.task_reward, logps.policy, logps.reference, mask, cfg.beta, cfg.kl)
 
 
-def group_relative(res: Resources, rewards: Tensor, task_reward: Tensor) -> Tensor:
-    """(B,) advantages of the rewards within their groups. Collective when the scale is the whole step's."""
-    cfg, G = res.config.grpo, res.config.rollout.group_size
+def group_relative(config: Config, weights: Tensor, rewards: Tensor, task_reward: Tensor) -> Tensor:
+    """(B,) advantages of task_reward (B,) within its groups. Collective when the scale is the whole step's.
+
+    rewards: (B, F), what the functions of these weights (F,) returned.
+    """
+    cfg, G = config.grpo, config.rollout.group_size
     if cfg.multi_reward == "normalise_then_sum":
-        weights = res.reward_weights()
         # What was added to the functions' sum (overlong penalty, KL, bonus) is a column of its own.
         added = task_reward - grpo_advantages.combine_rewards(rewards, weights)
         columns = torch.cat([rewards, added[:, None]], dim=1)
@@ -326,9 +329,9 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
         settings = replace(settings, entropy_weight=state.entropy.weight(cfg.grpo.entropy_target))
     updates = Updates(entropy_weight=settings.entropy_weight)
     with res.timer.phase("update"):
-        for rows in own_minibatches(res) * cfg.grpo.num_iterations:
+        for rows in own_minibatches(cfg) * cfg.grpo.num_iterations:
             now = state.step + len(updates.refused)
-            totals, micro_batches = minibatch(res, batch, advantages, rows, now)
+            totals, micro_batches = minibatch(cfg, batch, advantages, rows, now, engine.device)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
                 old_logps = updates.old_logps(micro, index, logps, entropy)
@@ -355,25 +358,24 @@ def follow_entropy(state: LoopState, cfg: GrpoConfig, metrics: dict[str, float])
 
 
 def minibatch(
-    res: Resources, batch: RewardedGroups, advantages: Advantages, rows: Tensor, step: int
+    config: Config, batch: RewardedGroups, advantages: Advantages, rows: Tensor, step: int, device: torch.device
 ) -> tuple[Totals, list[MicroBatch]]:
-    """One optimizer step's denominators, and these rows of this rank as its micro-batches. Collective.
+    """One optimizer step's denominators, and these rows of this rank as its micro-batches on the device. Collective.
 
     The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches and ranks.
     """
-    cfg = res.config
     part = advantages.select(rows)
     totals = step_totals(part)
-    part = replace(part, covariant=covariant_tokens(res, part, rows, step))
+    part = replace(part, covariant=covariant_tokens(config, part, rows, step))
     if not len(rows):  # this rank has no group of the minibatch: a row without valid tokens takes part for it
         rows = torch.zeros(1, dtype=torch.int64)
         part = advantages.select(rows)
         nothing = torch.zeros_like(part.mask)
         part = replace(part, mask=nothing, covariant=nothing)
-    weights = token_weights(cfg.grpo.loss, part.mask, totals, cfg.rollout.max_new_tokens)
-    entropy_weights = token_weights("dapo", part.mask, totals, cfg.rollout.max_new_tokens)
-    size = cfg.train.micro_batch_size
-    return totals, micro_batches_of(batch.select(rows), part, weights, entropy_weights, size, res.engine.device)
+    longest, size = config.rollout.max_new_tokens, config.train.micro_batch_size
+    weights = token_weights(config.grpo.loss, part.mask, totals, longest)
+    entropy_weights = token_weights("dapo", part.mask, totals, longest)
+    return totals, micro_batches_of(batch.select(rows), part, weights, entropy_weights, size, device)
 
 
 def step_totals(advantages: Advantages) -> Totals:

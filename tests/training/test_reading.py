@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.test_batch import batch_of
-from vdr_cli.config import Config
+from vdr_cli.config import Config, RolloutConfig
 from vdr_cli.disagreement.information import Statistics
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine.engine import Engine
@@ -77,12 +77,11 @@ def test_members_are_the_steps(mode: str, positions: str, step: int, shown: int)
     ids=str,
 )
 def test_the_samplers_log_probabilities_serve_where_they_are_the_policys(rollout: dict[str, Any], known: bool) -> None:
-    res = resources(rollout={"group_size": 2, **rollout}, bonus={"source": "surprisal"})
-    res.source, completions = SOURCES["surprisal"], batch_of([0, 1], 2).completions
-    assert reading.sampled_under_policy(res, completions) is known
-    assert reading.needs_policy(res, completions) is not known
+    cfg, completions = RolloutConfig.model_validate({"group_size": 2, **rollout}), batch_of([0, 1], 2).completions
+    assert reading.sampled_under_policy(cfg, completions) is known
+    assert reading.needs_policy(SOURCES["surprisal"], cfg, completions) is not known
     completions.sampler_logps[0, 0] = float("nan")  # a server that did not say
-    assert reading.needs_policy(res, completions)
+    assert reading.needs_policy(SOURCES["surprisal"], cfg, completions)
 
 
 def test_nothing_is_read_that_the_source_does_not_ask_for() -> None:
@@ -92,5 +91,5 @@ def test_nothing_is_read_that_the_source_does_not_ask_for() -> None:
         res.source = SOURCES[name] if name else None
         found = reading.read_for_bonus(res, LoopState(), None, batch, policy)
         assert set(found) == expected
-    assert not reading.needs_policy(res, batch.completions)
-    assert reading.needs_policy(SimpleNamespace(source=SOURCES["entropy"]), batch.completions)  # type: ignore[arg-type]
+    assert not reading.needs_policy(None, RolloutConfig(), batch.completions)
+    assert reading.needs_policy(SOURCES["entropy"], RolloutConfig(), batch.completions)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.grpo.covariance import covariances, drawn, highest
 from vdr_cli.rollout.sampling import uniform_rows
 from vdr_cli.samples import Stream, completion_key
 from vdr_cli.training.batch import Advantages
 from vdr_cli.training.minibatches import own_groups
-from vdr_cli.training.resources import Resources
 
 
-def covariant_tokens(res: Resources, part: Advantages, rows: Tensor, step: int) -> Tensor | None:
+def covariant_tokens(config: Config, part: Advantages, rows: Tensor, step: int) -> Tensor | None:
     """(b, T) bool: the tokens of one optimizer step that the loss singles out; None for other losses. Collective.
 
     part: this rank's rows of the step. rows: (b,) their places in this rank's share of the rollout. A token's random
     number is a function of seed, step, the row's place over all ranks and the token's own, so the choice is the same on
     any number of ranks.
     """
-    cfg = res.config.grpo
+    cfg = config.grpo
     if not cfg.needs_covariance:
         return None
     assert part.old_logps is not None, "GrpoConfig.reads_policy_first"
@@ -30,8 +30,8 @@ def covariant_tokens(res: Resources, part: Advantages, rows: Tensor, step: int) 
         [float(own[0].sum()), float(own[1].sum()), float(part.mask.sum())]
     )
     means = total_advantage / max(count, 1.0), total_logp / max(count, 1.0)
-    places = rows + own_groups(res)[0] * res.config.rollout.group_size
-    uniforms = _uniforms(res.config.train.seed, step, places, part.mask)
+    places = rows + own_groups(config)[0] * config.rollout.group_size
+    uniforms = _uniforms(config.train.seed, step, places, part.mask)
     shares = collectives.gather_objects((covariances(*own, *means), uniforms[part.mask]))
     everybody, numbers = (torch.cat(each) for each in zip(*shares, strict=True))
     if cfg.loss == "kl_cov":

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.samples import Completions
 from vdr_cli.training.reading import read_logps
@@ -25,16 +26,15 @@ def rows_of_minibatches(first: int, groups: int, minibatches: int, group_size: i
     return [rows[number % minibatches == part].flatten() for part in range(minibatches)]
 
 
-def own_minibatches(res: Resources) -> list[Tensor]:
+def own_minibatches(config: Config) -> list[Tensor]:
     """`rows_of_minibatches` of this rank, which holds an even share of the step's groups."""
-    cfg = res.config
-    first, groups = own_groups(res)
-    return rows_of_minibatches(first, groups, cfg.grpo.minibatches, cfg.rollout.group_size)
+    first, groups = own_groups(config)
+    return rows_of_minibatches(first, groups, config.grpo.minibatches, config.rollout.group_size)
 
 
-def own_groups(res: Resources) -> tuple[int, int]:
-    """The step's groups on lower ranks, and on this one."""
-    counts, rank = collectives.even_shares(res.config.train.prompts_per_step), collectives.rank()
+def own_groups(config: Config) -> tuple[int, int]:
+    """The number of the step's groups on lower ranks, and on this one."""
+    counts, rank = collectives.even_shares(config.train.prompts_per_step), collectives.rank()
     return sum(counts[:rank]), counts[rank]
 
 
@@ -45,6 +45,6 @@ def read_old_logps(res: Resources, model: Any, completions: Completions) -> tupl
     """
     logps = torch.zeros(completions.completion_ids.shape)
     entropy = torch.zeros_like(logps)
-    for rows in own_minibatches(res):
+    for rows in own_minibatches(res.config):
         logps[rows], entropy[rows] = read_logps(res, model, completions.rows(rows))
     return logps, entropy

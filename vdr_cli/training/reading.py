@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vdr_cli.config import RolloutConfig
 from vdr_cli.disagreement.reader import MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.counts import Visits
 from vdr_cli.exploration.draws import table, uniforms
 from vdr_cli.exploration.novelty import sparse_projection
+from vdr_cli.exploration.sources import Source
 from vdr_cli.exploration.value_heads import Heads, gradient
 from vdr_cli.models.policy import end_state, mean_state
 from vdr_cli.samples import Completions, Stream
@@ -30,20 +32,19 @@ class PolicyLogps:
     entropies: Tensor | None = None
 
 
-def needs_policy(res: Resources, completions: Completions) -> bool:
+def needs_policy(source: Source | None, rollout: RolloutConfig, completions: Completions) -> bool:
     """True when the bonus asks for numbers of the policy that sampling has not left. Collective where it asks."""
-    needs = res.source.needs if res.source else frozenset()
+    needs = source.needs if source else frozenset()
     if "log_probs" not in needs:
         return "entropies" in needs
-    return not sampled_under_policy(res, completions) or "entropies" in needs
+    return not sampled_under_policy(rollout, completions) or "entropies" in needs
 
 
-def sampled_under_policy(res: Resources, completions: Completions) -> bool:
+def sampled_under_policy(cfg: RolloutConfig, completions: Completions) -> bool:
     """True when the sampler's log-probabilities are the policy's own: its newest weights, no filter, no member.
 
     Collective.
     """
-    cfg = res.config.rollout
     filtered = cfg.top_k or cfg.top_p < 1.0 or cfg.min_p or cfg.repetition_penalty != 1.0
     unknown = float(completions.sampler_logps.isnan().any())
     other = filtered or cfg.ahead or cfg.members
