@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from vdr_cli.system.imports import importing
+
 HOSTS = ("tests/cluster/", "tests/rollout/test_vllm_real.py", "tests/integration/test_train_runs.py::test_launchers_")
 """One after the other: the hosts' addresses, and the port that launchers take when nobody names one, are there once."""
 PROCESSES = (
@@ -27,6 +29,12 @@ PROCESSES = (
 """Tests that start processes and wait for them, longest first. They run before all others, which fill the gaps."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    with importing():
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

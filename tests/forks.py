@@ -11,8 +11,10 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from typing import NoReturn
 
+from vdr_cli.system.imports import importing
 from vdr_cli.system.processes import end_process
 
 IMPORTED = (
@@ -30,6 +32,14 @@ IMPORTED = (
     "pyarrow.parquet",
     "rich.console",
 )
+
+
+def import_all(names: Iterable[str]) -> None:
+    """Import these before the forks are made; DeepSpeed first, as a run does."""
+    with importing():
+        importlib.import_module("vdr_cli.engine.deepspeed_import").leave_muon_uncompiled()
+        for name in names:
+            importlib.import_module(name)
 
 
 def vdr(arguments: list[str], environment: dict[str, str], said: list[str]) -> NoReturn:
@@ -60,8 +70,6 @@ def run_of(arguments: list[str], environments: list[dict[str, str]], said: list[
 
 
 if __name__ == "__main__":
-    importlib.import_module("vdr_cli.engine.deepspeed_import").leave_muon_uncompiled()
-    for name in IMPORTED:
-        importlib.import_module(name)
+    import_all(IMPORTED)
     for line in sys.stdin:
         print(run_of(**json.loads(line)), flush=True)

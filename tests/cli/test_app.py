@@ -42,6 +42,15 @@ def test_a_run_is_checked_before_torch_is_imported():
     assert done.stderr.splitlines()[-1] == "False"
 
 
+def test_a_rank_completes_its_environment_before_torch_is_imported():
+    code = (
+        "import os, sys\nos.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2')\n"
+        "from vdr_cli.cli import app, training\n"
+        "training.prepare_process = lambda launch: sys.exit(7 if 'torch' in sys.modules else 8)\napp.run(['train'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 8
+
+
 @pytest.mark.parametrize("name", list(app.COMMANDS))
 def test_every_help_has_examples(name, capsys):
     assert app.run([name, "--help"]) == 0

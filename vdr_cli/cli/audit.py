@@ -9,6 +9,7 @@ import typer
 
 from vdr_cli.cli.checks import check_writable_file
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,8 @@ def command(
 
     from rich.console import Console
 
-    from vdr_cli.audit.audit import SECTIONS, audit_run, write_json
+    with importing():
+        from vdr_cli.audit.audit import SECTIONS, audit_run, write_json
 
     parts = SECTIONS if only is None else tuple(part.strip() for part in only.split(","))
     for part in parts:

@@ -24,6 +24,7 @@ from vdr_cli.cli.options import (
 )
 from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:
     from vdr_cli.config import Config, DisagreementConfig
@@ -107,7 +108,8 @@ def command(
     files.check()
 
     def evaluate() -> None:
-        from vdr_cli.evaluation.evaluate import run_eval
+        with importing():
+            from vdr_cli.evaluation.evaluate import run_eval
 
         request = build_request(config, models, on_data=typed["data.name"] is not None)
         ensemble = ensemble_settings(members) if members else None

@@ -15,6 +15,7 @@ from vdr_cli.cli.checks import check_writable_file, one_of
 from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, Typed, launch_from, panel, takes
 from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:
     from vdr_cli.scoring.request import ScoreRequest, ScoreResult
@@ -154,7 +155,8 @@ def score_with_progress(request: ScoreRequest) -> ScoreResult:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vdr_cli.scoring.score import run_score
+    with importing():
+        from vdr_cli.scoring.score import run_score
 
     if not is_first():
         return run_score(request)

@@ -14,6 +14,8 @@ from vdr_cli.launch.environment import is_rank, prepare_process, translated
 from vdr_cli.launch.preflight import question_for
 from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
 from vdr_cli.planning.batches import batch_plan
+from vdr_cli.system import stopping
+from vdr_cli.system.imports import importing
 
 
 def start(
@@ -64,10 +66,12 @@ def show_plan(config: Config, processes: int, all_settings: bool) -> None:
 
 def _agreed_output(config: Config, resume: str | None) -> Config:
     """The run directory that rank 0 decides and checks for all: another may look when the run is in it already."""
-    from vdr_cli.engine import collectives
-    from vdr_cli.engine.processes import start_distributed
+    prepare_process(config.launch)  # before torch is imported: it reads its number of threads once
 
-    prepare_process(config.launch)
+    with importing():
+        from vdr_cli.engine import collectives
+        from vdr_cli.engine.processes import start_distributed
+
     start_distributed()
     chosen = with_output(config, config.train.output or default_output())
     with collectives.agreed():
@@ -90,8 +94,8 @@ def _node_rank(config: Config) -> int:
 def _train(config: Config, resume: str | None) -> int:
     prepare_process(config.launch)  # before torch is imported: it reads its number of threads once
 
-    from vdr_cli.system import stopping
-    from vdr_cli.train import train
+    with importing():
+        from vdr_cli.train import train
 
     stopping.this_is_a_command()
     return train(config, resume)

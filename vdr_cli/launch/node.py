@@ -12,6 +12,8 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from vdr_cli.system.imports import importing
+
 Install = Callable[..., Any]
 
 
@@ -30,7 +32,8 @@ def orphans_only(install: Install, parent: int) -> Install:
 
 def main() -> None:
     """Run the launcher with this process's arguments."""
-    from vdr_cli.engine import deepspeed_import
+    with importing():
+        from vdr_cli.engine import deepspeed_import
 
     launch = deepspeed_import.module("launcher.launch")
     launch.signal.signal = orphans_only(signal.signal, os.getppid())

@@ -8,6 +8,8 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+from vdr_cli.system.imports import importing
+
 
 class Heard(subprocess.Popen[Any]):
     """A process whose end by a signal is 128 + signal, as in a shell."""
@@ -20,7 +22,8 @@ class Heard(subprocess.Popen[Any]):
 
 def main() -> None:
     """Run the runner with this process's arguments."""
-    from vdr_cli.engine import deepspeed_import
+    with importing():
+        from vdr_cli.engine import deepspeed_import
 
     runner = deepspeed_import.module("launcher.runner")
     runner.subprocess.Popen = Heard

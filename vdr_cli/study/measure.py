@@ -18,6 +18,7 @@ import numpy as np
 from vdr_cli.config.load import validate
 from vdr_cli.errors import VdrError
 from vdr_cli.system.files import write_whole
+from vdr_cli.system.imports import importing
 from vdr_cli.system.text import visible
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def counts_of(result: EvalResult) -> dict[str, Any]:
 
 def measure(request: Mapping[str, Any]) -> None:
     """Evaluate the model and write its counts. Raises VdrError."""
-    from vdr_cli.evaluation.evaluate import run_eval
+    with importing():
+        from vdr_cli.evaluation.evaluate import run_eval
     from vdr_cli.evaluation.request import EvalRequest
 
     config = validate(request["settings"])

@@ -20,23 +20,26 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import deepspeed
-import torch
-from deepspeed.utils import safe_get_full_grad
-from torch.nn.functional import pad
+from vdr_cli.system.imports import importing
 
-from vdr_cli import train
-from vdr_cli.config.load import load_config
-from vdr_cli.disagreement import reader
-from vdr_cli.engine import build, collectives
-from vdr_cli.engine.engine import Engine
-from vdr_cli.engine.processes import leave_process_group
-from vdr_cli.errors import VdrError
-from vdr_cli.launch.environment import free_port
-from vdr_cli.models import cpu_linear, limits
-from vdr_cli.system.processes import end_process
-from vdr_cli.training import opening
-from vdr_cli.training.state import LoopState
+with importing():
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_get_full_grad
+    from torch.nn.functional import pad
+
+    from vdr_cli import train
+    from vdr_cli.config.load import load_config
+    from vdr_cli.disagreement import reader
+    from vdr_cli.engine import build, collectives
+    from vdr_cli.engine.engine import Engine
+    from vdr_cli.engine.processes import leave_process_group
+    from vdr_cli.errors import VdrError
+    from vdr_cli.launch.environment import free_port
+    from vdr_cli.models import cpu_linear, limits
+    from vdr_cli.system.processes import end_process
+    from vdr_cli.training import opening
+    from vdr_cli.training.state import LoopState
 
 LEAST_WORK = cpu_linear.LEAST_WORK
 PROMPT = torch.tensor([[3, 4, 5, 6, 7, 8]])

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from tests.forks import IMPORTED
+from tests.forks import IMPORTED, import_all
 from vdr_cli.study import launching, measure
 from vdr_cli.system.processes import end_process, end_with_parent
 
@@ -92,9 +92,7 @@ def exit_code(pid: int) -> int:
 
 
 if __name__ == "__main__":
-    importlib.import_module("vdr_cli.engine.deepspeed_import").leave_muon_uncompiled()
-    for name in (*IMPORTED, "vdr_cli.evaluation.evaluate", "vdr_cli.study.page", "vdr_cli.study.view"):
-        importlib.import_module(name)
+    import_all([*IMPORTED, "vdr_cli.evaluation.evaluate", "vdr_cli.study.page", "vdr_cli.study.view"])
     launching.start = start
     for line in sys.stdin:
         asked = json.loads(line)
