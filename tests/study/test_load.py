@@ -67,6 +67,8 @@ def refused(path: Path) -> str:
         ("seeds: 4", "seeds: none", "seeds: give how many, or a list"),
         ("seeds: 4", "seeds: true", "seeds: give how many, or a list"),
         ("seeds: 4", "seeds: [1, 2, 1]", "seeds: 1 is given twice"),
+        ("seeds: 4", "contrasts: [[grpo, bald]]", "contrasts.0: bald is not an arm; there are grpo, default"),
+        ("seeds: 4", "contrasts: [[grpo, grpo]]", "contrasts.0: grpo against itself"),
         ("seeds: 4", "endpoint: pas@64", "endpoint: nothing computes pas@64; did you mean pass@64?"),
         ("seeds: 4", "endpoint: pass@65", "pass@65 needs 65 completions per problem and evaluation.samples is 64"),
         ("seeds: 4", "secondary: [clases]", "secondary.0: nothing computes clases; did you mean classes?"),

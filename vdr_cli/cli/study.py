@@ -20,6 +20,7 @@ EXAMPLES = (
     "vdr study mine.yaml --jobs 2 --resume     # go on where it stopped",
     "vdr study mine.yaml --shard 1/8           # a Slurm array's task (scripts/study.sbatch)",
     "vdr study report studies/mine             # the results again, from study.json and the metrics",
+    "vdr study archive studies/mine kept       # a small copy, to publish and to go on with elsewhere",
 )
 
 File = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="Arms, seeds, beds, budget, endpoint.")]
@@ -59,6 +60,17 @@ def report(directory: Annotated[str, typer.Argument(metavar="DIR", help="A study
     from vdr_cli.study.page import rebuild
 
     for path in rebuild(Path(directory)):
+        typer.echo(path)
+
+
+def archive(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A study's output directory.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Where the copy goes.")],
+) -> None:
+    """Copy a study without its run directories: counts, settings and the metrics that matter, in a few small files."""
+    from vdr_cli.study.page import archive
+
+    for path in archive(Path(directory), Path(target)):
         typer.echo(path)
 
 
@@ -122,6 +134,6 @@ def _run(study: Study, tasks: list[Task], shard: Shard | None, jobs: int, resume
     return code
 
 
-SUBCOMMANDS = {"report": report}
+SUBCOMMANDS = {"report": report, "archive": archive}
 DEFAULT = "run"
 """`vdr study FILE` is `vdr study run FILE`."""

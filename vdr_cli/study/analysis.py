@@ -81,6 +81,14 @@ def analysed(record: Record) -> Rows:
     return _judged(record, rows)
 
 
+def contrasts(record: Record, bed: str) -> list[tuple[str, str, Difference]]:
+    """The endpoint of one arm less another's, for the pairs that the study names."""
+    name = record.study.file.endpoint
+    values = {arm: _values(record, bed, arm, name) for arm in record.study.arms}
+    pairs = record.study.file.contrasts
+    return [(first, second, _difference_of(record, values[first], values[second])) for first, second in pairs]
+
+
 def start_value(record: Record, bed: str, name: str) -> float | None:
     """The number of the bed's starting model; None where it is not one of a model alone, or was not measured."""
     start = record.start(bed)
@@ -123,9 +131,11 @@ def _row(record: Record, bed: str, arm: str, name: str) -> Row:
 
 def _difference(record: Record, bed: str, arm: str, name: str, own: Mapping[int, Value]) -> Difference | None:
     control = record.study.file.control
-    if arm == control:
-        return None
-    theirs = _values(record, bed, control, name)
+    return None if arm == control else _difference_of(record, own, _values(record, bed, control, name))
+
+
+def _difference_of(record: Record, own: Mapping[int, Value], theirs: Mapping[int, Value]) -> Difference:
+    """The first less the second, over the seeds that both have."""
     paired = {seed: value - theirs[seed] for seed, value in own.items() if seed in theirs}
     mean = _mean(list(paired.values()))
     low, high = mean.interval()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vdr_cli.data.metrics import METRICS_FILE, read_metrics
-from vdr_cli.errors import ConfigError
 from vdr_cli.report.charts import Series
 from vdr_cli.stats.paired import mean_over_seeds
+from vdr_cli.study.archive import Metrics, metrics_of
 from vdr_cli.study.record import Record, RunRecord
 
 SHOWN = (
@@ -27,10 +25,10 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """The metrics of one run: name to step to value."""
+    """The metrics of one run."""
 
     run: RunRecord
-    values: dict[str, dict[int, float]]
+    values: Metrics
 
     @property
     def seconds(self) -> float:
@@ -39,19 +37,8 @@ class RunMetrics:
 
 
 def read_runs(record: Record, directory: Path) -> list[RunMetrics]:
-    """The metrics of every run of record. Raises ConfigError when one's are gone."""
-    return [RunMetrics(run, _read(directory / run.task.path / METRICS_FILE)) for run in record.runs]
-
-
-def _read(path: Path) -> dict[str, dict[int, float]]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: missing; the report of a study needs the metrics of each of its runs")
-    values: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in read_metrics(path):
-        for name, value in line.items():
-            if name != "step" and math.isfinite(value):
-                values[name][int(line["step"])] = value
-    return dict(values)
+    """The metrics of every run of record, from its directory or the archive. Raises ConfigError when one's are gone."""
+    return [RunMetrics(run, metrics_of(directory, run.task)) for run in record.runs]
 
 
 def shown_metrics(runs: list[RunMetrics]) -> list[tuple[str, str, str]]:

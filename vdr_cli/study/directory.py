@@ -28,7 +28,7 @@ from vdr_cli.system.files import write_whole
 
 STUDY_FILE = "study.yaml"
 EVALUATION = "evaluation.json"
-LATER = ("output", "seeds", "arms", "secondary", "equivalence")
+LATER = ("output", "seeds", "arms", "secondary", "contrasts", "equivalence")
 """Keys that may differ when a study is continued: more seeds and arms, other things to report."""
 
 

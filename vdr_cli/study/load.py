@@ -158,6 +158,7 @@ def check_study(study: Study) -> None:
         raise ConfigError(f"{where('seeds')}: {repeated[0]} is given twice; keep one")
     _check_owned(study, where)
     _check_tuning(study, where)
+    _check_contrasts(study, where)
     _check_settings(study, where)
 
 
@@ -239,6 +240,17 @@ def _check_tuning(study: Study, where: Any) -> None:
         )
     if repeated := _repeated(file.tuning.seeds):
         raise ConfigError(f"{where('tuning', 'seeds')}: {repeated[0]} is given twice; keep one")
+
+
+def _check_contrasts(study: Study, where: Any) -> None:
+    for index, pair in enumerate(study.file.contrasts):
+        for arm in pair:
+            if arm not in study.file.arms:
+                raise ConfigError(
+                    f"{where('contrasts', index)}: {arm} is not an arm; there are {', '.join(study.arms)}"
+                )
+        if pair[0] == pair[1]:
+            raise ConfigError(f"{where('contrasts', index)}: {pair[0]} against itself; give two arms")
 
 
 def _check_settings(study: Study, where: Any) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vdr_cli.errors import MachineError
+from vdr_cli.config.load import dump_config
+from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
 from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves, start_value
+from vdr_cli.study.archive import metrics_of, write_archive
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.drawing import RangeRow, ranges_svg
 from vdr_cli.study.endpoints import described
@@ -48,6 +50,7 @@ class Bed:
     endpoints: Markup
     main: Table
     secondary: Table
+    contrasts: Table
     passes: list[Panel]
     learning: list[tuple[str, list[Panel]]]
     """Title of a metric, and its panels."""
@@ -74,6 +77,29 @@ def write_results(record: Record, directory: Path) -> list[Path]:
 def rebuild(directory: Path) -> list[Path]:
     """Write the results again from study.json and the runs' metrics. Raises VdrError."""
     return write_results(read_record(directory), directory)
+
+
+def archive(directory: Path, target: Path) -> list[Path]:
+    """Write a small copy of the study, from which its report can be rebuilt; the paths. Raises VdrError."""
+    record = read_record(directory)
+    if target.resolve() == directory.resolve() or (target.is_dir() and any(target.glob("runs"))):
+        raise ConfigError(f"{target}: holds the runs of a study; give another directory for the archive")
+    runs = {run.task: metrics_of(directory, run.task) for run in record.runs}
+    try:
+        paths = write_archive(runs, _configs(record), directory, target)
+    except OSError as error:
+        raise MachineError(f"{target}: the archive cannot be written ({error.strerror})") from None
+    return [*paths, *rebuild(target)]
+
+
+def _configs(record: Record) -> dict[str, str]:
+    """BED-ARM to the settings of the arm's first run."""
+    first = {(run.bed, run.arm): run for run in reversed(record.runs)}
+    return {
+        f"{bed}-{arm}": dump_config(record.study.config(bed, arm, run.seed or 0, run.trial))
+        for (bed, arm), run in first.items()
+        if arm is not None
+    }
 
 
 # ---- study.html --------------------------------------------------------------------------------------------------
@@ -111,6 +137,7 @@ def _bed(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics]) -> Be
         endpoints=_endpoints(record, rows[bed][record.study.file.endpoint], bed),
         main=texts.main_table(record, rows, bed, runs),
         secondary=texts.secondary_table(record, rows, bed),
+        contrasts=texts.contrasts_table(record, bed),
         passes=_passes(record, curves(record, bed)),
         learning=[(visible(title), _learning(record, own, *metric)) for title, metric in _metrics(own)],
     )
@@ -200,6 +227,9 @@ def markdown(record: Record, rows: Rows, runs: Sequence[RunMetrics]) -> str:
             parts.append(f"## {bed}")
         parts.append("\n".join(f"- {line}" for line in texts.answers(record, rows)[bed]))
         parts.append(_as_markdown(texts.main_table(record, rows, bed, runs)))
+        if record.study.file.contrasts:
+            parts.append("Pairs of arms, by the endpoint; described, not tested:")
+            parts.append(_as_markdown(texts.contrasts_table(record, bed)))
         secondary = texts.secondary_table(record, rows, bed)
         if len(secondary.header) > 1:
             parts.append(f"Other numbers: {record.study.file.control}'s own, and the differences of the others.")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from vdr_cli.config.load import config_hash
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.study.archive import archived_tasks
 from vdr_cli.study.directory import StudyDirectory, study_tree
 from vdr_cli.study.endpoints import Measured, first_success, value_of
 from vdr_cli.study.load import Study, study_of
@@ -83,18 +85,43 @@ class Record:
 
 
 def record_of(study: Study, directory: StudyDirectory) -> Record:
-    """The runs that the directory holds so far. Raises DataError when runs were measured on other prompts."""
-    rows: dict[str, list[int]] = {}
+    """The runs that the directory and its archive hold so far.
+
+    Raises DataError when runs were measured on other prompts.
+    """
+    kept = archived_record(directory.path)
+    rows: dict[str, list[int]] = dict(kept.rows) if kept else {}
+    archived = {run.task: run for run in (*kept.starts, *kept.runs)} if kept else {}
     starts: list[RunRecord] = []
     runs: list[RunRecord] = []
     for task in [*(Task(bed) for bed in study.beds), *runs_of(study)]:
         counts = read_counts(directory.evaluation(task))
         if counts is None:
+            if task in archived:
+                (starts if task.is_start else runs).append(archived[task])
             continue
         if rows.setdefault(task.bed, counts["rows"]) != counts["rows"]:
             raise DataError(f"{directory.evaluation(task)}: measured on other prompts than the other runs; remove it")
         (starts if task.is_start else runs).append(_run_record(study, directory, task, counts))
     return Record(directory.path.absolute().name, study, rows, starts, runs, tuning_of(study, directory))
+
+
+def archived_record(directory: Path) -> Record | None:
+    """What an archive says of the runs whose directories are gone: study.json, without runs that have no metrics there.
+
+    None where there is no archive.
+    """
+    tasks = archived_tasks(directory)
+    if not tasks:
+        return None
+    found = _read_record(directory, (directory / RESULTS).stat().st_mtime_ns)
+    return replace(found, runs=[run for run in found.runs if run.task in tasks])
+
+
+@lru_cache(maxsize=8)
+def _read_record(directory: Path, stamp: int) -> Record:
+    """read_record, once for each version of the file: a study that runs asks again and again."""
+    return read_record(directory)
 
 
 def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Mapping[str, Any]) -> RunRecord:
@@ -122,7 +149,7 @@ def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Map
 
 def chosen_trial(study: Study, directory: StudyDirectory, bed: str, arm: str) -> int | None:
     """The index of the arm's best settings on this bed, by the mean endpoint; the first of equals. None: not known."""
-    values = [trial_value(study, directory, tasks) for tasks in trials_of(study, bed, arm)]
+    values = [trial_value(study, directory, bed, arm, index) for index in range(study.trials)]
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
@@ -130,18 +157,24 @@ def chosen_trial(study: Study, directory: StudyDirectory, bed: str, arm: str) ->
     return max(range(len(known)), key=lambda index: sign * known[index])
 
 
-def trial_value(study: Study, directory: StudyDirectory, tasks: list[Task]) -> float | None:
-    """The mean endpoint over the seeds of one trial; None while one is missing."""
-    start = read_counts(directory.evaluation(Task(tasks[0].bed)))
+def trial_value(study: Study, directory: StudyDirectory, bed: str, arm: str, index: int) -> float | None:
+    """The mean endpoint over the seeds of one trial, from its runs or the archive; None while one is missing."""
+    start = read_counts(directory.evaluation(Task(bed)))
     found = []
-    for task in tasks:
+    for task in trials_of(study, bed, arm)[index]:
         counts = read_counts(directory.evaluation(task))
         if counts is None or start is None:
-            return None
+            return _archived_value(directory, bed, arm, index)
         found.append(
             value_of(study.file.endpoint, _measured(directory, task, counts), _measured(directory, None, start))
         )
     return float(np.mean([np.mean(value) for value in found]))
+
+
+def _archived_value(directory: StudyDirectory, bed: str, arm: str, index: int) -> float | None:
+    kept = archived_record(directory.path)
+    rows = kept.tuning if kept else []
+    return next((row["value"] for row in rows if (row["bed"], row["arm"], row["trial"]) == (bed, arm, index)), None)
 
 
 def tuning_of(study: Study, directory: StudyDirectory) -> list[dict[str, Any]]:
@@ -150,8 +183,8 @@ def tuning_of(study: Study, directory: StudyDirectory) -> list[dict[str, Any]]:
     for bed in study.beds if study.trials else ():
         for arm in study.arms:
             chosen = chosen_trial(study, directory, bed, arm)
-            for index, tasks in enumerate(trials_of(study, bed, arm)):
-                value = trial_value(study, directory, tasks)
+            for index in range(study.trials):
+                value = trial_value(study, directory, bed, arm, index)
                 if value is not None:
                     row = {"bed": bed, "arm": arm, "trial": index, "value": rounded(value), "taken": index == chosen}
                     rows.append(row)

@@ -21,11 +21,12 @@ from vdr_cli.config.schema import Config
 from vdr_cli.errors import ConfigError
 from vdr_cli.launch import outcome
 from vdr_cli.study import launching
+from vdr_cli.study.archive import ARCHIVE
 from vdr_cli.study.directory import StudyDirectory, try_lock
 from vdr_cli.study.load import Study
 from vdr_cli.study.measure import fingerprint
 from vdr_cli.study.plan import Task
-from vdr_cli.study.record import chosen_trial, read_counts
+from vdr_cli.study.record import archived_record, chosen_trial, read_counts
 from vdr_cli.system.files import write_whole
 from vdr_cli.system.stopping import StopSignal
 
@@ -230,6 +231,26 @@ class Runner:
         }
 
     def is_evaluated(self, task: Task) -> bool:
-        """True when the counts are there, and are what this study asks for."""
+        """True when the counts are there, and are what this study asks for; or in the study's archive."""
         counts = read_counts(self.directory.evaluation(task))
-        return counts is not None and counts["request"] == fingerprint(self.request(task))
+        if counts is not None:
+            return bool(counts["request"] == fingerprint(self.request(task)))
+        return self.is_archived(task)
+
+    def is_archived(self, task: Task) -> bool:
+        """True when the archive has the run, or what it was for. Raises ConfigError for a run with other settings."""
+        kept = archived_record(self.directory.path)
+        if kept is None:
+            return False
+        if task.is_trial:
+            return any(
+                (row["bed"], row["arm"], row["trial"]) == (task.bed, task.arm, task.trial) for row in kept.tuning
+            )
+        found = next((run for run in (*kept.starts, *kept.runs) if run.task == task), None)
+        settings = self.settings(task)
+        if found and not task.is_start and settings and found.settings != config_hash(settings):
+            raise ConfigError(
+                f"{self.directory.path / ARCHIVE}: {task.name} ran with other settings than the study gives it; "
+                "give another output"
+            )
+        return found is not None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vdr_cli.config.yaml_text import dump_tree
 from vdr_cli.stats.paired import detectable_deviations
-from vdr_cli.study.analysis import Difference, Row, Rows, start_value
+from vdr_cli.study.analysis import Difference, Row, Rows, contrasts, start_value
 from vdr_cli.study.curves import RunMetrics
 from vdr_cli.study.endpoints import described
 from vdr_cli.study.record import Record
@@ -156,6 +156,15 @@ def secondary_table(record: Record, rows: Rows, bed: str) -> Table:
             )
         lines.append([arm, *cells])
     return Table(["arm", *names], lines)
+
+
+def contrasts_table(record: Record, bed: str) -> Table:
+    """A pair of arms a row: the first less the second, by the endpoint."""
+    rows = [
+        [f"{first} less {second}", str(d.n), f"{_signed(d.value)}{_interval(d.low, d.high)}"]
+        for first, second, d in contrasts(record, bed)
+    ]
+    return Table(["pair", "n", f"difference of {record.study.file.endpoint}"], rows)
 
 
 def tuning_table(record: Record) -> Table:

@@ -1,0 +1,115 @@
+"""A study kept small: one table in place of its run directories.
+
+    study.yaml study.json study.md study.html
+    metrics.parquet          run by run, step by step: bed, arm, seed, step, and the metrics that matter (float32)
+    configs/BED-ARM.yaml     the settings of the arm's first run; the others differ in train.seed
+
+`vdr study report` and `vdr study --resume` take an archive for the study itself: it can be published, and gone on with
+on another machine.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vdr_cli.data.metrics import METRICS_FILE, read_metrics
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.study.plan import Task
+
+ARCHIVE = "metrics.parquet"
+KEPT = frozenset({
+    "reward", "solved", "entropy", "frac_reward_zero_std", "completions/mean_length", "completions/distinct", "kl",
+    "loss", "grad_norm", "step_time", "sampled_tokens",
+})  # fmt: skip
+KEPT_SECTIONS = ("eval/", "bonus/", "disagreement/")
+"""Metrics of an archive: these names, and all in these sections."""
+KEYS = ("bed", "arm", "seed", "step")
+
+Metrics = dict[str, dict[int, float]]
+"""Name to step to value."""
+
+
+def metrics_of(directory: Path, task: Task) -> Metrics:
+    """The metrics of a run, from its directory or the archive. Raises ConfigError when they are gone."""
+    path = directory / task.path / METRICS_FILE
+    if path.is_file():
+        return _by_name([dict(line) for line in read_metrics(path)])
+    if (directory / ARCHIVE).is_file() and task in (archived := _read(directory / ARCHIVE, _stamp(directory))):
+        return archived[task]
+    raise ConfigError(f"{path}: missing; the report of a study needs the metrics of each of its runs")
+
+
+def archived_tasks(directory: Path) -> frozenset[Task]:
+    """The runs whose metrics the directory's archive has; none without an archive."""
+    return frozenset(_read(directory / ARCHIVE, _stamp(directory))) if (directory / ARCHIVE).is_file() else frozenset()
+
+
+def write_archive(runs: Mapping[Task, Metrics], configs: Mapping[str, str], source: Path, target: Path) -> list[Path]:
+    """Write the archive's files beside a copy of study.yaml and study.json; their paths.
+
+    configs: BED-ARM to YAML. Raises OSError.
+    """
+    (target / "configs").mkdir(parents=True, exist_ok=True)
+    for name in ("study.yaml", "study.json"):
+        shutil.copyfile(source / name, target / name)
+    pq.write_table(_table(runs), target / ARCHIVE, compression="zstd", compression_level=19)
+    for name, text in configs.items():
+        (target / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return [target / "study.yaml", target / "study.json", target / ARCHIVE, target / "configs"]
+
+
+def _table(runs: Mapping[Task, Metrics]) -> pa.Table:
+    rows = [(task, step) for task, metrics in runs.items() for step in sorted(set().union(*metrics.values()))]
+    names = sorted({name for metrics in runs.values() for name in metrics if _is_kept(name)})
+    columns = {
+        "bed": pa.array([task.bed for task, _ in rows]).dictionary_encode(),
+        "arm": pa.array([task.arm for task, _ in rows]).dictionary_encode(),
+        "seed": pa.array([task.seed for task, _ in rows], pa.int64()),
+        "step": pa.array([step for _, step in rows], pa.int32()),
+    }
+    for name in names:
+        values = [runs[task].get(name, {}).get(step) for task, step in rows]
+        columns[name] = pa.array(values, pa.float32())
+    return pa.table(columns)
+
+
+def _is_kept(name: str) -> bool:
+    return name in KEPT or name.startswith(KEPT_SECTIONS)
+
+
+def _by_name(lines: list[dict[str, float]]) -> Metrics:
+    found: Metrics = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and np.isfinite(value):
+                found.setdefault(name, {})[int(line["step"])] = value
+    return found
+
+
+def _stamp(directory: Path) -> int:
+    return (directory / ARCHIVE).stat().st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, stamp: int) -> dict[Task, Metrics]:
+    """The runs of an archive. stamp: when it was written, so that a newer one is read."""
+    try:
+        table = pq.read_table(path)
+        keys = zip(*(table[name].to_pylist() for name in KEYS), strict=True)
+        rows = [(Task(bed, arm, seed), step) for bed, arm, seed, step in keys]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as the metrics of a study ({' '.join(str(error).split())})") from None
+    found: dict[Task, Metrics] = {task: {} for task, _ in rows}
+    for name in table.column_names:
+        if name not in KEYS:
+            for (task, step), value in zip(rows, table[name].to_pylist(), strict=True):
+                if value is not None:
+                    found[task].setdefault(name, {})[step] = value
+    return found
