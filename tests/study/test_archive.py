@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.study.test_running import machine  # noqa: F401
 from vdr_cli.config.load import load_config
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.study.archive import metrics_of
+from vdr_cli.study.archive import kept_run
 from vdr_cli.study.page import archive, rebuild, write_results
 from vdr_cli.study.plan import Task
 from vdr_cli.study.record import record_of
@@ -38,8 +39,9 @@ def test_an_archive_gives_the_report_byte_for_byte(make_study: Any, tmp_path: Pa
     assert [(kept / name).read_bytes() for name in FILES] == before
     config = load_config(kept / "configs" / "starter-disagreement.yaml")
     assert config.train.seed == 0 and config.train.learning_rate == 1.1e-4
-    values = metrics_of(kept, Task("starter", "grpo", 1))
-    assert values["step_time"] == dict.fromkeys(range(1, 41), 0.5)
+    run = kept_run(kept, Task("starter", "grpo", 1))
+    assert abs(run.started.timestamp() - time.time()) < 3600
+    assert run.metrics["step_time"] == dict.fromkeys(range(1, 41), 0.5)
 
 
 def test_a_study_goes_on_from_its_archive(machine: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -1,7 +1,8 @@
 """A study kept small: one table in place of its run directories.
 
     study.yaml study.json study.md study.html
-    metrics.parquet          run by run, step by step: bed, arm, seed, step, and the metrics that matter (float32)
+    metrics.parquet          run by run, step by step: bed, arm, seed, started (UTC), step, and the metrics that matter
+                             (float32)
     configs/BED-ARM.yaml     the settings of the arm's first run; the others differ in train.seed
 
 `vdr study report` and `vdr study --resume` take an archive for the study itself: it can be published, and gone on with
@@ -10,12 +11,14 @@ on another machine.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -30,28 +33,38 @@ KEPT = frozenset({
 })  # fmt: skip
 KEPT_SECTIONS = ("eval/", "bonus/", "disagreement/")
 """Metrics of an archive: these names, and all in these sections."""
-KEYS = ("bed", "arm", "seed", "step")
+KEYS = ("bed", "arm", "seed", "started", "step")
 
 Metrics = dict[str, dict[int, float]]
 """Name to step to value."""
 
 
-def metrics_of(directory: Path, task: Task) -> Metrics:
-    """The metrics of a run, from its directory or the archive. Raises ConfigError when they are gone."""
-    path = directory / task.path / METRICS_FILE
-    if path.is_file():
-        return _by_name([dict(line) for line in read_metrics(path)])
-    if (directory / ARCHIVE).is_file() and task in (archived := _read(directory / ARCHIVE, _stamp(directory))):
-        return archived[task]
-    raise ConfigError(f"{path}: missing; the report of a study needs the metrics of each of its runs")
+@dataclass(frozen=True)
+class KeptRun:
+    """What an archive keeps of a run beside its counts."""
+
+    started: datetime
+    metrics: Metrics
+
+
+def kept_run(directory: Path, task: Task) -> KeptRun:
+    """The run's metrics and its start, from its directory or the archive. Raises ConfigError when they are gone."""
+    run = directory / task.path
+    if (run / METRICS_FILE).is_file():
+        seconds = int(next(path for path in (run / "config.yaml", run) if path.exists()).stat().st_mtime)
+        return KeptRun(datetime.fromtimestamp(seconds, UTC), _by_name(run / METRICS_FILE))
+    archived = _archived(directory)
+    if task not in archived:
+        raise ConfigError(f"{run / METRICS_FILE}: missing; the report of a study needs the metrics of each of its runs")
+    return archived[task]
 
 
 def archived_tasks(directory: Path) -> frozenset[Task]:
     """The runs whose metrics the directory's archive has; none without an archive."""
-    return frozenset(_read(directory / ARCHIVE, _stamp(directory))) if (directory / ARCHIVE).is_file() else frozenset()
+    return frozenset(_archived(directory))
 
 
-def write_archive(runs: Mapping[Task, Metrics], configs: Mapping[str, str], source: Path, target: Path) -> list[Path]:
+def write_archive(runs: Mapping[Task, KeptRun], configs: Mapping[str, str], source: Path, target: Path) -> list[Path]:
     """Write the archive's files beside a copy of study.yaml and study.json; their paths.
 
     configs: BED-ARM to YAML. Raises OSError.
@@ -65,17 +78,18 @@ def write_archive(runs: Mapping[Task, Metrics], configs: Mapping[str, str], sour
     return [target / "study.yaml", target / "study.json", target / ARCHIVE, target / "configs"]
 
 
-def _table(runs: Mapping[Task, Metrics]) -> pa.Table:
-    rows = [(task, step) for task, metrics in runs.items() for step in sorted(set().union(*metrics.values()))]
-    names = sorted({name for metrics in runs.values() for name in metrics if _is_kept(name)})
+def _table(runs: Mapping[Task, KeptRun]) -> pa.Table:
+    rows = [(task, step) for task, run in runs.items() for step in sorted(set().union(*run.metrics.values()))]
+    names = sorted({name for run in runs.values() for name in run.metrics if _is_kept(name)})
     columns = {
         "bed": pa.array([task.bed for task, _ in rows]).dictionary_encode(),
         "arm": pa.array([task.arm for task, _ in rows]).dictionary_encode(),
         "seed": pa.array([task.seed for task, _ in rows], pa.int64()),
+        "started": pa.array([runs[task].started for task, _ in rows], pa.timestamp("s", "UTC")),
         "step": pa.array([step for _, step in rows], pa.int32()),
     }
     for name in names:
-        values = [runs[task].get(name, {}).get(step) for task, step in rows]
+        values = [runs[task].metrics.get(name, {}).get(step) for task, step in rows]
         columns[name] = pa.array(values, pa.float32())
     return pa.table(columns)
 
@@ -84,32 +98,33 @@ def _is_kept(name: str) -> bool:
     return name in KEPT or name.startswith(KEPT_SECTIONS)
 
 
-def _by_name(lines: list[dict[str, float]]) -> Metrics:
+def _by_name(path: Path) -> Metrics:
     found: Metrics = {}
-    for line in lines:
+    for line in read_metrics(path):
         for name, value in line.items():
-            if name != "step" and np.isfinite(value):
+            if name != "step" and math.isfinite(value):
                 found.setdefault(name, {})[int(line["step"])] = value
     return found
 
 
-def _stamp(directory: Path) -> int:
-    return (directory / ARCHIVE).stat().st_mtime_ns
+def _archived(directory: Path) -> dict[Task, KeptRun]:
+    path = directory / ARCHIVE
+    return _read(path, path.stat().st_mtime_ns) if path.is_file() else {}
 
 
 @lru_cache(maxsize=8)
-def _read(path: Path, stamp: int) -> dict[Task, Metrics]:
+def _read(path: Path, stamp: int) -> dict[Task, KeptRun]:
     """The runs of an archive. stamp: when it was written, so that a newer one is read."""
     try:
         table = pq.read_table(path)
-        keys = zip(*(table[name].to_pylist() for name in KEYS), strict=True)
-        rows = [(Task(bed, arm, seed), step) for bed, arm, seed, step in keys]
+        keys = [table[name].to_pylist() for name in KEYS]
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(f"{path}: cannot be read as the metrics of a study ({' '.join(str(error).split())})") from None
-    found: dict[Task, Metrics] = {task: {} for task, _ in rows}
+    rows = [(Task(bed, arm, seed), step) for bed, arm, seed, _, step in zip(*keys, strict=True)]
+    found = {task: KeptRun(started, {}) for (task, _), started in zip(rows, keys[3], strict=True)}
     for name in table.column_names:
         if name not in KEYS:
             for (task, step), value in zip(rows, table[name].to_pylist(), strict=True):
                 if value is not None:
-                    found[task].setdefault(name, {})[step] = value
+                    found[task].metrics.setdefault(name, {})[step] = value
     return found

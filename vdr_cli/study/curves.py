@@ -10,7 +10,7 @@ import numpy as np
 
 from vdr_cli.report.charts import Series
 from vdr_cli.stats.paired import mean_over_seeds
-from vdr_cli.study.archive import Metrics, metrics_of
+from vdr_cli.study.archive import Metrics, kept_run
 from vdr_cli.study.record import Record, RunRecord
 
 SHOWN = (
@@ -38,7 +38,7 @@ class RunMetrics:
 
 def read_runs(record: Record, directory: Path) -> list[RunMetrics]:
     """The metrics of every run of record, from its directory or the archive. Raises ConfigError when one's are gone."""
-    return [RunMetrics(run, metrics_of(directory, run.task)) for run in record.runs]
+    return [RunMetrics(run, kept_run(directory, run.task).metrics) for run in record.runs]
 
 
 def shown_metrics(runs: list[RunMetrics]) -> list[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
 from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves, start_value
-from vdr_cli.study.archive import metrics_of, write_archive
+from vdr_cli.study.archive import kept_run, write_archive
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.drawing import RangeRow, ranges_svg
 from vdr_cli.study.endpoints import described
@@ -84,7 +84,7 @@ def archive(directory: Path, target: Path) -> list[Path]:
     record = read_record(directory)
     if target.resolve() == directory.resolve() or (target.is_dir() and any(target.glob("runs"))):
         raise ConfigError(f"{target}: holds the runs of a study; give another directory for the archive")
-    runs = {run.task: metrics_of(directory, run.task) for run in record.runs}
+    runs = {run.task: kept_run(directory, run.task) for run in record.runs}
     try:
         paths = write_archive(runs, _configs(record), directory, target)
     except OSError as error:
