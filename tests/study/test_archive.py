@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from tests.study.test_running import machine  # noqa: F401
-from vdr_cli.config.load import load_config
+from vdr_cli.config.load import dump_config, load_config
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.study.archive import kept_run
 from vdr_cli.study.page import archive, rebuild, write_results
-from vdr_cli.study.plan import Task
+from vdr_cli.study.plan import Task, runs_of
 from vdr_cli.study.record import record_of
 
 FILES = ("study.json", "study.md", "study.html")
@@ -27,6 +27,8 @@ def test_an_archive_gives_the_report_byte_for_byte(make_study: Any, tmp_path: Pa
         "trials": {arm: [{"grpo.beta": 0.1}, {}] for arm in ("grpo", "disagreement", "pass_at_k", "bald_per_token")},
     }
     study, directory = make_study(seeds=3, tuning=tuning, contrasts=[["pass_at_k", "disagreement"]])
+    for task in runs_of(study):
+        (directory.run(task) / "config.yaml").write_text(dump_config(study.config(task.bed, task.arm, task.seed)))
     write_results(record_of(study, directory), directory.path)
     kept = tmp_path / "kept"
     archive(directory.path, kept)
@@ -72,9 +74,8 @@ def test_an_archive_of_other_settings_is_refused(machine: Any, tmp_path: Path) -
     directory = made.directory.path
     write_results(record_of(runner.study, made.directory), directory)
     archive(directory, tmp_path / "kept")
-    text = (tmp_path / "kept" / "study.json").read_text()
-    settings = json.loads(text)["runs"][0]["settings"]
-    (tmp_path / "kept" / "study.json").write_text(text.replace(settings, "0" * len(settings)))
+    (config,) = (tmp_path / "kept" / "configs").glob("starter-grpo.yaml")
+    config.write_text(config.read_text().replace("steps: 40", "steps: 41"))
     shutil.rmtree(directory)
     shutil.copytree(tmp_path / "kept", directory)
     runner, _ = machine(resume=True)
@@ -87,6 +88,10 @@ def test_what_is_no_archive_is_one_line(make_study: Any, tmp_path: Path) -> None
     write_results(record_of(study, directory), directory.path)
     with pytest.raises(ConfigError, match="holds the runs of a study"):
         archive(directory.path, directory.path)
+    with pytest.raises(DataError, match=r"config\.yaml: cannot be read"):
+        archive(directory.path, tmp_path / "kept")
+    for task in runs_of(study):
+        (directory.run(task) / "config.yaml").write_text(dump_config(study.config(task.bed, task.arm, task.seed)))
     archive(directory.path, tmp_path / "kept")
     (tmp_path / "kept" / "metrics.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"metrics\.parquet: cannot be read"):

@@ -22,11 +22,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vdr_cli.config.load import load_config
+from vdr_cli.config.schema import Config
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.study.plan import Task
 
 ARCHIVE = "metrics.parquet"
+CONFIGS = "configs"
 KEPT = frozenset({
     "reward", "solved", "entropy", "frac_reward_zero_std", "completions/mean_length", "completions/distinct", "kl",
     "loss", "grad_norm", "step_time", "sampled_tokens",
@@ -64,18 +67,41 @@ def archived_tasks(directory: Path) -> frozenset[Task]:
     return frozenset(_archived(directory))
 
 
+def name_of(task: Task) -> str:
+    """The file of the arm's settings on this bed."""
+    return f"{task.bed}-{task.arm}"
+
+
+def settings_text(directory: Path, task: Task) -> str:
+    """The settings of a run, or of its arm's first run in the archive: YAML. Raises DataError where there are none."""
+    run, kept = directory / task.path / "config.yaml", directory / CONFIGS / f"{name_of(task)}.yaml"
+    path = kept if kept.is_file() and not run.is_file() else run
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def kept_config(directory: Path, task: Task) -> Config:
+    """The settings of an archived run. Raises ConfigError, DataError."""
+    if not (directory / CONFIGS / f"{name_of(task)}.yaml").is_file():
+        raise DataError(f"{directory / CONFIGS / name_of(task)}.yaml: missing; the archive is not whole")
+    config = load_config(directory / CONFIGS / f"{name_of(task)}.yaml")
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": task.seed})})
+
+
 def write_archive(runs: Mapping[Task, KeptRun], configs: Mapping[str, str], source: Path, target: Path) -> list[Path]:
     """Write the archive's files beside a copy of study.yaml and study.json; their paths.
 
     configs: BED-ARM to YAML. Raises OSError.
     """
-    (target / "configs").mkdir(parents=True, exist_ok=True)
+    (target / CONFIGS).mkdir(parents=True, exist_ok=True)
     for name in ("study.yaml", "study.json"):
         shutil.copyfile(source / name, target / name)
     pq.write_table(_table(runs), target / ARCHIVE, compression="zstd", compression_level=19)
     for name, text in configs.items():
-        (target / "configs" / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return [target / "study.yaml", target / "study.json", target / ARCHIVE, target / "configs"]
+        (target / CONFIGS / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return [target / "study.yaml", target / "study.json", target / ARCHIVE, target / CONFIGS]
 
 
 def _table(runs: Mapping[Task, KeptRun]) -> pa.Table:

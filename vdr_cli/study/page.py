@@ -13,12 +13,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vdr_cli.config.load import dump_config
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
 from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves, start_value
-from vdr_cli.study.archive import kept_run, write_archive
+from vdr_cli.study.archive import kept_run, name_of, settings_text, write_archive
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.drawing import RangeRow, ranges_svg
 from vdr_cli.study.endpoints import described
@@ -86,20 +85,16 @@ def archive(directory: Path, target: Path) -> list[Path]:
         raise ConfigError(f"{target}: holds the runs of a study; give another directory for the archive")
     runs = {run.task: kept_run(directory, run.task) for run in record.runs}
     try:
-        paths = write_archive(runs, _configs(record), directory, target)
+        paths = write_archive(runs, _configs(record, directory), directory, target)
     except OSError as error:
         raise MachineError(f"{target}: the archive cannot be written ({error.strerror})") from None
     return [*paths, *rebuild(target)]
 
 
-def _configs(record: Record) -> dict[str, str]:
-    """BED-ARM to the settings of the arm's first run."""
-    first = {(run.bed, run.arm): run for run in reversed(record.runs)}
-    return {
-        f"{bed}-{arm}": dump_config(record.study.config(bed, arm, run.seed or 0, run.trial))
-        for (bed, arm), run in first.items()
-        if arm is not None
-    }
+def _configs(record: Record, directory: Path) -> dict[str, str]:
+    """BED-ARM to the settings of the arm's first run, as the run or the archive has them."""
+    first = {(run.bed, run.arm): run.task for run in reversed(record.runs)}
+    return {name_of(task): settings_text(directory, task) for task in first.values()}
 
 
 # ---- study.html --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from vdr_cli.config.schema import Config
 from vdr_cli.errors import ConfigError
 from vdr_cli.launch import outcome
 from vdr_cli.study import launching
-from vdr_cli.study.archive import ARCHIVE
+from vdr_cli.study.archive import ARCHIVE, kept_config
 from vdr_cli.study.directory import StudyDirectory, try_lock
 from vdr_cli.study.load import Study
 from vdr_cli.study.measure import fingerprint
@@ -248,9 +248,11 @@ class Runner:
             )
         found = next((run for run in (*kept.starts, *kept.runs) if run.task == task), None)
         settings = self.settings(task)
-        if found and not task.is_start and settings and found.settings != config_hash(settings):
+        if found is None or task.is_start or settings is None:
+            return found is not None
+        if config_hash(kept_config(self.directory.path, task)) != config_hash(settings):
             raise ConfigError(
                 f"{self.directory.path / ARCHIVE}: {task.name} ran with other settings than the study gives it; "
                 "give another output"
             )
-        return found is not None
+        return True

@@ -1,0 +1,107 @@
+"""The figure of docs/evidence.md and README, from the studies of record in docs/evidence/*/record.
+
+    python scripts/build/evidence.py [--output docs/images/evidence.png] [DIRECTORY ...]
+
+A row per bed: pass@k of the control, of disagreement, of its placebo and of the rival with the best endpoint, and every
+arm's difference to the control. Bands and bars are 95 % intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vdr_cli.study.analysis import Curve, Row, analysed, curves
+from vdr_cli.study.record import Record, read_record
+
+ROOT = Path(__file__).resolve().parents[2]
+PLACEBOS = ("noise", "permuted")
+OURS, PLACEBO = "end_of_sequence", "end_of_sequence_permuted"
+COLOURS = {"control": "#24292f", OURS: "#0969da", PLACEBO: "#8c959f", "rival": "#bc4c00"}
+GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
+
+
+def figure(records: list[Record]) -> Figure:
+    """The picture of these studies, a bed per row."""
+    beds = [
+        (record, bed) for record in records for bed in record.study.beds if record.of(bed, record.study.file.control)
+    ]
+    made = Figure(figsize=(11, 3.9 * len(beds)), layout="constrained")
+    axes = made.subplots(len(beds), 2, squeeze=False, width_ratios=(1.0, 1.15))
+    for (record, bed), (left, right) in zip(beds, axes, strict=True):
+        rows = analysed(record)[bed][record.study.file.endpoint]
+        draw_curves(left, bed, chosen_curves(record, rows, curves(record, bed)))
+        draw_differences(right, record, rows)
+    return made
+
+
+def chosen_curves(record: Record, rows: dict[str, Row], found: dict[str, Curve]) -> list[tuple[str, str, Curve]]:
+    """(label, colour, curve) of the arms that the figure shows."""
+    control = record.study.file.control
+    rivals = {
+        arm: row.difference.value
+        for arm, row in rows.items()
+        if row.difference and row.difference.n and not arm.startswith((OURS, "per_token")) and arm not in PLACEBOS
+    }
+    shown = [(control, COLOURS["control"]), (OURS, COLOURS[OURS]), (PLACEBO, COLOURS[PLACEBO])]
+    if rivals:
+        shown.append((max(rivals, key=lambda arm: rivals[arm]), COLOURS["rival"]))
+    return [(arm.replace("_", " "), colour, found[arm]) for arm, colour in shown if arm in found]
+
+
+def draw_curves(axes: Any, bed: str, chosen: list[tuple[str, str, Curve]]) -> None:
+    for label, colour, curve in chosen:
+        axes.plot(curve.k, curve.mean, color=colour, label=label, linewidth=1.8)
+        axes.fill_between(curve.k, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(chosen[0][2].k, [str(k) for k in chosen[0][2].k])
+    axes.minorticks_off()
+    axes.set(title=f"{bed}: held-out problems solved by k samples", xlabel="k", ylabel="pass@k")
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(alpha=0.25)
+
+
+def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
+    """Every rival's difference to the control, best at the top, each seed as a point."""
+    file = record.study.file
+    found = sorted(
+        ((arm, row.difference) for arm, row in rows.items() if row.difference and row.difference.n),
+        key=lambda pair: pair[1].value,
+    )
+    axes.axvspan(-file.equivalence, file.equivalence, color="#0969da", alpha=0.07, linewidth=0)
+    axes.axvline(0, color="#24292f", linewidth=0.8)
+    for place, (_, difference) in enumerate(found):
+        word = difference.verdict.partition(",")[0]
+        colour = {"better": GOOD, "worse": BAD}.get(word, OPEN)
+        seeds = list(difference.seeds.values())
+        axes.plot(seeds, [place - 0.22] * len(seeds), ".", color="#8c959f", markersize=3)
+        if difference.low == difference.low:
+            axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2.2)
+        axes.plot(difference.value, place, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(found)), [arm.replace("_", " ") for arm, _ in found])
+    pairs = max((difference.n for _, difference in found), default=0)
+    axes.set(
+        title=f"{file.endpoint} less {file.control}'s, {pairs} paired seeds", xlabel=f"difference of {file.endpoint}"
+    )
+    axes.grid(alpha=0.25, axis="x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "directories", nargs="*", type=Path, default=sorted((ROOT / "docs" / "evidence").glob("*/record"))
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "evidence.png")
+    arguments = parser.parse_args()
+    made = figure([read_record(path) for path in arguments.directories])
+    FigureCanvasAgg(made)
+    made.savefig(arguments.output, dpi=110, metadata={"Software": None})
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
