@@ -17,10 +17,16 @@ make_environment() {
         # torch first: without a GPU a CPU build is enough; with one, pip's default brings CUDA.
         install_tested "torch>=2.6"
         install_tested --editable ".${extras:+[$extras]}"
+        if [ "$extras" = test ]; then
+            install_tested "$(gym_requirement)" || echo "reasoning-gym cannot be installed (it needs a C compiler): its tests are skipped"
+        fi
         touch "$stamp"
     fi
     export PATH="$root/.venv/bin:$PATH"
 }
+
+# reasoning-gym, as pyproject.toml's extra gym names it: one of its requirements is compiled.
+gym_requirement() { sed -n 's/^gym = \["\(.*\)"\]$/\1/p' pyproject.toml; }
 
 # pip install, at the versions of constraints.txt; at the newest allowed ones where those cannot be had (another Python).
 install_tested() {

@@ -68,13 +68,13 @@ def environment(**more: str) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **more}
 
 
-def ranks_environments(ranks: int) -> list[dict[str, str]]:
+def ranks_environments(ranks: int, **more: str) -> list[dict[str, str]]:
     """The environment of each rank, as a launcher sets it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     sizes = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **sizes, **meeting) for rank in range(ranks)]
+    return [environment(RANK=str(rank), LOCAL_RANK=str(rank), **sizes, **meeting, **more) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +109,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     def run(*arguments: str, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
         for path in said:
             path.write_text("")
-        environments = [environment(**more)] if ranks == 1 else ranks_environments(ranks)
+        environments = [environment(**more)] if ranks == 1 else ranks_environments(ranks, **more)
         run = {"arguments": arguments, "environments": environments, "said": [str(path) for path in said]}
         forks = alive()
         assert forks.stdin is not None and forks.stdout is not None

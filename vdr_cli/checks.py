@@ -12,16 +12,17 @@ from typing import Any
 
 import yaml
 
-from vdr_cli.beds.registry import BEDS
+from vdr_cli.beds.gym import is_suite
+from vdr_cli.beds.registry import reward_of
 from vdr_cli.config.load import computed_settings, validate
 from vdr_cli.config.paths import checked_path
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
-from vdr_cli.data.sources import check_data
+from vdr_cli.data.sources import check_data, check_options
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.models.paths import resolve_model_path
-from vdr_cli.rewards.loading import check_name
+from vdr_cli.rewards.loading import check_name, check_reward
 
 CHANGEABLE_ON_RESUME = {
     "train.steps",
@@ -59,6 +60,7 @@ def check_before_start(config: Config, resume: str | None) -> None:
     if config.train.eval_every:
         check_data(config.data.eval_name or config.data.name, "data.eval_name", config.data.prompt_column)
         check_held_out(config)
+    check_options(config.data)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
     check_bonus(config)
@@ -77,7 +79,8 @@ def check_processes(config: Config, processes: int) -> None:
 
 def check_held_out(config: Config) -> None:
     """One file has no splits, so held-out prompts need a place of their own."""
-    if config.data.eval_name is None and Path(config.data.name).is_file():
+    name = config.data.name
+    if config.data.eval_name is None and not is_suite(name) and Path(name).is_file():
         raise ConfigError(
             f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} is one file without "
             "splits; give data.eval_name, the file with the held-out prompts"
@@ -103,13 +106,13 @@ def check_resume(config: Config, resume: str | None) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Every name can be one of a function, files are there; only a bed's data bring a reward of their own."""
+    """Every name can be one of a function, files are there; only beds and suites bring a reward of their own."""
     for function in config.rewards.functions:
-        check_name(function.name)
-    if not config.rewards.functions and config.data.name not in BEDS:
+        check_reward(function)
+    if not config.rewards.functions and reward_of(config.data.name) is None:
         raise ConfigError(
             f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
-            "give --reward a built-in, module:function or file.py:function"
+            "give --reward a built-in, module:function, file.py:function or model:PATH"
         )
 
 

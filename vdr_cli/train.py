@@ -154,11 +154,10 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
 def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
     """The completions with what every reward function returned for them. Collective."""
     cfg = res.config
-    with collectives.agreed():
-        with res.timer.phase("rollout"):
-            completions = pending.wait()
-        with res.timer.phase("rewards"):  # what is left of it after sampling
-            texts, rewards = pending.rewards.result()  # (B, F)
+    with collectives.agreed(), res.timer.phase("rollout"):
+        completions = pending.wait()
+    with res.timer.phase("rewards"), res.reward_models.ready(), collectives.agreed():  # what is left after sampling
+        texts, rewards = pending.rewards.result()  # (B, F)
     task_reward = grpo_advantages.combine_rewards(rewards, res.reward_weights())
     lengths = completions.completion_mask.sum(1)
     task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)

@@ -51,10 +51,10 @@ def main() -> int:
 
 
 def direct_requirements() -> list[Requirement]:
-    """The requirements that pyproject.toml names for vdr and its extra `test`."""
+    """The requirements that pyproject.toml names for vdr and its extras `test` and `gym`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     optional = project["optional-dependencies"]
-    named = [Requirement(text) for text in (*project["dependencies"], *optional["test"])]
+    named = [Requirement(text) for text in (*project["dependencies"], *optional["test"], *optional["gym"])]
     own = [requirement for requirement in named if requirement.name == OWN]
     extras = [Requirement(text) for requirement in own for extra in requirement.extras for text in optional[extra]]
     return [*(requirement for requirement in named if requirement.name != OWN), *extras]

@@ -50,17 +50,23 @@ def train(sharded: str, vdr, forked) -> Callable[..., subprocess.CompletedProces
     """train(output, *flags, settings={...}): a small run of the starter; asserts nothing.
 
     ranks=N: so many, without a launcher. processes=N: started by the command itself, under DeepSpeed's launcher.
+    more: environment variables.
     """
 
     def run(
-        output: Path, *flags: str, processes: int = 1, ranks: int = 1, settings: dict[str, Any] | None = None
+        output: Path,
+        *flags: str,
+        processes: int = 1,
+        ranks: int = 1,
+        settings: dict[str, Any] | None = None,
+        **more: str,
     ) -> subprocess.CompletedProcess[str]:
         values = {**SMALL, "engine.ds_config": sharded, **(settings or {})}
         overrides = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         arguments = ("train", "--output", str(output), *overrides, *flags)
         if processes > 1:
-            return vdr(*arguments, "--num-processes", str(processes))
-        return forked(*arguments, ranks=ranks)
+            return vdr(*arguments, "--num-processes", str(processes), **more)
+        return forked(*arguments, ranks=ranks, **more)
 
     return run
 

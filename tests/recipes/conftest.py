@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.tiny import character_tokenizer, tiny_qwen2_config
+
 MATHEMATICS = {"problem": "What is 6 times 7?", "solution": "6 \\cdot 7 = \\boxed{42}", "answer": "42"}
 ROWS: dict[str, dict[str, Any]] = {
     "tldr": {"prompt": "SUBREDDIT: r/tifu\n\nPOST: I left the door open.\n\nTL;DR:", "completion": " A cat came in."},
@@ -37,36 +34,13 @@ def rows(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a character, and Qwen's chat format."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: index for index, token in enumerate([*special, "\n", *map(chr, range(32, 127))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    made.chat_template = CHAT
-    return made
+    return character_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of the recipes' architecture, in Hugging Face format."""
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = tiny_qwen2_config(tokenizer)
     path = tmp_path_factory.mktemp("models") / "tiny-qwen2"
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)

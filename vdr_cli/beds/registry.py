@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from vdr_cli.beds import countdown, routes
+from vdr_cli.beds.gym import is_suite
 
 _SHIPPED = Path(__file__).resolve().parent / "shipped"
 SPLITS = ("train", "test")
@@ -71,3 +72,10 @@ BEDS = {
         ),
     )
 }
+
+
+def reward_of(data: str) -> str | None:
+    """The built-in reward function that data of this name bring; None: they bring none."""
+    if is_suite(data):
+        return "reasoning_gym"
+    return BEDS[data].reward if data in BEDS else None

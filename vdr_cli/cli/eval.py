@@ -122,7 +122,7 @@ def command(
 def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str] | None) -> Config:
     """The settings of the first run among the models, under what was typed. Raises ConfigError or DataError."""
     from vdr_cli.checks import check_rewards
-    from vdr_cli.data.sources import check_data
+    from vdr_cli.data.sources import check_data, check_options
     from vdr_cli.models.paths import resolve_model_path
 
     for name in models:
@@ -138,6 +138,7 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
         "--data" if given else "data.eval_name",
         config.data.prompt_column,
     )
+    check_options(config.data)
     check_rewards(config)
     return config
 

@@ -155,7 +155,7 @@ RewardOption = Annotated[
     typer.Option(
         "--reward",
         metavar="NAME[=WEIGHT]",
-        help="Reward function: a built-in, module:function or file.py:function. Repeatable.",
+        help="Reward: a built-in, module:function, file.py:function or model:PATH. Repeatable.",
     ),
 ]
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from vdr_cli.beds.gym import is_suite
 from vdr_cli.errors import ConfigError
 
 LONGEST_NAME = 255  # bytes between two slashes, on every file system in use
@@ -18,6 +19,8 @@ def path_text(text: str) -> str:
         raise ValueError("is empty; give a name or a path")
     if not text.isprintable():
         raise ValueError(f"{text!r} has a character that cannot be printed; give a plain name or path")
+    if is_suite(text):
+        return text
     if any(len(part.encode()) > LONGEST_NAME for part in text.split("/")):
         raise ValueError(f"{text[:40]}... is longer than a file name can be ({LONGEST_NAME} bytes)")
     if not text.startswith("~"):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from vdr_cli.beds import gym
 from vdr_cli.beds.registry import BEDS, SPLITS
 from vdr_cli.config import DataConfig
 from vdr_cli.config.paths import checked_path, looks_like_path
@@ -17,6 +19,8 @@ from vdr_cli.data.compression import ENDINGS, data_suffix
 from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
+
+logger = logging.getLogger(__name__)
 
 Role = Literal["train", "eval"]
 
@@ -27,6 +31,9 @@ def check_data(name: str, key: str, column: str | None = None) -> None:
     column: of a file, must be there too.
     """
     path = checked_path(name, key)
+    if gym.is_suite(name):
+        gym.suite_of(name, {}, key)
+        return
     if name in BEDS or not (looks_like_path(name) or data_suffix(path) in SUFFIXES):
         return
     if not path.exists():
@@ -56,6 +63,8 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     path = Path(name)
     if name in BEDS:
         table = _bed(name, split, split_key)
+    elif gym.is_suite(name):
+        table = _suite(cfg, name, split, split_key)
     elif path.is_file():
         _check_whole_file(name, split, split_key, role, own_place)
         table = read_file(path)
@@ -73,6 +82,36 @@ def _bed(name: str, split: str, split_key: str) -> Table:
         raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(SPLITS)}")
     rows: list[Row] = BEDS[name].rows(split)
     return Table(f"{name}[{split}]", rows, tuple(rows[0]) if rows else ())
+
+
+def check_options(cfg: DataConfig) -> None:
+    """data.options fit the data that are named. Raises ConfigError."""
+    suites = [name for name in dict.fromkeys((cfg.name, cfg.eval_name)) if name is not None and gym.is_suite(name)]
+    if cfg.options and not suites:
+        raise ConfigError(
+            f"data.options are settings of reasoning_gym tasks, and data.name {cfg.name} has none; remove them"
+        )
+    used = {task.name for name in suites for task in gym.suite_of(name, cfg.options).tasks}
+    unused = [name for name in cfg.options if gym.is_task(name) and name not in used] if suites else []
+    if unused:
+        raise ConfigError(f"data.options.{unused[0]}: no such task in {' or '.join(suites)}; remove it")
+
+
+def _suite(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
+    if split not in SPLITS:
+        raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(SPLITS)}")
+    suite = gym.suite_of(name, cfg.options)
+    if split == "train":
+        rows = gym.train_rows(suite)
+    else:
+        held_out = gym.held_out_rows(suite, gym.suite_of(cfg.name, cfg.options) if gym.is_suite(cfg.name) else suite)
+        rows = held_out.rows
+        if held_out.in_training or held_out.repeated:
+            logger.warning(
+                "%s: %d held-out problems occur in training and %d twice, and were left out; %d are left",
+                name, held_out.in_training, held_out.repeated, len(rows),
+            )  # fmt: skip
+    return Table(f"{name}[{split}]", rows, tuple(rows[0]))
 
 
 def _check_whole_file(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:

@@ -5,7 +5,7 @@ A frozen copy, sharded like the policy, or the policy without its adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,26 @@ WEIGHTS = "reference.safetensors"
 """In a checkpoint, once the reference is no longer the model that the run started from."""
 
 
+def sharded_like(engine: Engine, load: Callable[[], nn.Module]) -> tuple[nn.Module, GatheredModel]:
+    """A model that is never trained: each rank holds its shard (ZeRO-3) or all of it, and how it is shown whole.
+
+    load: loads it, inside `sharded_loading`. Collective.
+    """
+    with sharded_loading(engine.ds_config):
+        model = load()
+    if engine.stage < 3:
+        model.to(engine.device)
+    model.requires_grad_(False)
+    return model, GatheredModel(model, engine.device, gather_to_read(engine.ds_config))
+
+
 class FrozenCopy:
     """The starting weights in memory of their own; each rank holds its shard (ZeRO-3) or all of them."""
 
     def __init__(self, config: Config, engine: Engine) -> None:
-        with sharded_loading(engine.ds_config):
-            model = load_for_training(
-                config.model, resolve_dtype(config.model.dtype), gather_to_write(engine.ds_config)
-            )
-        if engine.stage < 3:
-            model.to(engine.device)
-        self._model = model.requires_grad_(False)
+        dtype, gather_to = resolve_dtype(config.model.dtype), gather_to_write(engine.ds_config)
         self._engine = engine
-        self._gathered = GatheredModel(model, engine.device, gather_to_read(engine.ds_config))
+        self._model, self._gathered = sharded_like(engine, lambda: load_for_training(config.model, dtype, gather_to))
         self._moved = False
 
     @contextmanager

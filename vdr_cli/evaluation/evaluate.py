@@ -54,6 +54,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     from vdr_cli.models.independence import check_independence
     from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
+    from vdr_cli.rewards.model import check_templates
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     samples, ks, sampling = sampling_of(request)
@@ -69,6 +70,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
         limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens)
         prompt_set = load_prompts(request.data, "eval", tokenizer, limits)
         check_columns(rewards, prompt_set.columns)
+        check_templates(rewards, prompt_set.has_messages)
         if request.reference is not None and request.reference not in prompt_set.columns:
             raise ConfigError(
                 f"--reference {request.reference}: the data have {', '.join(prompt_set.columns) or 'none'}"

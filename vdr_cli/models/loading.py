@@ -102,15 +102,48 @@ def _load_weights(
         output_loading_info=True,
         **own,
     )
+    _refuse_missing(name, info, "causal language model")
+    if (adapter := adapter_directory(name)) is not None:
+        add_adapter(model, adapter, gather)
+    return with_cpu_linears(model)
+
+
+def _refuse_missing(name: str, info: dict[str, Any], kind: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
             f"model {name}: {len(missing)} weights are not in its files ({missing[0]}{', ...' * (len(missing) > 1)}); "
-            "give a complete causal language model"
+            f"give a complete {kind}"
         )
-    if (adapter := adapter_directory(name)) is not None:
-        add_adapter(model, adapter, gather)
-    return with_cpu_linears(model)
+
+
+def load_classifier(name: str, dtype: torch.dtype) -> Any:
+    """A sequence-classification model, in eval mode. Under a live HfDeepSpeedConfig each rank receives its shard.
+
+    Raises ConfigError when the files lack weights, such as the head of a model that is no classifier.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    path = resolve_model_path(name)
+    model, info = _load(AutoModelForSequenceClassification, name, path, dtype=dtype, output_loading_info=True)
+    _refuse_missing(name, info, "sequence-classification model")
+    return model.eval()
+
+
+def classifier_without_weights(config: Any) -> Any:
+    """The sequence-classification model of a configuration; on the meta device it takes no memory."""
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_config(config)
+
+
+def load_classifier_tokenizer(name: str) -> Any:
+    """The tokenizer of a sequence-classification model. It cuts at the start; padding is for whoever batches."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer, name, resolve_model_path(name))
+    tokenizer.truncation_side = "left"
+    return tokenizer
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:

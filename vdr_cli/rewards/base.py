@@ -17,7 +17,9 @@ from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vdr_cli.config.sections.rewards import Extract
 from vdr_cli.errors import DataError
+from vdr_cli.rewards.answers import answer_in
 
 PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
 
@@ -60,6 +62,11 @@ class LoadedReward:
     """Says which completions give the same answer (classes.py); None: those with the same text."""
     known_classes: Callable[..., Any] | None = None
     """Says how many right classes a prompt has; None: nobody knows."""
+    extract: Extract = "whole"
+    """The part of a completion that the function sees; None stands for a completion without it."""
+
+    is_model: bool = False
+    """A reward model (model.py): called on the caller's thread, without a time limit, once all texts are there."""
 
     @property
     def is_async(self) -> bool:
@@ -69,6 +76,9 @@ class LoadedReward:
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function has a parameter for; with **columns also the data's other columns."""
         names, takes_all = self._named(), self._takes_all()
+        if self.extract != "whole" and "completions" in arguments:
+            answers = [answer_in(completion_text(each), self.extract) for each in arguments["completions"]]
+            arguments = {**arguments, "completions": answers}
         return {
             name: value for name, value in arguments.items() if name in names or (takes_all and name != "trainer_state")
         }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vdr_cli.beds.countdown import countdown
+from vdr_cli.beds.gym_verifier import reasoning_gym
 from vdr_cli.beds.routes import routes
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import completion_text
@@ -15,9 +16,12 @@ from vdr_cli.rewards.base import completion_text
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
     """1 where the completion is the column `answer`, white space at the ends aside, else 0."""
     return [
-        float(completion_text(completion).strip() == str(expected).strip())
+        float(completion is not None and completion_text(completion).strip() == str(expected).strip())
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+exact_match.judges_answers = True  # type: ignore[attr-defined]
 
 
 def length(completions: list[Any], target_length: list[float] | None = None, **_: Any) -> list[float]:
@@ -56,6 +60,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "exact_match": exact_match,
     "length": length,
     "math_verify": math_verify,
+    "reasoning_gym": reasoning_gym,
     "routes": routes,
 }
 

@@ -74,7 +74,7 @@ def _called(
     completion_ids: Sequence[Sequence[int]],
     timeout: float,
 ) -> list[Any]:
-    one = LoadedReward(f"{reward.name}'s {name}", 0.0, function, context=reward.context)
+    one = LoadedReward(f"{reward.name}'s {name}", 0.0, function, context=reward.context, extract=reward.extract)
     (value,) = call_all([one], arguments_of(prompts, completions, completion_ids), prompts, timeout)
     if not isinstance(value, list) or len(value) != len(prompts):
         raise DataError(

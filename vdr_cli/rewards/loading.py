@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vdr_cli.beds.registry import BEDS
+from vdr_cli.beds.registry import reward_of
 from vdr_cli.config import RewardsConfig
 from vdr_cli.config.paths import path_text
+from vdr_cli.config.schema import RewardFunction
 from vdr_cli.errors import ConfigError
+from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.rewards import exiting
-from vdr_cli.rewards.base import LoadedReward, check_columns
+from vdr_cli.rewards.base import Extract, LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN, built_in
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.main_thread import OwnProcess, watch_signals
@@ -26,39 +28,71 @@ from vdr_cli.rewards.user_files import make_importable, module_name
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
 
+MODEL = "model:"
+"""Opens the name of a reward model."""
+
 
 def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
-    """The functions of the configuration in its order; the data's own when it names none."""
-    if not cfg.functions and data_name not in BEDS:
+    """The functions of the configuration in its order; the data's own when it names none.
+
+    Reward models come without their weights.
+    """
+    own = reward_of(data_name)
+    if not cfg.functions and own is None:
         raise ConfigError(
             f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
-            f"({', '.join(BUILT_IN)}), module:function or file.py:function"
+            f"({', '.join(BUILT_IN)}), module:function, file.py:function or model:PATH"
         )
     watch_signals()
-    given = [(entry.name, entry.weight) for entry in cfg.functions] or [(BEDS[data_name].reward, 1.0)]
+    given = cfg.functions or [RewardFunction(name=str(own))]
     loaded: list[LoadedReward] = []
-    for name, weight in given:
-        loaded.append(_named(name, weight, [reward.name for reward in loaded]))
-    if cfg.processes and not all(reward.is_async for reward in loaded):
+    for entry in given:
+        loaded.append(_named(entry, cfg.extract, [reward.name for reward in loaded]))
+    if cfg.processes and not all(reward.is_async or reward.is_model for reward in loaded):
         processes = RewardProcesses(cfg.processes)
-        loaded = [processes.taking(name, reward) for (name, _), reward in zip(given, loaded, strict=True)]
+        loaded = [processes.taking(entry.name, reward) for entry, reward in zip(given, loaded, strict=True)]
     return loaded
 
 
-def _named(given: str, weight: float, taken: list[str]) -> LoadedReward:
-    function = find_function(given)
+def _named(entry: RewardFunction, extract: Extract, taken: list[str]) -> LoadedReward:
+    path = model_path(entry.name)
+    function = find_function(entry.name) if path is None else _model(path, entry.label)
     inner = getattr(function, "func", function)  # functools.partial
     name = str(getattr(inner, "__name__", type(inner).__name__))
     alike = sum(other == name or (other.startswith(f"{name}_") and other[len(name) + 1 :].isdigit()) for other in taken)
     return LoadedReward(
         f"{name}_{alike + 1}" if alike else name,
-        weight,
+        entry.weight,
         function,
-        own_process=OwnProcess(given),
+        own_process=OwnProcess(entry.name) if path is None else None,
         context=copy_context(),
         solution_class=_beside(function, "solution_class"),
         known_classes=_beside(function, "known_classes"),
+        extract=extract if getattr(function, "judges_answers", False) else "whole",
+        is_model=path is not None,
     )
+
+
+def model_path(given: str) -> str | None:
+    """The directory or hub id of `model:PATH`; None for the name of a function."""
+    return given.removeprefix(MODEL) if given.startswith(MODEL) else None
+
+
+def _model(path: str, label: int | None) -> Callable[..., Any]:
+    from vdr_cli.rewards.model import RewardModel  # brings torch, which the checks before the start do without
+
+    return RewardModel(path, label)
+
+
+def check_reward(entry: RewardFunction) -> None:
+    """The name of a function can be one, and files are there; nothing is imported. Raises ConfigError."""
+    path = model_path(entry.name)
+    if path is not None:
+        resolve_model_path(path, f"rewards.functions {MODEL}")
+    else:
+        check_name(entry.name)
+    if entry.label is not None and path is None:
+        raise ConfigError(f"rewards.functions: {entry.name} has label {entry.label}, which only {MODEL}PATH reads")
 
 
 def _beside(function: Callable[..., Any], name: str) -> Callable[..., Any] | None:

@@ -41,8 +41,8 @@ class RewardProcesses:
             self._free.put(self._start())
 
     def taking(self, name: str, reward: LoadedReward) -> LoadedReward:
-        """This reward, called by the workers. Async functions stay: they wait, they do not compute."""
-        if reward.is_async:
+        """This reward, called by the workers. Models stay, and async functions: they wait, they do not compute."""
+        if reward.is_async or reward.is_model:
             return reward
         return replace(reward, function=_Elsewhere(name, reward.function, self), at_once=self.count)
 

@@ -36,7 +36,7 @@ class RewardStream:
     """Takes the groups of one batch as they finish, in any order and from any thread, and calls the functions on them.
 
     A function sees whole groups, as many as were ready together; with processes, these shared out among them. The time
-    limit is each call's own.
+    limit is each call's own. Reward models read all texts at the end, on the thread that asks for the result.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RewardStream:
         """prompts: one per group, in the order of the batch. texts_of: what the functions see of each completion."""
         self.loaded, self.prompts, self.group_size = loaded, prompts, group_size
         self.timeout, self.state, self.texts_of = timeout, state, texts_of
-        plain = [column for column, reward in enumerate(loaded) if not reward.is_async]
+        plain = [column for column, reward in enumerate(loaded) if not (reward.is_async or reward.is_model)]
         awaited = [column for column, reward in enumerate(loaded) if reward.is_async]
         self._at_once = min((loaded[column].at_once for column in plain), default=1)
         lanes = ((plain, self._at_once), (awaited, AWAITED_TOGETHER))
@@ -93,7 +93,17 @@ class RewardStream:
                     texts[row] = text
         finally:
             self.close()
+        self._ask_models(texts, rewards)
         return texts, rewards
+
+    def _ask_models(self, texts: list[Any], rewards: Tensor) -> None:
+        """Fill the columns of the reward models."""
+        columns = [column for column, reward in enumerate(self.loaded) if reward.is_model]
+        if columns and texts:
+            prompts = [prompt for prompt in self.prompts for _ in range(self.group_size)]
+            models = [self.loaded[column] for column in columns]
+            no_ids: list[list[int]] = [[]] * len(texts)
+            rewards[:, columns] = compute_rewards(models, prompts, texts, no_ids, self.timeout, self.state)
 
     def close(self) -> None:
         """No more calls are begun."""

@@ -30,7 +30,7 @@ def evaluate(res: Resources, state: LoopState, log: RunLog) -> dict[str, float]:
     if state.pending is not None:  # servers that sample for the next step must not get newer weights meanwhile
         with collectives.agreed():
             state.pending.wait()
-    with res.timer.phase("evaluation"), res.engine.gathered_model() as model:
+    with res.timer.phase("evaluation"), res.engine.gathered_model() as model, res.reward_models.ready():
         result = evaluate_model(
             model,
             res.tokenizer,

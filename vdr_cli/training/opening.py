@@ -28,6 +28,7 @@ from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.export import export_model
 from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
+from vdr_cli.engine.reward_models import HeldRewardModels
 from vdr_cli.engine.serving import ServedLayers
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.collapse import watch_of
@@ -42,6 +43,7 @@ from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokeni
 from vdr_cli.models.paths import adapter_directory
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
+from vdr_cli.rewards.model import check_templates
 from vdr_cli.rewards.watch import RewardWatch
 from vdr_cli.rollout.base import Rollout
 from vdr_cli.rollout.build import open_rollout
@@ -190,6 +192,7 @@ def _read_inputs(config: Config) -> _Inputs:
     prompts = load_prompts(config.data, "train", tokenizer, limits)
     rewards = load_rewards(config.rewards, config.data.name)
     check_columns(rewards, prompts.columns)
+    check_templates(rewards, prompts.has_messages)
     held_out = load_prompts(config.data, "eval", tokenizer, limits) if config.train.eval_every else None
     if held_out is not None:
         check_columns(rewards, held_out.columns)
@@ -242,6 +245,7 @@ def _load(
         end_states=keeper,
         acting=spec if config.rollout.members else None,
         reference=build_reference(config, engine),
+        reward_models=HeldRewardModels(inputs.rewards, config, engine),
     )
 
 

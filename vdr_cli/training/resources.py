@@ -16,6 +16,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
+from vdr_cli.engine.reward_models import HeldRewardModels
 from vdr_cli.exploration.sources import Source
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout
@@ -45,6 +46,8 @@ class Resources:
     """Members that sample; None: the policy does."""
     reference: FrozenCopy | Adapterless | None
     """None where neither the KL nor the bonus reads one."""
+    reward_models: HeldRewardModels
+    """Weights of the reward models, if the rewards have any."""
     source: Source | None
     """The bonus's source; None for plain GRPO."""
     end_states: EndStateKeeper | None

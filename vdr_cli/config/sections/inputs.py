@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -38,8 +38,11 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: PathText = "starter"
-    """An embedded bed (`starter`, `countdown4`, `routes`), a hub id, a JSONL/CSV/Parquet file, or a directory that
-    `datasets` can load."""
+    """An embedded bed (`starter`, `countdown4`, `routes`), a hub id, a JSONL/CSV/Parquet file, a directory that
+    `datasets` can load, or tasks of reasoning-gym, `reasoning_gym:TASK[=WEIGHT],...` (extra: gym)."""
+    options: dict[str, Any] = {}
+    """Of `reasoning_gym`: `size` (1000 training problems), `eval_size` (200 held-out ones), `seed` (0), the generator's
+    settings, with several tasks each under its task's name."""
     split: str = "train"
     """Split of the training prompts."""
     subset: str | None = None
