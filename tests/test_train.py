@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,7 @@ def test_truncated_completions_train_unless_they_are_masked(masked: bool, counte
 def test_long_completions_pay_the_overlong_penalty() -> None:
     res = resources(rollout={"group_size": 2, "max_new_tokens": 3}, grpo={"overlong_cache": 2})
     res.timer = train_timer()
+    res.reward_models = SimpleNamespace(ready=nullcontext)
     batch = batch_of([0, 1, 2, 3], 3)
     pending = SimpleNamespace(
         wait=lambda: batch.completions,

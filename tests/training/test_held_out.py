@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +40,7 @@ def resources(prompts: list[str] | None) -> Any:
         engine=SimpleNamespace(gathered_model=gathered_model, by_layers=False),
         timer=PhaseTimer(),
         rollout=SimpleNamespace(rest=lambda: None),
+        reward_models=SimpleNamespace(ready=nullcontext),
         **parts,
     )
 
