@@ -54,9 +54,16 @@ class Completions:
     prompt_ids: Tensor  # (B, P) int64, left-padded
     prompt_mask: Tensor  # (B, P) bool
     completion_ids: Tensor  # (B, T) int64, right-padded
-    completion_mask: Tensor  # (B, T) bool, True on valid tokens, EOS included
-    sampler_logps: Tensor  # (B, T) float32, log-probability under the sampling distribution; 0 at padding
-    truncated: Tensor  # (B,) bool, hit max_new_tokens without an end
+    completion_mask: Tensor  # (B, T) bool, True on valid tokens, EOS included: what the model reads
+    sampler_logps: Tensor  # (B, T) float32, log-probability under the sampling distribution; 0 where none was sampled
+    truncated: Tensor  # (B,) bool, hit its limit of tokens or turns without an end
+    policy_mask: Tensor = None  # type: ignore[assignment]
+    """(B, T) bool, the valid tokens that the policy sampled; the others are an environment's. None becomes
+    completion_mask: all of them. Losses, bonuses, lengths and metrics count these tokens only."""
+
+    def __post_init__(self) -> None:
+        if self.policy_mask is None:
+            self.policy_mask = self.completion_mask
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -70,6 +77,7 @@ class Completions:
             self.completion_mask[index],
             self.sampler_logps[index],
             self.truncated[index],
+            self.policy_mask[index],
         )
 
     def trimmed(self) -> Completions:
@@ -83,6 +91,7 @@ class Completions:
             self.completion_mask[:, :width],
             self.sampler_logps[:, :width],
             self.truncated,
+            self.policy_mask[:, :width],
         )
 
 
@@ -161,8 +170,14 @@ def to_device(completions: Completions, device: torch.device) -> Completions:
     return replace(completions, **moved)
 
 
+def last_token(mask: Tensor) -> Tensor:
+    """(B,) int64: the column of the last token in the mask (B, T); 0 where there is none."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return (mask.long() * columns).amax(1)
+
+
 def last_tokens(mask: Tensor, n: int | None) -> Tensor:
-    """(B, T) bool: the last n valid tokens of each row; None: all valid tokens."""
+    """(B, T) bool: the last n tokens of each row that are in the mask; None: all of them."""
     valid = mask.bool()
     if n is None:
         return valid

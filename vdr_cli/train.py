@@ -159,7 +159,7 @@ def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
     with res.timer.phase("rewards"), res.reward_models.ready(), collectives.agreed():  # what is left after sampling
         texts, rewards = pending.rewards.result()  # (B, F)
     task_reward = grpo_advantages.combine_rewards(rewards, res.reward_weights())
-    lengths = completions.completion_mask.sum(1)
+    lengths = completions.policy_mask.sum(1)
     task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
     G = cfg.rollout.group_size
     prompts = [prompt for prompt in pending.prompts for _ in range(G)]
@@ -200,7 +200,7 @@ def reference_logps(res: Resources, model: Any, completions: Completions) -> Ref
         with res.timer.phase("policy"):
             policy, entropy = read_old_logps(res, model, completions)
         if cfg.top_entropy_quantile < 1.0:
-            trained = loss_mask(completions.completion_mask, completions.truncated, cfg.mask_truncated)
+            trained = loss_mask(completions.policy_mask, completions.truncated, cfg.mask_truncated)
             everybody = torch.cat(collectives.gather_objects(entropy[trained]))
             high_entropy = entropy >= entropy_threshold(everybody, cfg.top_entropy_quantile)
     return ReferenceLogps(reference, policy, entropy, high_entropy)
@@ -217,7 +217,7 @@ def reward_head(
     signals: what the bonus's source needs, by name.
     """
     completions = batch.completions
-    mask = loss_mask(completions.completion_mask, completions.truncated, res.config.grpo.mask_truncated)
+    mask = loss_mask(completions.policy_mask, completions.truncated, res.config.grpo.mask_truncated)
     rewards = rewards_less_kl(res.config.grpo, batch, logps)
     task_advantages = group_relative(res.config, res.reward_weights(), batch.rewards, rewards)
     shaped, per_completion, bonus = task_advantages, None, None
@@ -249,7 +249,7 @@ def add_bonus(
 
     source -> b -> permutation -> gate -> shape -> weight
     """
-    cfg, G, mask = res.config.bonus, res.config.rollout.group_size, batch.completions.completion_mask
+    cfg, G, mask = res.config.bonus, res.config.rollout.group_size, batch.completions.policy_mask
     assert res.source is not None
     solved = batch.task_reward >= res.config.rewards.solved_at
     with collectives.agreed():
@@ -288,7 +288,7 @@ def rewards_less_kl(cfg: GrpoConfig, batch: RewardedGroups, logps: ReferenceLogp
     """(B,) task rewards, less β times the KL to the reference when it is taken from the reward."""
     if cfg.kl_in == "loss" or logps.reference is None or logps.policy is None:
         return batch.task_reward
-    mask = batch.completions.completion_mask
+    mask = batch.completions.policy_mask
     return kl_penalised_rewards(batch.task_reward, logps.policy, logps.reference, mask, cfg.beta, cfg.kl)
 
 
@@ -332,7 +332,7 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
             now = state.step + len(updates.refused)
             totals, micro_batches = minibatch(cfg, batch, advantages, rows, now, engine.device)
             for index, micro in enumerate(micro_batches):
-                logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature)
+                logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature, micro.policy_mask)
                 old_logps = updates.old_logps(micro, index, logps, entropy)
                 inputs = micro.inputs(logps, old_logps, entropy, engine.router_balance())
                 output = policy_loss(inputs, micro.weights, settings)

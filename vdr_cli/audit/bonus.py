@@ -78,11 +78,11 @@ def credit(measure: Array, mask: Flags, name: str, discount: float, last_n: int 
     kept = np.where(counted(mask, last_n), measure, 0.0)
     found = np.zeros_like(measure)
     for row, valid in enumerate(mask):
-        length = int(valid.sum())
-        own = kept[row, :length]
-        m = np.append(own[1:], 0.0)[:length] if name == "bald" else own
-        for t in range(length):
-            found[row, t] = sum(discount ** (s - t) * m[s] for s in range(t, length))
+        places = np.flatnonzero(valid)
+        own = kept[row, places]
+        m = np.append(own[1:], 0.0)[: len(own)] if name == "bald" else own
+        for t, place in enumerate(places):
+            found[row, place] = sum(discount ** (s - t) * m[s] for s in range(t, len(m)))
     return found
 
 

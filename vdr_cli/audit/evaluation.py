@@ -60,7 +60,7 @@ def _entropy(record: Record, cfg: Config, policy: Any) -> float:
     """Mean over all tokens, nats."""
     ids = record.columns["prompt_ids"], record.columns["completion_ids"]
     _, entropies = model.token_numbers(policy, *ids, cfg.rollout.temperature)
-    return float(entropies[record.mask].mean()) if record.mask.any() else math.nan
+    return float(entropies[record.policy].mean()) if record.policy.any() else math.nan
 
 
 def expected(record: Record, cfg: Config) -> dict[str, float]:
@@ -73,7 +73,7 @@ def expected(record: Record, cfg: Config) -> dict[str, float]:
     found |= {
         "reward": float(known.mean()) if len(known) else math.nan,
         "reward_std": float(known.std()) if len(known) else math.nan,
-        "mean_length": float(record.lengths.mean()),
+        "mean_length": float(record.policy.sum(1).mean()),
         "truncated_share": float(record.truncated.mean()),
     }
     for index, name in enumerate(record.state["rewards"]):

@@ -52,7 +52,7 @@ class Record:
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """(B,) tokens of each completion."""
+        """(B,) tokens of each completion, an environment's included."""
         return np.array([len(ids) for ids in self.columns["completion_ids"]], dtype=np.int64)
 
     @cached_property
@@ -60,6 +60,15 @@ class Record:
         """(B, T) valid tokens."""
         widest = max(int(self.lengths.max(initial=0)), 1)
         return np.arange(widest)[None] < self.lengths[:, None]
+
+    @cached_property
+    def policy(self) -> Flags:
+        """(B, T) valid tokens that the policy sampled; the others are an environment's."""
+        found = self.mask.copy()
+        for row, flags in enumerate(self.columns.get("policy", [])):
+            if flags is not None:
+                found[row, : len(flags)] = flags
+        return found
 
     @cached_property
     def truncated(self) -> Flags:

@@ -156,7 +156,7 @@ def audit_functions(judge: Judge, record: Record, cfg: Config, trainer: TrainerS
 def task_rewards(record: Record, cfg: Config, weights: Array) -> Array:
     """(B,) the weighted sum of the rewards on file, less the overlong penalty."""
     penalty = rewards.overlong_penalty(
-        record.lengths.astype(np.float64), cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache
+        record.policy.sum(1).astype(np.float64), cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache
     )
     return rewards.combined(record.rewards, weights) + penalty
 

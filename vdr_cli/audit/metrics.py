@@ -88,7 +88,7 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
 
 
 def _of_lengths(record: Record, G: int) -> dict[str, float]:
-    lengths = record.lengths.astype(np.float64)
+    lengths = record.policy.sum(1).astype(np.float64)
     ended = lengths[~record.truncated]
     tokens, prompts = float(lengths.sum()), float(sum(map(len, record.columns["prompt_ids"])))
     texts = record.columns["text"]
@@ -113,7 +113,7 @@ def _of_lengths(record: Record, G: int) -> dict[str, float]:
 def _of_bonus(record: Record, cfg: Config) -> dict[str, float]:
     G, reduced = cfg.rollout.group_size, record.numbers("reduced")
     every = np.ones((len(record), 1), dtype=bool)
-    added = np.abs(record.tokens("bonus")[record.mask] if _per_token(record) else record.numbers("bonus"))
+    added = np.abs(record.tokens("bonus")[record.policy] if _per_token(record) else record.numbers("bonus"))
     prefix = "disagreement" if cfg.bonus_source == "disagreement" else "bonus"
     return {
         f"{prefix}/mean": _mean(reduced),
@@ -144,7 +144,7 @@ def audit_completions(judge: Judge, record: Record, cfg: Config, saved: dict[str
     if saved is None:
         return []
     texts = record.decoded("text")
-    mask = record.mask
+    mask = record.policy
     source = cfg.bonus_source.rpartition(":")[2]
     measure = cfg.disagreement.measure if source == "disagreement" else source
     columns: dict[str, Array] = {

@@ -42,7 +42,7 @@ def audit_sampling(judge: Judge, record: Record, cfg: Config, models: Models) ->
         logps, distance = drawn(record, cfg, policy, places_of(record, cfg).positions)
     except members.CannotReadError as why:
         return [judge.skipped("tokens drawn", str(why))]
-    on_file = np.where(record.mask, record.tokens("sampler_logps"), 0.0)
+    on_file = np.where(record.policy, record.tokens("sampler_logps"), 0.0)
     return [
         judge.compare("sampler log-probabilities", on_file, logps, "logp"),
         judge.compare("tokens drawn: distance from u", np.zeros_like(distance), distance, "draw"),
@@ -67,6 +67,8 @@ def drawn(
             place = -1 if position is None else position
             uniforms = streams.completion_uniforms(cfg.train.seed, place, row % G, len(ids), stream)
             for t, token in enumerate(ids):
+                if not record.policy[row, t]:
+                    continue
                 scores = sampling.filtered(each[t], [*prompts[row], *ids[:t]], cfg.rollout)
                 found = sampling.draw(scores, token, float(uniforms[t]))
                 logps[row, t], distance[row, t] = found.logp, found.distance
@@ -112,12 +114,12 @@ def audit_members(judge: Judge, record: Record, cfg: Config, models: Models) -> 
         return [judge.skipped(d.measure, str(why))]
     lines = []
     if d.mode == "end_of_sequence":
-        last = np.maximum(record.lengths - 1, 0)
+        last = [np.flatnonzero(row)[-1] if row.any() else 0 for row in record.policy]
         at_end = found[np.arange(len(record)), last]
         lines.append(judge.compare(f"{d.measure} at the end", record.numbers("reduced"), at_end, "measure"))
     shown = [row for row, values in enumerate(record.columns["measure_tokens"]) if values is not None]
     if shown:
-        kept = _counted(record, cfg) if d.mode == "per_token" else record.mask
+        kept = _counted(record, cfg) if d.mode == "per_token" else record.policy
         theirs = np.zeros(record.mask.shape)
         for row in shown:
             values = record.columns["measure_tokens"][row]
@@ -130,7 +132,7 @@ def audit_members(judge: Judge, record: Record, cfg: Config, models: Models) -> 
 def _counted(record: Record, cfg: Config) -> Flags:
     from vdr_cli.audit.bonus import counted
 
-    return counted(record.mask, cfg.disagreement.last_n)
+    return counted(record.policy, cfg.disagreement.last_n)
 
 
 def _ids(record: Record) -> tuple[list[list[int]], list[list[int]]]:
@@ -142,7 +144,7 @@ def _ids(record: Record) -> tuple[list[list[int]], list[list[int]]]:
 
 def trained_tokens(record: Record, cfg: Config) -> Flags:
     """(B, T) tokens that give gradient."""
-    return record.mask & ~record.truncated[:, None] if cfg.grpo.mask_truncated else record.mask
+    return record.policy & ~record.truncated[:, None] if cfg.grpo.mask_truncated else record.policy
 
 
 def audit_policy(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
@@ -153,6 +155,7 @@ def audit_policy(judge: Judge, record: Record, cfg: Config, models: Models) -> l
         lines.append(judge.skipped("log-probabilities", no_weights(record.step)))
     else:
         logps, entropy = model.token_numbers(policy, *_ids(record), cfg.rollout.temperature)
+        logps, entropy = logps * record.policy, entropy * record.policy
         lines.append(judge.compare("log-probabilities", record.tokens("logps"), logps, "logp"))
         lines.append(judge.compare("entropies", record.tokens("entropies"), entropy, "logp"))
         if cfg.grpo.top_entropy_quantile < 1.0:
@@ -163,6 +166,7 @@ def audit_policy(judge: Judge, record: Record, cfg: Config, models: Models) -> l
                 lines.append(judge.skipped("reference log-probabilities", no_weights(record.step)))
             else:
                 theirs, _ = model.token_numbers(reference, *_ids(record), cfg.rollout.temperature)
+                theirs = theirs * record.policy
                 on_file = record.tokens("ref_logps")
                 lines.append(judge.compare("reference log-probabilities", on_file, theirs, "logp"))
     return lines

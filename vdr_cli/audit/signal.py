@@ -81,9 +81,9 @@ def _penalised(record: Record, cfg: Config) -> Array:
     task = record.numbers("task_reward")
     if not cfg.grpo.beta or cfg.grpo.kl_in != "reward":
         return task
-    x = np.where(record.mask, record.tokens("logps") - record.tokens("ref_logps"), 0.0)
+    x = np.where(record.policy, record.tokens("logps") - record.tokens("ref_logps"), 0.0)
     per_token = {"k1": x, "k2": x**2 / 2.0, "k3": np.exp(-x) + x - 1.0}[cfg.grpo.kl]
-    return task - cfg.grpo.beta * np.where(record.mask, per_token, 0.0).sum(1)
+    return task - cfg.grpo.beta * np.where(record.policy, per_token, 0.0).sum(1)
 
 
 def _group_relative(record: Record, cfg: Config, values: Array) -> Array:

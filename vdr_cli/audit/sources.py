@@ -40,7 +40,7 @@ def numbers(record: Record, cfg: Config, task_advantages: Array) -> tuple[Array,
     b = compute(record, cfg, task_advantages)
     if b.ndim == 1:
         return b[:, None], np.ones((len(record), 1), dtype=bool), b
-    return b, record.mask, bonuses.reduced(b, record.mask, None)
+    return b, record.policy, bonuses.reduced(b, record.policy, None)
 
 
 def _on_file(record: Record) -> tuple[Array, Flags, Array | None]:
@@ -53,14 +53,14 @@ def _disagreement(record: Record, cfg: Config) -> tuple[Array, Flags, Array | No
     if d.mode == "end_of_sequence":
         return b, every, None
     measure = record.tokens("measure_tokens")
-    reduced = bonuses.reduced(measure, record.mask, d.last_n)
+    reduced = bonuses.reduced(measure, record.policy, d.last_n)
     if d.credit == "token":
-        return bonuses.credit(measure, record.mask, d.measure, d.discount, d.last_n), record.mask, reduced
+        return bonuses.credit(measure, record.policy, d.measure, d.discount, d.last_n), record.policy, reduced
     return b, every, reduced
 
 
 def _mean_log_prob(record: Record) -> Array:
-    return bonuses.reduced(record.tokens(record.state["log_probs"]), record.mask, None)
+    return bonuses.reduced(record.tokens(record.state["log_probs"]), record.policy, None)
 
 
 def _surprisal(record: Record, cfg: Config, task_advantages: Array) -> Array:
@@ -77,7 +77,7 @@ def _entropy(record: Record, cfg: Config, task_advantages: Array) -> Array:
     found = own.alpha * record.tokens("entropies")
     if own.kappa is not None:
         found = np.minimum(found, np.abs(task_advantages)[:, None] / own.kappa)
-    return found * record.mask
+    return found * record.policy
 
 
 def _counts(record: Record, cfg: Config, task_advantages: Array) -> Array:

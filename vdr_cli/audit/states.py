@@ -41,7 +41,7 @@ def _novelty(record: Record, cfg: Config, models: Models) -> Array | str:
     with models.reference(record.step) as start:
         if start is None:
             return "the starting weights are not on file"
-        states = _states(start, record, lambda hidden, P: hidden[:, P:].mean(1))
+        states = _states(start, record, _mean_of_policy)
     D, d, G = states.shape[1], cfg.bonus.novelty.dim, cfg.rollout.group_size
     p = 1.0 / math.sqrt(D)
     uniforms = np.stack([streams.completion_uniforms(cfg.train.seed, record.step, i, d, PROJECTION) for i in range(D)])
@@ -61,7 +61,7 @@ def _value_heads(record: Record, cfg: Config, models: Models) -> Array | str:
     policy = models.at(record.step)
     if policy is None:
         return f"no checkpoint after step {record.step}: train.checkpoint_every, keep_last"
-    states = _states(policy, record, lambda hidden, P: hidden[:, -2])
+    states = _states(policy, record, lambda hidden, mask: hidden[:, -2])  # the policy has the last word
     width, K = states.shape[1] + 1, cfg.bonus.value_heads.heads
     if record.step == 0:
         uniforms = [streams.completion_uniforms(cfg.train.seed, 0, head, width, HEADS) for head in range(K)]
@@ -76,16 +76,23 @@ def _value_heads(record: Record, cfg: Config, models: Models) -> Array | str:
     return np.asarray(predicted.std(1, ddof=1))
 
 
+def _mean_of_policy(hidden: Any, mask: Any) -> Any:
+    """(n, D): the mean over the tokens that the policy sampled."""
+    own = hidden[:, -mask.shape[1] :] * mask[..., None]
+    return own.sum(1) / mask.sum(1, keepdim=True)
+
+
 @torch.no_grad()
-def _states(model: Any, record: Record, pick: Callable[[Any, int], Any]) -> Array:
-    """(B, D) from each row's last hidden states. pick: from (n, P + T, D) and P to (n, D); rows need no padding."""
+def _states(model: Any, record: Record, pick: Callable[[Any, Any], Any]) -> Array:
+    """(B, D) from each row's last hidden states. pick: from (n, P + T, D) and the policy's tokens (n, T) to (n, D)."""
     prompts: Sequence[Any] = record.columns["prompt_ids"]
     completions: Sequence[Any] = record.columns["completion_ids"]
     found: dict[int, Array] = {}
     for rows in alike(prompts, completions):
         ids = torch.tensor([[*prompts[row], *completions[row]] for row in rows])
+        mask = torch.from_numpy(record.policy[rows, : len(completions[rows[0]])])
         hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        found |= dict(zip(rows, pick(hidden, len(prompts[rows[0]])).double().numpy(), strict=True))
+        found |= dict(zip(rows, pick(hidden, mask).double().numpy(), strict=True))
     return np.stack([found[row] for row in range(len(record))])
 
 

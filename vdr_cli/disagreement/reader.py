@@ -38,11 +38,11 @@ class MeasureRequest:
     step: int = 0
     """Selects the members' masks, together with the ensemble's seed."""
     positions: Literal["all", "last"] = "all"
-    """Every valid token, giving (B, T), or each row's last one, giving (B,)."""
+    """Every token of the policy, giving (B, T), or each row's last one, giving (B,)."""
     measures: Collection[str] = ("bald",)
     """Names of `information.Statistics`."""
     last_n: int | None = None
-    """Only the last n valid tokens of a row; the others stay 0. None: all."""
+    """Only the policy's last n tokens of a row; the others stay 0. None: all."""
     shown_rows: int = 0
     """First rows that are measured at every token as well, for people to look at (`EnsembleReader.shown`)."""
     budget: int | None = None
@@ -50,7 +50,7 @@ class MeasureRequest:
 
     def wanted(self) -> Tensor:
         """(B, T) bool, the tokens that are measured."""
-        return last_tokens(self.completions.completion_mask, 1 if self.positions == "last" else self.last_n)
+        return last_tokens(self.completions.policy_mask, 1 if self.positions == "last" else self.last_n)
 
 
 class EnsembleReader:

@@ -123,7 +123,8 @@ class Engine:
     ) -> Tensor:
         """(B, D) last hidden states of the completions under a gathered model; float32, on the CPU.
 
-        reduce: from states (b, T + 1, D), the prompt's end first, and mask (b, T) to (b, D). Collective as read_logps.
+        reduce: from states (b, T + 1, D), the prompt's end first, and policy_mask (b, T) to (b, D). Collective as
+        read_logps.
         """
         found = []
         for rows, part in self._micro_batches(completions, micro_batch_size):
@@ -131,7 +132,7 @@ class Engine:
             tokens = on.prompt_ids, on.prompt_mask, on.completion_ids, on.completion_mask
             states = completion_states(model, *tokens, self.share_prompts)
             if rows is not None:
-                found.append(reduce(states.float(), on.completion_mask).cpu())
+                found.append(reduce(states.float(), on.policy_mask).cpu())
         return torch.cat(found)
 
     def _micro_batches(
@@ -158,6 +159,7 @@ class Engine:
             temperature,
             share_prompts=self.share_prompts,
             as_trees=self.as_trees,
+            policy_mask=on_device.policy_mask,
         )
 
     # ---- update ----------------------------------------------------------------------------------------------------
@@ -169,9 +171,11 @@ class Engine:
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float,
+        policy_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (B, T) of the completions under the policy, with gradient."""
-        return self.ds_engine(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
+        """`Policy.forward` with gradient: log-probabilities and entropies (B, T) of the completions."""
+        tokens = prompt_ids, prompt_mask, completion_ids, completion_mask
+        return self.ds_engine(*tokens, temperature, policy_mask)  # type: ignore[no-any-return]
 
     def router_balance(self) -> Tensor | None:
         """() load-balancing loss of the newest forward, with gradient; None without grpo.router_aux_loss_coef."""

@@ -191,7 +191,7 @@ def _sample_chunk(
         "classes": solution_classes(rewards, repeated, texts, ids, timeout),
         "completion_ids": ids,
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
-        "length": lengths.cpu().numpy().reshape(shape),
+        "length": completions.policy_mask.sum(1).cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
     }
 
@@ -207,9 +207,15 @@ def _entropy_sums(model: nn.Module, completions: Completions, temperature: float
     for rows in order.split(max(ENTROPY_TOKENS // width, 1)):
         part = to_device(completions.rows(rows).trimmed(), device)
         _, entropy = completion_logps(
-            model, part.prompt_ids, part.prompt_mask, part.completion_ids, part.completion_mask, temperature
+            model,
+            part.prompt_ids,
+            part.prompt_mask,
+            part.completion_ids,
+            part.completion_mask,
+            temperature,
+            policy_mask=part.policy_mask,
         )  # (B, T)
-        sums[rows.numpy()] = (entropy.double() * part.completion_mask).sum(1).cpu().numpy()
+        sums[rows.numpy()] = (entropy.double() * part.policy_mask).sum(1).cpu().numpy()
     return sums
 
 
@@ -218,7 +224,7 @@ def _mean_bald(model: nn.Module, completions: Completions, n: int, ensemble: Ens
     on_device = to_device(completions, next(model.parameters()).device)
     measured = EnsembleReader(ensemble).measure(model, MeasureRequest(on_device, n, MEMBERS_STEP))
     bald = measured.get("bald").double()  # (B, T)
-    mask = on_device.completion_mask
+    mask = on_device.policy_mask
     means: NDArray[np.float64] = ((bald * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy()
     return means
 

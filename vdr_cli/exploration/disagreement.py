@@ -22,16 +22,17 @@ def token_credit(
 ) -> Tensor:
     """The credit of each token for what follows it: c_t = Σ_{s>=t} γ^{s-t} m_s, (B, T).
 
-    m_s = bald_{s+1}, 0 at the last valid token: bald_s depends on the prefix before s alone, so crediting it to
+    m_s = bald_{s+1}, 0 at the last token: bald_s depends on the prefix before s alone, so crediting it to
     token s itself adds a baseline, whose expected gradient is 0. m_s = rmi_s: it depends on token s.
+    s counts the tokens in the mask: those of an environment lie between two of them, not among them.
     """
-    kept = last_tokens(mask, last_n)
-    reward = statistic.double() * kept
-    if measure == "bald":
-        reward = torch.nn.functional.pad(reward[:, 1:], (0, 1))
-    credit = torch.zeros_like(reward)
-    following = reward.new_zeros(len(reward))
-    for t in range(reward.shape[1] - 1, -1, -1):
-        following = reward[:, t] + discount * following
+    valid = mask.bool()
+    own = statistic.double() * last_tokens(valid, last_n)
+    credit = torch.zeros_like(own)
+    following, next_own = own.new_zeros(2, len(own))
+    for t in range(own.shape[1] - 1, -1, -1):
+        reward = next_own if measure == "bald" else own[:, t]
+        following = torch.where(valid[:, t], reward + discount * following, following)
+        next_own = torch.where(valid[:, t], own[:, t], next_own)
         credit[:, t] = following
-    return (credit * mask).float()
+    return (credit * valid).float()

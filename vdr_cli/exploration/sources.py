@@ -47,7 +47,7 @@ class Signals:
     """
 
     group_size: int
-    mask: Tensor  # (B, T) bool, valid tokens
+    mask: Tensor  # (B, T) bool, the tokens that the policy sampled
     task_rewards: Tensor  # (B,), NaN where there is none
     solved: Tensor  # (B,) bool
     task_advantages: Tensor  # (B,)
@@ -62,11 +62,11 @@ class Signals:
     visits: Tensor | None = None
     """(B,) int64, times that the answer was given to the prompt in the run so far, this step included."""
     start_states: Tensor | None = None
-    """(B, D) mean of the last hidden states of the completion's tokens, under the starting weights."""
+    """(B, D) mean of the last hidden states of the policy's tokens, under the starting weights."""
     projection: Tensor | None = None
     """(D, d) float64, the step's random projection."""
     states: Tensor | None = None
-    """(B, D) last hidden state that predicts the completion's last token, under the policy."""
+    """(B, D) last hidden state that predicts the policy's last token, under the policy."""
     weights: Tensor | None = None
     """(K, D + 1) float64, the value heads as of the last finished step."""
     uniforms: Tensor | None = None

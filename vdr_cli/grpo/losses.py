@@ -203,9 +203,9 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def loss_mask(completion_mask: Tensor, truncated: Tensor, mask_truncated: bool) -> Tensor:
-    """(B, T) bool: valid tokens; none of truncated completions when they are masked (DAPO's overlong filtering)."""
-    return completion_mask & ~truncated[:, None] if mask_truncated else completion_mask
+def loss_mask(policy_mask: Tensor, truncated: Tensor, mask_truncated: bool) -> Tensor:
+    """(B, T) bool: the policy's tokens; none of truncated completions when these are masked (DAPO)."""
+    return policy_mask & ~truncated[:, None] if mask_truncated else policy_mask
 
 
 def token_weights(

@@ -19,6 +19,7 @@ from vdr_cli.models.logprobs import chunked_logps
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
 from vdr_cli.models.routing import Routers
+from vdr_cli.samples import last_token
 
 NOISE_NAMES = ("drop", "jitter")
 """Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
@@ -75,15 +76,19 @@ class Policy(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float,
+        policy_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """prompts (B, P), completions (B, T) → log-probabilities (B, T), entropies (B, T), float32, 0 at padding."""
+        """prompts (B, P), completions (B, T) → log-probabilities (B, T), entropies (B, T), float32.
+
+        policy_mask: the valid tokens whose numbers are computed; None: all. The numbers of other tokens are 0.
+        """
         read = shared_completion_hidden if self.share_prompts else completion_hidden
         if self.as_trees:
             read = tree_completion_hidden
         hidden = read(self.causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
-        return _at_valid_tokens(
-            self.head_logps, output_head(self.causal_lm), hidden, completion_ids, completion_mask, temperature
-        )
+        wanted = completion_mask if policy_mask is None else policy_mask
+        head = output_head(self.causal_lm)
+        return _at_wanted_tokens(self.head_logps, head, hidden, completion_ids, wanted, temperature)
 
 
 def completion_logps(
@@ -96,10 +101,11 @@ def completion_logps(
     chunk_tokens: int | None = None,
     share_prompts: bool | None = None,
     as_trees: bool = False,
+    policy_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Policy.forward for a model outside the engine: the twin, the reference."""
     policy = Policy(causal_lm, chunk_tokens, share_prompts, as_trees)
-    return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature)  # type: ignore[no-any-return]
+    return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature, policy_mask)  # type: ignore[no-any-return]
 
 
 def completion_hidden(
@@ -126,16 +132,15 @@ def completion_states(
     return read(causal_lm, prompt_ids, prompt_mask, ids, mask)
 
 
-def mean_state(states: Tensor, completion_mask: Tensor) -> Tensor:
-    """(B, D): the mean over the valid tokens of states (B, T + 1, D), as `completion_states` gives them."""
-    mask = completion_mask.unsqueeze(2).to(states.dtype)
+def mean_state(states: Tensor, policy_mask: Tensor) -> Tensor:
+    """(B, D): the mean over the policy's tokens of states (B, T + 1, D), as `completion_states` gives them."""
+    mask = policy_mask.unsqueeze(2).to(states.dtype)
     return (states[:, 1:] * mask).sum(1) / mask.sum(1).clamp_min(1.0)
 
 
-def end_state(states: Tensor, completion_mask: Tensor) -> Tensor:
-    """(B, D): the state that predicts the last valid token, of states (B, T + 1, D)."""
-    last = (completion_mask.sum(1) - 1).clamp_min(0)
-    return states[torch.arange(len(states), device=states.device), last]
+def end_state(states: Tensor, policy_mask: Tensor) -> Tensor:
+    """(B, D): the state that predicts the policy's last token, of states (B, T + 1, D)."""
+    return states[torch.arange(len(states), device=states.device), last_token(policy_mask)]
 
 
 def shared_completion_hidden(
@@ -189,12 +194,12 @@ def _trunk(causal_lm: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, c
     return trunk(input_ids=ids, **arguments)[0]  # type: ignore[no-any-return]
 
 
-def _at_valid_tokens(
+def _at_wanted_tokens(
     head_logps: HeadLogps, head: Head, hidden: Tensor, targets: Tensor, mask: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Send the valid positions of hidden (B, T, D) through the head and scatter the results to (B, T).
+    """Send the wanted positions of hidden (B, T, D) through the head and scatter the results to (B, T).
 
-    A batch without valid tokens sends its first position (the end of a prompt, always a real token) and
+    A batch without wanted tokens sends its first position (the end of a prompt, always a real token) and
     multiplies by 0: every rank's backward must reach every parameter, or ZeRO's collectives do not match.
     """
     valid = mask.bool()

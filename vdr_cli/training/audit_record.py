@@ -21,6 +21,7 @@ from vdr_cli.data.completions import write_table
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
 from vdr_cli.evaluation.result import EvalResult
+from vdr_cli.samples import Completions
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
@@ -44,6 +45,7 @@ TYPES = {
     "task_advantage": pa.float32(),
     "reduced": pa.float32(),
     "visits": pa.int64(),
+    "policy": pa.list_(pa.bool_()),
 }
 
 
@@ -179,6 +181,7 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "text": [json.dumps(text) for text in batch.texts],
         "prompt_ids": [ids[mask].tolist() for ids, mask in prompts],
         "completion_ids": tokens(completions.completion_ids),
+        "policy": tokens(_mixed(completions)),
         "truncated": completions.truncated.tolist(),
         "sampler_logps": tokens(completions.sampler_logps),
         "rewards": batch.rewards.tolist(),
@@ -194,6 +197,12 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "logps": _before_the_update(advantages.old_logps, updates.first_logps, lengths),
         "entropies": _before_the_update(advantages.old_entropies, updates.first_entropies, lengths),
     }
+
+
+def _mixed(completions: Completions) -> Tensor | None:
+    """(B, T) the policy's tokens; None where no other token is valid."""
+    mixed = bool((completions.completion_mask & ~completions.policy_mask).any())
+    return completions.policy_mask if mixed else None
 
 
 def _before_the_update(read: Tensor | None, parts: list[Tensor], lengths: list[int]) -> list[list[float]]:

@@ -77,6 +77,7 @@ def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Comple
         completion_mask=widened("completion_mask", width, False, False),
         sampler_logps=widened("sampler_logps", width, False, 0.0),
         truncated=torch.cat([part.truncated for part in parts]),
+        policy_mask=widened("policy_mask", width, False, False),
     )
 
 
@@ -113,6 +114,7 @@ class MicroBatch:
 
     tokens: tuple[Tensor, Tensor, Tensor, Tensor]
     """prompt ids and mask (b, P), completion ids and mask (b, T)."""
+    policy_mask: Tensor  # (b, T) bool, tokens that the policy sampled
     advantages: Tensor  # (b, T)
     mask: Tensor  # (b, T) bool
     weights: Tensor  # (b, T)
@@ -177,6 +179,7 @@ def _micro_batch(
     moved = to_device(completions, device)
     return MicroBatch(
         tokens=(moved.prompt_ids, moved.prompt_mask, moved.completion_ids, moved.completion_mask),
+        policy_mask=moved.policy_mask,
         advantages=cut(advantages.advantages),
         mask=cut(advantages.mask),
         weights=cut(weights),
@@ -192,7 +195,7 @@ def _micro_batch(
 def _emptied(micro: MicroBatch) -> MicroBatch:
     """Its first row, with nothing valid in it."""
     one = {entry.name: value[:1] for entry in fields(micro) if isinstance(value := getattr(micro, entry.name), Tensor)}
-    for name in ("mask", "weights", "entropy_weights"):
+    for name in ("policy_mask", "mask", "weights", "entropy_weights"):
         one[name] = torch.zeros_like(one[name])
     prompt_ids, prompt_mask, completion_ids, completion_mask = (tensor[:1] for tensor in micro.tokens)
     tokens = prompt_ids, prompt_mask, completion_ids, torch.zeros_like(completion_mask)

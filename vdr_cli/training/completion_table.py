@@ -26,13 +26,13 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
         "completion_ids": _cut(completions.completion_ids, lengths),
         "truncated": completions.truncated.tolist(),
         "reward": batch.task_reward.tolist(),
-        "advantage": _per_completion(advantages.advantages, completions.completion_mask).tolist(),
+        "advantage": _per_completion(advantages.advantages, completions.policy_mask).tolist(),
     }
     for index, reward in enumerate(res.rewards):
         columns[f"rewards/{reward.name}"] = batch.rewards[:, index].tolist()
     measure = res.source.quantity(res.config) if res.source else ""
     if advantages.per_completion is not None and advantages.bonus is not None:
-        columns["bonus"] = _per_completion(advantages.bonus, completions.completion_mask).tolist()
+        columns["bonus"] = _per_completion(advantages.bonus, completions.policy_mask).tolist()
         columns[measure] = advantages.per_completion.tolist()
     if (by_token := res.shown_measure()) is not None:
         measured = _cut(by_token, lengths[: len(by_token)])
@@ -54,7 +54,7 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
         ids = batch.completions.completion_ids[row, batch.completions.completion_mask[row]].tolist()
         heat = measured[row, : len(ids)].tolist() if measured is not None else [0.0] * len(ids)
         if measures and measured is None and per_completion is not None and ids:
-            heat[-1] = float(per_completion[row])  # end_of_sequence: the position that predicts the last token
+            heat[-1] = float(per_completion[row])  # end_of_sequence: at the last token, which is the policy's
         prompt = batch.prompts[row].value
         samples.append(
             Sample(
@@ -68,7 +68,7 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
 
 
 def _per_completion(values: Tensor, mask: Tensor) -> Tensor:
-    """(B,) values as they are; (B, T) values as their mean over valid tokens."""
+    """(B,) values as they are; (B, T) values as their mean over the policy's tokens."""
     return values if values.dim() == 1 else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 

@@ -13,7 +13,7 @@ from vdr_cli.disagreement.hooks import hooked
 from vdr_cli.disagreement.lower_states import MOST_BYTES
 from vdr_cli.models import anatomy
 from vdr_cli.models.prefix import shares_prompts
-from vdr_cli.samples import Completions
+from vdr_cli.samples import Completions, last_token
 
 
 class EndStates:
@@ -49,17 +49,17 @@ class EndStates:
         return taken
 
     def at_ends(self) -> Tensor:
-        """(B, D) float32 on the CPU: the state that predicts each completion's last token."""
+        """(B, D) float32 on the CPU: the state that predicts the policy's last token of each completion."""
         assert self.completions is not None
-        lengths = self.completions.completion_mask.sum(1)
+        ends_at = last_token(self.completions.policy_mask)
         prompts_of_call = 1 + max(int(prompts.max()) for prompts, _ in self._of_prompts)  # some are read for each batch
-        size = len(lengths) // prompts_of_call
-        found = torch.zeros(len(lengths), self._of_prompts[0][1].shape[1])
+        size = len(ends_at) // prompts_of_call
+        found = torch.zeros(len(ends_at), self._of_prompts[0][1].shape[1])
         for prompts, states in self._of_prompts:
             for number in range(size):
                 found[prompts * size + number] = states.float().cpu()
         for rows, t, states in self._of_tokens:
-            ends = lengths[rows] == t + 2
+            ends = ends_at[rows] == t + 1
             found[rows[ends]] = states[ends.to(states.device)].float().cpu()
         return found
 

@@ -63,5 +63,5 @@ def _entropy_sums(res: Resources, model: Any, completions: Completions | None) -
         ids, flags = nothing.long(), nothing.bool()
         completions = Completions(ids, flags, ids, flags, nothing, flags[:, 0])
     _, entropy = res.engine.read_logps(model, completions, cfg.train.micro_batch_size, cfg.rollout.temperature)
-    sums: NDArray[np.float64] = (entropy.double() * completions.completion_mask).sum(1).numpy()
+    sums: NDArray[np.float64] = (entropy.double() * completions.policy_mask).sum(1).numpy()
     return sums

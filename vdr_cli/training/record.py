@@ -26,7 +26,7 @@ from vdr_cli.training.step_metrics import (
 def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, float]:
     """The step's numbers over all ranks. Collective."""
     seconds = res.timer.take()
-    lengths = batch.completions.completion_mask.sum(1)
+    lengths = batch.completions.policy_mask.sum(1)
     sums = {
         "loss": updates.loss,
         "step_tokens": float(lengths.sum()),
@@ -61,11 +61,11 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
     stalled = zero_variance(batch.task_reward, G)
     names = [reward.name for reward in res.rewards]
     pairs: Pairs = reward_pairs(batch.rewards, batch.task_reward, stalled, G, names)
-    pairs |= completion_pairs(batch.completions.completion_mask, batch.completions.truncated)
+    pairs |= completion_pairs(batch.completions.policy_mask, batch.completions.truncated)
     pairs |= distinct_pairs(batch.texts, G)
     if advantages.per_completion is not None and advantages.bonus is not None:
         bonus = advantages.bonus
-        added = bonus if bonus.dim() == 1 else bonus[batch.completions.completion_mask]
+        added = bonus if bonus.dim() == 1 else bonus[batch.completions.policy_mask]
         spread = has_spread(advantages.per_completion, G)
         pairs |= bonus_pairs(bonus_prefix(res.config), advantages.per_completion, added, spread, G)
     pairs["solved"] = (float((batch.task_reward >= res.config.rewards.solved_at).sum()), float(len(batch)))

@@ -30,9 +30,9 @@ def reward_pairs(
     return pairs
 
 
-def completion_pairs(completion_mask: Tensor, truncated: Tensor) -> Pairs:
-    """completion_mask (B, T) bool, truncated (B,) bool."""
-    lengths = completion_mask.sum(1).float()
+def completion_pairs(policy_mask: Tensor, truncated: Tensor) -> Pairs:
+    """policy_mask (B, T) bool, truncated (B,) bool."""
+    lengths = policy_mask.sum(1).float()
     return {
         "completions/mean_length": _sum_and_count(lengths),
         "completions/mean_terminated_length": _sum_and_count(lengths[~truncated]),

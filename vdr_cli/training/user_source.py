@@ -52,12 +52,12 @@ def user_source(given: str) -> Source:
 
 
 def checked(given: str, answer: Any, mask: Tensor, batch: RewardedGroups) -> Tensor:
-    """The function's answer as (B,) or (B, T) float32, 0 at padding.
+    """The function's answer as (B,) or (B, T) float32, 0 at tokens that the policy did not sample.
 
     Rows of unequal length are accepted when they have a number per valid token. DataError for other shapes and for
     numbers that are not finite.
     """
-    lengths = mask.sum(1).tolist()
+    lengths = batch.completions.completion_mask.sum(1).tolist()
     try:
         b = _as_tensor(answer, lengths, mask.shape[1])
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -114,7 +114,9 @@ def _taken(given: str, function: Callable[..., Any]) -> set[str]:
 def _arguments(signals: Signals) -> dict[str, Any]:
     batch: RewardedGroups = signals.batch
     completions = batch.completions
-    ids = [row[mask].tolist() for row, mask in zip(completions.completion_ids, signals.mask, strict=True)]
+    ids = [
+        row[mask].tolist() for row, mask in zip(completions.completion_ids, completions.completion_mask, strict=True)
+    ]
     lists = arguments_of(batch.prompts, batch.texts, ids)
     own = {name: lists.pop(name) for name in ("prompts", "completions", "completion_ids")}
     plain = {name: values for name, values in lists.items() if not any(isinstance(v, Undecoded) for v in values)}
