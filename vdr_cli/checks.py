@@ -63,6 +63,7 @@ def check_before_start(config: Config, resume: str | None) -> None:
     check_options(config.data)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
+    check_turns(config)
     check_bonus(config)
     check_extras(config)
     check_resume(config, resume)
@@ -109,11 +110,22 @@ def check_rewards(config: Config) -> None:
     """Every name can be one of a function, files are there; only beds and suites bring a reward of their own."""
     for function in config.rewards.functions:
         check_reward(function)
-    if not config.rewards.functions and reward_of(config.data.name) is None:
+    if not config.rewards.functions and reward_of(config.data.name) is None and config.rollout.environment is None:
         raise ConfigError(
             f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
             "give --reward a built-in, module:function, file.py:function or model:PATH"
         )
+
+
+def check_turns(config: Config) -> None:
+    """The names of environment, tools and parser can be ones, and their files are there."""
+    cfg = config.rollout
+    for tool in cfg.tools:
+        check_name(tool, "rollout.tools")
+    if cfg.environment is not None:
+        check_name(cfg.environment, "rollout.environment")
+    if cfg.tool_parser not in ("auto", "hermes", "llama3", "mistral"):
+        check_name(cfg.tool_parser, "rollout.tool_parser")
 
 
 def check_bonus(config: Config) -> None:

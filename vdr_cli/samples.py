@@ -39,12 +39,15 @@ class Sampling:
     """Settings of sampling. temperature 0 means greedy."""
 
     max_new_tokens: int
+    """Most tokens of a completion, an environment's included."""
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    turn_tokens: int | None = None
+    """Most tokens of one turn in a conversation; None: max_new_tokens."""
 
 
 @dataclass
@@ -97,6 +100,38 @@ class Completions:
 
 Finished = Callable[[Sequence[int], Completions], None]
 """Told of prompts all of whose completions are there, by their places in the call, with those completions in order."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn that the policy has just ended."""
+
+    row: int
+    """Of the call."""
+    ids: list[int]
+    """Tokens sampled in this turn."""
+    ended: bool
+    """False: a limit of tokens cut it, which ends the completion."""
+    room: int
+    """Tokens that the completion may still take; a reply must leave one for the next turn."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An environment's answer to a turn."""
+
+    ids: list[int] | None
+    """Tokens that the model reads before its next turn; None: the episode is over."""
+    truncated: bool = False
+    """The episode is over because of a limit."""
+
+
+class Conversation(Protocol):
+    """The other side of completions that take several turns."""
+
+    def replies(self, turns: Sequence[Turn]) -> list[Reply]:
+        """One reply per turn, called between two decode steps of this process. Called for every turn, cut ones too."""
+        ...
 
 
 class Watcher(Protocol):

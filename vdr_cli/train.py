@@ -135,20 +135,21 @@ def start_rollout(res: Resources, state: LoopState, model: Any, counts: list[int
     cfg = res.config
     with collectives.agreed():
         positions = list(state.take(counts, collectives.rank()))
-        prompts = [res.prompt_at(position) for position in positions]
+        episodes = res.begin_episodes([res.prompt_at(position) for position in positions])
         keys = [completion_key(cfg.train.seed, Stream.TRAINING, position) for position in positions]
-        rewards = reward_stream(cfg, res.rewards, res.tokenizer, prompts, step)
+        rewards = reward_stream(cfg, res.rewards, episodes, step)
     request = RolloutRequest(
-        [prompt.token_ids for prompt in prompts],
+        [prompt.token_ids for prompt in episodes.prompts],
         cfg.rollout.group_size,
         res.sampling,
         keys,
         rewards.finished,
+        conversation=episodes.conversation,
         acting=None if res.acting is None else by_position(res.acting, step, positions),
     )
     with collectives.agreed(), res.timer.phase("rollout"):
         wait = res.rollout.start(model, request)
-    return PendingRollout(positions, prompts, wait, rewards)
+    return PendingRollout(positions, episodes, wait, rewards)
 
 
 def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
@@ -158,13 +159,14 @@ def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
         completions = pending.wait()
     with res.timer.phase("rewards"), res.reward_models.ready(), collectives.agreed():  # what is left after sampling
         texts, rewards = pending.rewards.result()  # (B, F)
+        pending.episodes.close()
     task_reward = grpo_advantages.combine_rewards(rewards, res.reward_weights())
     lengths = completions.policy_mask.sum(1)
-    task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache)
+    task_reward += grpo_advantages.overlong_penalty(lengths, cfg.rollout.completion_tokens, cfg.grpo.overlong_cache)
     G = cfg.rollout.group_size
-    prompts = [prompt for prompt in pending.prompts for _ in range(G)]
+    prompts = [prompt for prompt in pending.episodes.prompts for _ in range(G)]
     positions = [position for position in pending.positions for _ in range(G)]
-    return RewardedGroups(prompts, completions, texts, rewards, task_reward, positions)
+    return RewardedGroups(prompts, completions, texts, rewards, task_reward, positions, pending.episodes.counts)
 
 
 def replace_groups(
@@ -371,7 +373,7 @@ def minibatch(
         part = advantages.select(rows)
         nothing = torch.zeros_like(part.mask)
         part = replace(part, mask=nothing, covariant=nothing)
-    longest, size = config.rollout.max_new_tokens, config.train.micro_batch_size
+    longest, size = config.rollout.completion_tokens, config.train.micro_batch_size
     weights = token_weights(config.grpo.loss, part.mask, totals, longest)
     entropy_weights = token_weights("dapo", part.mask, totals, longest)
     return totals, micro_batches_of(batch.select(rows), part, weights, entropy_weights, size, device)

@@ -30,9 +30,9 @@ def completions(groups: list[int]) -> Completions:
 def stream(*functions: Any, timeout: float = 5.0) -> RewardStream:
     loaded = [LoadedReward(getattr(f, "__name__", "f"), 1.0, f) for f in functions]
 
-    def texts_of(prompts: list[Prompt], given: Completions) -> list[str]:
-        rows = zip(prompts, given.completion_ids[:, 0].tolist(), strict=True)
-        return [f"{prompt.row}:{token}" for prompt, token in rows]
+    def texts_of(rows: list[int], given: Completions) -> list[str]:
+        pairs = zip(rows, given.completion_ids[:, 0].tolist(), strict=True)
+        return [f"{PROMPTS[row // G].row}:{token}" for row, token in pairs]
 
     return RewardStream(loaded, PROMPTS, G, timeout, TrainerState(3, 5), texts_of)
 

@@ -12,6 +12,7 @@ import torch
 
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
+from vdr_cli.environments.episodes import OneTurn
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Completions, Prompt
@@ -48,8 +49,12 @@ def a_run() -> Any:
     )
 
 
-def stream_of(run: Any) -> Callable[[list[Prompt]], RewardStream]:
-    return lambda prompts: reward_stream(run.config, run.rewards, run.tokenizer, prompts, 4)
+def begin(run: Any) -> Callable[[list[Prompt]], tuple[OneTurn, RewardStream]]:
+    def begun(prompts: list[Prompt]) -> tuple[OneTurn, RewardStream]:
+        episodes = OneTurn(run.tokenizer, prompts, 2)
+        return episodes, reward_stream(run.config, run.rewards, episodes, 4)
+
+    return begun
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -64,17 +69,18 @@ def test_groups_are_shared_out_again_and_rewarded_again(
 
     monkeypatch.setattr(collectives, "gather_objects", gathered)
     prompts = [run.prompt_at(position) for position in parts[0][0]]
-    pending_rollout.save(PendingRollout(parts[0][0], prompts, lambda: parts[0][1], stream_of(run)(prompts)), tmp_path)
+    episodes, stream = begin(run)(prompts)
+    pending_rollout.save(PendingRollout(parts[0][0], episodes, lambda: parts[0][1], stream), tmp_path)
     monkeypatch.undo()
 
     shares = [3 * (rank + 1) // ranks - 3 * rank // ranks for rank in range(ranks)]
     tokens: list[int] = []
     for rank in range(ranks):
         monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        loaded = pending_rollout.load(tmp_path, lambda count: shares, run.prompt_at, stream_of(run), 0)
+        loaded = pending_rollout.load(tmp_path, lambda count: shares, run.prompt_at, begin(run), 0)
         assert loaded is not None
         own = loaded.wait()
-        assert len(own) == 2 * shares[rank] == 2 * len(loaded.prompts)
+        assert len(own) == 2 * shares[rank] == 2 * len(loaded.episodes.prompts)
         texts, rewards = loaded.rewards.result()
         for row in range(len(own)):
             token = int(own.completion_ids[row, 0])
@@ -82,11 +88,11 @@ def test_groups_are_shared_out_again_and_rewarded_again(
             assert width == (5 if token >= 4 else 3) and texts[row] == " ".join([str(token)] * width)
             assert rewards[row, 0] == token and bool(own.truncated[row]) == (token % 3 == 0)
             assert torch.allclose(own.sampler_logps[row, :width], torch.tensor(-token / 7))
-            assert loaded.prompts[row // 2].row == loaded.positions[row // 2] == 50 + token // 2
+            assert loaded.episodes.prompts[row // 2].row == loaded.positions[row // 2] == 50 + token // 2
             tokens.append(token)
     assert tokens == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_without_them_has_none(tmp_path: Path) -> None:
     run = a_run()
-    assert pending_rollout.load(tmp_path, lambda count: [count], run.prompt_at, stream_of(run), 0) is None
+    assert pending_rollout.load(tmp_path, lambda count: [count], run.prompt_at, begin(run), 0) is None

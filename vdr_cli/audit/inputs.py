@@ -71,18 +71,37 @@ def audit(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Lin
     places = places_of(record, cfg)
     prompts = record.decoded("prompt")
     ids = [list(row) for row in record.columns["prompt_ids"]]
-    lines = [
-        judge.equal("order of prompts", record.columns["row"][::G], places.expected_rows),
-        judge.equal("prompt tokens", ids, [_encoded(models.tokenizer, prompt, cfg) for prompt in prompts]),
-    ]
+    lines = [judge.equal("order of prompts", record.columns["row"][::G], places.expected_rows)]
+    if cfg.rollout.takes_turns:
+        lines.append(judge.skipped("prompt tokens", "tools' schemas and the words of reset are not made again"))
+    else:
+        encoded = [_encoded(models.tokenizer, prompt, cfg) for prompt in prompts]
+        lines.append(judge.equal("prompt tokens", ids, encoded))
     return [*lines, *audit_texts(judge, record, cfg, models)]
 
 
 def audit_texts(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:
     """Texts and ends of completions, from their tokens."""
+    if cfg.rollout.takes_turns:
+        return _audit_turns(judge, record, models)
     prompts = record.decoded("prompt")
     texts = [_text(models.tokenizer, row, prompt) for row, prompt in zip(_ids(record), prompts, strict=True)]
     return [judge.equal("completion texts", record.decoded("text"), texts), *_ends(judge, record, cfg, models)]
+
+
+def _audit_turns(judge: Judge, record: Record, models: Models) -> list[Line]:
+    """The policy's words in the messages, from its tokens; an environment's words are not made again."""
+    theirs = [[m["content"] for m in text if m["role"] == "assistant"] for text in record.decoded("text")]
+    ours = []
+    for ids, own in zip(_ids(record), record.policy, strict=True):
+        begins = [t for t in range(len(ids)) if own[t] and (t == 0 or not own[t - 1])]
+        ends = [t + 1 for t in range(len(ids)) if own[t] and (t + 1 == len(ids) or not own[t + 1])]
+        turns = [ids[begin:end] for begin, end in zip(begins, ends, strict=True)]
+        ours.append([models.tokenizer.decode(turn, skip_special_tokens=True) for turn in turns])
+    return [
+        judge.equal("turns", theirs, ours),
+        judge.skipped("replies, lengths, truncated", "the environment's words and limits are not made again"),
+    ]
 
 
 def _ids(record: Record) -> list[list[int]]:
@@ -137,7 +156,7 @@ def _ended(ids: list[int], ends: set[int], cfg: Config, tokenizer: Any) -> bool:
 def audit_rewards(judge: Judge, record: Record, cfg: Config) -> list[Line]:
     """Every function's rewards from the texts, and their sum with the overlong penalty."""
     lines = audit_functions(judge, record, cfg, TrainerState(record.step, cfg.train.steps))
-    task = task_rewards(record, cfg, weights_of(cfg))
+    task = task_rewards(record, cfg, weights_of(cfg, record.rewards.shape[1]))
     return [*lines, judge.compare("task reward", record.numbers("task_reward"), task, "reward")]
 
 
@@ -147,6 +166,8 @@ def audit_functions(judge: Judge, record: Record, cfg: Config, trainer: TrainerS
         lost = ", ".join(record.state["lost_columns"])
         return [judge.skipped("rewards", f"columns {lost} could not be saved as JSON")]
     lines = []
+    if cfg.rollout.environment is not None:
+        return [judge.skipped("rewards", "the environments that they may ask are gone")]
     for index, reward in enumerate(load_rewards(cfg.rewards.model_copy(update={"processes": 0}), cfg.data.name)):
         found = _called(reward, record, trainer)
         lines.append(judge.compare(f"rewards/{reward.name}", record.rewards[:, index], found, "reward"))
@@ -156,14 +177,15 @@ def audit_functions(judge: Judge, record: Record, cfg: Config, trainer: TrainerS
 def task_rewards(record: Record, cfg: Config, weights: Array) -> Array:
     """(B,) the weighted sum of the rewards on file, less the overlong penalty."""
     penalty = rewards.overlong_penalty(
-        record.policy.sum(1).astype(np.float64), cfg.rollout.max_new_tokens, cfg.grpo.overlong_cache
+        record.policy.sum(1).astype(np.float64), cfg.rollout.completion_tokens, cfg.grpo.overlong_cache
     )
     return rewards.combined(record.rewards, weights) + penalty
 
 
-def weights_of(cfg: Config) -> Array:
-    """(F,) of the run's reward functions."""
-    return np.array([entry.weight for entry in cfg.rewards.functions] or [1.0])
+def weights_of(cfg: Config, columns: int) -> Array:
+    """(F,) of the run's reward functions. columns: F."""
+    own = [1.0] * (columns - len(cfg.rewards.functions))  # the data's reward, or the environments'
+    return np.array([entry.weight for entry in cfg.rewards.functions] + own)
 
 
 def _called(reward: LoadedReward, record: Record, trainer: TrainerState) -> Array:

@@ -82,6 +82,9 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
         found[f"rewards/{name}/mean"] = _mean(record.rewards[:, index])
         found[f"rewards/{name}/std"] = _mean(_known_std(record.rewards[:, index], G))
     found |= _of_lengths(record, G)
+    if cfg.rollout.takes_turns:
+        begins = record.policy & ~np.pad(record.policy, ((0, 0), (1, 0)))[:, :-1]
+        found["episodes/mean_turns"] = _mean(begins.sum(1))
     if cfg.bonus_source != "none":
         found |= _of_bonus(record, cfg)
     return {name: value for name, value in found.items() if not np.isnan(value)}

@@ -92,7 +92,7 @@ def _group_relative(record: Record, cfg: Config, values: Array) -> Array:
         return rewards.other_advantages(values, G, cfg.grpo.advantage, cfg.grpo.pass_k)
     if cfg.grpo.multi_reward == "sum_then_normalise":
         return rewards.advantages(values, G, cfg.grpo.scale_rewards)
-    weights = weights_of(cfg)
+    weights = weights_of(cfg, record.rewards.shape[1])
     added = values - rewards.combined(record.rewards, weights)
     columns = np.concatenate([record.rewards, added[:, None]], axis=1)
     return rewards.summed_advantages(columns, np.append(weights, 1.0), G)

@@ -172,7 +172,7 @@ def _backward(
             if covariant is not None:
                 row = replace(row, covariant=torch.from_numpy(covariant[number, : logps.shape[1]]))
             terms = losses.policy_terms(row, settings)
-            share = share + losses.row_loss(row, terms, settings, totals, cfg.rollout.max_new_tokens)
+            share = share + losses.row_loss(row, terms, settings, totals, cfg.rollout.completion_tokens)
             _log(outcome, row, terms, settings)
         outcome.loss += float(share.detach())
         share.backward()  # type: ignore[no-untyped-call]

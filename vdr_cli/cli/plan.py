@@ -88,7 +88,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         prompts_per_step=max(config.train.prompts_per_step, gpus),
         group_size=config.rollout.group_size,
         prompt_tokens=prompt_tokens,
-        new_tokens=config.rollout.max_new_tokens,
+        new_tokens=config.rollout.completion_tokens,
         micro_batch_size=config.train.micro_batch_size,
         num_iterations=config.grpo.num_iterations,
         minibatches=config.grpo.minibatches,

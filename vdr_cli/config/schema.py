@@ -139,6 +139,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _environments_stay_here(self) -> Self:
+        if self.rollout.environment is not None and self.rewards.processes:
+            raise ValueError(
+                "rewards.processes calls reward functions in other processes, and rollout.environment lives in this "
+                "one: set rewards.processes to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reference_fits(self) -> Self:
         if self.grpo.sync_reference_every and self.bonus_source == "novelty":
             raise ValueError(

@@ -52,14 +52,16 @@ class PromptSet(Sequence[Prompt]):
         max_prompt_tokens: int | None = None,
         as_chat: bool = False,
         limits: Limits = Limits(),
+        tools: Sequence[dict[str, Any]] = (),
     ) -> None:
+        """tools: schemas that the chat template shows to the model."""
         self._table = table
         self._tokenizer = tokenizer
         self._prompt_column = prompt_column
         self._system_prompt = system_prompt
         self._max_prompt_tokens = max_prompt_tokens
         self._as_chat = as_chat
-        self._limits = limits
+        self._limits, self._tools = limits, tools
         self.truncated_rows: set[int] = set()
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
         self.columns = tuple(column for column in table.columns if column != prompt_column)
@@ -91,7 +93,7 @@ class PromptSet(Sequence[Prompt]):
 
     def _tokens(self, index: int, value: str | Messages) -> list[int]:
         try:
-            ids = encode(self._tokenizer, value)
+            ids = encode(self._tokenizer, value, self._tools)
         except Exception as error:  # a template is a program that comes with the model: it may raise anything
             if isinstance(value, str):
                 raise
@@ -155,10 +157,15 @@ class PromptSet(Sequence[Prompt]):
         return has_messages, digest.hexdigest()
 
 
-def load_prompts(cfg: DataConfig, role: Role, tokenizer: Any, limits: Limits = Limits()) -> PromptSet:
-    """The training (`train`) or held-out (`eval`) prompts of a configuration; limits: of the model that reads them."""
-    table = open_table(cfg, role)
-    return PromptSet(table, tokenizer, cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens, cfg.as_chat, limits)
+def load_prompts(
+    cfg: DataConfig, role: Role, tokenizer: Any, limits: Limits = Limits(), tools: Sequence[dict[str, Any]] = ()
+) -> PromptSet:
+    """The training (`train`) or held-out (`eval`) prompts of a configuration.
+
+    limits: of the model that reads them. tools: schemas that its chat template shows to it.
+    """
+    own = cfg.prompt_column, cfg.system_prompt, cfg.max_prompt_tokens, cfg.as_chat
+    return PromptSet(open_table(cfg, role), tokenizer, *own, limits, tools)
 
 
 def with_system_prompt(messages: Messages, system_prompt: str | None) -> Messages:
@@ -168,8 +175,8 @@ def with_system_prompt(messages: Messages, system_prompt: str | None) -> Message
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def encode(tokenizer: Any, value: str | Messages) -> list[int]:
-    """Token ids of a prompt, ready to be continued.
+def encode(tokenizer: Any, value: str | Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+    """Token ids of a prompt, ready to be continued. tools: schemas for the chat template.
 
     Messages go through the chat template, opened for the assistant's answer (an assistant message at the end is
     continued). A string is tokenised as it is with the tokenizer's own special tokens, without an EOS at its end; a
@@ -180,6 +187,7 @@ def encode(tokenizer: Any, value: str | Messages) -> list[int]:
     answer_begun = value[-1]["role"] == "assistant"
     encoded = tokenizer.apply_chat_template(
         value,
+        tools=list(tools) or None,
         add_generation_prompt=not answer_begun,
         continue_final_message=answer_begun,
         tokenize=True,

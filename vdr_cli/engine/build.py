@@ -95,7 +95,7 @@ def _as_trees(config: Config, causal_lm: nn.Module) -> bool:
 
     The same on all ranks and in all steps: ZeRO-3's gathers must match.
     """
-    group_tokens = config.rollout.group_size * config.rollout.max_new_tokens
+    group_tokens = config.rollout.group_size * config.rollout.completion_tokens
     short = group_tokens <= TREE_TOKENS and config.grpo.router_aux_loss_coef == 0
     return short and can_read_trees(causal_lm)
 

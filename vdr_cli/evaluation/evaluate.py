@@ -22,13 +22,15 @@ from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
+from vdr_cli.environments.contract import load_contract
+from vdr_cli.environments.episodes import Counts, Environments, OneTurn
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.evaluation.request import EvalRequest, sampling_of
-from vdr_cli.evaluation.result import EvalResult
+from vdr_cli.evaluation.result import TURN_MEASURES, EvalResult
 from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
-from vdr_cli.rewards.calling import completion_texts, compute_rewards
+from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rewards.classes import classifier, known_classes, solution_classes
 from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.samples import Completions, Prompt, Sampling, Stream, completion_key, to_device
@@ -62,13 +64,14 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     for name in request.models:
         resolve_model_path(name)
     ensemble = _members(request)
-    rewards = load_rewards(request.rewards, request.data.name)
+    contract = load_contract(request.rollout.environment, request.rollout.tools)
+    rewards = load_rewards(request.rewards, request.data.name, contract.reward if contract else None)
     results = []
     for name in request.models:
         named = name, request.model.revision, request.model.trust_remote_code
         tokenizer = loading.load_tokenizer(*named)
         limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens)
-        prompt_set = load_prompts(request.data, "eval", tokenizer, limits)
+        prompt_set = load_prompts(request.data, "eval", tokenizer, limits, contract.schemas if contract else [])
         check_columns(rewards, prompt_set.columns)
         check_templates(rewards, prompt_set.has_messages)
         if request.reference is not None and request.reference not in prompt_set.columns:
@@ -84,6 +87,10 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
         rollout = TransformersRollout(
             tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens, request.rollout.cuda_graphs
         )
+        environments = None
+        if contract is not None:
+            environments = Environments(contract, tokenizer, request.rollout, prompt_set.has_messages, limits)
+            environments.end_with(eos_ids)
         result = evaluate_model(
             model,
             tokenizer,
@@ -99,7 +106,10 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
             name=name,
             ensemble=ensemble,
             entropy_sums=None if request.entropy else _no_entropy_sums,
+            environments=environments,
         )
+        if environments is not None:
+            environments.close()
         results.append(replace(result, per_prompt=_text_measures(result, request)))
     return results
 
@@ -129,10 +139,12 @@ def evaluate_model(
     name: str = "",
     ensemble: EnsembleSpec | None = None,
     entropy_sums: EntropySums | None = None,
+    environments: Environments | None = None,
 ) -> EvalResult:
     """Measure n completions of every prompt. A collective over all processes, with the same result on each.
 
     entropy_sums: reads entropies where that is a collective itself, as often on every rank; None: the model, here.
+    environments: the other side of completions that take several turns.
     Raises DataError without prompts, or when a reward function fails.
     """
     if not prompts:
@@ -147,7 +159,7 @@ def evaluate_model(
         for places in mine:
             chunk = [prompts[index] for index in places]
             completions, share = _sample_chunk(
-                model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble
+                model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble, environments
             )
             sampled.append(completions)
             shares.append(share)
@@ -173,27 +185,50 @@ def _sample_chunk(
     sampling: Sampling,
     timeout: float,
     ensemble: EnsembleSpec | None,
+    environments: Environments | None,
 ) -> tuple[Completions, dict[str, Any]]:
     """Completions of some prompts, and what they are worth as arrays (prompts, n, ...)."""
     keys = [completion_key(seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
-    completions = rollout.generate(model, RolloutRequest([prompt.token_ids for prompt in prompts], n, sampling, keys))
+    episodes = OneTurn(tokenizer, list(prompts), n) if environments is None else environments.begin(prompts, n)
+    prompts = episodes.prompts
+    ids_of_prompts = [prompt.token_ids for prompt in prompts]
+    request = RolloutRequest(ids_of_prompts, n, sampling, keys, conversation=episodes.conversation)
+    completions = rollout.generate(model, request)
     repeated = [prompt for prompt in prompts for _ in range(n)]
-    texts = completion_texts(tokenizer, repeated, completions)
+    texts = episodes.texts(range(len(repeated)), completions)
     lengths = completions.completion_mask.sum(1)
     ids = [row[:count].tolist() for row, count in zip(completions.completion_ids, lengths.tolist(), strict=True)]
-    scores = compute_rewards(list(rewards), repeated, texts, ids, timeout)  # (B, F)
+    given = repeated, texts, ids, timeout
+    scores = compute_rewards(list(rewards), *given, environments=episodes.environments)  # (B, F)
+    episodes.close()
     shape = (len(prompts), n)
     measured = {} if ensemble is None else {"disagreement": _mean_bald(model, completions, n, ensemble).reshape(shape)}
     if (known := known_classes(rewards, prompts, timeout)) is not None:
         measured["known_classes"] = known
+    measured |= _of_turns(episodes.counts, shape)
     return completions, measured | {
-        "texts": [completion_text(text) for text in texts],
+        "texts": [_as_text(text) for text in texts],
         "classes": solution_classes(rewards, repeated, texts, ids, timeout),
         "completion_ids": ids,
         "scores": scores.double().cpu().numpy().reshape(*shape, -1),
         "length": completions.policy_mask.sum(1).cpu().numpy().reshape(shape),
         "truncated": completions.truncated.cpu().numpy().reshape(shape),
     }
+
+
+def _as_text(completion: Any) -> str:
+    """A completion as one text; the turns of an episode with their roles."""
+    if isinstance(completion, str) or len(completion) == 1:
+        return completion_text(completion)
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in completion)
+
+
+def _of_turns(counts: list[Counts] | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """Numbers of each episode by the name of their measure, (prompts, n); nothing where completions are one turn."""
+    if counts is None:
+        return {}
+    found = {name: [getattr(each, name) for each in counts] for name in TURN_MEASURES}
+    return {name: np.array(values, dtype=np.float64).reshape(shape) for name, values in found.items()}
 
 
 @torch.no_grad()
@@ -291,4 +326,5 @@ def _result(
         truncated=whole["truncated"],
         entropy_sum=whole["entropy_sum"],
         disagreement=whole.get("disagreement"),
+        turns={name: whole[name] for name in TURN_MEASURES if name in whole},
     )

@@ -55,7 +55,8 @@ def sampling_of(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
         samples,
         ks,
         Sampling(
-            max_new_tokens=setting.max_new_tokens,
+            max_new_tokens=setting.completion_tokens,
+            turn_tokens=setting.max_new_tokens if setting.takes_turns else None,
             temperature=0.0 if request.greedy else setting.temperature,
             top_k=setting.top_k,
             top_p=setting.top_p,

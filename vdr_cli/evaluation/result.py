@@ -14,6 +14,15 @@ from vdr_cli.samples import Prompt
 from vdr_cli.stats.bootstrap import interval, resampled_ratios
 from vdr_cli.stats.passk import pass_at_k
 
+TURN_MEASURES = {
+    "turns": "turns",
+    "calls": "tool_calls",
+    "failures": "tool_failures",
+    "unreadable": "unreadable_calls",
+    "cut_in_call": "cut_in_call",
+}
+"""Numbers of an episode (`environments.episodes.Counts`), and their names as means of an evaluation."""
+
 
 @dataclass(frozen=True)
 class EvalResult:
@@ -36,6 +45,8 @@ class EvalResult:
     """Says where `classes` come from, in words."""
     known_classes: NDArray[np.float64] | None = None  # (N,) right classes that each prompt has, NaN: not known
     disagreement: NDArray[np.float64] | None = None  # (N, n) mean bald of the tokens, nats
+    turns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """(N, n) by the names of TURN_MEASURES; empty where a completion is one turn."""
     per_prompt: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     """Further measures that were asked for: name to (N,), NaN where a prompt has none."""
 
@@ -82,6 +93,7 @@ class EvalResult:
             parts["distinct_solved_share"] = _summed(found / np.where(known > 0, known, np.nan))
         if self.disagreement is not None:
             parts["disagreement"] = _summed(self.disagreement)
+        parts |= {TURN_MEASURES[name]: _summed(values) for name, values in self.turns.items()}
         return parts | {name: _summed(values[:, None]) for name, values in self.per_prompt.items()}
 
     def _finished(self, ratios: dict[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
@@ -118,6 +130,7 @@ class EvalResult:
         columns |= {f"rewards/{name}": values.ravel().tolist() for name, values in self.rewards.items()}
         if self.disagreement is not None:
             columns["disagreement"] = self.disagreement.ravel().tolist()
+        columns |= {name: values.ravel().tolist() for name, values in self.turns.items()}
         return columns
 
     def record(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def batch_plan(config: Config, processes: int) -> list[tuple[str, str]]:
     few, many = groups // processes, -(-groups // processes)
     in_minibatch = ceil(many / config.grpo.minibatches)
     micro_batches = ceil(in_minibatch * group / config.train.micro_batch_size)
-    tokens = completions * config.rollout.max_new_tokens
+    tokens = completions * config.rollout.completion_tokens
     rollouts = config.train.steps // config.grpo.updates_per_rollout
     lines = [
         ("processes", str(processes)),

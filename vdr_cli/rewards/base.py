@@ -5,7 +5,9 @@
 Every argument is a list with one entry a completion. Completions are strings, or one assistant
 message in a list when the prompts are chats. Columns are the dataset's, repeated for each
 completion. None leaves a completion out of this function's share of the reward. A function with
-a parameter `trainer_state` gets the state of the run, as in TRL.
+a parameter `trainer_state` gets the state of the run, as in TRL. With rollout.environment or
+rollout.tools completions are lists of messages, and a function with a parameter `environments`
+gets the instance of each completion.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from vdr_cli.config.sections.rewards import Extract
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.answers import answer_in
 
-PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state")
+PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "environments")
 
 
 @dataclass(frozen=True)

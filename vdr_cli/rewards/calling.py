@@ -132,15 +132,17 @@ def compute_rewards(
     completion_ids: Sequence[Sequence[int]],
     timeout: float,
     trainer_state: TrainerState = TrainerState(),  # noqa: B008 - frozen
+    environments: Sequence[Any] | None = None,
 ) -> Tensor:
     """Rewards of B completions by F functions, (B, F) float32; NaN where a function returned None.
 
-    prompts: one per completion. timeout: seconds for each function's call. Async functions are awaited
-    together, the others run one after another, reward models on this thread and without a limit. Raises
-    DataError, naming function and row, when one
-    raises, hangs or returns what is not B numbers.
+    prompts: one per completion. timeout: seconds for each function's call. environments: one per completion.
+    Async functions are awaited together, the others run one after another, reward models on this thread and without
+    a limit. Raises DataError, naming function and row, when one raises, hangs or returns what is not B numbers.
     """
     arguments = arguments_of(prompts, completions, completion_ids) | {"trainer_state": trainer_state}
+    if environments is not None:
+        arguments["environments"] = list(environments)
     called = iter(call_all([reward for reward in loaded if not reward.is_model], arguments, prompts, timeout))
     values = [reward.function(**arguments) if reward.is_model else next(called) for reward in loaded]
     rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)

@@ -32,11 +32,13 @@ MODEL = "model:"
 """Opens the name of a reward model."""
 
 
-def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
-    """The functions of the configuration in its order; the data's own when it names none.
+def load_rewards(cfg: RewardsConfig, data_name: str, environments: LoadedReward | None = None) -> list[LoadedReward]:
+    """The functions of the configuration in its order, then the environments' own; the data's own without any.
 
-    Reward models come without their weights.
+    Reward models come without their weights. environments: rewards that environments give themselves.
     """
+    if not cfg.functions and environments is not None:
+        return [environments]
     own = reward_of(data_name)
     if not cfg.functions and own is None:
         raise ConfigError(
@@ -51,7 +53,7 @@ def load_rewards(cfg: RewardsConfig, data_name: str) -> list[LoadedReward]:
     if cfg.processes and not all(reward.is_async or reward.is_model for reward in loaded):
         processes = RewardProcesses(cfg.processes)
         loaded = [processes.taking(entry.name, reward) for entry, reward in zip(given, loaded, strict=True)]
-    return loaded
+    return loaded if environments is None else [*loaded, environments]
 
 
 def _named(entry: RewardFunction, extract: Extract, taken: list[str]) -> LoadedReward:

@@ -46,11 +46,15 @@ class RewardStream:
         group_size: int,
         timeout: float,
         state: TrainerState,
-        texts_of: Callable[[list[Prompt], Completions], Texts],
+        texts_of: Callable[[list[int], Completions], Texts],
+        environments: Sequence[Any] | None = None,
     ) -> None:
-        """prompts: one per group, in the order of the batch. texts_of: what the functions see of each completion."""
+        """prompts: one per group, in the order of the batch. texts_of: completions of these rows as functions see them.
+
+        environments: one per completion.
+        """
         self.loaded, self.prompts, self.group_size = loaded, prompts, group_size
-        self.timeout, self.state, self.texts_of = timeout, state, texts_of
+        self.timeout, self.state, self.texts_of, self.environments = timeout, state, texts_of, environments
         plain = [column for column, reward in enumerate(loaded) if not (reward.is_async or reward.is_model)]
         awaited = [column for column, reward in enumerate(loaded) if reward.is_async]
         self._at_once = min((loaded[column].at_once for column in plain), default=1)
@@ -67,15 +71,17 @@ class RewardStream:
 
     def _call(self, groups: Sequence[int], completions: Completions) -> None:
         prompts = [self.prompts[group] for group in groups for _ in range(self.group_size)]
+        rows = [group * self.group_size + g for group in groups for g in range(self.group_size)]
         with self._lock:
-            texts = self.texts_of(prompts, completions)
+            texts = self.texts_of(rows, completions)
         lengths = completions.completion_mask.sum(1).tolist()
         ids = [row[:n] for row, n in zip(completions.completion_ids.tolist(), lengths, strict=True)]
-        rows = [group * self.group_size + g for group in groups for g in range(self.group_size)]
+        environments = None if self.environments is None else [self.environments[row] for row in rows]
         found = []
         for columns, lane in self._lanes:
             functions = [self.loaded[column] for column in columns]
-            future = lane.call(compute_rewards, functions, prompts, texts, ids, self.timeout, self.state)
+            given = prompts, texts, ids, self.timeout, self.state, environments
+            future = lane.call(compute_rewards, functions, *given)
             found.append((columns, future))
         with self._lock:
             self._parts.append(_Part(rows, texts, found))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vdr_cli.samples import Actors, Completions, Finished, Sampling, Watcher
+from vdr_cli.samples import Actors, Completions, Conversation, Finished, Sampling, Watcher
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class RolloutRequest:
     """Called once for every prompt, while others are still sampled, perhaps from another thread."""
     watcher: Watcher | None = None
     """Sees what the model in this process reads; a server reads elsewhere and calls nothing."""
+    conversation: Conversation | None = None
+    """Answers the policy's turns; None: a completion is one turn. Only with a model in this process."""
     acting: Callable[[nn.Module], AbstractContextManager[Actors]] | None = None
     """Opens the block in which each prompt's completions are sampled from a model of their own; None: from the model as
     it is. Only with a model in this process."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from vdr_cli.models.cpu_linear import packed_linears
 from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward
+from vdr_cli.rollout.dialogue import Dialogue
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
 from vdr_cli.rollout.static_cache import StaticCache
 from vdr_cli.samples import Actors, Completions, Finished, Sampling, pad_prompts
@@ -88,7 +89,7 @@ class TransformersRollout(Rollout):
                 raise DataError(f"prompt {index} of the batch has no tokens: a completion needs something to follow")
         if sampling.stop and self.tokenizer is None:
             raise ConfigError("rollout.stop needs a tokenizer to find the strings; none was given")
-        collected = _Collected(prompts, n, sampling.max_new_tokens, self.pad_id, request.finished)
+        collected = _Collected(request, self.pad_id)
         acting = nullcontext() if request.acting is None else request.acting(model)
         with packed_linears(model), acting as actors:
             for rows in _batches([len(prompt) for prompt in prompts], n, sampling.max_new_tokens, self.batch_tokens):
@@ -100,16 +101,15 @@ class TransformersRollout(Rollout):
         return collected.out.trimmed()
 
 
-Take = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-"""Rows (r,) of a decode batch that are done, with their tokens, validity, log-probabilities (r, t) and truncation."""
+Take = Callable[[Tensor, "_Sampled", Tensor], None]
+"""Rows (r,) of a decode batch that are done, their tokens (r, t) and truncation (r,)."""
 
 
 class _Collected:
     """The call's completions, as their rows leave the decode batches."""
 
-    def __init__(
-        self, prompts: Sequence[Sequence[int]], n: int, T: int, pad_id: int, finished: Finished | None
-    ) -> None:
+    def __init__(self, request: RolloutRequest, pad_id: int) -> None:
+        prompts, n, T = request.prompts, request.n, request.sampling.max_new_tokens
         ids, mask = pad_prompts(prompts, pad_id)
         B = len(prompts) * n
         self.out = Completions(
@@ -120,17 +120,20 @@ class _Collected:
             sampler_logps=torch.zeros((B, T)),
             truncated=torch.zeros(B, dtype=torch.bool),
         )
-        self.n, self.finished = n, finished
+        if request.conversation is not None:
+            self.out.policy_mask = torch.zeros((B, T), dtype=torch.bool)
+        self.n, self.finished = n, request.finished
         self.missing = [n] * len(prompts)
 
     def taker(self, at: Tensor) -> Take:
         """at: (R,) row of the call that each row of a decode batch is."""
 
-        def take(rows: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor, truncated: Tensor) -> None:
-            to, width = at[rows.cpu()], tokens.shape[1]
-            self.out.completion_ids[to, :width] = tokens.cpu()
-            self.out.completion_mask[to, :width] = valid.cpu()
-            self.out.sampler_logps[to, :width] = logps.cpu()
+        def take(rows: Tensor, sampled: _Sampled, truncated: Tensor) -> None:
+            to, width = at[rows.cpu()], sampled.tokens.shape[1]
+            self.out.completion_ids[to, :width] = sampled.tokens.cpu()
+            self.out.completion_mask[to, :width] = sampled.valid.cpu()
+            self.out.policy_mask[to, :width] = sampled.policy.cpu()
+            self.out.sampler_logps[to, :width] = sampled.logps.cpu()
             self.out.truncated[to] = truncated.cpu()
             if self.finished is not None:
                 self._tell(to.tolist(), self.finished)
@@ -161,6 +164,28 @@ def _batches(lengths: Sequence[int], n: int, T: int, batch_tokens: int) -> Itera
             batch.append(_Row(prompt, completion))
     if batch:
         yield batch
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Tokens of a decode batch, (R, T) each."""
+
+    tokens: Tensor
+    valid: Tensor
+    policy: Tensor
+    """Bool, tokens that the policy sampled; the same tensor as `valid` without a conversation."""
+    logps: Tensor
+
+    @classmethod
+    def nothing(cls, R: int, T: int, pad_id: int, device: torch.device, apart: bool) -> _Sampled:
+        """apart: `policy` is a tensor of its own."""
+        tokens = torch.full((R, T), pad_id, dtype=torch.int64, device=device)
+        valid = torch.zeros((R, T), dtype=torch.bool, device=device)
+        policy = torch.zeros_like(valid) if apart else valid
+        return cls(tokens, valid, policy, torch.zeros((R, T), device=device))
+
+    def of(self, rows: Tensor, width: int) -> _Sampled:
+        return _Sampled(*(getattr(self, entry.name)[rows, :width] for entry in fields(self)))
 
 
 class _Decoder:
@@ -198,33 +223,41 @@ class _Decoder:
             streams = [(request.keys[row.prompt], row.completion) for row in batch]
             self.uniforms = uniform_rows(streams, sampling.max_new_tokens).to(self.device)
         self.pad_id = rollout.pad_id
+        self.dialogue: Dialogue | None = None
+        if request.conversation is not None:
+            T = sampling.max_new_tokens
+            self.dialogue = Dialogue(request.conversation, at, T, sampling.turn_tokens or T, self.device)
         self.cuda_graphs, self.can_capture = rollout.cuda_graphs, rollout.can_capture
         self.graphed: GraphedForward | None = None
 
     def run(self, take: Take) -> None:
         """Sample to the end; rows are taken as they leave the batch."""
-        T, R = self.sampling.max_new_tokens, len(self.owner)
-        tokens = torch.full((R, T), self.pad_id, dtype=torch.int64, device=self.device)
-        valid = torch.zeros((R, T), dtype=torch.bool, device=self.device)
-        logps = torch.zeros((R, T), device=self.device)
+        shape = len(self.owner), self.sampling.max_new_tokens
+        sampled = _Sampled.nothing(*shape, self.pad_id, self.device, apart=self.dialogue is not None)
         logits = self._prefill()  # (R, V)
         with self.cache.attention():
-            self._decode(logits, tokens, valid, logps, take)
+            self._decode(logits, sampled, take)
 
-    def _decode(self, logits: Tensor, tokens: Tensor, valid: Tensor, logps: Tensor, take: Take) -> None:
+    def _decode(self, logits: Tensor, sampled: _Sampled, take: Take) -> None:
+        tokens, dialogue = sampled.tokens, self.dialogue
         R, T = tokens.shape
         rows = torch.arange(R, device=self.device)
         done = torch.zeros(R, dtype=torch.bool, device=self.device)
 
         def leave(gone: Tensor, width: int, truncated: Tensor) -> None:
-            take(gone, tokens[gone, :width], valid[gone, :width], logps[gone, :width], truncated)
+            cut = truncated if dialogue is None else truncated | dialogue.truncated[gone]
+            take(gone, sampled.of(gone, width), cut)
 
         for t in range(T):
             token, logp = self._sample(logits, rows, tokens, t)
+            if dialogue is not None:
+                token, logp, own = dialogue.instead(rows, t, token, logp)
+                sampled.policy[rows, t] = own & ~done
             tokens[rows, t] = token.masked_fill(done, self.pad_id)
-            logps[rows, t] = logp.masked_fill(done, 0.0)
-            valid[rows, t] = ~done
-            done |= self._ends(token, tokens, rows, t)
+            sampled.logps[rows, t] = logp.masked_fill(done, 0.0)
+            sampled.valid[rows, t] = ~done
+            ended = self._ends(token, tokens, rows, t)
+            done |= ended if dialogue is None else dialogue.after(rows, t, tokens, own & ~done, ended)
             finished = int(done.sum())
             if finished == len(rows) or t + 1 == T:
                 break
@@ -316,7 +349,8 @@ class _Decoder:
     def _ends(self, token: Tensor, tokens: Tensor, rows: Tensor, t: int) -> Tensor:
         ends = torch.isin(token, self.eos)
         if self.stop is not None:
-            ends |= self.stop.found(tokens[rows, : t + 1]).to(self.device)
+            begun = None if self.dialogue is None else self.dialogue.begun[rows].tolist()
+            ends |= self.stop.found(tokens[rows, : t + 1], begun).to(self.device)
         return ends
 
 
@@ -331,7 +365,11 @@ class StopStrings:
         # tokens, which add none.
         self.window = max(len(string.encode()) for string in strings) + 8
 
-    def found(self, tokens: Tensor) -> Tensor:
-        """(R, t) tokens so far -> (R,) bool."""
-        texts = self.tokenizer.batch_decode(tokens[:, -self.window :].tolist(), skip_special_tokens=False)
+    def found(self, tokens: Tensor, begun: Sequence[int] | None = None) -> Tensor:
+        """(R, t) tokens so far -> (R,) bool. begun: (R,) column where each row's turn began; None: 0."""
+        first = max(tokens.shape[1] - self.window, 0)
+        newest = tokens[:, first:].tolist()
+        if begun is not None:
+            newest = [ids[max(start - first, 0) :] for ids, start in zip(newest, begun, strict=True)]
+        texts = self.tokenizer.batch_decode(newest, skip_special_tokens=False)
         return torch.tensor([any(string in text for string in self.strings) for text in texts])

@@ -87,9 +87,9 @@ def save(
 def save_evaluation(res: Resources, state: LoopState, log: RunLog, result: EvalResult) -> None:
     """Write what an evaluation sampled, when a record is due at its step. Every rank has it; rank 0 writes.
 
-    A full disk is reported, and the training goes on without the record.
+    A full disk is reported, and the training goes on without the record. Episodes of several turns leave none.
     """
-    if not is_due(res.config, state.step) or not collectives.is_main():
+    if res.config.rollout.takes_turns or not is_due(res.config, state.step) or not collectives.is_main():
         return
     columns = _evaluation_columns(result)
     numbers = {

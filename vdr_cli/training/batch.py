@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import StepResult
+from vdr_cli.environments.episodes import Counts
 from vdr_cli.grpo.losses import LossInputs, LossOutput, Totals
 from vdr_cli.samples import Completions, Messages, Prompt, to_device
 
@@ -27,6 +28,8 @@ class RewardedGroups:
     rewards: Tensor  # (B, F) float32, NaN where a function returned None
     task_reward: Tensor  # (B,) float32, the weighted sum
     positions: list[int]  # (B,) the prompt's place in the stream of training prompts
+    counts: list[Counts] | None = None
+    """(B,) turns and tool calls of each episode; None where a completion is one turn."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -41,6 +44,7 @@ class RewardedGroups:
             self.rewards[rows],
             self.task_reward[rows],
             [self.positions[row] for row in chosen],
+            None if self.counts is None else [self.counts[row] for row in chosen],
         )
 
 
@@ -53,6 +57,7 @@ def concatenate(batches: Sequence[RewardedGroups], pad_id: int) -> RewardedGroup
         torch.cat([batch.rewards for batch in batches]),
         torch.cat([batch.task_reward for batch in batches]),
         [position for batch in batches for position in batch.positions],
+        None if batches[0].counts is None else [each for batch in batches for each in batch.counts or []],
     )
 
 

@@ -11,6 +11,7 @@ from vdr_cli.config.load import config_hash
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
 from vdr_cli.engine.reference import FrozenCopy
+from vdr_cli.environments.episodes import Episodes
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import watchdog
 from vdr_cli.rewards.stream import RewardStream
@@ -114,7 +115,8 @@ class Checkpointer:
         """The groups that this checkpoint carries for the step it resumes at."""
         res = self._resources
 
-        def stream(prompts: list[Prompt]) -> RewardStream:
-            return pending_rollout.reward_stream(res.config, res.rewards, res.tokenizer, prompts, step)
+        def begin(prompts: list[Prompt]) -> tuple[Episodes, RewardStream]:
+            episodes = res.begin_episodes(prompts)
+            return episodes, pending_rollout.reward_stream(res.config, res.rewards, episodes, step)
 
-        return pending_rollout.load(folder, collectives.even_shares, res.prompt_at, stream, res.tokenizer.pad_token_id)
+        return pending_rollout.load(folder, collectives.even_shares, res.prompt_at, begin, res.tokenizer.pad_token_id)

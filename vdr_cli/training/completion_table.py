@@ -28,6 +28,9 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
         "reward": batch.task_reward.tolist(),
         "advantage": _per_completion(advantages.advantages, completions.policy_mask).tolist(),
     }
+    if batch.counts is not None:
+        columns["policy_mask"] = _cut(completions.policy_mask, lengths)
+        columns |= {name: [int(getattr(each, name)) for each in batch.counts] for name in vars(batch.counts[0])}
     for index, reward in enumerate(res.rewards):
         columns[f"rewards/{reward.name}"] = batch.rewards[:, index].tolist()
     measure = res.source.quantity(res.config) if res.source else ""

@@ -43,6 +43,7 @@ def evaluate(res: Resources, state: LoopState, log: RunLog) -> dict[str, float]:
             res.sampling,
             solved_at=cfg.rewards.solved_at,
             timeout=cfg.rewards.timeout,
+            environments=res.environments,
             entropy_sums=partial(_entropy_sums, res, model) if res.engine.by_layers else None,
         )
         res.rollout.rest()

@@ -30,6 +30,8 @@ from vdr_cli.engine.processes import start_distributed
 from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.reward_models import HeldRewardModels
 from vdr_cli.engine.serving import ServedLayers
+from vdr_cli.environments.contract import load_contract
+from vdr_cli.environments.episodes import Environments
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.exploration.sources import SOURCES, Source
@@ -182,23 +184,29 @@ class _Inputs:
     rewards: list[LoadedReward]
     source: Source | None
     answers: Answers | None
+    environments: Environments | None
 
 
 def _read_inputs(config: Config) -> _Inputs:
     model = config.model
     named = model.name, model.revision, model.trust_remote_code
     tokenizer = load_tokenizer(*named)
-    limits = Limits.of(load_model_config(*named), config.rollout.max_new_tokens)
-    prompts = load_prompts(config.data, "train", tokenizer, limits)
-    rewards = load_rewards(config.rewards, config.data.name)
+    limits = Limits.of(load_model_config(*named), config.rollout.completion_tokens)
+    contract = load_contract(config.rollout.environment, config.rollout.tools)
+    tools = contract.schemas if contract else []
+    prompts = load_prompts(config.data, "train", tokenizer, limits, tools)
+    rewards = load_rewards(config.rewards, config.data.name, contract.reward if contract else None)
     check_columns(rewards, prompts.columns)
     check_templates(rewards, prompts.has_messages)
-    held_out = load_prompts(config.data, "eval", tokenizer, limits) if config.train.eval_every else None
+    environments = None
+    if contract is not None:
+        environments = Environments(contract, tokenizer, config.rollout, prompts.has_messages, limits)
+    held_out = load_prompts(config.data, "eval", tokenizer, limits, tools) if config.train.eval_every else None
     if held_out is not None:
         check_columns(rewards, held_out.columns)
     source = open_source(config)
     answers = answers_of(config, rewards) if source and source.needs & {"answers", "visits"} else None
-    return _Inputs(tokenizer, prompts, held_out, rewards, source, answers)
+    return _Inputs(tokenizer, prompts, held_out, rewards, source, answers, environments)
 
 
 def open_source(config: Config) -> Source | None:
@@ -224,6 +232,9 @@ def _load(
     _check_model(engine, spec if config.needs_ensemble or config.rollout.members else None)
     _prepare_directory(directory, config, fresh)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
+    if inputs.environments is not None:
+        inputs.environments.end_with(eos_ids)
+        stack.callback(inputs.environments.close)
     layered = ServedLayers(engine) if engine.by_layers else None
     opened = open_rollout(config.rollout, inputs.tokenizer, eos_ids, directory, collectives.is_main(), layered)
     rollout: Rollout = stack.enter_context(opened)
@@ -284,7 +295,14 @@ def sampling_of(config: Config) -> Sampling:
     """The run's sampling settings."""
     cfg = config.rollout
     return Sampling(
-        cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty, tuple(cfg.stop)
+        cfg.completion_tokens,
+        cfg.temperature,
+        cfg.top_k,
+        cfg.top_p,
+        cfg.min_p,
+        cfg.repetition_penalty,
+        tuple(cfg.stop),
+        cfg.max_new_tokens if cfg.takes_turns else None,
     )
 
 

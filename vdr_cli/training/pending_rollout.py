@@ -11,8 +11,8 @@ import torch
 
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
+from vdr_cli.environments.episodes import Episodes
 from vdr_cli.rewards.base import LoadedReward, TrainerState
-from vdr_cli.rewards.calling import completion_texts
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Completions, Prompt
 from vdr_cli.training.batch import concatenate_completions
@@ -27,7 +27,7 @@ class PendingRollout:
 
     positions: list[int]
     """The prompts' places in the stream."""
-    prompts: list[Prompt]  # one per group
+    episodes: Episodes
     wait: Callable[[], Completions]
     """Returns the completions when all of them are there; a second call returns them again."""
     rewards: RewardStream
@@ -46,13 +46,13 @@ def load(
     folder: Path,
     share: Callable[[int], list[int]],
     prompt_at: Callable[[int], Prompt],
-    stream: Callable[[list[Prompt]], RewardStream],
+    begin: Callable[[list[Prompt]], tuple[Episodes, RewardStream]],
     pad_id: int,
 ) -> PendingRollout | None:
     """This rank's part of what `save` wrote, or None when it wrote nothing. Rewards are computed again. Collective.
 
-    share: splits a number of groups over the ranks. prompt_at: the prompt at a position of the stream. stream: the
-    reward stream for a list of prompts.
+    share: splits a number of groups over the ranks. prompt_at: the prompt at a position of the stream. begin:
+    the episodes of a list of prompts, and the stream of their rewards.
     """
     if not collectives.broadcast_object((folder / AHEAD).is_file()):
         return None
@@ -64,21 +64,20 @@ def load(
     end = first + counts[collectives.rank()]
     completions = whole.rows(slice(first * G, end * G)).trimmed()
     prompts = [prompt_at(position) for position in everybody[first:end]]
-    rewards = stream(prompts)
+    episodes, rewards = begin(prompts)
     if prompts:
         rewards.finished(range(len(prompts)), completions)
-    return PendingRollout(everybody[first:end], prompts, lambda: completions, rewards)
+    return PendingRollout(everybody[first:end], episodes, lambda: completions, rewards)
 
 
-def reward_stream(
-    config: Config, rewards: list[LoadedReward], tokenizer: Any, prompts: list[Prompt], step: int
-) -> RewardStream:
-    """A stream that computes the rewards of these prompts' groups at this step, each as soon as it is sampled."""
+def reward_stream(config: Config, rewards: list[LoadedReward], episodes: Episodes, step: int) -> RewardStream:
+    """A stream that computes the rewards of these episodes' groups at this step, each as soon as it is sampled."""
     return RewardStream(
         rewards,
-        prompts,
+        episodes.prompts,
         config.rollout.group_size,
         config.rewards.timeout,
         TrainerState(step, config.train.steps),
-        lambda each, completions: completion_texts(tokenizer, each, completions),
+        episodes.texts,
+        episodes.environments,
     )

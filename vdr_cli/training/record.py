@@ -20,6 +20,7 @@ from vdr_cli.training.step_metrics import (
     length_extremes,
     ratios,
     reward_pairs,
+    turn_pairs,
 )
 
 
@@ -63,6 +64,8 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
     pairs: Pairs = reward_pairs(batch.rewards, batch.task_reward, stalled, G, names)
     pairs |= completion_pairs(batch.completions.policy_mask, batch.completions.truncated)
     pairs |= distinct_pairs(batch.texts, G)
+    if batch.counts is not None and res.environments is not None:
+        pairs |= turn_pairs(batch.counts, bool(res.environments.contract.tools))
     if advantages.per_completion is not None and advantages.bonus is not None:
         bonus = advantages.bonus
         added = bonus if bonus.dim() == 1 else bonus[batch.completions.policy_mask]

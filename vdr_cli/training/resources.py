@@ -17,6 +17,7 @@ from vdr_cli.disagreement.reader import EnsembleReader
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import Adapterless, FrozenCopy
 from vdr_cli.engine.reward_models import HeldRewardModels
+from vdr_cli.environments.episodes import Environments, Episodes, OneTurn
 from vdr_cli.exploration.sources import Source
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rollout.base import Rollout
@@ -54,6 +55,8 @@ class Resources:
     """Keeps the ends' hidden states of what is sampled; None where no bonus reads them, or members sample."""
     answers: Answers | None
     """Finds a completion's answer; None where nothing counts answers."""
+    environments: Environments | None
+    """The other side of episodes; None where a completion is one turn."""
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def prompt_at(self, position: int) -> Prompt:
@@ -61,6 +64,13 @@ class Resources:
         cfg = self.config
         (row,) = stream_indices(len(self.prompts), position, 1, cfg.train.seed, cfg.data.shuffle)
         return self.prompts[row]
+
+    def begin_episodes(self, prompts: list[Prompt]) -> Episodes:
+        """group_size episodes of each prompt, as far as they begin before the policy speaks."""
+        G = self.config.rollout.group_size
+        if self.environments is None:
+            return OneTurn(self.tokenizer, prompts, G)
+        return self.environments.begin(prompts, G)
 
     def reward_weights(self) -> Tensor:
         """(F,) float32, the weight of each reward function."""

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vdr_cli.environments.episodes import Counts
+
 Pairs = dict[str, tuple[float, float]]
 
 
@@ -59,6 +61,21 @@ def distinct_pairs(texts: Sequence[object], group_size: int) -> Pairs:
     plain = [str(text) for text in texts]
     groups = [plain[start : start + group_size] for start in range(0, len(plain), group_size)]
     return {"completions/distinct": (float(sum(len(set(group)) for group in groups)), float(len(groups)))}
+
+
+def turn_pairs(counts: Sequence[Counts], has_tools: bool) -> Pairs:
+    """counts: (B,) of episodes."""
+    B, calls = float(len(counts)), float(sum(each.calls for each in counts))
+    turns = float(sum(each.turns for each in counts))
+    if not has_tools:
+        return {"episodes/mean_turns": (turns, B)}
+    return {
+        "episodes/mean_turns": (turns, B),
+        "tools/cut_in_call": (float(sum(each.cut_in_call for each in counts)), B),
+        "tools/call_frequency": (calls, B),
+        "tools/failure_frequency": (float(sum(each.failures for each in counts)), calls),
+        "tools/unreadable_frequency": (float(sum(each.unreadable for each in counts)), turns),
+    }
 
 
 def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:

@@ -44,7 +44,23 @@ class RolloutConfig(Section):
     group_size: Positive = 8
     """G, completions per prompt."""
     max_new_tokens: Positive = 256
-    """T_max, the longest completion in tokens."""
+    """T_max, the longest completion in tokens; with an environment or tools the longest turn."""
+    environment: str | None = None
+    """file.py:Class or module:Class of an environment, in TRL's contract: an instance for each completion, whose public
+    methods are tools, or which answers in plain text (docs/environments.md). None: a completion is one turn."""
+    tools: list[str] = []
+    """Functions that the model can call, file.py:function or module:function, with types and docstrings; offered
+    through the chat template."""
+    tool_parser: str = "auto"
+    """Form of tool calls: hermes (Qwen too), llama3, mistral, or file.py:function of your own; auto: as the chat
+    template writes them."""
+    max_turns: Positive = 8
+    """Most turns of the policy in an episode, with an environment or tools."""
+    episode_tokens: Positive | None = None
+    """Most tokens of an episode after its prompt, those of tools and environment included. None: max_turns x
+    max_new_tokens."""
+    tool_timeout: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that one call of a tool or of a method of the environment may take."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Temperature of sampling and of all log-probabilities in the loss."""
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -73,8 +89,27 @@ class RolloutConfig(Section):
     vllm: VllmConfig = VllmConfig()
     """Servers of backend vllm."""
 
+    @property
+    def takes_turns(self) -> bool:
+        """True when a completion can have several turns."""
+        return self.environment is not None or bool(self.tools)
+
+    @property
+    def completion_tokens(self) -> int:
+        """T_max: most tokens of a completion, an environment's included."""
+        if not self.takes_turns:
+            return self.max_new_tokens
+        return self.episode_tokens or self.max_turns * self.max_new_tokens
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.takes_turns and self.backend == "vllm":
+            raise ValueError(
+                f"{'environment' if self.environment else 'tools'} is set but backend is vllm, which samples one turn: "
+                "set backend to transformers"
+            )
+        if self.episode_tokens is not None and not self.takes_turns:
+            raise ValueError("episode_tokens is set without environment or tools: set max_new_tokens instead")
         if self.ahead and self.backend == "transformers":
             raise ValueError(
                 "ahead is 1 but backend is transformers, which samples and updates on the same device: set backend to "

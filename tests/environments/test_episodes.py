@@ -1,0 +1,186 @@
+"""Episodes in plain text: one instance each, its turns and replies in tokens, and what goes wrong, in one line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.environments.conftest import tokenizer_of
+from vdr_cli.config import RolloutConfig
+from vdr_cli.data.prompts import Limits
+from vdr_cli.environments.contract import load_contract
+from vdr_cli.environments.episodes import Environments, ManyTurns
+from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.samples import Prompt, Turn
+
+GAME = '''
+class Game:
+    """Guess a number."""
+
+    made = []
+
+    def __init__(self):
+        self.guesses, self.is_closed = [], False
+        Game.made.append(self)
+
+    def reset(self, secret, **columns):
+        self.secret = secret
+
+    def respond(self, messages):
+        self.messages = messages
+        self.guesses.append(messages[-1]["content"])
+        if messages[-1]["content"] == self.secret:
+            return None
+        return " no, "
+
+    def close(self):
+        self.is_closed = True
+
+    def get_reward(self):
+        return 1.0 / len(self.guesses)
+'''
+
+
+def environments(tmp_path: Path, body: str, name: str = "plain", **settings: Any) -> Environments:
+    path = tmp_path / f"env_{time.monotonic_ns()}.py"
+    path.write_text(body)
+    cfg = RolloutConfig(environment=f"{path}:Game", **settings)
+    contract = load_contract(cfg.environment, cfg.tools)
+    assert contract is not None
+    return Environments(contract, tokenizer_of(name), cfg, name != "plain", Limits())
+
+
+def prompts(tokenizer: Any) -> list[Prompt]:
+    return [Prompt(row, text, tokenizer(text)["input_ids"], {"secret": "7"}) for row, text in ((4, "a:"), (9, "b:"))]
+
+
+def turn(episodes: ManyTurns, row: int, text: str, ended: bool = True, room: int = 99) -> Turn:
+    tokenizer = episodes.owner.tokenizer
+    end = [tokenizer.eos_token_id] if ended else []
+    return Turn(row, tokenizer(text)["input_ids"] + end, ended, room)
+
+
+def test_an_episode_from_reset_to_close(tmp_path: Path) -> None:
+    own = environments(tmp_path, GAME, max_turns=3)
+    episodes = own.begin(prompts(own.tokenizer), 2)
+    assert len(episodes.environments or []) == 4 and len(set(map(id, episodes.environments or []))) == 4
+    first, second, third = episodes.replies(
+        [turn(episodes, 0, "3"), turn(episodes, 1, "7"), turn(episodes, 3, "", False)]
+    )
+    assert own.tokenizer.decode(first.ids) == " no, " and not first.truncated
+    assert second.ids is None and not second.truncated and third.ids is None
+    (reply,) = episodes.replies([turn(episodes, 0, "7")])
+    assert reply.ids is None
+    asked = (episodes.environments or [])[0]
+    assert asked.messages == [
+        {"role": "user", "content": "a:"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": " no, "},
+        {"role": "assistant", "content": "7"},
+    ]
+    assert episodes.texts([0], None) == [asked.messages[1:]]  # type: ignore[arg-type]
+    assert [each.turns for each in episodes.counts] == [2, 1, 0, 1]
+    assert own.contract.reward is not None and own.contract.reward.name == "Game"
+    assert own.contract.reward.function(environments=[asked]) == [0.5]
+    assert not asked.is_closed
+    own.close()
+    assert all(each.is_closed for each in episodes.environments or [])
+
+
+def test_limits_end_an_episode_as_truncated(tmp_path: Path) -> None:
+    own = environments(tmp_path, GAME, max_turns=2)
+    episodes = own.begin(prompts(own.tokenizer), 1)
+    (no_room,) = episodes.replies([turn(episodes, 0, "3", room=5)])
+    assert no_room.ids is None and no_room.truncated
+    assert episodes.texts([0], None)[0][-1]["role"] == "assistant"  # type: ignore[arg-type]
+    (first,) = episodes.replies([turn(episodes, 1, "3", room=6)])
+    assert first.ids is not None
+    (last,) = episodes.replies([turn(episodes, 1, "3")])
+    assert last.ids is None and last.truncated
+    assert (episodes.environments or [])[1].guesses == ["3", "3"]  # the last turn counts
+
+
+def test_what_reset_says_ends_the_prompt(tmp_path: Path) -> None:
+    body = GAME.replace("self.secret = secret", "return f'({columns[\"prompt\"]} {secret})'")
+    own = environments(tmp_path, body)
+    episodes = own.begin(prompts(own.tokenizer), 2)
+    assert [prompt.value for prompt in episodes.prompts] == ["a:(a: 7)", "b:(b: 7)"]
+    assert [own.tokenizer.decode(prompt.token_ids) for prompt in episodes.prompts] == ["a:(a: 7)", "b:(b: 7)"]
+
+
+def test_async_methods_and_slow_ones_run_beside_each_other(tmp_path: Path) -> None:
+    body = "import asyncio, time\n" + GAME.replace(
+        "def respond(self, messages):", "async def respond(self, messages):\n        await asyncio.sleep(0.3)"
+    )
+    body = body.replace("self.secret = secret", "self.secret = secret\n        time.sleep(0.2)")
+    own = environments(tmp_path, body)
+    started = time.monotonic()
+    episodes = own.begin(prompts(own.tokenizer), 8)
+    replies = episodes.replies([turn(episodes, row, "3") for row in range(16)])
+    assert time.monotonic() - started < 16 * 0.2
+    assert all(own.tokenizer.decode(reply.ids) == " no, " for reply in replies)
+
+
+RESET, RESPOND = "self.secret = secret", 'return " no, "'
+FAULTS = {
+    "raises in reset": (
+        RESET,
+        "raise ValueError('planted')",
+        r"Game: reset raised on dataset row 4: ValueError: planted",
+    ),
+    "resets to a number": (RESET, "return 3", r"reset returned int on dataset row 4; return text, or None"),
+    "resets differently": (RESET, "return str(id(self))", r"different things to episodes of dataset row 4"),
+    "hangs in reset": (RESET, "import time; time.sleep(60)", r"reset had not returned after 0.3 s on dataset row 4"),
+    "raises in respond": (RESPOND, "raise KeyError('x')", r"respond raised on dataset row 9: KeyError"),
+    "answers a number": (RESPOND, "return 1", r"respond returned int on dataset row 9; return text, or None"),
+    "hangs in respond": (
+        RESPOND,
+        "import time; time.sleep(60)",
+        r"respond had not returned after 0.3 s on dataset row 9",
+    ),
+    "exits": (RESPOND, "import os; os._exit(0)", r"respond raised on dataset row 9: SystemExit"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_with_its_row_and_every_instance_is_closed(tmp_path: Path, fault: str) -> None:
+    old, new, message = FAULTS[fault]
+    own = environments(tmp_path, GAME.replace(old, new), tool_timeout=0.3)
+    with pytest.raises(DataError, match=message) as raised:
+        episodes = own.begin(prompts(own.tokenizer), 2)
+        episodes.replies([turn(episodes, 2, "3")])
+    assert "\n" not in str(raised.value)
+    own.close()
+    made = own.contract.environment.made  # type: ignore[union-attr]
+    assert len(made) == 4 and all(each.is_closed for each in made)
+
+
+LOOK = GAME + "\n    def look(self, {arguments}):\n        {body}\n"
+CLASSES = {
+    "needs arguments": (GAME.replace("__init__(self)", "__init__(self, size)"), "its constructor needs size; give"),
+    "cannot be reset": (GAME.replace("def reset", "def restart"), "it has no method reset"),
+    "nothing to do": ("class Game:\n    def reset(self, **columns): pass\n", "the model has nothing to do"),
+    "no class": ("def Game(): pass\n", "it is not a class"),
+    "no docstring": (LOOK.format(arguments="at: int", body="return 1"), "method look: it has no docstring"),
+    "no type": (LOOK.format(arguments="at", body="'Look.'"), "method look: argument at has no type"),
+    "no Args": (LOOK.format(arguments="at: int", body="'Look.'"), "method look: no schema can be made of it"),
+    "any arguments": (LOOK.format(arguments="**more: int", body="'Look.'"), "calls a tool by named arguments"),
+    "no messages": (GAME.replace("respond(self, messages)", "respond(self)"), "respond takes no argument"),
+}
+
+
+@pytest.mark.parametrize("fault", CLASSES)
+def test_a_class_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
+    body, message = CLASSES[fault]
+    with pytest.raises(ConfigError, match=message) as raised:
+        environments(tmp_path, body)
+    assert "\n" not in str(raised.value) and "rollout.environment" in str(raised.value)
+
+
+def test_the_constructor_of_an_instance_may_fail(tmp_path: Path) -> None:
+    own = environments(tmp_path, GAME.replace("self.guesses, self", "raise OSError('no display'); self.guesses, self"))
+    with pytest.raises(DataError, match="its constructor raised: OSError: no display"):
+        own.begin(prompts(own.tokenizer), 1)

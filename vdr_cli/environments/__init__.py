@@ -1,0 +1,1 @@
+"""Environments and tools: the other side of completions that take several turns (docs/environments.md)."""

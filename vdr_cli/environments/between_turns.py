@@ -1,0 +1,106 @@
+"""Tokens between two turns of the policy: what a chat template puts around an environment's messages.
+
+They are found from a conversation of the row's prompt, one assistant message with a text that stands nowhere else, and
+the reply: whatever the template writes behind that text is appended to the tokens that were sampled. Nothing that was
+sampled is ever tokenised again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vdr_cli.errors import ConfigError
+from vdr_cli.samples import Messages
+
+logger = logging.getLogger(__name__)
+
+SENTINEL = "@@assistant@@"
+THOUGHT = "@@thought@@"
+
+
+class BetweenTurns(Protocol):
+    def ids(self, prompt: Any, replies: Messages, last: int) -> list[int]:
+        """Tokens from the end of a turn to the beginning of the next. last: the last token sampled.
+
+        prompt: the episode's, a string or messages.
+        """
+        ...
+
+
+class PlainText:
+    """Prompts that are strings: the reply's own tokens and nothing else."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def ids(self, prompt: Any, replies: Messages, last: int) -> list[int]:
+        text = "".join(message["content"] for message in replies)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class ChatTemplate:
+    """Prompts that are messages."""
+
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], schemas: list[dict[str, Any]], role: str) -> None:
+        """role: of replies, user or tool. Raises ConfigError when the template cannot place them."""
+        self.tokenizer, self.eos_ids, self.tools = tokenizer, frozenset(eos_ids), schemas or None
+        for each in ["tool"] * bool(schemas) + ["user"] * (role == "user"):
+            self._probe(each)
+
+    def ids(self, prompt: Messages, replies: Messages, last: int) -> list[int]:
+        whole = self._text([*prompt, {"role": "assistant", "content": SENTINEL}, *replies])
+        _, found, between = whole.rpartition(SENTINEL)
+        if not found:
+            raise ConfigError("the chat template leaves out the assistant's words when a reply follows them")
+        ids = list(self.tokenizer(between, add_special_tokens=False)["input_ids"])
+        # The template closes the assistant's turn; the policy has done so already when it sampled an end token.
+        return ids[1:] if last in self.eos_ids and ids[:1] and ids[0] in self.eos_ids else ids
+
+    def _text(self, messages: Messages) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(messages, tools=self.tools, add_generation_prompt=True, tokenize=False)
+        )
+
+    def _probe(self, role: str) -> None:
+        """Place a reply of this role once, and say it when the template would rewrite what stands before it."""
+        start: Messages = [{"role": "user", "content": "question"}]
+        said = reply(role, "answer")
+        try:
+            before = self._text(start)
+            if self.tools and before == str(
+                self.tokenizer.apply_chat_template(start, add_generation_prompt=True, tokenize=False)
+            ):
+                raise ConfigError(
+                    "the chat template does not show tools to the model: take a model whose template does, or an "
+                    "environment with respond(messages)"
+                )
+            after = self._text([*start, {"role": "assistant", "content": SENTINEL}, said])
+            self.ids(start, [said], -1)
+        except ConfigError:
+            raise
+        except Exception as error:  # a template is a program that comes with the model: it may raise anything
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ConfigError(
+                f"the chat template refuses a message of role {role} after the assistant's: {reason}"
+            ) from None
+        thought = f"<think>\n{THOUGHT}\n</think>\n\n{SENTINEL}"
+        with_thought = self._text([*start, {"role": "assistant", "content": thought}, said])
+        history = after.rpartition(SENTINEL)[0]
+        if THOUGHT not in with_thought:
+            what = "removes <think> from earlier turns"
+        elif not (history.startswith(before) or before.startswith(history)):
+            what = "changes what stands before a turn once it is answered"
+        else:
+            return
+        logger.warning(
+            "the chat template %s; episodes keep every turn as it was sampled, and the model is trained on that", what
+        )
+
+
+def reply(role: str, content: str, name: str = "tool", number: int = 0) -> dict[str, str]:
+    """A message of the environment: a user's words, or a tool's result with the name and id that templates ask for."""
+    if role == "user":
+        return {"role": "user", "content": content}
+    return {"role": "tool", "name": name, "tool_call_id": f"{number:09d}", "content": content}
