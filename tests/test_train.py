@@ -93,9 +93,8 @@ def test_long_completions_pay_the_overlong_penalty() -> None:
     pending = SimpleNamespace(
         wait=lambda: batch.completions,
         rewards=SimpleNamespace(result=lambda: (batch.texts, batch.rewards)),
-        prompts=batch.prompts[::2],
+        episodes=OneTurn(None, batch.prompts[::2], 2),
         positions=[7, 9],
-        recorder=None,
     )
     found = train.await_rollout(res, pending)  # type: ignore[arg-type]
     assert found.task_reward.tolist() == pytest.approx([0.0, 1.0 - 0.5, 2.0 - 1.0, 3.0])

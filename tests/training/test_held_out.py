@@ -39,6 +39,7 @@ def resources(prompts: list[str] | None) -> Any:
         held_out=prompts,
         engine=SimpleNamespace(gathered_model=gathered_model, by_layers=False),
         timer=PhaseTimer(),
+        environments=None,
         rollout=SimpleNamespace(rest=lambda: None),
         reward_models=SimpleNamespace(ready=nullcontext),
         **parts,
