@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.training.test_batch import batch_of, check
 from vdr_cli import train
 from vdr_cli.config import Config, GrpoConfig
+from vdr_cli.environments.episodes import OneTurn
 from vdr_cli.exploration.bonus import RunningRms
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.opening import open_source
