@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vdr_cli.cli.checks import check_writable_file, one_of
-from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, Typed, launch_from, panel, takes
+from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, RewardOption, Typed, launch_from, panel, reward_settings, takes
 from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
 from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:
+    from vdr_cli.config import RewardsConfig
     from vdr_cli.scoring.request import ScoreRequest, ScoreResult
     from vdr_cli.scoring.score import Progress
 
@@ -26,9 +27,12 @@ EXAMPLES = (
     "vdr score rows.jsonl --model Qwen/Qwen3-0.6B --completion-column answer",
     "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
     "vdr score rows.jsonl --model runs/wide --label-column correct --tokens -o scores.parquet",
+    "vdr score rows.jsonl --model runs/wide --reward model:my/judge   # also what a reward model says",
     "vdr score rows.parquet --model runs/wide -o scores.parquet --hostfile hosts --resume",
 )
 
+TOTAL = "reward"
+"""Column of the weighted sum of the rewards; with --reward the labels, unless others are named."""
 LINE_EVERY = 30.0  # seconds
 
 ENSEMBLE = "Ensemble"
@@ -90,6 +94,7 @@ def command(
     inputs: Inputs,
     typed: Typed,
     output: Output = None,
+    reward: RewardOption = None,
     seed: Seed = 0,
     completion_column: CompletionColumn = "completion",
     label_column: LabelColumn = None,
@@ -103,8 +108,10 @@ def command(
     resume: Resume = False,
 ) -> None:
     """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
+    rewards = rewards_from(reward)
     request = replace(
         request_from(typed, inputs, output or default_output(inputs)),
+        rewards=rewards,
         seed=seed,
         tokens=tokens,
         max_tokens=max_tokens,
@@ -113,7 +120,12 @@ def command(
         on_error=one_of(on_error, ("stop", "skip"), "--on-error"),  # type: ignore[arg-type]
         resume=resume,
     )
-    columns = {"completion": completion_column, "label": label_column, "group": group_column, "filter": filter_name}
+    columns = {
+        "completion": completion_column,
+        "label": label_column or (None if rewards is None else TOTAL),
+        "group": group_column,
+        "filter": filter_name,
+    }
     request = replace(request, fields=replace(request.fields, **columns))  # type: ignore[arg-type]
     check_writable_file(request.output, "-o")
 
@@ -148,6 +160,20 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+def rewards_from(given: Sequence[str] | None) -> RewardsConfig | None:
+    """The reward functions typed. Raises ConfigError."""
+    from vdr_cli.config.load import validate
+    from vdr_cli.rewards.loading import check_reward
+
+    functions = reward_settings(given)
+    if functions is None:
+        return None
+    rewards = validate({"rewards": {"functions": functions}}, {("rewards", "functions"): "--reward"}).rewards
+    for entry in rewards.functions:
+        check_reward(entry)
+    return rewards
 
 
 def score_with_progress(request: ScoreRequest) -> ScoreResult:

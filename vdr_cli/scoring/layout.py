@@ -31,9 +31,14 @@ def score_columns(request: ScoreRequest) -> tuple[str, ...]:
     return columns
 
 
-def make_layout(request: ScoreRequest, sources: Sequence[Source], rows: Sequence[Row]) -> Layout:
-    """rows: those of the first window; a Parquet input says its columns itself. Ours replace any of the same name."""
-    added = score_columns(request)
+def make_layout(
+    request: ScoreRequest, sources: Sequence[Source], rows: Sequence[Row], rewards: Sequence[str] = ()
+) -> Layout:
+    """rows: those of the first window; a Parquet input says its columns itself. Ours replace any of the same name.
+
+    rewards: columns that rewards add.
+    """
+    added = (*score_columns(request), *rewards)
     if Path(request.output).suffix.lower() != ".parquet":
         names = [name for name in _names(rows) if name not in added]
         return Layout((*names, *added))

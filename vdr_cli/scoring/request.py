@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vdr_cli.config.schema import DisagreementConfig
+from vdr_cli.config.schema import DisagreementConfig, RewardsConfig
 
 BATCH_TOKENS = {"cpu": 2048}
 """A CPU is a quarter faster where activations stay in its caches."""
@@ -57,6 +57,8 @@ class ScoreRequest:
     """OUT.parquet, OUT.jsonl or OUT.csv."""
     disagreement: DisagreementConfig | None = field(default_factory=lambda: DisagreementConfig(scope="full"))
     """members, dropout, scope, last_k, mask_sharing, blocks are read; None: nll and entropy only."""
+    rewards: RewardsConfig | None = None
+    """Reward functions and models that also judge every row; None: none does."""
     seed: int = 0
     fields: Fields = Fields()
     tokens: bool = False

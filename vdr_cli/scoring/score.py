@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
 from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.models.policy import Policy
 from vdr_cli.models.sizes import usable_length
+from vdr_cli.rewards.base import LoadedReward, check_columns
+from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.samples import to_device
 from vdr_cli.scoring.batches import batches, collate
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
@@ -34,6 +36,7 @@ from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
 from vdr_cli.scoring.ranking import Ranking, check_labels, save_ranking
 from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
+from vdr_cli.scoring.rewards import add_rewards, reward_columns
 from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
 from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
 
@@ -84,10 +87,13 @@ def _scored(
     if summary is None:
         parts.check(request.resume)
         sample = first_rows(sources)
-        check_labels(sample, request.fields)
-        layout = make_layout(request, sources, sample)
-        scorer = Scorer.load(request, device, sample)
-        replaced = [name for name in scorer.names if any(name in (row.values or ()) for row in sample)]
+        loaded = _rewards(request, sample)
+        judged = reward_columns(loaded)
+        if request.fields.label not in judged:
+            check_labels(sample, request.fields)
+        layout = make_layout(request, sources, sample, judged)
+        scorer = replace(Scorer.load(request, device, sample), rewards=loaded)
+        replaced = [name for name in (*scorer.names, *judged) if any(name in (row.values or ()) for row in sample)]
         with collectives.agreed():
             if collectives.is_main():
                 parts.begin()
@@ -115,6 +121,7 @@ class Scorer:
     batch_tokens: int
     device: torch.device
     pad_id: int
+    rewards: Sequence[LoadedReward] = ()
 
     @classmethod
     def load(cls, request: ScoreRequest, device: torch.device, sample: Sequence[Row]) -> Scorer:
@@ -169,6 +176,16 @@ class Scorer:
         return as_lists
 
 
+def _rewards(request: ScoreRequest, sample: Sequence[Row]) -> list[LoadedReward]:
+    """The reward functions that were asked for. ConfigError or DataError when one cannot judge these rows."""
+    if request.rewards is None:
+        return []
+    loaded = load_rewards(request.rewards, "")
+    columns = {name for row in sample for name in row.values or () if name != request.fields.prompt}
+    check_columns(loaded, columns)
+    return loaded
+
+
 def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]:
     """Everything that the output depends on: its metadata, and what a resumed scoring must have in common."""
     ensemble = None
@@ -189,6 +206,7 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
         "max_tokens": request.max_tokens,
         "append_eos": request.append_eos,
         "on_error": request.on_error,
+        **({} if request.rewards is None else {"rewards": request.rewards.model_dump(mode="json")}),
         "inputs": [source.stamp for source in sources],
     }
 
@@ -207,7 +225,7 @@ def _score_share(
     windows = Windows(sources, lambda index: index % world == rank and not parts.has(index))
     done = 0
     for window in windows:
-        rows, note = _score_window(window, scorer, request.on_error)
+        rows, note = _score_window(window, scorer, request)
         parts.write(window.index, rows, note, layout)
         done += len(window.rows)
         if progress is not None:
@@ -215,13 +233,16 @@ def _score_share(
     return windows.count
 
 
-def _score_window(window: Window, scorer: Scorer, on_error: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _score_window(window: Window, scorer: Scorer, request: ScoreRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The output rows of a window, and counts of what happened in it."""
     items = scorer.tokeniser.items(window.rows)
     bad = [f"{row.place}: {row.error}" for row in window.rows if row.error is not None]
-    if bad and on_error == "stop":
+    if bad and request.on_error == "stop":
         raise DataError(f"{bad[0]}; --on-error skip leaves such rows out")
     columns = scorer.score(items)
+    if request.rewards is not None:
+        tokenizer, timeout = scorer.tokeniser.tokenizer, request.rewards.timeout
+        add_rewards(columns, scorer.rewards, window.rows, items, request.fields, tokenizer, timeout)
     rows = [{**(window.rows[at].values or {}), **columns[at]} for at in sorted(columns)]
     note = {
         "rows": len(rows),
