@@ -37,6 +37,7 @@ CHANGEABLE_ON_RESUME = {
     "train.eval_samples",
     "train.max_refused_steps",
     "train.micro_batch_size",
+    "engine.sequence_parallel",
     "rollout.batch_tokens",
     "rewards.timeout",
     "data.eval_name",
@@ -70,7 +71,12 @@ def check_before_start(config: Config, resume: str | None) -> None:
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Every rank must hold at least one group of a step."""
+    """Every rank must hold at least one group of a step, and be one of a whole sequence group."""
+    size = config.engine.sequence_parallel
+    if processes % size:
+        raise ConfigError(
+            f"engine.sequence_parallel {size} does not divide {processes} processes; start a multiple of {size}"
+        )
     if config.train.prompts_per_step < processes:
         raise ConfigError(
             f"train.prompts_per_step {config.train.prompts_per_step} is below {processes} processes: a group lives on "
@@ -98,7 +104,7 @@ def check_resume(config: Config, resume: str | None) -> None:
     theirs = path.parent.parent / "config.yaml"
     if theirs.is_file():
         changed = differing_keys(_computed_by(theirs), computed_settings(config))
-        other = [key for key in changed if key.startswith(("model.", "engine."))]
+        other = [key for key in changed if key.startswith(("model.", "engine.")) and key not in CHANGEABLE_ON_RESUME]
         if other:
             raise ConfigError(
                 f"--resume {resume}: {_few(other)} in its run ({theirs}); "

@@ -42,6 +42,7 @@ from vdr_cli.training.batch import (
     Updates,
     concatenate,
     micro_batches_of,
+    shared_micro_batches,
 )
 from vdr_cli.training.covariant_tokens import covariant_tokens
 from vdr_cli.training.held_out import evaluate
@@ -332,14 +333,15 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
     with res.timer.phase("update"):
         for rows in own_minibatches(cfg) * cfg.grpo.num_iterations:
             now = state.step + len(updates.refused)
-            totals, micro_batches = minibatch(cfg, batch, advantages, rows, now, engine.device)
+            totals, own = minibatch(cfg, batch, advantages, rows, now, engine.device)
+            micro_batches = shared_micro_batches(own, engine.sequence)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature, micro.policy_mask)
                 old_logps = updates.old_logps(micro, index, logps, entropy)
                 inputs = micro.inputs(logps, old_logps, entropy, engine.router_balance())
                 output = policy_loss(inputs, micro.weights, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
-                updates.add(output)
+                updates.add(micro, output)
             updates.learning_rate = learning_rate_at(now, cfg.train)
             updates.end_step(totals, engine.step(updates.learning_rate))
     return updates

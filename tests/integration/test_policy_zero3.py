@@ -52,12 +52,15 @@ def micro_batches() -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny untied model with weights large enough for real gradients, the batches, the expected gradient."""
-    path = tmp_path_factory.mktemp("zero3")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: folder_of(tmp_path_factory.mktemp(kind), kind) for kind in ("qwen2", "llama")}
+
+
+def folder_of(path: Path, kind: str) -> Path:
+    """A tiny model with weights large enough for real gradients, the batches, the expected gradient."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "qwen2",
+        kind,
         vocab_size=41,
         hidden_size=32,
         intermediate_size=48,
@@ -94,9 +97,20 @@ def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subp
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-@pytest.mark.parametrize("how", ["plain", "share", "trees"])
-def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_half(folder: Path, how: str) -> None:
-    world_size = 2
+@pytest.mark.parametrize(
+    ("how", "kind", "world_size"),
+    [
+        ("plain", "qwen2", 2),
+        ("share", "qwen2", 2),
+        ("trees", "qwen2", 2),
+        ("sequence", "qwen2", 2),
+        ("sequence", "llama", 4),
+    ],
+)
+def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_its_share(
+    folders: dict[str, Path], how: str, kind: str, world_size: int
+) -> None:
+    folder = folders[kind]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -110,7 +124,8 @@ def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_half(folder: 
             process.kill()
     for rank in range(world_size):
         held, whole, resident = torch.load(folder / f"held{rank}.pt")
-        assert whole / 2 <= held <= whole / 2 + 16 and resident == 0  # an odd number of elements is padded
+        share = whole / world_size
+        assert share <= held <= share + 16 * world_size and resident == 0  # other numbers of elements are padded
     expected = torch.load(folder / "expected.pt")
     gradients = torch.load(folder / "gradients.pt")
     assert gradients.keys() == expected.keys()

@@ -115,6 +115,9 @@ def test_more_gpus_need_less_memory_each_and_stages_in_order() -> None:
     seven = SIZES["7B"]
     by_gpus = [peak_memory(seven, Work(gpus=gpus, prompts_per_step=512)) for gpus in (8, 64, 512)]
     assert by_gpus == sorted(by_gpus, reverse=True)
+    muon = model_states(seven, Work(gpus=8, muon=True))["master weights, moments"]
+    adamw = model_states(seven, Work(gpus=8))["master weights, moments"]
+    assert adamw - muon == 4 * seven.layers * seven.layer_matrices / 8
     by_stage = [sum(model_states(seven, Work(gpus=8, stage=stage)).values()) for stage in (0, 1, 2, 3)]
     assert by_stage == sorted(by_stage, reverse=True)
     assert by_stage[0] == pytest.approx(16 * seven.parameters)

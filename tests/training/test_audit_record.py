@@ -57,7 +57,7 @@ def test_a_record_reads_back_as_it_was(tmp_path) -> None:
     values = torch.arange(16.0).view(4, 4)
     advantages = Advantages(values, batch.completions.completion_mask, torch.arange(4.0))
     halves = [values[:2] * -1, values[2:] * -1, torch.zeros(1, 4)]  # the last: a rank's empty micro-batch
-    updates = Updates(first_logps=halves, first_entropies=[half / 3 for half in halves])
+    updates = Updates(first_logps=halves, first_entropies=[half / 3 for half in halves], own=[True] * len(halves))
     run = a_run(tmp_path, audit_every=4)
     run[0].shown_measure = lambda: values[:2] / 7
     audit_record.save(*run, batch, advantages, updates)
@@ -91,7 +91,9 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, capsys) -> None:
     batch = batch_of([0, 1], 2)
     advantages = Advantages(torch.zeros(2, 2), batch.completions.completion_mask, torch.zeros(2))
     zeros = [torch.zeros(2, 2)]
-    audit_record.save(*run, batch, advantages, Updates(first_logps=zeros, first_entropies=zeros))
+    audit_record.save(
+        *run, batch, advantages, Updates(first_logps=zeros, first_entropies=zeros, own=[True] * len(zeros))
+    )
     assert "cannot be written" in capsys.readouterr().out
 
 

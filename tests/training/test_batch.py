@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,8 +56,12 @@ def test_a_micro_batch_holds_its_rows_numbers() -> None:
 
 def test_updates_add_up_pairs_and_keep_the_largest() -> None:
     updates = Updates()
+    batch, weights = batch_of([0], 1), torch.ones(1, 1)
+    step = Advantages(weights, batch.completions.completion_mask, torch.zeros(1))
+    (micro,) = micro_batches_of(batch, step, weights, weights, 1, torch.device("cpu"))
     for loss, top, extreme in ((1.0, 3.0, -0.25), (2.0, 4.0, -0.5), (0.0, 0.0, math.nan)):
         pair, value = (torch.tensor(top), torch.tensor(2.0)), torch.tensor(extreme)
-        updates.add(LossOutput(torch.tensor(loss), {"x": pair}, {"z": value}, {"y": value}))
+        updates.add(micro, LossOutput(torch.tensor(loss), {"x": pair}, {"z": value}, {"y": value}))
+    updates.add(replace(micro, own=False), LossOutput(torch.tensor(5.0), {"x": pair}, {"z": -value}, {"y": -value}))
     assert updates.loss == pytest.approx(3.0)
     assert updates.pairs == {"x": (7.0, 6.0)} and updates.maxima == {"y": -0.25} and updates.minima == {"z": -0.5}

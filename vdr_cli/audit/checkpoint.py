@@ -94,14 +94,16 @@ def _joined(models: Sequence[dict[str, Any]], optimizers: Sequence[dict[str, Any
         cut = _partitioned
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
 
-    def moment(name: str) -> list[list[Tensor]]:
-        return [[state[group][name] for group in sorted(state)] for state in inner]
+    def moment(name: str) -> Named:
+        if any(name not in entry for state in inner for entry in state.values()):
+            return {}  # Muon's: one mean, by another name
+        return cut(shapes, [[state[group][name] for group in sorted(state)] for state in inner], paddings)
 
     return Saved(
         cut(shapes, flat, paddings),
-        cut(shapes, moment("exp_avg"), paddings),
-        cut(shapes, moment("exp_avg_sq"), paddings),
-        int(inner[0][0]["step"]),
+        moment("exp_avg"),
+        moment("exp_avg_sq"),
+        max(int(entry.get("step", 0)) for entry in inner[0].values()),
     )
 
 

@@ -189,6 +189,8 @@ def audit_update(
     judge: Judge, record: Record, cfg: Config, models: Models, metrics: dict[str, float]
 ) -> tuple[list[Line], dict[str, float]]:
     """The optimizer steps made again: (lines, the means and maxima that metrics.jsonl has of them)."""
+    if cfg.train.optimizer != "adamw":
+        return [judge.skipped("loss, gradient, update", "only AdamW's updates are recomputed, not Muon's")], {}
     saved = models.saved(record.step)
     if saved is None:
         return [judge.skipped("loss, gradient, update", no_weights(record.step))], {}

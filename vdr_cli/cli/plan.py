@@ -96,6 +96,8 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         members=config.disagreement.members if config.needs_ensemble else 0,
         checkpointing=config.model.gradient_checkpointing,
         reference=config.needs_reference and config.model.lora is None,
+        sequence=config.engine.sequence_parallel,
+        muon=config.train.optimizer == "muon",
     )
 
 

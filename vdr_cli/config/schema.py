@@ -148,6 +148,29 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sequence_fits(self) -> Self:
+        size, processes = self.engine.sequence_parallel, self.launch.num_processes or self.engine.sequence_parallel
+        if processes % size:
+            raise ValueError(
+                f"engine.sequence_parallel {size} does not divide launch.num_processes {processes}: start a multiple "
+                f"of {size}"
+            )
+        if size > 1 and self.grpo.router_aux_loss_coef:
+            raise ValueError(
+                "grpo.router_aux_loss_coef needs whole rows on a rank: set engine.sequence_parallel to 1, or it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        if self.train.optimizer == "muon" and self.model.lora is not None:
+            raise ValueError(
+                "train.optimizer muon orthogonalises whole matrices, of which model.lora trains two thin factors: set "
+                "train.optimizer to adamw, or remove model.lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reference_fits(self) -> Self:
         if self.grpo.sync_reference_every and self.bonus_source == "novelty":
             raise ValueError(

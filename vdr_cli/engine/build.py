@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vdr_cli.config import Config
-from vdr_cli.engine import collectives, deepspeed_import
+from vdr_cli.engine import collectives, deepspeed_import, muon
 from vdr_cli.engine.deepspeed_import import deepspeed
 from vdr_cli.engine.ds_config import DsConfig, resolve_ds_config, zero_stage
 from vdr_cli.engine.engine import Engine
@@ -17,6 +17,7 @@ from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.engine.leaves import fetch_whole, reduce_once
 from vdr_cli.engine.optimizer import build_optimizer
 from vdr_cli.engine.partition import gather_to_read, gather_to_write, sharded_loading
+from vdr_cli.engine.sequence import SequenceGroup, SequencePolicy
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
 from vdr_cli.models.anatomy import decoder_layers, output_head
@@ -42,6 +43,11 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         on_gpu=device.type == "cuda",
     )
     _check_zero_section(config.engine.ds_config, ds_config["zero_optimization"])
+    if universal and config.train.optimizer == "muon":
+        raise ConfigError(
+            "train.optimizer muon: DeepSpeed cannot convert Muon's state to another number of processes; resume with "
+            "as many as the checkpoint was written by"
+        )
     if universal:
         ds_config["checkpoint"] = {"load_universal": True}
     with sharded_loading(ds_config):
@@ -52,10 +58,20 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         causal_lm.to(device)
     gathered = GatheredModel(causal_lm, device, gather_to_read(ds_config))
     _prepare_for_training(config, causal_lm)
-    balanced = config.grpo.router_aux_loss_coef > 0
-    policy = Policy(causal_lm, as_trees=_as_trees(config, causal_lm), watch_routers=balanced)
+    policy, sequence = _policy(config, causal_lm)
     ds_engine = _initialize(config, ds_config, policy, device)
-    return Engine(ds_engine, causal_lm, gathered, ds_config, _by_layers(config, ds_config, causal_lm, device))
+    by_layers = _by_layers(config, ds_config, causal_lm, device)
+    muon_clip = config.train.max_grad_norm if config.train.optimizer == "muon" else None
+    return Engine(ds_engine, causal_lm, gathered, ds_config, by_layers, muon_clip, sequence)
+
+
+def _policy(config: Config, causal_lm: Any) -> tuple[Policy, SequenceGroup | None]:
+    """The module that DeepSpeed wraps, and the ranks that share its forward; None: each has its own."""
+    trees = _as_trees(config, causal_lm)
+    if config.engine.sequence_parallel == 1:
+        return Policy(causal_lm, as_trees=trees, watch_routers=config.grpo.router_aux_loss_coef > 0), None
+    group = SequenceGroup(config.engine.sequence_parallel)
+    return SequencePolicy(causal_lm, group, trees), group
 
 
 def _prepare_for_training(config: Config, causal_lm: Any) -> None:
@@ -77,7 +93,7 @@ def _initialize(config: Config, ds_config: DsConfig, policy: Policy, device: tor
     deepspeed_import.leave_muon_uncompiled()
     try:
         ds_engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=build_optimizer(policy, config.train, device), config=ds_config
+            model=policy, optimizer=_optimizer(config, policy, device), config=ds_config
         )
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
         raise MachineError(
@@ -85,9 +101,15 @@ def _initialize(config: Config, ds_config: DsConfig, policy: Policy, device: tor
             "zero3_offload, or model.lora"
         ) from error
     ds_engine.train()
-    if zero_stage(ds_config) == 3 and policy.share_prompts and not policy.as_trees:
+    if zero_stage(ds_config) == 3 and policy.calls_layers_twice:
         reduce_once(policy, layers)
     return ds_engine
+
+
+def _optimizer(config: Config, policy: Policy, device: torch.device) -> torch.optim.Optimizer:
+    if config.train.optimizer == "muon":
+        return muon.build_muon(policy.causal_lm, config.train)
+    return build_optimizer(policy, config.train, device)
 
 
 def _as_trees(config: Config, causal_lm: nn.Module) -> bool:

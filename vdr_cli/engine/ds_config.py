@@ -100,11 +100,32 @@ def resolve_ds_config(config: Config, world_size: int, hidden_size: int, bf16: b
     resolved["gradient_accumulation_steps"] = 1
     resolved["train_batch_size"] = config.train.micro_batch_size * world_size
     resolved["gradient_clipping"] = config.train.max_grad_norm
+    if config.train.optimizer == "muon":
+        _fit_muon(name, resolved)
     resolved["bf16"] = {"enabled": bf16}
     resolved.setdefault("steps_per_print", 2**31)
     resolved.setdefault("zero_allow_untested_optimizer", True)
     resolved.setdefault("zero_force_ds_cpu_optimizer", False)
     return resolved
+
+
+def _fit_muon(name: str, resolved: DsConfig) -> None:
+    """What Muon needs of ZeRO-3, in place. It is clipped in engine/muon.py, and its state is in the type of
+    communication."""
+    zero = resolved["zero_optimization"]
+    if zero_stage(resolved) != 3:
+        raise ConfigError(f"engine.ds_config {name}: train.optimizer muon needs ZeRO stage 3; give zero3")
+    refused = [key for key in ("offload_optimizer", "zero_quantized_gradients") if zero.get(key)]
+    if zero.get("reduce_scatter"):
+        refused.append("reduce_scatter")
+    if refused:
+        raise ConfigError(
+            f"engine.ds_config {name}: zero_optimization.{refused[0]} does not go with train.optimizer muon, which "
+            "needs whole gradients on the device; remove it"
+        )
+    zero["reduce_scatter"] = False
+    resolved["gradient_clipping"] = 0.0
+    resolved.setdefault("communication_data_type", "fp32")
 
 
 def zero_stage(ds_config: DsConfig) -> int:

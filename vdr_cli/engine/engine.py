@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.engine import collectives
+from vdr_cli.engine import collectives, muon
 from vdr_cli.engine.determinism import in_fixed_order
 from vdr_cli.engine.ds_config import DsConfig, zero_stage
 from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.engine.gpu import peak_of
+from vdr_cli.engine.sequence import SequenceGroup
 from vdr_cli.models.anatomy import WholeLayer, has_experts, input_embeddings, output_head
 from vdr_cli.models.policy import completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
@@ -38,9 +39,20 @@ class Engine:
     """The policy under DeepSpeed. Every method that touches weights is a collective unless it says otherwise."""
 
     def __init__(
-        self, ds_engine: Any, causal_lm: nn.Module, gathered: GatheredModel, ds_config: DsConfig, by_layers: bool
+        self,
+        ds_engine: Any,
+        causal_lm: nn.Module,
+        gathered: GatheredModel,
+        ds_config: DsConfig,
+        by_layers: bool,
+        muon_clip: float | None = None,
+        sequence: SequenceGroup | None = None,
     ) -> None:
-        """by_layers: no full copy of the weights is ever made on a device (engine.gather: layer)."""
+        """by_layers: no full copy of the weights is ever made on a device (engine.gather: layer).
+
+        muon_clip: train.max_grad_norm where the optimizer is Muon; None: DeepSpeed clips.
+        sequence: the ranks that make every forward and backward of the update together; None: each makes its own.
+        """
         self.ds_engine = ds_engine
         self.causal_lm = causal_lm
         self.gathered = gathered
@@ -49,9 +61,13 @@ class Engine:
         self.device: torch.device = ds_engine.device
         self.has_frozen = not all(parameter.requires_grad for parameter in causal_lm.parameters())
         self.by_layers = by_layers
+        self._muon_clip = muon_clip
+        self.sequence = sequence
         self.version = 0
         """Grows with every optimizer step: equal versions are equal weights."""
-        self._decays = [group["weight_decay"] for group in ds_engine.optimizer.param_groups]
+        groups = ds_engine.optimizer.param_groups
+        self._decays = [group["weight_decay"] for group in groups]
+        self._rates = [group.get("rate", 1.0) for group in groups]  # Muon's over the learning rate
         self._whole_layer: WholeLayer | None = None
 
     # ---- weights ---------------------------------------------------------------------------------------------------
@@ -195,12 +211,16 @@ class Engine:
     def step(self, learning_rate: float) -> StepResult:
         """Update the weights once. Refused on all ranks alike when the gradient is not finite."""
         self.version += 1
-        for group, decay in zip(self.ds_engine.optimizer.param_groups, self._decays, strict=True):
-            group["lr"] = learning_rate
+        groups = self.ds_engine.optimizer.param_groups
+        for group, rate, decay in zip(groups, self._rates, self._decays, strict=True):
+            group["lr"] = learning_rate * rate
             group["weight_decay"] = decay  # a universal checkpoint gives all groups the first one's
         if not hasattr(self.ds_engine.optimizer, "overflow"):
             return self._plain_step()
         skipped = self.ds_engine.skipped_steps
+        if self._muon_clip is not None:
+            norm = muon.step(self.ds_engine, self._muon_clip)
+            return StepResult(norm, refused=self.ds_engine.skipped_steps > skipped)
         self.ds_engine.step()
         refused = self.ds_engine.skipped_steps > skipped
         norm = self.ds_engine.get_global_grad_norm()

@@ -1,4 +1,4 @@
-"""AdamW as the settings ask for it, and its learning rate at each step."""
+"""AdamW as the settings ask for it, and the learning rate at each step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vdr_cli.config import TrainConfig
 
@@ -23,7 +23,7 @@ def learning_rate_at(step: int, cfg: TrainConfig) -> float:
 def build_optimizer(policy: nn.Module, cfg: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; fused on a GPU."""
     return torch.optim.AdamW(
-        decay_groups(policy, cfg.weight_decay),
+        decay_groups([p for p in policy.parameters() if p.requires_grad], cfg.weight_decay),
         lr=cfg.learning_rate,
         betas=cfg.adam_betas,
         eps=cfg.adam_epsilon,
@@ -31,15 +31,19 @@ def build_optimizer(policy: nn.Module, cfg: TrainConfig, device: torch.device) -
     )
 
 
-def decay_groups(policy: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay; norms and biases (one dimension) do not.
 
     A norm's weight has no reason to be near 0. Partitioned parameters are told apart by their whole shape.
     """
-    trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     if weight_decay == 0.0:
-        return [{"params": trainable, "weight_decay": 0.0}]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        return [{"params": parameters, "weight_decay": 0.0}]
+    matrices = [p for p in parameters if dimensions(p) > 1]
+    vectors = [p for p in parameters if dimensions(p) <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def dimensions(parameter: Tensor) -> int:
+    """The number of dimensions of the whole parameter, partitioned or not."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

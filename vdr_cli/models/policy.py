@@ -65,6 +65,11 @@ class Policy(nn.Module):
         self.head_logps = HeadLogps(chunk_tokens)
         self._routers = Routers(causal_lm) if watch_routers else None
 
+    @property
+    def calls_layers_twice(self) -> bool:
+        """True when a forward goes through the layers twice, prompts first: see `shared_completion_hidden`."""
+        return self.share_prompts and not self.as_trees
+
     def router_balance(self) -> Tensor | None:
         """() load-balancing loss of the tokens read since the last call, with gradient; None without watch_routers."""
         return None if self._routers is None else self._routers.take_balance()

@@ -44,12 +44,17 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim
 
     @property
-    def layer_parameters(self) -> int:
+    def layer_matrices(self) -> int:
+        """Parameters of one layer's matrices."""
         attention = self.hidden * (2 * self.query_width + self.kv_width)
-        bias = self.query_width + self.kv_width if self.attention_bias else 0
         mlp = 3 * self.hidden * self.intermediate * self.experts
         router = self.hidden * self.experts if self.experts > 1 else 0
-        return attention + bias + mlp + router + 2 * self.hidden
+        return attention + mlp + router
+
+    @property
+    def layer_parameters(self) -> int:
+        bias = self.query_width + self.kv_width if self.attention_bias else 0
+        return self.layer_matrices + bias + 2 * self.hidden
 
     @property
     def embedding_parameters(self) -> int:
@@ -93,6 +98,10 @@ class Work:
     """A frozen reference model (grpo.beta above 0, or bonus.source novelty)."""
     by_layers: bool = False
     """engine.gather layer (stage 3): no full copy of the weights, one decoder layer at a time; vLLM samples."""
+    sequence: int = 1
+    """engine.sequence_parallel: ranks that hold parts of the same rows in the update."""
+    muon: bool = False
+    """Muon moves the layers' matrices: one mean a parameter, gradients all-reduced."""
     gloo: bool = False
     """CPU: gloo has no reduce-scatter, torch does an all-reduce instead and keeps a share of it."""
 
@@ -102,14 +111,17 @@ class Work:
 
     @property
     def two_passes(self) -> bool:
-        """The update reads prompts first, then all their completions: not with checkpointing, nor as trees."""
-        return not self.checkpointing and self.group_size * self.new_tokens > TREE_TOKENS
+        """The update reads prompts first, then all their completions: not with checkpointing, nor as trees, nor when
+        rows are divided among ranks.
+        """
+        whole = self.sequence == 1 and not self.checkpointing
+        return whole and self.group_size * self.new_tokens > TREE_TOKENS
 
     @property
     def micro_batches(self) -> int:
-        """Per rank and optimizer step."""
+        """Those that a rank takes part in, per optimizer step."""
         groups = -(-self.groups_per_rank // self.minibatches)
-        return -(-groups * self.group_size // self.micro_batch_size)
+        return -(-groups * self.group_size // self.micro_batch_size) * self.sequence
 
     @property
     def updates(self) -> int:
@@ -149,15 +161,16 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 def model_states(shape: Shape, work: Work) -> dict[str, float]:
     """Bytes a GPU between steps (ZeRO, Rajbhandari et al. 2020): N parameters of e bytes on W GPUs.
 
-    weights eN, gradients eN, master weights and moments 12N; stage 1 divides the last by W, stage 2 the
+    weights eN, gradients eN, master weights and moments 12N (8 for Muon's); stage 1 divides the last by W, stage 2 the
     gradients as well, stage 3 all. A reference model adds eN, divided by W at stage 3.
     """
     n, w, e = shape.parameters, work.gpus, work.element_bytes
     shard_weights, shard_gradients = (w if work.stage >= 3 else 1), (w if work.stage >= 2 else 1)
+    saved = FP32 * shape.layers * shape.layer_matrices if work.muon else 0
     states = {
         "weights": e * n / shard_weights,
         "gradients": e * n / shard_gradients,
-        "master weights, moments": MASTER_AND_MOMENTS * n / (w if work.stage >= 1 else 1),
+        "master weights, moments": (MASTER_AND_MOMENTS * n - saved) / (w if work.stage >= 1 else 1),
     }
     if work.reference:
         states["reference model"] = e * n / shard_weights
@@ -221,16 +234,22 @@ def activations(shape: Shape, work: Work) -> float:
 
     A layer keeps (4e + 8)D + 4e·I + 2e·(Q + KV) a token: the residual stream and both norms (with their
     float32 copies), the gated MLP, queries, keys, values and the attention's output, e bytes a number.
-    With checkpointing each layer keeps its input, and one layer at a time all of it.
+    With checkpointing each layer keeps its input, and one layer at a time all of it. Ranks that divide rows keep their
+    part of them; each reads whole rows then, its prompts not once for all.
     """
     row = work.prompt_tokens + work.new_tokens
-    tokens = work.micro_batch_size * row
+    tokens = -(-work.micro_batch_size * row // work.sequence)
+    layer = _layer_bytes(shape, work.element_bytes)
+    if work.sequence > 1:
+        layer += work.element_bytes * shape.query_width  # attention's output before and after its all-to-all
+    if not work.checkpointing and work.sequence > 1:
+        return tokens * shape.layers * layer
     if not work.checkpointing:
         # A group's prompt is read once for the completions of the micro-batch.
         groups = -(-work.micro_batch_size // work.group_size)
         tokens = groups * work.prompt_tokens + work.micro_batch_size * work.new_tokens
-        return tokens * shape.layers * _layer_bytes(shape, work.element_bytes)
-    return tokens * (shape.layers * shape.hidden * work.element_bytes + _layer_bytes(shape, work.element_bytes))
+        return tokens * shape.layers * layer
+    return tokens * (shape.layers * shape.hidden * work.element_bytes + layer)
 
 
 def peak_memory(shape: Shape, work: Work) -> float:
@@ -260,19 +279,36 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
     e, w = work.element_bytes, work.gpus
     n, ends = shape.parameters, shape.embedding_parameters * (1 if shape.tied else 2)
     share = (w - 1) / w
-    scatter = 2.0 if work.gloo else 1.0
+    scatter = 2.0 if work.gloo or work.muon else 1.0
     micro = work.micro_batches * work.updates
+    exchanged = _exchanged_heads(shape, work)
     if work.stage < 3:
         synced = {0: 2.0, 1: 2.0, 2: scatter}[work.stage]  # gradients: all-reduce, or reduce-scatter
         per_step = micro if work.stage == 2 else work.updates
         weights = work.updates if work.stage else 0
-        return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share}
+        return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share + exchanged}
     layers = n - ends
     gathered = 4.0 * layers + 2.5 * ends if work.two_passes else 2.0 * n
     return {
         **{phase: e * numbers * share for phase, numbers in _gathered_before_the_update(shape, work).items()},
-        "update": e * (gathered + scatter * n) * micro * share,
+        "update": (e * (gathered + scatter * n) * micro + _muons_gathers(shape, work)) * share + exchanged,
     }
+
+
+def _exchanged_heads(shape: Shape, work: Work) -> float:
+    """Bytes of the all-to-alls around attention: queries, keys, values and output of a rank's share of the tokens, in
+    forward and backward, with checkpointing once more.
+    """
+    completions = work.groups_per_rank * work.group_size * work.num_iterations
+    tokens = completions * (work.prompt_tokens + work.new_tokens)
+    numbers = tokens * shape.layers * (2 * shape.query_width + shape.kv_width)
+    passes = 3 if work.checkpointing else 2
+    return float(work.element_bytes * numbers * passes * (work.sequence - 1)) / work.sequence
+
+
+def _muons_gathers(shape: Shape, work: Work) -> float:
+    """Bytes of a rollout's optimizer steps: gradients and means in float32, gathered before Muon and again after it."""
+    return 4.0 * FP32 * shape.layers * shape.layer_matrices * work.updates if work.muon else 0.0
 
 
 def _gathered_before_the_update(shape: Shape, work: Work) -> dict[str, float]:

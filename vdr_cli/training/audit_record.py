@@ -194,8 +194,8 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "visits": [None] * count if advantages.visits is None else advantages.visits.tolist(),
         "ref_logps": tokens(advantages.ref_logps),
         "selected": tokens(advantages.selected),
-        "logps": _before_the_update(advantages.old_logps, updates.first_logps, lengths),
-        "entropies": _before_the_update(advantages.old_entropies, updates.first_entropies, lengths),
+        "logps": _before_the_update(advantages.old_logps, updates.own_parts(updates.first_logps), lengths),
+        "entropies": _before_the_update(advantages.old_entropies, updates.own_parts(updates.first_entropies), lengths),
     }
 
 

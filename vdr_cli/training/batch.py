@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import StepResult
+from vdr_cli.engine.sequence import SequenceGroup
 from vdr_cli.environments.episodes import Counts
 from vdr_cli.grpo.losses import LossInputs, LossOutput, Totals
 from vdr_cli.samples import Completions, Messages, Prompt, to_device
@@ -129,6 +130,18 @@ class MicroBatch:
     entropy_weights: Tensor  # (b, T)
     old_logps: Tensor | None = None  # (b, T)
     covariant: Tensor | None = None  # (b, T) bool
+    own: bool = True
+    """False for rows of another rank, whose numbers that rank counts (engine.sequence_parallel)."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on this device."""
+        moved = {
+            each.name: value.to(device)
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), Tensor)
+        }
+        tokens = tuple(tensor.to(device) for tensor in self.tokens)
+        return replace(self, tokens=tokens, **moved)  # type: ignore[arg-type]
 
     def inputs(
         self, logps: Tensor, old_logps: Tensor, entropy: Tensor, router_balance: Tensor | None = None
@@ -165,6 +178,22 @@ def micro_batches_of(
     count = int(collectives.all_reduce_max([len(own)])[0])
     parts = [_micro_batch(batch, advantages, weights, entropy_weights, rows, device) for rows in own]
     return parts + [_emptied(parts[-1]) for _ in range(count - len(parts))]
+
+
+def shared_micro_batches(own: list[MicroBatch], sequence: SequenceGroup | None) -> list[MicroBatch]:
+    """The micro-batches that this rank takes part in: its own, or those of its whole sequence group. Collective.
+
+    Every rank's first one, then every rank's second, ...: the same on all ranks of the group but for `own`.
+    """
+    if sequence is None:
+        return own
+    device = own[0].mask.device
+    everybody = sequence.gather_objects([micro.to(torch.device("cpu")) for micro in own])
+    return [
+        replace(micro.to(device), own=rank == sequence.rank)
+        for at_once in zip(*everybody, strict=True)
+        for rank, micro in enumerate(at_once)
+    ]
 
 
 def _micro_batch(
@@ -204,7 +233,7 @@ def _emptied(micro: MicroBatch) -> MicroBatch:
         one[name] = torch.zeros_like(one[name])
     prompt_ids, prompt_mask, completion_ids, completion_mask = (tensor[:1] for tensor in micro.tokens)
     tokens = prompt_ids, prompt_mask, completion_ids, torch.zeros_like(completion_mask)
-    return replace(micro, **one, tokens=tokens)
+    return replace(micro, tokens=tokens, **one)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -227,6 +256,8 @@ class Updates:
     """(b, T) of each micro-batch, under the policy that the rollout began with; empty where they were read before."""
     first_entropies: list[Tensor] = field(default_factory=list)
     """(b, T) of each micro-batch, likewise."""
+    own: list[bool] = field(default_factory=list)
+    """True for each of these micro-batches that holds rows of this rank."""
 
     def old_logps(self, micro: MicroBatch, index: int, logps: Tensor, entropy: Tensor) -> Tensor:
         """(b, T) log-probabilities of micro-batch `index` before the first update.
@@ -238,7 +269,12 @@ class Updates:
         if not self.refused:  # the first pass
             self.first_logps.append(logps.detach())
             self.first_entropies.append(entropy.detach())
+            self.own.append(micro.own)
         return self.first_logps[index]
+
+    def own_parts(self, parts: list[Tensor]) -> list[Tensor]:
+        """Those of the first pass's micro-batches that hold rows of this rank. parts: one per micro-batch."""
+        return [part for part, own in zip(parts, self.own, strict=True) if own]
 
     def end_step(self, totals: Totals, result: StepResult) -> None:
         """Count one optimizer step, made with these denominators."""
@@ -246,8 +282,10 @@ class Updates:
         self.grad_norm = result.grad_norm
         self.refused.append(result.refused)
 
-    def add(self, output: LossOutput) -> None:
-        """Count one micro-batch."""
+    def add(self, micro: MicroBatch, output: LossOutput) -> None:
+        """Count one micro-batch, unless another rank counts it."""
+        if not micro.own:
+            return
         self.loss += float(output.loss.detach())
         for name, (top, bottom) in output.metrics.items():
             old_top, old_bottom = self.pairs.get(name, (0.0, 0.0))

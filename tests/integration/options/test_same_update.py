@@ -35,6 +35,7 @@ EVERY_TERM = {
 }
 MINIBATCHES = {**EVERY_TERM, "grpo.num_iterations": 1, "grpo.minibatches": 5, "train.steps": 5}
 """A group to a step: one of the two ranks has none."""
+MUON = {"train.optimizer": "muon", "train.muon_learning_rate": 1e-3}
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "micro1": ({"train.micro_batch_size": 1}, ""),
     "micro2": ({"train.micro_batch_size": 2}, ""),
@@ -44,6 +45,8 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "two_passes": ({}, "two_passes"),
     "two_passes4": ({"train.micro_batch_size": 4}, "two_passes"),
     "onednn": ({}, "onednn"),
+    "sequence": ({"engine.sequence_parallel": 2}, ""),
+    "sequence_micro2": ({"engine.sequence_parallel": 2, "train.micro_batch_size": 2}, "padded"),
 }
 """Ways to compute the same update: what differs in the settings, and what is planted."""
 SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "micro1" or loss in ("dapo", "gspo")]
@@ -72,6 +75,9 @@ def training_runs() -> list[Run]:
         ("members0", {"train.steps": 3}),
         ("recorded", top),
         ("unrecorded", top, "unrecorded"),
+        ("muon_two", {**MUON, "train.steps": 2}),
+        ("muon_resumed", {**MUON, "train.steps": 1}),
+        ("muon_resumed", {**MUON, "train.steps": 2}),
         ("minibatches_two", MINIBATCHES),
         ("minibatches_micro1", {**MINIBATCHES, "train.micro_batch_size": 1}),
         *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
@@ -87,6 +93,7 @@ def trained(work_through: Callable[..., Left], chosen: Any, tmp_path_factory: py
     alone = [
         ("alone", {}),
         ("minibatches_alone", MINIBATCHES),
+        ("muon_alone", {**MUON, "train.steps": 2}),
         *[(f"{loss}_alone", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
     ]
     return work_through(tmp_path_factory.mktemp("same_update"), chosen(training_runs()), chosen(alone))
@@ -118,6 +125,15 @@ def test_minibatches_are_the_same_on_any_number_of_ranks(left: Left, how: str) -
     ours, plain = f"minibatches_{how}", "minibatches_two"
     assert left.distance(left.gradient(ours), left.gradient(plain)) <= 1e-5
     assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
+
+
+@pytest.mark.runs("muon_two", "muon_alone", "muon_resumed")
+def test_muon_is_the_same_on_two_ranks_and_after_a_resume(left: Left) -> None:
+    """To the rounding of an orthogonalisation in float16 on one and two ranks; to the bit when resumed."""
+    assert left.distance(left.gradient("muon_two"), left.gradient("muon_alone")) <= 1e-5
+    assert left.distance(left.update("muon_two"), left.update("muon_alone")) <= 5e-2
+    assert torch.equal(left.update("muon_resumed"), left.update("muon_two"))
+    assert left.metrics("muon_resumed") == left.metrics("muon_two")
 
 
 @pytest.mark.runs("dapo_two", "dapo_alone", "minibatches_two", "minibatches_alone")

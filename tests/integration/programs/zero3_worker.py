@@ -1,4 +1,4 @@
-"""One rank in the folder argv[1]: the policy's gradient, its prompts read as argv[2] says."""
+"""One rank in the folder argv[1]: the policy's gradient, its prompts read as argv[2] says, or rows divided by ranks."""
 
 import sys
 
@@ -15,14 +15,17 @@ torch.set_num_threads(1)
 folder, how = sys.argv[1:]
 device = start_distributed()
 rollout = {"group_size": 4, "max_new_tokens": 4 if how == "trees" else 4000}
-config = Config(model={"name": folder, "dtype": "float32"}, rollout=rollout, engine={"ds_config": folder + "/ds.json"})
+own = {"ds_config": folder + "/ds.json", "sequence_parallel": 2 if how == "sequence" else 1}
+config = Config(model={"name": folder, "dtype": "float32"}, rollout=rollout, engine=own)
 engine = build_engine(config, device)
 assert engine.as_trees == (how == "trees")
-engine.ds_engine.module.share_prompts = how == "share"
+if how != "sequence":
+    engine.ds_engine.module.share_prompts = how == "share"
 parameters = list(engine.causal_lm.parameters())
 held = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters), sum(map(len, parameters))
 torch.save(held, f"{folder}/held{collectives.rank()}.pt")
-batches = torch.load(folder + "/batches.pt")[collectives.rank() :: collectives.world_size()]
+size = own["sequence_parallel"]
+batches = torch.load(folder + "/batches.pt")[collectives.rank() // size :: collectives.world_size() // size]
 for index, (tokens, coefficients) in enumerate(batches):
     logps, entropy = engine.forward(**tokens, temperature=0.7)
     loss = (coefficients[0] * logps + coefficients[1] * entropy).sum()

@@ -157,8 +157,14 @@ class TrainConfig(Section):
     """Groups per step over all ranks; times rollout.group_size, the completions per step."""
     micro_batch_size: Positive = 8
     """Completions in one forward and backward pass of a rank; changes memory, never the result."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon (ZeRO-3 only): the decoder layers' matrices move by their orthogonalised mean gradient (momentum 0.95,
+    Nesterov), embeddings, LM head, norms and biases by AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """AdamW's learning rate after the warm-up."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Muon's learning rate after the warm-up, by the same schedule; needed with optimizer muon. A matrix of n rows
+    moves by about this times sqrt(n) in Frobenius norm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls from learning_rate to 0 at train.steps; constant: it does not."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -198,6 +204,17 @@ class TrainConfig(Section):
         if isinstance(value, str):
             return [part.strip() for part in value.split(",")]
         return [value] if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> Self:
+        if self.optimizer == "muon" and self.muon_learning_rate is None:
+            raise ValueError(
+                "optimizer muon needs muon_learning_rate; 0.2 x sqrt(hidden size) x learning_rate moves matrices about "
+                "as far as AdamW does"
+            )
+        if self.optimizer == "adamw" and self.muon_learning_rate is not None:
+            raise ValueError("muon_learning_rate has no meaning with optimizer adamw; remove it, or set optimizer muon")
+        return self
 
     @model_validator(mode="after")
     def _enough_samples(self) -> Self:

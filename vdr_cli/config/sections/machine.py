@@ -13,6 +13,10 @@ from vdr_cli.config.sections.base import Positive, Section
 class EngineConfig(Section):
     ds_config: PathText = "zero3"
     """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, or a path to a JSON file."""
+    sequence_parallel: Positive = 1
+    """Neighbouring ranks that hold parts of the same completions in the update (Ulysses), so that each keeps this
+    fraction of a row's activations; a divisor of the processes and of the model's heads. 1: whole rows on every
+    rank."""
     gather: Literal["auto", "whole", "layer"] = "auto"
     """How weights are gathered under ZeRO-3 to be read. whole: a full copy on every device during rollout and
     disagreement. layer: one decoder layer at a time, for models whose full copy does not fit; vLLM samples, and is sent
