@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from vdr_cli.grpo.losses import LossOutput
 from vdr_cli.samples import Completions, Prompt
-from vdr_cli.training.batch import Advantages, RewardedGroups, Updates, concatenate, micro_batches_of
+from vdr_cli.training.batch import (
+    Advantages,
+    RewardedGroups,
+    Updates,
+    concatenate,
+    micro_batches_of,
+    shared_micro_batches,
+)
 
 
 def batch_of(rows: list[int], width: int) -> RewardedGroups:
@@ -52,6 +61,22 @@ def test_a_micro_batch_holds_its_rows_numbers() -> None:
     assert second.mask.tolist() == [[True, True, True, False], [True] * 4]
     assert torch.equal(second.sampler_logps, batch.completions.sampler_logps[2:4, :4])
     assert len(first.advantages) == 2 and len(third.advantages) == 1
+
+
+def test_a_sequence_group_takes_part_in_everybodys_micro_batches() -> None:
+    """The other rank's first, then ours, then both seconds: in the same order on both."""
+
+    def parts(rows: list[int]) -> list[Any]:
+        batch = batch_of(rows, 5)
+        weights = torch.ones(len(rows), 5)
+        step = Advantages(weights, batch.completions.completion_mask, torch.zeros(len(rows)))
+        return micro_batches_of(batch, step, weights, weights, 1, torch.device("cpu"))
+
+    group: Any = SimpleNamespace(rank=1, gather_objects=lambda ours: [parts([7, 8]), ours])
+    shared = shared_micro_batches(parts([3, 4]), group)
+    assert [int(micro.tokens[2][0, 0]) for micro in shared] == [7, 3, 8, 4]
+    assert [micro.own for micro in shared] == [False, True, False, True]
+    assert shared_micro_batches(shared, None) is shared
 
 
 def test_updates_add_up_pairs_and_keep_the_largest() -> None:
