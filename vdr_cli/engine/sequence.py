@@ -131,15 +131,17 @@ class SequencePolicy(Policy):
         completion_ids: Tensor,
         completion_mask: Tensor,
         temperature: float,
+        policy_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """prompts (B, P), completions (B, T) → log-probabilities (B, T), entropies (B, T), float32, 0 at padding."""
+        """As `Policy.forward`."""
         rows = packed_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, self._sequence.size)
         share = rows.ids.shape[1] // self._sequence.size
         start = self._sequence.rank * share
         ids, positions = (tensor[:, start : start + share] for tensor in (rows.ids, rows.positions))
         arguments = forward_arguments(self.causal_lm, torch.ones_like(ids), positions)
         hidden = backbone(self.causal_lm)(input_ids=ids, use_cache=False, **arguments)[0]  # (B, S/N, D)
-        own = completion_mask.bool() & (rows.columns >= start) & (rows.columns < start + share)
+        wanted = completion_mask if policy_mask is None else policy_mask
+        own = wanted.bool() & (rows.columns >= start) & (rows.columns < start + share)
         b, t = own.nonzero(as_tuple=True)
         column = rows.columns[b, t] - start
         keep = 1.0
