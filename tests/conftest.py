@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ PROCESSES = (
     "tests/integration/options/",
     "tests/engine/test_gather_layer.py",
     "tests/gpu/test_gpu_engine.py",
+    "tests/scripts/test_gpu_check.py",
     "tests/integration/",
     "tests/recipes/test_recipe_runs.py",
 )
@@ -92,10 +94,12 @@ def vdr() -> Run:
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """forked(*arguments, ranks=1, **environment): the same without the seconds of imports.
 
-    ranks: so many processes, as torchrun starts them; 1: one that no launcher started.
+    ranks: so many processes, as torchrun starts them; 1: one that no launcher started. Where the first argument is a
+    file of Python, that program runs in the place of `vdr`.
     """
     said = [tmp_path_factory.mktemp("forks") / name for name in ("stdout", "stderr")]
     server: subprocess.Popen[str] | None = None
+    alone = Lock()
 
     def alive() -> subprocess.Popen[str]:
         """Tests of the launcher end every process below theirs, this one too."""
@@ -107,15 +111,16 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         return server
 
     def run(*arguments: str, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
-        for path in said:
-            path.write_text("")
         environments = [environment(**more)] if ranks == 1 else ranks_environments(ranks, **more)
         run = {"arguments": arguments, "environments": environments, "said": [str(path) for path in said]}
-        forks = alive()
-        assert forks.stdin is not None and forks.stdout is not None
-        print(json.dumps(run), file=forks.stdin, flush=True)
-        code = int(forks.stdout.readline())
-        return subprocess.CompletedProcess(["vdr", *arguments], code, *(path.read_text() for path in said))
+        with alone:
+            for path in said:
+                path.write_text("")
+            forks = alive()
+            assert forks.stdin is not None and forks.stdout is not None
+            print(json.dumps(run), file=forks.stdin, flush=True)
+            code = int(forks.stdout.readline())
+            return subprocess.CompletedProcess(["vdr", *arguments], code, *(path.read_text() for path in said))
 
     yield run
     if server is not None and server.poll() is None:

@@ -1,6 +1,7 @@
 """Runs of `vdr`, each in forks of this process, which has imported once what every run imports: five seconds' work.
 
 A line on stdin is a run: {"arguments": [...], "environments": [one a rank, ...], "said": [PATH OF STDOUT, OF STDERR]}.
+Where the first argument is a file of Python, that program runs instead, with the other arguments.
 Its answer, a line on stdout, is the first exit code that is not 0, negative when a signal ended the rank, or 0.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from vdr_cli.system.imports import importing
@@ -42,15 +45,15 @@ def import_all(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def vdr(arguments: list[str], environment: dict[str, str], said: list[str]) -> NoReturn:
-    """`python -m vdr_cli` in this process, to its end."""
+def be_rank(arguments: list[str], environment: dict[str, str], said: list[str]) -> NoReturn:
+    """The program in this process, to its end."""
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in enumerate((os.devnull, *said)):
         os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), descriptor)
-    sys.argv = ["vdr", *arguments]
+    code: object = 0
     try:
-        importlib.import_module("vdr_cli.cli.app").main()
+        program(arguments)
     except SystemExit as ended:
         code = ended.code
     except BaseException:
@@ -61,10 +64,21 @@ def vdr(arguments: list[str], environment: dict[str, str], said: list[str]) -> N
     end_process(code)
 
 
+def program(arguments: list[str]) -> None:
+    """`python FILE.py ...`, or `vdr ...`."""
+    if arguments[0].endswith(".py"):
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        runpy.run_path(arguments[0], run_name="__main__")
+    else:
+        sys.argv = ["vdr", *arguments]
+        importlib.import_module("vdr_cli.cli.app").main()
+
+
 def run_of(arguments: list[str], environments: list[dict[str, str]], said: list[str]) -> int:
     for environment in environments:
         if os.fork() == 0:
-            vdr(arguments, environment, said)
+            be_rank(arguments, environment, said)
     codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in environments]
     return next((code for code in codes if code), 0)
 

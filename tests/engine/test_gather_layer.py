@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import Run
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +20,7 @@ LAYERS, PARAMETERS = 3, 12
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, forked: Run) -> tuple[Path, list[dict[str, Any]]]:
     """The folder, and what both ranks found."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -34,21 +32,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     Qwen2ForCausalLM(config).save_pretrained(folder)
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"}
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero | {"stage3_prefetch_bucket_size": "auto"}}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=180)[1] for process in running]
-    assert not any(process.returncode for process in running), errors[0][-3000:] + errors[1][-3000:]
+    ended = forked(str(WORKER), str(folder), ranks=2)
+    assert ended.returncode == 0, ended.stderr[-4000:]
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -42,63 +42,83 @@ def environment(device: torch.device) -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": found, **hidden}
 
 
-def ended(command: list[str], env: dict[str, str]) -> None:
-    """Run to the end; AssertionError with what it said when it fails."""
-    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
-    assert process.returncode == 0, f"{' '.join(command)}\n{process.stdout[-1500:]}\n{process.stderr[-4000:]}"
+Start = Callable[..., subprocess.CompletedProcess[str]]
+"""Runs `vdr`, or the program that the first argument names, to the end."""
 
 
-def engine(folder: Path, device: torch.device, dtype: str) -> dict[str, Any]:
+@pytest.fixture
+def start(place: tuple[torch.device, str], forked: Start) -> Start:
+    """On a GPU in a process of its own; on the CPU in a fork, one after the other."""
+    device = place[0]
+
+    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        program = [] if arguments[0].endswith(".py") else ["-m", "vdr_cli"]
+        command = [sys.executable, *program, *arguments]
+        return subprocess.run(
+            command, env=environment(device), capture_output=True, text=True, timeout=240, check=False
+        )
+
+    def fork(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return forked(*arguments, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+    return process if device.type == "cuda" else fork
+
+
+def well(done: subprocess.CompletedProcess[str]) -> None:
+    """AssertionError with what it said when it failed."""
+    assert done.returncode == 0, f"{done.args}\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
+
+
+def engine(folder: Path, start: Start, dtype: str) -> dict[str, Any]:
     """What engine_worker.py found."""
     folder.mkdir()
-    ended([sys.executable, str(HERE / "engine_worker.py"), str(folder), dtype], environment(device))
+    well(start(str(HERE / "engine_worker.py"), str(folder), dtype))
     return json.loads((folder / "found.json").read_text())  # type: ignore[no-any-return]
 
 
-def train(output: Path, device: torch.device, dtype: str, *flags: str) -> Path:
-    """`vdr train` of the starter, as typed."""
+def train(output: Path, start: Start, dtype: str, *flags: str) -> Path:
+    """`vdr train` of the starter."""
     zero3 = output.parent / "zero3.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": "auto"}
     zero3.write_text(json.dumps({"zero_optimization": zero | {"stage3_prefetch_bucket_size": "auto"}}))
     values = {**SETTINGS, "model.dtype": dtype, "engine.ds_config": str(zero3)}
     settings = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    ended(
-        [sys.executable, "-m", "vdr_cli", "train", "--output", str(output), *settings, *flags],
-        environment(device),
-    )
+    well(start("train", "--output", str(output), *settings, *flags))
     return output
 
 
-def runs(folder: Path, device: torch.device, dtype: str, pool: ThreadPoolExecutor) -> list[Path]:
+def runs(folder: Path, start: Start, dtype: str, pool: ThreadPoolExecutor) -> list[Path]:
     """A run, the same run again, and one resumed from the first one's middle."""
     folder.mkdir()
-    whole, again = (pool.submit(train, folder / name, device, dtype) for name in ("whole", "again"))
+    whole, again = (pool.submit(train, folder / name, start, dtype) for name in ("whole", "again"))
     middle = str(whole.result() / "checkpoints" / "step_000001")
-    resumed = train(folder / "resumed", device, dtype, "--resume", middle)
+    resumed = train(folder / "resumed", start, dtype, "--resume", middle)
     return [whole.result(), again.result(), resumed]
 
 
 _begun: dict[str, Future[Any]] = {}
 
 
-def begin(dtypes: Sequence[str], device: torch.device, folder: Path) -> None:
+def begin(dtypes: Sequence[str], device: torch.device, folder: Path, start: Start) -> None:
     """Start everything that has not been started on this device, as much at once as there are cores for."""
     starters = ThreadPoolExecutor(max_workers=len(dtypes))
     pool = ThreadPoolExecutor(max_workers=max(2, min(len(os.sched_getaffinity(0)), 8)))
     for dtype in dtypes:
         into = folder / f"{device.type}_{dtype}"
         into.mkdir()
-        _begun[f"runs {device.type} {dtype}"] = starters.submit(runs, into / "runs", device, dtype, pool)
-        _begun[f"engine {device.type} {dtype}"] = pool.submit(engine, into / "engine", device, dtype)
+        _begun[f"runs {device.type} {dtype}"] = starters.submit(runs, into / "runs", start, dtype, pool)
+        _begun[f"engine {device.type} {dtype}"] = pool.submit(engine, into / "engine", start, dtype)
 
 
 @pytest.fixture
-def result(place: tuple[torch.device, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def result(
+    place: tuple[torch.device, str], start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Any]:
     """result("engine" | "runs"): what the processes on this device and in this dtype gave."""
     device, dtype = place
     if f"engine {device.type} {dtype}" not in _begun:
         dtypes = ("float32", "bfloat16") if device.type == "cuda" else (dtype,)
-        begin(dtypes, device, tmp_path_factory.mktemp("processes"))
+        begin(dtypes, device, tmp_path_factory.mktemp("processes"), start)
     return lambda kind: _begun[f"{kind} {device.type} {dtype}"].result()
 
 

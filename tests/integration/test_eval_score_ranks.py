@@ -28,11 +28,11 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_eval_on_two_processes_is_eval(tmp_path: Path, vdr: Command, forked: Command) -> None:
+def test_eval_on_two_processes_is_eval(tmp_path: Path, forked: Command) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     flags = ("eval", "starter", "-n", "8", "--prompts", "70")
     assert forked(*flags, "--json", str(one)).returncode == 0
-    done = vdr(*flags, "--json", str(two), "--num-processes", "2")
+    done = forked(*flags, "--json", str(two), ranks=2)
     assert done.returncode == 0, done.stderr
     assert two.read_text() == one.read_text()
     assert "distinct_solved_share" in one.read_text(), "solution classes too"
@@ -50,12 +50,12 @@ def test_score_on_two_processes_is_score(tmp_path: Path, rows: Path, vdr: Comman
     assert not (tmp_path / "two.jsonl.parts").exists()
 
 
-def test_an_error_of_the_second_process_is_one_line(tmp_path: Path, rows: Path, vdr: Command) -> None:
+def test_an_error_of_the_second_process_is_one_line(tmp_path: Path, rows: Path, forked: Command) -> None:
     lines = rows.read_text().splitlines()
     lines[1200] = '{"prompt": "1,2,3=6:"}'
     rows.write_text("\n".join(lines) + "\n")
     flags = ("score", str(rows), "--model", "starter", "--members", "0", "-o", str(tmp_path / "o.jsonl"))
-    done = vdr(*flags, "--num-processes", "2")
+    done = forked(*flags, ranks=2)
     ours = [line for line in done.stderr.splitlines() if line.startswith("vdr")]
     assert done.returncode == 3 and len(ours) == 1, done.stderr
     assert "rows.jsonl line 1201" in ours[0]

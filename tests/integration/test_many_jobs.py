@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.conftest import Run
 
 pytestmark = pytest.mark.integration
 
@@ -24,16 +22,9 @@ def interrupting(completions, **_):
 """
 
 
-def test_jobs_follow_each_other_and_ctrl_c_leaves_a_usable_process(tmp_path: Path) -> None:
+def test_jobs_follow_each_other_and_ctrl_c_leaves_a_usable_process(tmp_path: Path, forked: Run) -> None:
     (tmp_path / "rewards.py").write_text(REWARDS)
     program = Path(__file__).with_name("programs") / "many_jobs.py"
-    ended = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    ended = forked(str(program), str(tmp_path))
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-3000:]
     assert ended.stdout.splitlines()[-1] == "all done" and "stopped at once" in ended.stdout

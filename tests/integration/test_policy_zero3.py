@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.conftest import Run
 from vdr_cli.models.policy import Policy
 
 pytestmark = pytest.mark.integration
@@ -84,19 +81,6 @@ def folder_of(path: Path, kind: str) -> Path:
     return path
 
 
-def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(WORKER), str(folder), how]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
 @pytest.mark.parametrize(
     ("how", "kind", "world_size"),
     [
@@ -108,20 +92,11 @@ def start(folder: Path, how: str, rank: int, world_size: int, port: int) -> subp
     ],
 )
 def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_its_share(
-    folders: dict[str, Path], how: str, kind: str, world_size: int
+    folders: dict[str, Path], how: str, kind: str, world_size: int, forked: Run
 ) -> None:
     folder = folders[kind]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [start(folder, how, rank, world_size, port) for rank in range(world_size)]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
+    ended = forked(str(WORKER), str(folder), how, ranks=world_size)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     for rank in range(world_size):
         held, whole, resident = torch.load(folder / f"held{rank}.pt")
         share = whole / world_size

@@ -63,10 +63,10 @@ def test_resume_is_bit_for_bit(train, read, tmp_path: Path, ranks: int, settings
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in read.weights(whole).items())
 
 
-def test_written_config_repeats_the_run(train, vdr, read, tmp_path: Path) -> None:
+def test_written_config_repeats_the_run(train, forked, read, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert train(first, settings={"disagreement.mode": "per_token", "train.eval_every": 1}).returncode == 0
-    ended = vdr("train", str(first / "config.yaml"), "--output", str(second))
+    ended = forked("train", str(first / "config.yaml"), "--output", str(second))
     assert ended.returncode == 0, ended.stderr
     assert read.metrics(first) == read.metrics(second)
     assert (first / "config.yaml").read_text() == (second / "config.yaml").read_text()
@@ -137,7 +137,7 @@ def test_another_number_of_processes_carries_weights_and_moments_exactly(train, 
         assert ended.returncode == 0, ended.stderr
         assert all(torch.equal(tensor, expected[name]) for name, tensor in optimizer_state(last).items())
     assert all(torch.equal(t, read.weights(last)[name]) for name, t in read.weights(tmp_path / "2").items())
-    ended = train(last, "--resume", "auto", processes=3, settings={**settings, "train.steps": 2})
+    ended = train(last, "--resume", "auto", ranks=3, settings={**settings, "train.steps": 2})
     assert ended.returncode == 0, ended.stderr
     assert [line["step"] for line in read.metrics(last)] == [2]
 

@@ -12,35 +12,41 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts" / "bench" / "gpu"))
+PROGRAMS = ROOT / "scripts" / "bench" / "gpu"
+sys.path.insert(0, str(PROGRAMS))
 
 import check as gpu_check  # noqa: E402
 
-from tests.conftest import environment  # noqa: E402
+from tests.conftest import Run, environment  # noqa: E402
+
+IN_FORKS = ("step-plain", "step-bonus", "step-trl", "step-zero2-micro64", "decode", "disagreement", "profile")
+
+
+@pytest.mark.integration
+def test_parts_run_at_toy_size_as_typed(tmp_path: Path) -> None:
+    parts = ("machine", "starter-float32")
+    command = ["bash", "scripts/gpu_check.sh", "--dry-run", "--only", ",".join(parts), "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
+    for part in parts:
+        result = json.loads((tmp_path / f"{part}.json").read_text())
+        assert done.returncode == 0, f"{done.stdout}{result.get('log')}"
+        assert result["ok"] and result["headlines"]
+        assert part in done.stdout
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "part",
-    [
-        "machine",
-        "starter-float32",
-        "step-plain",
-        "step-bonus",
-        "step-trl",
-        "step-zero2-micro64",
-        "decode",
-        "disagreement",
-        "profile",
-    ],
+    [part for stage in gpu_check.STAGES for part in stage if part.name in IN_FORKS],
+    ids=lambda part: part.name,
 )
-def test_every_part_runs_at_toy_size(part: str, tmp_path: Path) -> None:
-    command = ["bash", "scripts/gpu_check.sh", "--dry-run", "--only", part, "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
-    result = json.loads((tmp_path / f"{part}.json").read_text())
-    assert done.returncode == 0, f"{done.stdout}{result.get('log')}"
-    assert result["ok"] and result["headlines"]
-    assert part in done.stdout
+def test_every_other_part_runs_at_toy_size(part: Any, tmp_path: Path, forked: Run) -> None:
+    file = tmp_path / "result.json"
+    places = ["--json", str(file), "--work", str(tmp_path), "--toy"]
+    ended = forked(str(PROGRAMS / part.script), *part.arguments, *places)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result = json.loads(file.read_text())
+    assert result.get("ok", True) and result["headlines"]
 
 
 @pytest.fixture

@@ -54,6 +54,8 @@ def main() -> None:
     device_of(args.toy)
     steps, short_steps = (2, 2) if args.toy else (120, 10)
     run, one, other = (args.work / f"starter-{args.dtype}-{name}" for name in ("run", "one", "other"))
+    one = run if steps == short_steps else one
+    runs = {run: steps, one: short_steps, other: short_steps}
 
     def train(output: Path, count: int) -> float:
         settings = [f"model.dtype={args.dtype}", "observe.live=off", "observe.report=false"]
@@ -61,7 +63,7 @@ def main() -> None:
         return vdr("train", "--steps", count, "--output", output, *sets)
 
     with ThreadPoolExecutor(3) as pool:
-        trained, *_ = pool.map(train, (run, one, other), (steps, short_steps, short_steps))
+        trained, *_ = pool.map(train, runs, runs.values())
     table, scores = args.work / f"eval-{args.dtype}.json", args.work / f"scores-{args.dtype}.parquet"
     evaluated = vdr("eval", "starter", run, "--json", table, *(["--prompts", 8] if args.toy else []))
     scored = vdr("score", run, "--model", run, "-o", scores)

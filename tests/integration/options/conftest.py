@@ -24,9 +24,12 @@ BASE = {
     "train.prompts_per_step": 5,
     "train.micro_batch_size": 8,
     "train.steps": 1,
+    "train.checkpoint_every": 0,
+    "train.keep_last": 9,
     "disagreement.mode": "none",
     "observe.tensorboard": False,
     "observe.completions_every": 1,
+    "observe.audit_every": 0,
     "observe.report": False,
     "observe.live": "off",
 }
@@ -38,15 +41,26 @@ SHARDED = {
 }
 
 Run = tuple[str, dict[str, Any]] | tuple[str, dict[str, Any], str]
-"""The run directory's name, what differs from BASE, and in some a planted fault. The same name again: resumed."""
+"""The run directory's name, what differs from BASE, and in some a planted fault. The same name again: resumed.
+NAME@STEP: a run in the directory NAME_resumed, from that checkpoint of the run NAME. A run whose train.checkpoint_every
+is 0 leaves none."""
+
+
+def name_of(place: str) -> str:
+    """The directory of a run's name, or of NAME@STEP."""
+    source, resumes, _ = place.partition("@")
+    return f"{source}_resumed" if resumes else source
 
 
 def entries(folder: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The runs as worker.py reads them."""
     found: list[dict[str, Any]] = []
-    for name, settings, *plant in runs:
+    for place, settings, *plant in runs:
+        source, _, step = place.partition("@")
+        name = name_of(place)
         full = {**BASE, "engine.ds_config": f"{folder}/sharded.json", **settings, "train.output": f"{folder}/{name}"}
-        resume = "auto" if name in [entry["name"] for entry in found] else None
+        again = "auto" if name in [entry["name"] for entry in found] else None
+        resume = f"{folder}/{source}/checkpoints/step_{int(step):06d}" if step else again
         found.append({"name": name, "settings": full, "resume": resume, "plant": plant[0] if plant else None})
     return found
 
@@ -121,7 +135,8 @@ def chosen(request: pytest.FixtureRequest) -> Callable[[Sequence[Run]], list[Run
     """chosen(runs): those that the selected tests of this file name; all where none of these names any."""
     items = [item for item in request.session.items if item.path == request.path]
     wanted = set().union(*map(named_runs, items))
-    return lambda runs: [run for run in runs if run[0] in wanted or not wanted]
+    wanted |= {name.removesuffix("_resumed") for name in wanted}
+    return lambda runs: [run for run in runs if name_of(run[0]) in wanted or not wanted]
 
 
 @pytest.fixture

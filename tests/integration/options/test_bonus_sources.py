@@ -42,17 +42,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Left:
     (folder / "sharded.json").write_text(json.dumps({"zero_optimization": SHARDED}))
     (folder / "mine.py").write_text(MINE)
     alone = [(f"{name}_one", settings(folder, name, **LORA, **{"observe.audit_every": 1})) for name in NAMES]
-    short = {"train.steps": 2}
-    moved = [(f"{name}_moved", settings(folder, name, **short)) for name in NAMES]
     stayed = [(f"{name}_stayed", settings(folder, name)) for name in NAMES]
+    moved = [(f"{name}_stayed@2", settings(folder, name)) for name in NAMES]
     split = {**LORA, "train.micro_batch_size": 3}
-    pairs = [(f"{name}_two", settings(folder, name, **split)) for name in NAMES]
-    for name in NAMES:
-        pairs += [(f"{name}_again", settings(folder, name, **split, **more)) for more in (short, {})]
-    on = entries(folder, [(f"{name}_moved", settings(folder, name)) for name in NAMES])
+    pairs = [(f"{name}_two{at}", settings(folder, name, **split)) for name in NAMES for at in ("", "@2")]
     jobs = [
-        {"ranks": 1, "runs": entries(folder, [*alone, *moved, *stayed])},
-        {"ranks": 2, "runs": [*entries(folder, pairs), *({**each, "resume": "auto"} for each in on)]},
+        {"ranks": 1, "runs": entries(folder, [*alone, *stayed])},
+        {"ranks": 2, "runs": entries(folder, [*pairs, *moved])},
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(WORKER), str(folder)]
@@ -87,15 +83,15 @@ def test_ranks_and_micro_batches_do_not_matter(trained: Left, name: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_the_same_run_to_the_bit(trained: Left, name: str) -> None:
-    assert trained.metrics(f"{name}_again") == trained.metrics(f"{name}_two")
-    assert trained.table(f"{name}_again", 3) == trained.table(f"{name}_two", 3)
+    assert trained.metrics(f"{name}_two_resumed") == trained.metrics(f"{name}_two")[2:]
+    assert trained.table(f"{name}_two_resumed", 3) == trained.table(f"{name}_two", 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_with_another_number_of_ranks(trained: Left, name: str) -> None:
-    found, expected = (trained.table(f"{name}_{how}", 3) for how in ("moved", "stayed"))
+    found, expected = (trained.table(f"{name}_{how}", 3) for how in ("stayed_resumed", "stayed"))
     assert found["completion_ids"] == expected["completion_ids"]
-    moved, stayed = (numbers(trained, f"{name}_{how}", name, 3) for how in ("moved", "stayed"))
+    moved, stayed = (numbers(trained, f"{name}_{how}", name, 3) for how in ("stayed_resumed", "stayed"))
     assert moved == pytest.approx(stayed, rel=2e-3, abs=2e-5)
 
 
@@ -113,7 +109,7 @@ def test_the_audit_recomputes_the_bonus_or_says_that_it_cannot(trained: Left, na
         assert f"{name} of completions" in compared
 
 
-@pytest.mark.parametrize("how", ["one", "two", "again"])
+@pytest.mark.parametrize("how", ["one", "two"])
 def test_counts_are_those_of_a_dict_over_the_runs_own_completions(trained: Left, how: str) -> None:
     seen = Counter[tuple[str, str]]()
     for step in (1, 2, 3):

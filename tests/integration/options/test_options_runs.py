@@ -40,6 +40,7 @@ AHEAD = {
     "rollout.backend": "vllm",  # the worker samples in its own process all the same
     "train.learning_rate": 5e-3,
     "train.checkpoint_every": 2,
+    "train.steps": 4,
     "train.eval_every": 2,
     "train.eval_prompts": 3,
     "disagreement.mode": "end_of_sequence",
@@ -56,42 +57,40 @@ KL = [("k2", "loss"), ("k3", "loss"), ("k1", "reward"), ("k2", "reward"), ("k3",
 
 
 def training_runs(folder: Path) -> list[Run]:
-    """In order; the same directory again: resumed."""
-    lora = {**PER_TOKEN, "model.lora": LORA, "grpo.beta": 0.1}
-    synced = {**PER_TOKEN, "grpo.beta": 0.1, "grpo.sync_reference_every": 2, "train.checkpoint_every": 2}
+    """In order."""
+    lora = {**PER_TOKEN, "model.lora": LORA, "grpo.beta": 0.1, "train.steps": 3, "train.checkpoint_every": 1}
+    synced = {**PER_TOKEN, "grpo.beta": 0.1, "grpo.sync_reference_every": 2, "train.checkpoint_every": 1}
+    synced["train.steps"] = 4
+    minibatches = {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}
+    acting = {**ACTING, "train.steps": 3, "train.checkpoint_every": 1}
+    adaptive = {**ADAPTIVE, "train.steps": 4, "train.checkpoint_every": 2}
     flat = [{"name": f"{folder}/mine.py:flat"}]
     two = [{"name": "countdown"}, {"name": f"{folder}/mine.py:digits", "weight": 0.5}]
     twice = {"train.steps": 2, "grpo.num_iterations": 2}
     return [
         ("plain", {}),
         ("plain2", {"train.steps": 2}),
-        ("lora", {**lora, "train.steps": 3, "train.checkpoint_every": 2}, "two_passes"),
-        ("lora_parts", {**lora, "train.steps": 2}, "two_passes"),
-        ("lora_parts", {**lora, "train.steps": 3}, "two_passes"),
-        ("synced", {**synced, "train.steps": 4}),
-        ("synced_parts", {**synced, "train.steps": 3}),
-        ("synced_parts", {**synced, "train.steps": 4}),
+        ("lora", lora, "two_passes"),
+        ("lora@2", lora, "two_passes"),
+        ("synced", synced),
+        ("synced@3", synced),
         *[(f"{kl}_{at}", {"train.steps": 2, "grpo.beta": 0.5, "grpo.kl": kl, "grpo.kl_in": at}) for kl, at in KL],
-        ("iterations", twice),
-        ("minibatches", {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}),
-        ("minibatches_parts", {"train.steps": 5, **MINIBATCHES}),
-        ("minibatches_parts", {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}),
-        ("resample", {"grpo.resample_groups": 3}),
+        ("iterations", {**twice, "train.checkpoint_every": 2}),
+        ("minibatches", minibatches),
+        ("minibatches@5", minibatches),
+        ("resample", {"grpo.resample_groups": 3, "train.checkpoint_every": 1}),
         ("quantile", {"grpo.top_entropy_quantile": 0.2}),
         ("entropy", {**twice, "grpo.entropy_weight": 1.0, "rewards.functions": flat}),
-        ("acting", {**ACTING, "train.steps": 3}),
-        ("acting_parts", {**ACTING, "train.steps": 2}),
-        ("acting_parts", {**ACTING, "train.steps": 3}),
-        ("adaptive", {**ADAPTIVE, "train.steps": 4}),
-        ("adaptive_parts", {**ADAPTIVE, "train.steps": 2}),
-        ("adaptive_parts", {**ADAPTIVE, "train.steps": 4}),
+        ("acting", acting),
+        ("acting@2", acting),
+        ("adaptive", adaptive),
+        ("adaptive@2", adaptive),
         ("no_entropy", {"rewards.functions": flat}),
         ("truncated", {"grpo.mask_truncated": True, "rollout.max_new_tokens": 6, "grpo.top_entropy_quantile": 0.3}),
         ("overlong", {"grpo.overlong_cache": 3}),
         ("capped", {"grpo.importance_cap": 0.5, "train.max_grad_norm": 0.0}),
-        ("ahead", {**AHEAD, "train.steps": 4}),
-        ("ahead_parts", {**AHEAD, "train.steps": 2}),
-        ("ahead_parts", {**AHEAD, "train.steps": 4}),
+        ("ahead", AHEAD),
+        ("ahead@2", AHEAD),
         ("unmoved", {"train.steps": 3, "train.learning_rate": 1e-30}),
         ("normalised", {"grpo.multi_reward": "normalise_then_sum", "rewards.functions": two}),
         ("masked", {}, "masked"),
@@ -109,16 +108,22 @@ def test_every_run_ends_well(left: Left) -> None:
     assert set(left.ended.values()) == {"0"}
 
 
+def assert_resumed(left: Left, run: str, step: int) -> None:
+    """From this step's checkpoint on, the run is the same to the bit: its metrics, its weights."""
+    after = [line for line in left.metrics(run) if line["step"] > step]
+    assert after and left.metrics(f"{run}_resumed") == after
+    whole, parts = left.weights(run), left.weights(f"{run}_resumed")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
 # ---- completions of the step before --------------------------------------------------------------------------------
 
 
-@pytest.mark.runs("ahead", "ahead_parts")
+@pytest.mark.runs("ahead", "ahead_resumed")
 def test_ahead_resumes_bit_for_bit(left: Left) -> None:
-    assert left.metrics("ahead") == left.metrics("ahead_parts")
-    for step in range(1, 5):
-        assert left.table("ahead", step) == left.table("ahead_parts", step)
-    whole, parts = left.weights("ahead"), left.weights("ahead_parts")
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert_resumed(left, "ahead", 2)
+    for step in (3, 4):
+        assert left.table("ahead", step) == left.table("ahead_resumed", step)
 
 
 @pytest.mark.runs("ahead", "unmoved")
@@ -136,11 +141,9 @@ def test_ahead_samples_under_the_weights_before_and_corrects_for_it(left: Left) 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.runs("lora", "lora_parts")
+@pytest.mark.runs("lora", "lora_resumed")
 def test_lora_resumes_bit_for_bit(left: Left) -> None:
-    assert left.metrics("lora") == left.metrics("lora_parts")
-    whole, parts = left.weights("lora"), left.weights("lora_parts")
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert_resumed(left, "lora", 2)
     assert left.update("lora").norm() > 0
 
 
@@ -207,12 +210,12 @@ def test_kl_in_the_reward_is_in_the_advantages(left: Left) -> None:
     assert of("k1_reward", 2) != of("plain2", 2)
 
 
-@pytest.mark.runs("synced", "synced_parts")
+@pytest.mark.runs("synced", "synced_resumed")
 def test_synchronised_reference_is_the_policy_and_survives_a_resume(left: Left) -> None:
     kl = [line["kl"] for line in left.metrics("synced")]
     assert kl[0] == 0.0 and kl[1] > 0.0 and kl[2] == 0.0 and kl[3] > 0.0
-    assert left.metrics("synced") == left.metrics("synced_parts")
-    for whole, parts in zip(left.probes("synced"), left.probes("synced_parts"), strict=True):
+    assert_resumed(left, "synced", 3)
+    for whole, parts in zip(left.probes("synced"), left.probes("synced_resumed"), strict=True):
         assert torch.equal(whole["logits"], parts["logits"])
         assert torch.equal(whole["reference"], parts["reference"])
     checkpoints = left.of("synced") / "checkpoints"
@@ -222,23 +225,19 @@ def test_synchronised_reference_is_the_policy_and_survives_a_resume(left: Left) 
 # ---- options of the loss and the batch -----------------------------------------------------------------------------
 
 
-@pytest.mark.runs("minibatches", "minibatches_parts")
+@pytest.mark.runs("minibatches", "minibatches_resumed")
 def test_minibatches_take_a_step_each_and_resume_bit_for_bit(left: Left) -> None:
-    assert left.metrics("minibatches") == left.metrics("minibatches_parts")
+    assert_resumed(left, "minibatches", 5)
     assert [line["step"] for line in left.metrics("minibatches")] == [5, 10]
     line = left.metrics("minibatches")[0]
     assert line["denominator/completions"] == 4.0 and line["denominator/tokens"] == line["step_tokens"] / 5
     assert line["ratio/max"] > 1.0 and line["sampling/sampling_logp_difference/max"] < 1e-4
-    whole, parts = left.weights("minibatches"), left.weights("minibatches_parts")
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
-@pytest.mark.runs("acting", "acting_parts", "plain")
+@pytest.mark.runs("acting", "acting_resumed", "plain")
 def test_members_act_and_resume_bit_for_bit(left: Left) -> None:
     lines = left.metrics("acting")
-    assert lines == left.metrics("acting_parts")
-    whole, parts = left.weights("acting"), left.weights("acting_parts")
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert_resumed(left, "acting", 2)
     assert left.table("acting")["completion_ids"] != left.table("plain")["completion_ids"]
     assert lines[0]["sampling/sampling_logp_difference/mean"] > 1e-2
     assert lines[0]["sampling/importance_sampling_ratio/max"] <= 2.0 and lines[0]["ratio/max"] == 1.0
@@ -250,13 +249,10 @@ def test_members_act_alike_on_any_number_of_ranks(left: Left) -> None:
     assert one["completion_ids"] == two["completion_ids"] and one["row"] == two["row"]
 
 
-@pytest.mark.runs("adaptive", "adaptive_parts")
+@pytest.mark.runs("adaptive", "adaptive_resumed")
 def test_the_adaptive_entropy_bonus_rises_and_resumes(left: Left) -> None:
-    lines = left.metrics("adaptive")
-    assert lines == left.metrics("adaptive_parts")
-    assert [line["entropy_coef"] for line in lines] == [0.0, 0.25, 0.5, 0.5]
-    whole, parts = left.weights("adaptive"), left.weights("adaptive_parts")
-    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+    assert_resumed(left, "adaptive", 2)
+    assert [line["entropy_coef"] for line in left.metrics("adaptive")] == [0.0, 0.25, 0.5, 0.5]
 
 
 @pytest.mark.runs("minibatches")

@@ -20,8 +20,9 @@ Left = Any
 Run = tuple[Any, ...]
 """(name, what differs from BASE in conftest.py), and in some a third: the fault that is planted."""
 
-STAGES = ("zero1", "zero2", "zero3")
-BY_NAME = (*STAGES, "zero3_offload")
+BY_NAME = ("zero1", "zero2", "zero3", "zero3_offload")
+FAULTS = [("inf", 1.0, "zero1"), ("nan", 0.0, "zero2"), ("inf", 1.0, "zero3"), ("nan", 0.0, "zero3")]
+"""Losses that are not finite, on one of two ranks (tests/engine has both on one rank under every stage)."""
 LOSSES = get_args(GrpoConfig.model_fields["loss"].annotation)
 IN_PROPORTION = {"train.adam_epsilon": 1.0, "train.learning_rate": 1.0}
 """AdamW's step is then the gradient's multiple. At 1e-8 it is g / |g|, which is rounding wherever g is all but 0."""
@@ -38,8 +39,6 @@ MINIBATCHES = {**EVERY_TERM, "grpo.num_iterations": 1, "grpo.minibatches": 5, "t
 MUON = {"train.optimizer": "muon", "train.muon_learning_rate": 1e-3}
 OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "micro1": ({"train.micro_batch_size": 1}, ""),
-    "micro2": ({"train.micro_batch_size": 2}, ""),
-    "micro4": ({"train.micro_batch_size": 4}, ""),
     "shuffled": ({}, "shuffled"),
     "padded": ({}, "padded"),
     "two_passes": ({}, "two_passes"),
@@ -49,14 +48,17 @@ OTHERWISE: dict[str, tuple[dict[str, Any], str]] = {
     "sequence_micro2": ({"engine.sequence_parallel": 2, "train.micro_batch_size": 2}, "padded"),
 }
 """Ways to compute the same update: what differs in the settings, and what is planted."""
-SAME_UPDATE = [(loss, how) for loss in LOSSES for how in OTHERWISE if how == "micro1" or loss in ("dapo", "gspo")]
-"""Every loss in other micro-batches; a token's and a sequence's in every way (tests/grpo has all of each)."""
+SAME_UPDATE = [*[("dapo", how) for how in OTHERWISE], *[("gspo", how) for how in OTHERWISE if how != "onednn"]]
+"""A token's loss and a sequence's in every way; the other losses on one rank, whose micro-batches differ from those of
+two ranks (tests/grpo has all ways of each)."""
 
 
 def training_runs() -> list[Run]:
     consulted = {"disagreement.mode": "end_of_sequence", "grpo.beta": 0.1, "grpo.kl_in": "reward", "train.steps": 2}
     top = {**consulted, **IN_PROPORTION, "disagreement.scope": "last_k", "disagreement.last_k": 2}
     refuse = {**top, "train.max_refused_steps": 2, "train.steps": 4, "engine.ds_config": "zero3"}
+    refuse["train.checkpoint_every"] = 100
+    muon = {**MUON, "train.steps": 2, "train.checkpoint_every": 1}
     return [
         ("plain", {}),
         *[(f"by_name_{name}", {"engine.ds_config": name}) for name in BY_NAME],
@@ -64,20 +66,18 @@ def training_runs() -> list[Run]:
         ("bfloat16", {"model.dtype": "bfloat16"}),
         *[
             (f"{fault}_{stage}_clip{clip}", {"engine.ds_config": stage, "train.max_grad_norm": clip}, fault)
-            for fault, clip in (("nan", 0.0), ("inf", 1.0))
-            for stage in STAGES
+            for fault, clip, stage in FAULTS
         ],
         ("refused", refuse, "nan"),
         *[
             (f"members{M}", {"train.steps": 3, "disagreement.mode": "per_token", "disagreement.members": M})
-            for M in (2, 8, 32)
+            for M in (2, 32)
         ],
         ("members0", {"train.steps": 3}),
         ("recorded", top),
         ("unrecorded", top, "unrecorded"),
-        ("muon_two", {**MUON, "train.steps": 2}),
-        ("muon_resumed", {**MUON, "train.steps": 1}),
-        ("muon_resumed", {**MUON, "train.steps": 2}),
+        ("muon_two", muon),
+        ("muon_two@1", muon),
         ("minibatches_two", MINIBATCHES),
         ("minibatches_micro1", {**MINIBATCHES, "train.micro_batch_size": 1}),
         *[(f"{loss}_two", {**EVERY_TERM, "grpo.loss": loss}) for loss in LOSSES],
@@ -127,13 +127,13 @@ def test_minibatches_are_the_same_on_any_number_of_ranks(left: Left, how: str) -
     assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
 
 
-@pytest.mark.runs("muon_two", "muon_alone", "muon_resumed")
+@pytest.mark.runs("muon_two", "muon_alone", "muon_two_resumed")
 def test_muon_is_the_same_on_two_ranks_and_after_a_resume(left: Left) -> None:
     """To the rounding of an orthogonalisation in float16 on one and two ranks; to the bit when resumed."""
     assert left.distance(left.gradient("muon_two"), left.gradient("muon_alone")) <= 1e-5
     assert left.distance(left.update("muon_two"), left.update("muon_alone")) <= 5e-2
-    assert torch.equal(left.update("muon_resumed"), left.update("muon_two"))
-    assert left.metrics("muon_resumed") == left.metrics("muon_two")
+    assert torch.equal(left.update("muon_two_resumed"), left.update("muon_two"))
+    assert left.metrics("muon_two_resumed") == left.metrics("muon_two")[1:]
 
 
 @pytest.mark.runs("dapo_two", "dapo_alone", "minibatches_two", "minibatches_alone")
@@ -189,7 +189,7 @@ def test_bfloat16_trains(left: Left) -> None:
     assert left.update("bfloat16").norm() > 0
 
 
-@pytest.mark.runs(*(f"members{M}" for M in (2, 8, 32, 0)))
+@pytest.mark.runs(*(f"members{M}" for M in (2, 32, 0)))
 def test_gathers_do_not_depend_on_the_number_of_members(left: Left) -> None:
     """Nor their bytes; without a bonus there may be one gather less, of one copy of the weights at most."""
 
@@ -198,10 +198,10 @@ def test_gathers_do_not_depend_on_the_number_of_members(left: Left) -> None:
         assert counts == other
         return counts[-1][0] - counts[-2][0], counts[-1][1] - counts[-2][1]
 
-    two, eight, many, none = (last_step(f"members{M}") for M in (2, 8, 32, 0))
-    assert two == eight == many
+    two, many, none = (last_step(f"members{M}") for M in (2, 32, 0))
+    assert two == many
     assert none[0] > 0 and many[0] - none[0] <= 1
-    weights = sum(tensor.nbytes for tensor in left.weights("members8").values())
+    weights = sum(tensor.nbytes for tensor in left.weights("members2").values())
     assert none[1] > weights and many[1] - none[1] <= 1.1 * weights
 
 
@@ -218,8 +218,7 @@ def test_states_recorded_while_sampling_are_those_of_a_pass_of_their_own(left: L
 
 
 @pytest.mark.runs("{fault}_{stage}_clip{clip}")
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("fault", "clip"), [("nan", 0.0), ("inf", 1.0)])
+@pytest.mark.parametrize(("fault", "clip", "stage"), FAULTS)
 def test_a_loss_that_is_not_finite_on_one_rank_changes_no_weight(
     left: Left, fault: str, clip: float, stage: str
 ) -> None:

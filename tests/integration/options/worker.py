@@ -39,6 +39,7 @@ with importing():
     from vdr_cli.models import cpu_linear, limits
     from vdr_cli.system.processes import end_process
     from vdr_cli.training import opening
+    from vdr_cli.training.checkpointer import Checkpointer
     from vdr_cli.training.state import LoopState
 
 LEAST_WORK = cpu_linear.LEAST_WORK
@@ -121,6 +122,12 @@ def probed_complete(self: Any) -> None:
     complete(self)
 
 
+def saved_if_asked(self: Any, state: Any) -> None:
+    """No checkpoint at the end of a run that asks for none: nobody reads it."""
+    if self._resources.config.train.checkpoint_every:
+        save(self, state)
+
+
 def sampled_here(config: Any, *more: Any) -> Any:
     """A sampler in this process for both backends: what is tested of rollout.ahead is the loop's part of it."""
     return open_rollout(config.model_copy(update={"backend": "transformers"}), *more)
@@ -136,6 +143,7 @@ end_step, LoopState.end_step = LoopState.end_step, watched_end_step
 step, Engine.step = Engine.step, watched_step
 open_rollout, opening.open_rollout = opening.open_rollout, sampled_here
 complete, opening.Run.complete = opening.Run.complete, probed_complete
+save, Checkpointer.save = Checkpointer.save, saved_if_asked
 
 
 def work_through(runs: list[dict[str, Any]]) -> None:
