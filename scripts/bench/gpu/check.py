@@ -111,7 +111,8 @@ def run_stage(check: Check, stage: Sequence[Part]) -> None:
         time.sleep(0.1)
         now = time.monotonic()
         for part, process in list(running.items()):
-            late = now > min(began + part.limit, check.deadline)
+            limit = began + part.limit  # on a GPU: a dry run has all of the time, on whatever CPU there is
+            late = now > (check.deadline if check.dry_run else min(limit, check.deadline))
             if process.poll() is None and not late:
                 continue
             end_group(process)
