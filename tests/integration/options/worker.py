@@ -11,13 +11,16 @@ a step, and logits of the last policy and of its reference.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from vdr_cli.system.imports import importing
@@ -31,7 +34,7 @@ with importing():
     from vdr_cli import train
     from vdr_cli.config.load import load_config
     from vdr_cli.disagreement import reader
-    from vdr_cli.engine import build, collectives
+    from vdr_cli.engine import build, checkpoint, collectives
     from vdr_cli.engine.engine import Engine
     from vdr_cli.engine.processes import leave_process_group
     from vdr_cli.errors import VdrError
@@ -128,6 +131,31 @@ def saved_if_asked(self: Any, state: Any) -> None:
         save(self, state)
 
 
+def serve_conversions(requests: int, answers: int) -> NoReturn:
+    """DeepSpeed's converter in forks of this process: alone it imports for seconds. Lines in, exit codes out."""
+    converter = importlib.import_module("deepspeed.checkpoint.ds_to_universal")
+    with os.fdopen(requests) as lines, os.fdopen(answers, "w") as codes:
+        for line in lines:
+            child = os.fork()
+            if child == 0:
+                sys.argv = ["ds_to_universal", *json.loads(line)]
+                try:
+                    converter.main(converter.parse_arguments())
+                except BaseException:
+                    traceback.print_exc()
+                    end_process(1)
+                end_process(0)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=codes, flush=True)
+    end_process(0)
+
+
+def converted_in_a_fork(command: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+    """In the place of subprocess.run in engine/checkpoint.py; `command` is python -m MODULE and its arguments."""
+    os.write(conversions[1], json.dumps(command[3:]).encode() + b"\n")
+    code = int(os.read(conversions[2], 16))
+    return subprocess.CompletedProcess(command, code, "", f"exit code {code}")
+
+
 def sampled_here(config: Any, *more: Any) -> Any:
     """A sampler in this process for both backends: what is tested of rollout.ahead is the loop's part of it."""
     return open_rollout(config.model_copy(update={"backend": "transformers"}), *more)
@@ -144,6 +172,7 @@ step, Engine.step = Engine.step, watched_step
 open_rollout, opening.open_rollout = opening.open_rollout, sampled_here
 complete, opening.Run.complete = opening.Run.complete, probed_complete
 save, Checkpointer.save = Checkpointer.save, saved_if_asked
+checkpoint.subprocess = SimpleNamespace(run=converted_in_a_fork)  # type: ignore[assignment]
 
 
 def work_through(runs: list[dict[str, Any]]) -> None:
@@ -203,4 +232,9 @@ def do(ranks: int, runs: list[dict[str, Any]]) -> bool:
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1], "jobs.json").read_text())
+    conversions = [*os.pipe(), *os.pipe()]
+    if os.fork() == 0:
+        for end in (conversions[1], conversions[2]):
+            os.close(end)
+        serve_conversions(conversions[0], conversions[3])
     sys.exit(not all(do(**job) for job in jobs))
