@@ -69,5 +69,5 @@ def test_words_that_the_shell_completes():
     assert offered["train.steps"] is None, "the shell offers what it offers anyway"
     assert completion("engine.ds_config") is ds_configs
     Path("zero_mine.json").write_text("{}")
-    assert ds_configs("zero3") == ["zero3", "zero3_offload"]
+    assert ds_configs("zero3") == ["zero3", "zero3_hpz", "zero3_offload"]
     assert ds_configs("zero_") == ["zero_mine.json"]

@@ -21,7 +21,7 @@ from vdr_cli.engine.ds_config import (
 )
 from vdr_cli.errors import ConfigError
 
-NAMED = ("zero1", "zero2", "zero3", "zero3_offload")
+NAMED = ("zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz", "zeropp", "superoffload")
 
 
 def config(ds_config: str = "zero3", *overrides: str) -> Config:
@@ -37,11 +37,11 @@ def resolved(given: Config, on_gpu: bool = True, hidden_size: int = 64) -> DsCon
 def test_named_configurations_have_nothing_left_to_deepspeed(name: str) -> None:
     made = resolved(config(name))
     assert "auto" not in json.dumps(made)
-    assert zero_stage(made) == int(name[4])
+    assert zero_stage(made) == (int(name[4]) if name[4].isdigit() else 3)
     assert made["train_micro_batch_size_per_gpu"] == 8 and made["train_batch_size"] == 16
     assert made["gradient_accumulation_steps"] == 1, "micro-batches are counted by the loop"
     assert made["gradient_clipping"] == 1.0 and made["bf16"] == {"enabled": True}
-    assert ("offload_optimizer" in made["zero_optimization"]) == (name == "zero3_offload")
+    assert ("offload_optimizer" in made["zero_optimization"]) == (name in ("zero3_offload", "superoffload"))
 
 
 def test_buckets_follow_the_hidden_size() -> None:
@@ -53,6 +53,19 @@ def test_buckets_follow_the_hidden_size() -> None:
 
 def test_nothing_is_offloaded_from_a_cpu() -> None:
     assert "offload_optimizer" not in resolved(config("zero3_offload"), on_gpu=False)["zero_optimization"]
+
+
+def test_the_second_partition_of_weights_spans_a_host() -> None:
+    made = resolve_ds_config(config("zero3_hpz"), 8, hidden_size=64, bf16=True, on_gpu=False, ranks_per_host=4)
+    assert made["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("zeropp", "zero_quantized_weights"), ("superoffload", "offload_optimizer.super_offload")]
+)
+def test_what_needs_a_gpu_says_so(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^engine.ds_config {name}: zero_optimization.{key} needs CUDA GPUs; give"):
+        resolved(config(name), on_gpu=False)
 
 
 @pytest.mark.parametrize(("world_size", "expected"), [(1, 3), (2, 2), (4, 1), (6, 1)])
@@ -85,7 +98,7 @@ def test_a_bad_file_is_named(text: str, line: str, tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"engine.ds_config zero9: no such file and not one of zero1"):
+    with pytest.raises(ConfigError, match=r"engine.ds_config zero9: no such file and not one of superoffload, zero1"):
         ds_config_path("zero9")
 
 

@@ -41,6 +41,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         _hidden_size(config),
         bf16=dtype is torch.bfloat16,
         on_gpu=device.type == "cuda",
+        ranks_per_host=collectives.ranks_per_host(),
     )
     _check_zero_section(config.engine.ds_config, ds_config["zero_optimization"])
     if universal and config.train.optimizer == "muon":

@@ -5,6 +5,9 @@ Rule: no collective depends on a condition that only one rank knows. Errors are 
 
 from __future__ import annotations
 
+import math
+import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +34,14 @@ def even_shares(count: int) -> list[int]:
     """Shares of `count` things, by rank; they differ by at most one."""
     size = world_size()
     return [count * (each + 1) // size - count * each // size for each in range(size)]
+
+
+def ranks_per_host() -> int:
+    """The ranks on each host; where hosts have different numbers, the largest part of which all are multiples.
+
+    Collective.
+    """
+    return math.gcd(*Counter(gather_objects(socket.gethostname())).values())
 
 
 def barrier() -> None:

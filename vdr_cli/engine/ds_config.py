@@ -85,7 +85,9 @@ def read_ds_config(name: str) -> DsConfig:
     return loaded
 
 
-def resolve_ds_config(config: Config, world_size: int, hidden_size: int, bf16: bool, on_gpu: bool) -> DsConfig:
+def resolve_ds_config(
+    config: Config, world_size: int, hidden_size: int, bf16: bool, on_gpu: bool, ranks_per_host: int = 1
+) -> DsConfig:
     """The complete DeepSpeed configuration of a run.
 
     Micro-batches are counted by the loop (ranks may hold different numbers of them), so DeepSpeed sees
@@ -95,7 +97,9 @@ def resolve_ds_config(config: Config, world_size: int, hidden_size: int, bf16: b
     given = read_ds_config(name)
     _refuse_conflicts(name, given, config, world_size, bf16)
     resolved: DsConfig = {key: copy.deepcopy(value) for key, value in given.items() if key in PASSED_THROUGH}
-    resolved["zero_optimization"] = _resolve_zero(name, resolved.get("zero_optimization", {}), hidden_size, on_gpu)
+    resolved["zero_optimization"] = _resolve_zero(
+        name, resolved.get("zero_optimization", {}), hidden_size, on_gpu, ranks_per_host
+    )
     resolved["train_micro_batch_size_per_gpu"] = config.train.micro_batch_size
     resolved["gradient_accumulation_steps"] = 1
     resolved["train_batch_size"] = config.train.micro_batch_size * world_size
@@ -139,9 +143,9 @@ def micro_batches_per_rank(config: Config, world_size: int) -> int:
     return -(-groups * config.rollout.group_size // config.train.micro_batch_size)
 
 
-def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool) -> DsConfig:
+def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool, ranks_per_host: int) -> DsConfig:
     """Bucket sizes as the Hugging Face trainer sets them: h², 0.9 h², 10 h (h = hidden size); buckets of collectives
-    are never smaller than SMALLEST_BUCKET.
+    are never smaller than SMALLEST_BUCKET. ZeRO++'s second partition spans a host.
     """
     bucket = max(hidden_size**2, SMALLEST_BUCKET)
     autos = {
@@ -149,6 +153,7 @@ def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool) -> 
         "allgather_bucket_size": bucket,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_hpz_partition_size": ranks_per_host,
     }
     resolved = dict(zero)
     for key, value in zero.items():
@@ -156,12 +161,22 @@ def _resolve_zero(name: str, zero: DsConfig, hidden_size: int, on_gpu: bool) -> 
             if key not in autos:
                 raise ConfigError(f'engine.ds_config {name}: zero_optimization.{key} is "auto"; give a value')
             resolved[key] = autos[key]
+    if not on_gpu and (first := _needs_cuda(resolved)):
+        raise ConfigError(f"engine.ds_config {name}: zero_optimization.{first} needs CUDA GPUs; give zero3")
     for key in ("offload_optimizer", "offload_param"):
         if not on_gpu:
             resolved.pop(key, None)  # the accelerator's memory is the host's already
     if resolved.get("stage", 0) not in (0, 1, 2, 3):
         raise ConfigError(f"engine.ds_config {name}: zero_optimization.stage is {resolved['stage']}; give 0 to 3")
     return resolved
+
+
+def _needs_cuda(zero: DsConfig) -> str | None:
+    """The first key whose kernels or copies DeepSpeed has for CUDA alone."""
+    if (zero.get("offload_optimizer") or {}).get("super_offload"):
+        return "offload_optimizer.super_offload"
+    quantized = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
+    return next((key for key in quantized if zero.get(key)), None)
 
 
 def _refuse_conflicts(name: str, given: DsConfig, config: Config, world_size: int, bf16: bool) -> None:

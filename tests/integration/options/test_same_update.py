@@ -20,7 +20,7 @@ Left = Any
 Run = tuple[Any, ...]
 """(name, what differs from BASE in conftest.py), and in some a third: the fault that is planted."""
 
-BY_NAME = ("zero1", "zero2", "zero3", "zero3_offload")
+BY_NAME = ("zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz")
 FAULTS = [("inf", 1.0, "zero1"), ("nan", 0.0, "zero2"), ("inf", 1.0, "zero3"), ("nan", 0.0, "zero3")]
 """Losses that are not finite, on one of two ranks (tests/engine has both on one rank under every stage)."""
 LOSSES = get_args(GrpoConfig.model_fields["loss"].annotation)

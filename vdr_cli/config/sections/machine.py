@@ -12,7 +12,8 @@ from vdr_cli.config.sections.base import Positive, Section
 
 class EngineConfig(Section):
     ds_config: PathText = "zero3"
-    """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, or a path to a JSON file."""
+    """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, zero3_hpz, zeropp, superoffload, or a path to a JSON
+    file."""
     sequence_parallel: Positive = 1
     """Neighbouring ranks that hold parts of the same completions in the update (Ulysses), so that each keeps this
     fraction of a row's activations; a divisor of the processes and of the model's heads. 1: whole rows on every
