@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.environments.conftest import tokenizer_of
-from vdr_cli.config import RolloutConfig
+from vdr_cli.config import Config, RolloutConfig
 from vdr_cli.data.prompts import Limits
 from vdr_cli.environments.contract import load_contract
 from vdr_cli.environments.episodes import Environments, ManyTurns
@@ -186,3 +187,26 @@ def test_the_constructor_of_an_instance_may_fail(tmp_path: Path) -> None:
     own = environments(tmp_path, GAME.replace("self.guesses, self", "raise OSError('no display'); self.guesses, self"))
     with pytest.raises(DataError, match="its constructor raised: OSError: no display"):
         own.begin(prompts(own.tokenizer), 1)
+
+
+def test_the_model_must_be_long_enough_for_an_episode() -> None:
+    settings: Any = {"environment": "x.py:Game", "max_new_tokens": 16, "max_turns": 4}
+    cfg, config = RolloutConfig(**settings), LlamaConfig(max_position_embeddings=64)
+    with pytest.raises(ConfigError, match=r"^rollout.episode_tokens 64: the model reads 64"):
+        Limits.of(config, cfg.completion_tokens, cfg.length_setting)
+    room = Limits.of(config, RolloutConfig(**settings, episode_tokens=40).completion_tokens, cfg.length_setting)
+    assert room.prompt_tokens == 24 and room.setting == "rollout.episode_tokens"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a server": ({"rollout": {"environment": "x.py:Game", "backend": "vllm"}}, "samples one turn: set backend"),
+    "no turns": ({"rollout": {"episode_tokens": 9}}, "episode_tokens is set without environment or tools"),
+    "elsewhere": ({"rollout": {"environment": "x.py:Game"}, "rewards": {"processes": 1}}, "set rewards.processes to 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_exclude_each_other(name: str) -> None:
+    settings, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(settings)

@@ -26,18 +26,21 @@ class Limits:
     vocabulary: int | None = None
     why: str = ""
     """Why prompts are limited below the model's own maximum."""
+    setting: str = "rollout.max_new_tokens"
+    """The setting that says how many tokens follow a prompt."""
 
     @classmethod
-    def of(cls, model_config: Any, max_new_tokens: int) -> Limits:
-        """The limits of a transformers configuration. ConfigError when it leaves no room for a prompt."""
+    def of(cls, model_config: Any, max_new_tokens: int, setting: str = "rollout.max_new_tokens") -> Limits:
+        """The limits of a transformers configuration. ConfigError when it leaves no room for a prompt.
+
+        max_new_tokens: tokens that may follow a prompt. setting: where that number comes from, for errors.
+        """
         length, vocabulary = usable_length(model_config), largest(language_part(model_config), "vocab_size")
         if length is None:
             return cls(None, vocabulary)
         if max_new_tokens >= length.tokens:
-            raise ConfigError(
-                f"rollout.max_new_tokens {max_new_tokens}: the model reads {length}, prompt included; give less"
-            )
-        return cls(length.tokens - max_new_tokens, vocabulary, length.why)
+            raise ConfigError(f"{setting} {max_new_tokens}: the model reads {length}, prompt included; give less")
+        return cls(length.tokens - max_new_tokens, vocabulary, length.why, setting)
 
 
 class PromptSet(Sequence[Prompt]):
@@ -113,7 +116,7 @@ class PromptSet(Sequence[Prompt]):
         if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
             raise DataError(
                 f"{self.where(index)}: the prompt has {len(ids)} tokens; the model's length leaves "
-                f"{limits.prompt_tokens} beside rollout.max_new_tokens{f' ({limits.why})' if limits.why else ''}: "
+                f"{limits.prompt_tokens} beside {limits.setting}{f' ({limits.why})' if limits.why else ''}: "
                 "set data.max_prompt_tokens, or remove the row"
             )
         return ids

@@ -8,7 +8,7 @@ of one kind, however many processes there are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     for name in request.models:
         named = name, request.model.revision, request.model.trust_remote_code
         tokenizer = loading.load_tokenizer(*named)
-        limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens)
+        limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens, request.rollout.length_setting)
         prompt_set = load_prompts(request.data, "eval", tokenizer, limits, contract.schemas if contract else [])
         check_columns(rewards, prompt_set.columns)
         check_templates(rewards, prompt_set.has_messages)
@@ -205,7 +205,9 @@ def _sample_chunk(
     measured = {} if ensemble is None else {"disagreement": _mean_bald(model, completions, n, ensemble).reshape(shape)}
     if (known := known_classes(rewards, prompts, timeout)) is not None:
         measured["known_classes"] = known
-    measured |= _of_turns(episodes.counts, shape)
+    if environments is not None:
+        names = TURN_MEASURES if environments.contract.tools else ("turns",)
+        measured |= _of_turns(episodes.counts or [], names, shape)
     return completions, measured | {
         "texts": [_as_text(text) for text in texts],
         "classes": solution_classes(rewards, repeated, texts, ids, timeout),
@@ -223,11 +225,9 @@ def _as_text(completion: Any) -> str:
     return "\n".join(f"[{message['role']}] {message['content']}" for message in completion)
 
 
-def _of_turns(counts: list[Counts] | None, shape: tuple[int, int]) -> dict[str, Any]:
-    """Numbers of each episode by the name of their measure, (prompts, n); nothing where completions are one turn."""
-    if counts is None:
-        return {}
-    found = {name: [getattr(each, name) for each in counts] for name in TURN_MEASURES}
+def _of_turns(counts: list[Counts], names: Iterable[str], shape: tuple[int, int]) -> dict[str, Any]:
+    """These numbers of each episode, (prompts, n) by name."""
+    found = {name: [getattr(each, name) for each in counts] for name in names}
     return {name: np.array(values, dtype=np.float64).reshape(shape) for name, values in found.items()}
 
 

@@ -191,7 +191,7 @@ def _read_inputs(config: Config) -> _Inputs:
     model = config.model
     named = model.name, model.revision, model.trust_remote_code
     tokenizer = load_tokenizer(*named)
-    limits = Limits.of(load_model_config(*named), config.rollout.completion_tokens)
+    limits = Limits.of(load_model_config(*named), config.rollout.completion_tokens, config.rollout.length_setting)
     contract = load_contract(config.rollout.environment, config.rollout.tools)
     tools = contract.schemas if contract else []
     prompts = load_prompts(config.data, "train", tokenizer, limits, tools)

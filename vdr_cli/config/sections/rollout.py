@@ -101,6 +101,11 @@ class RolloutConfig(Section):
             return self.max_new_tokens
         return self.episode_tokens or self.max_turns * self.max_new_tokens
 
+    @property
+    def length_setting(self) -> str:
+        """The setting that bounds a completion, as errors name it."""
+        return "rollout.episode_tokens" if self.takes_turns else "rollout.max_new_tokens"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.takes_turns and self.backend == "vllm":
