@@ -23,7 +23,7 @@ from harness import ROOT, parser_of, write_results
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
-from vdr_cli.beds.registry import BEDS, Bed
+from vdr_cli.beds.registry import Bed, with_answers
 from vdr_cli.rewards.loading import find_function
 from vdr_cli.stats.bootstrap import interval, resampled_ratios
 
@@ -82,7 +82,7 @@ def main() -> None:
     arguments = parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     results = {}
-    for bed in BEDS.values():
+    for bed in with_answers():
         results[bed.name] = measured(bed)
         print(json.dumps({bed.name: results[bed.name]}, indent=1), flush=True)
     write_results(arguments.json, results)

@@ -148,7 +148,7 @@ def pretrain(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bed", choices=BEDS)
+    parser.add_argument("bed", choices=PRETRAINING)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the seconds that it took here")
     parser.add_argument("--seed", type=int, default=0)

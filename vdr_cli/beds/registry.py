@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from vdr_cli.beds import countdown, routes
+from vdr_cli.beds import countdown, guess, routes
 from vdr_cli.beds.gym import is_suite
 
 _SHIPPED = Path(__file__).resolve().parent / "shipped"
@@ -25,12 +25,12 @@ class Bed:
     name: str
     about: str
     """The task in a few words."""
-    reward: str
-    """Built-in reward function of the rows; it also knows their solution classes."""
+    reward: str | None
+    """Built-in reward function of the rows; it also knows their solution classes. None: the environment's own."""
     rows: Callable[[str], list[dict[str, Any]]]
     """Dataset rows of a split, each with its `prompt`. KeyError on an unknown split."""
-    answers: Callable[[dict[str, Any]], tuple[str, ...]]
-    """Every right completion of a row, enumerated."""
+    answers: Callable[[dict[str, Any]], tuple[str, ...]] | None
+    """Every right completion of a row, enumerated; None: it is a game of several turns."""
 
     @property
     def model_path(self) -> Path:
@@ -70,6 +70,7 @@ BEDS = {
             rows=routes.rows,
             answers=lambda row: routes.answers(routes.problem_of(row)),
         ),
+        Bed("guess", "a hidden number in five guesses, a game of several turns", None, guess.rows, None),
     )
 }
 
@@ -79,3 +80,8 @@ def reward_of(data: str) -> str | None:
     if is_suite(data):
         return "reasoning_gym"
     return BEDS[data].reward if data in BEDS else None
+
+
+def with_answers() -> list[Bed]:
+    """The beds whose right completions can be enumerated."""
+    return [bed for bed in BEDS.values() if bed.answers is not None]

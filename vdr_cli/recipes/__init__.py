@@ -8,7 +8,7 @@ from pathlib import Path
 from vdr_cli.config.described import SCHEMA_FILE
 from vdr_cli.errors import ConfigError
 
-NAMES = ("starter", "countdown4", "routes", "tldr", "gsm8k", "7b", "32b")
+NAMES = ("starter", "countdown4", "routes", "guess", "tldr", "gsm8k", "7b", "32b")
 """Runs, from the smallest machine to the largest."""
 STUDIES = ("study",)
 """Files of `vdr study`."""

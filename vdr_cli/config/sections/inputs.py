@@ -23,7 +23,8 @@ class LoraConfig(Section):
 
 class ModelConfig(Section):
     name: PathText = "starter"
-    """An embedded bed (`starter`, `countdown4`, `routes`), a local directory in Hugging Face format, or a hub id."""
+    """An embedded bed (`starter`, `countdown4`, `routes`, `guess`), a local directory in Hugging Face format, or a hub
+    id."""
     revision: str | None = None
     """Hub branch, tag or commit; None: the default branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -38,8 +39,8 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     name: PathText = "starter"
-    """An embedded bed (`starter`, `countdown4`, `routes`), a hub id, a JSONL/CSV/Parquet file, a directory that
-    `datasets` can load, or tasks of reasoning-gym, `reasoning_gym:TASK[=WEIGHT],...` (extra: gym)."""
+    """An embedded bed (`starter`, `countdown4`, `routes`, `guess`), a hub id, a JSONL/CSV/Parquet file, a directory
+    that `datasets` can load, or tasks of reasoning-gym, `reasoning_gym:TASK[=WEIGHT],...` (extra: gym)."""
     options: dict[str, Any] = {}
     """Of `reasoning_gym`: `size` (1000 training problems), `eval_size` (200 held-out ones), `seed` (0), the generator's
     settings, with several tasks each under its task's name."""
