@@ -10,7 +10,7 @@ Everything is judged within groups, by ranks, because the order within a group i
 deep       Does it rank completions as an ensemble of independently trained models does? Beside it: how far two halves
            of that ensemble agree, and members made by Gaussian noise on the weights, with the same mean disagreement.
 wrong      Does it say more about being wrong than log-probability, entropy and length do? Partial rank correlations.
-visits     Is it lower for answers that training has visited more often?
+visits     Is it lower for answers that training has visited more often, and more so than log-probability explains?
 trained    Does training make it fall more on prompts that were trained on than on held-out ones?
 """
 
@@ -213,14 +213,20 @@ def deep(sampled: Sampled, models: Sequence[nn.Module], members: int) -> list[di
     return rows
 
 
-def wrongness(sampled: Sampled, found: Scores) -> dict[str, Any]:
-    """Correlation with being wrong, alone and given log-probability, entropy and length."""
-    groups, mask = list(sampled.groups()), sampled.batch.completion_mask
+def known(sampled: Sampled, groups: Sequence[list[int]]) -> list[list[Array]]:
+    """Ranks of what needs no ensemble: mean log-probability, mean entropy, length."""
+    mask = sampled.batch.completion_mask
     logps = token_logits(sampled.model, sampled.batch).log_softmax(-1)
     entropies = -(logps.exp() * logps).sum(-1)
     own = logps.gather(-1, sampled.batch.completion_ids[..., None]).squeeze(-1)
-    known = [reduce(own, mask), reduce(entropies, mask), mask.sum(1)]
-    given = [ranks(values.double().numpy(), groups) for values in known]
+    numbers = [reduce(own, mask), reduce(entropies, mask), mask.sum(1)]
+    return [ranks(values.double().numpy(), groups) for values in numbers]
+
+
+def wrongness(sampled: Sampled, found: Scores) -> dict[str, Any]:
+    """Correlation with being wrong, alone and given log-probability, entropy and length."""
+    groups = list(sampled.groups())
+    given = known(sampled, groups)
     wrong = ranks(sampled.wrong, groups)
     rows: dict[str, Any] = {"log-probability": {"alone": correlation(given[0], wrong)}}
     for measure, mode in COLUMNS:
@@ -230,7 +236,7 @@ def wrongness(sampled: Sampled, found: Scores) -> dict[str, Any]:
 
 
 def visits(sampled: Sampled, found: Scores, run: Path) -> dict[str, Any]:
-    """Correlation with how often training has seen the answer to this prompt."""
+    """Correlation with how often training has seen the answer to this prompt, alone and given those three numbers."""
     import pyarrow.parquet as pq
 
     counts: Counter[tuple[str, str]] = Counter()
@@ -239,14 +245,12 @@ def visits(sampled: Sampled, found: Scores, run: Path) -> dict[str, Any]:
         counts.update(zip(table["prompt"].to_pylist(), table["completion"].to_pylist(), strict=True))
     visited = np.array([counts[p, text] for p, text in zip(sampled.prompts, sampled.texts, strict=True)], np.float64)
     groups = [rows for rows in sampled.groups() if visited[rows].any()]
-    against = ranks(visited, groups)
-    return {
-        "prompts": len(groups),
-        **{
-            f"{measure} {mode}": correlation(ranks(found[measure, mode].double().numpy(), groups), against)
-            for measure, mode in COLUMNS
-        },
-    }
+    against, given = ranks(visited, groups), known(sampled, groups)
+    rows: dict[str, Any] = {"prompts": len(groups), "log-probability": {"alone": correlation(given[0], against)}}
+    for measure, mode in COLUMNS:
+        one = ranks(found[measure, mode].double().numpy(), groups)
+        rows[f"{measure} {mode}"] = {"alone": correlation(one, against), "partial": partial(one, against, given)}
+    return rows
 
 
 def main() -> None:
