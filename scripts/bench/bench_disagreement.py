@@ -178,6 +178,7 @@ def trimmed(batch: Completions, group_size: int) -> Completions:
         completion_ids=part.completion_ids[:, :4],
         completion_mask=part.completion_mask[:, :4],
         sampler_logps=part.sampler_logps[:, :4],
+        policy_mask=part.policy_mask[:, :4],
     )
 
 

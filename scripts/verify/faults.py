@@ -66,8 +66,8 @@ LOOP = _of(
     (
         "temperature 1 in the update",
         "train.py",
-        "engine.forward(*micro.tokens, cfg.rollout.temperature)",
-        "engine.forward(*micro.tokens, 1.0)",
+        "engine.forward(*micro.tokens, cfg.rollout.temperature, micro.policy_mask)",
+        "engine.forward(*micro.tokens, 1.0, micro.policy_mask)",
         "sapo",
     ),
     (
@@ -80,11 +80,11 @@ LOOP = _of(
     (
         "RMS updated after the bonus",
         "train.py",
-        """    state.rms.update(squares, count, first)
-    return 1.0 if cfg.scale == "none" else state.rms.value
+        """    rms.update(squares, count, first)
+    return 1.0 if cfg.scale == "none" else rms.value
 """,
-        """    before = state.rms.value
-    state.rms.update(squares, count, first)
+        """    before = rms.value
+    rms.update(squares, count, first)
     return 1.0 if cfg.scale == "none" else before
 """,
         "members",
@@ -134,8 +134,8 @@ LOOP = _of(
     (
         "every iteration is its own old policy",
         "train.py",
-        "micro.inputs(logps, updates.old_logps(micro, index, logps, entropy), entropy)",
-        "micro.inputs(logps, logps.detach(), entropy)",
+        "micro.inputs(logps, old_logps, entropy, engine.router_balance())",
+        "micro.inputs(logps, logps.detach(), entropy, engine.router_balance())",
         "dapo",
     ),
     (
@@ -210,8 +210,8 @@ ENGINE = _of(
     (
         "norms and biases decay",
         "engine/optimizer.py",
-        'matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]',
-        'matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 0]',
+        "matrices = [p for p in parameters if dimensions(p) > 1]",
+        "matrices = [p for p in parameters if dimensions(p) > 0]",
         "zero1",
     ),
     (
@@ -276,14 +276,14 @@ AROUND = _of(
     (
         "the bonus column doubled",
         "training/completion_table.py",
-        "_per_completion(advantages.bonus, completions.completion_mask)",
-        "_per_completion(2 * advantages.bonus, completions.completion_mask)",
+        "_per_completion(advantages.bonus, completions.policy_mask)",
+        "_per_completion(2 * advantages.bonus, completions.policy_mask)",
         "members",
     ),
     (
         "the mean bonus counts padding",
         "training/record.py",
-        "bonus[batch.completions.completion_mask]",
+        "bonus[batch.completions.policy_mask]",
         "bonus",
         "credit",
     ),
@@ -339,8 +339,8 @@ AROUND = _of(
     (
         "the repetition penalty is left out",
         "training/opening.py",
-        "cfg.min_p, cfg.repetition_penalty,",
-        "cfg.min_p, 1.0,",
+        "        cfg.repetition_penalty,",
+        "        1.0,",
         "gspo",
     ),
     (
@@ -445,8 +445,8 @@ BONUS = _of(
     (
         "bald is credited to its own token",
         "exploration/disagreement.py",
-        'if measure == "bald":',
-        'if measure != "bald":',
+        'reward = next_own if measure == "bald" else own[:, t]',
+        'reward = next_own if measure != "bald" else own[:, t]',
         "credit",
     ),
     (
@@ -459,8 +459,8 @@ BONUS = _of(
     (
         "the discount is on the token itself",
         "exploration/disagreement.py",
-        "following = reward[:, t] + discount * following",
-        "following = discount * reward[:, t] + following",
+        "torch.where(valid[:, t], reward + discount * following, following)",
+        "torch.where(valid[:, t], discount * reward + following, following)",
         "credit",
     ),
     (
@@ -598,8 +598,8 @@ ELSEWHERE = [
         (
             "weights are 1",
             "rewards/loading.py",
-            "given = [(entry.name, entry.weight) for",
-            "given = [(entry.name, 1.0) for",
+            "        entry.weight,",
+            "        1.0,",
             "rewards",
         ),
     ),

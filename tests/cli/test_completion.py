@@ -24,7 +24,7 @@ def vdr(*arguments: str, **variables: str) -> str:
     [
         ("vdr sc", "score"),
         ("vdr score --mem", "--members"),
-        ("vdr recipes show g", "gsm8k"),
+        ("vdr recipes show gs", "gsm8k"),
         ("vdr train --bonus surp", "surprisal"),
     ],
 )

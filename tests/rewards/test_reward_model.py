@@ -143,7 +143,7 @@ def test_a_stream_asks_models_for_all_texts_at_the_end(tmp_path):
     ids = torch.zeros(2, 1, dtype=torch.long)
     part = Completions(ids, ids.bool(), ids, ids.bool(), ids.float(), ids[:, 0].bool())
     texts = {0: ["42", "6"], 1: ["hello", ""]}
-    stream = RewardStream(rewards, prompts, 2, 5.0, TrainerState(), lambda rows, _: texts[rows[0].row])
+    stream = RewardStream(rewards, prompts, 2, 5.0, TrainerState(), lambda rows, _: texts[rows[0] // 2])
     stream.finished([1], part)
     stream.finished([0], part)
     _, found = stream.result()
