@@ -35,7 +35,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def package_graph(root: Path) -> Graph:
-    """Which package (or module beside the packages) imports which."""
+    """The imports of each package, and of each module beside the packages."""
     names = modules(root)
     graph: Graph = {}
     for name, path in names.items():

@@ -28,7 +28,7 @@ def resources(**sections: Any) -> Any:
 def bonus_of(
     res: Any, batch: RewardedGroups, measure: list[float], step: int = 0, rms: RunningRms | None = None
 ) -> Tensor:
-    """What is added to advantages of 0."""
+    """The bonus that is added to advantages of 0."""
     task, state = torch.zeros(len(batch)), LoopState(step=step, rms=rms or RunningRms())
     signals = {"measure": torch.tensor(measure)}
     advantages, per_completion, bonus = train.add_bonus(res, state, batch, signals, batch.task_reward, task)

@@ -107,7 +107,7 @@ class Turn:
     """A turn that the policy has just ended."""
 
     row: int
-    """Of the call."""
+    """Row of the sampling call."""
     ids: list[int]
     """Tokens sampled in this turn."""
     ended: bool

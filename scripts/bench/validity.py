@@ -155,7 +155,7 @@ def with_interval(sums: Array, counts: Array) -> dict[str, float]:
 
 
 def without(explained: Sequence[Array], by: Sequence[Sequence[Array]]) -> list[Array]:
-    """What ordinary least squares over all groups' ranks leaves of `explained`."""
+    """The residuals of `explained` after ordinary least squares over all groups' ranks."""
     table = np.stack([np.concatenate(column) for column in by], 1)
     target = np.concatenate(explained)
     left = target - table @ np.linalg.lstsq(table, target, rcond=None)[0]

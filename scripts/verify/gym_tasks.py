@@ -38,7 +38,7 @@ def tasks() -> list[str]:
 
 
 def checked(task: str, rows: int) -> dict[str, Any]:
-    """What a task's rows and reference answers are like; `error` when it has none."""
+    """Findings about a task's rows and reference answers; `error` when it has none."""
     start = time.monotonic()
     name = f"reasoning_gym:{task}"
     try:

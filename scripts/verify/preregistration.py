@@ -1,4 +1,4 @@
-"""Whether the studies of record are what docs/evidence/preregistration.md promised, and came after it.
+"""Checks that the studies of record are those of docs/evidence/preregistration.md, and came after it.
 
     python scripts/verify/preregistration.py
 

@@ -104,7 +104,7 @@ def test_registry_does_not_load_torch():
 
 @pytest.mark.parametrize("name", ONE_TURN)
 def test_the_starting_model_almost_never_takes_some_solutions(name):
-    """What a method that keeps exploring could find and a sharpened start could not."""
+    """Solutions that a method that keeps exploring could find and a sharpened start could not."""
     bed = BEDS[name]
     classify = sys.modules[BUILT_IN[bed.reward].__module__].solution_class
     rare, groups = 0, bed.rows("test")[:64]

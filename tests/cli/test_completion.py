@@ -1,4 +1,4 @@
-"""What a shell's TAB offers, and the script that `--install-completion` writes."""
+"""A shell's TAB, and the script that `--install-completion` writes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What `vdr eval` writes beside its table, end to end on the starter; `vdr report` and its errors."""
+"""The files that `vdr eval` writes beside its table, end to end on the starter; `vdr report` and its errors."""
 
 import json
 import subprocess

@@ -12,7 +12,7 @@ from vdr_cli.launch import environment, reexec, watchdog
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happened, in order; nothing is started."""
+    """A record of what happened, in order; nothing is started."""
     seen: list[str] = []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

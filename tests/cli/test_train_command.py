@@ -188,7 +188,7 @@ def test_dry_run_with_all_prints_every_setting(started, capsys):
 
 
 def finished_run(directory: str, *arguments: str, seen: dict) -> Path:
-    """What a run leaves behind, as far as the command line looks at it."""
+    """A finished run's directory, as far as the command line looks at it."""
     assert app.run(["train", "--output", directory, *arguments]) == 0
     Path(directory).mkdir(parents=True)
     (Path(directory) / "config.yaml").write_text(dump_run_record(seen["config"]))

@@ -24,7 +24,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "P
 
 
 def missing() -> str | None:
-    """Why two hosts cannot be made here."""
+    """The reason that two hosts cannot be made here."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux (network namespaces)"
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"

@@ -1,4 +1,4 @@
-"""What the docs name exists: settings, flags, and the names of what one migrates from."""
+"""The docs name things that exist: settings, flags, and the names of what one migrates from."""
 
 from __future__ import annotations
 

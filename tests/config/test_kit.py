@@ -1,4 +1,4 @@
-"""What a maintainer relies on: pinned versions that satisfy pyproject.toml, and the files that tools read."""
+"""A maintainer's tools: pinned versions that satisfy pyproject.toml, and the files that tools read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must not change a number: padding, order, chunks, memory, shared prompts; and what must be left as found."""
+"""Padding, order, chunks, memory and shared prompts change no number, and the model is left as found."""
 
 import copy
 import math

@@ -19,7 +19,7 @@ SMALL = {
 
 @pytest.mark.parametrize(("kind", "more", "mode"), [("llama", {}, 2), ("mixtral", {"num_local_experts": 2}, 1)])
 def test_torch_is_asked_for_fixed_kernels_inside_the_block_only(kind: str, more: dict, mode: int) -> None:
-    """Where an operator may have none, torch goes on."""
+    """An operator without a deterministic form is no error."""
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](intermediate_size=16, **SMALL, **more))
     loss = model(input_ids=torch.tensor([[1, 2, 3]])).logits.square().sum()
     filled = torch.utils.deterministic.fill_uninitialized_memory

@@ -1,4 +1,4 @@
-"""What is gathered, and how models are loaded, stage by stage. With real ranks: test_gather_layer.py."""
+"""Gathering and loading, stage by stage. With real ranks: test_gather_layer.py."""
 
 from __future__ import annotations
 

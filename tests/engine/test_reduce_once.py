@@ -1,4 +1,4 @@
-"""When a layer's gradient may be reduced: after its last call has been gone back through. Without DeepSpeed."""
+"""A layer's gradient is reduced after backward has gone through its last call. Without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Policy(nn.Module):
 
 
 def ready(policy: Policy) -> list[bool]:
-    """What the layer's weight says at each of its calls' backwards, in order."""
+    """The layer's mark at each backward of its calls, in order."""
     said: list[bool] = []
     reduce_once(policy, [policy.layer])
     policy.layer.register_full_backward_pre_hook(

@@ -36,7 +36,7 @@ def test_token_credit_is_what_follows() -> None:
 
 
 def test_bald_at_the_token_itself_is_a_baseline() -> None:
-    """Why credit looks ahead: any f(prefix) times the score of the next token has zero expectation."""
+    """Credit looks ahead, because any f(prefix) times the score of the next token has zero expectation."""
     logits = torch.tensor([0.3, -0.2, 1.0], requires_grad=True)
     p = torch.softmax(logits, 0)
     expectation = sum(

@@ -70,7 +70,7 @@ def well(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def engine(folder: Path, start: Start, dtype: str) -> dict[str, Any]:
-    """What engine_worker.py found."""
+    """The results of engine_worker.py."""
     folder.mkdir()
     well(start(str(HERE / "engine_worker.py"), str(folder), dtype))
     return json.loads((folder / "found.json").read_text())  # type: ignore[no-any-return]

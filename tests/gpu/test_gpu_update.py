@@ -1,4 +1,4 @@
-"""What the update is made of, on the device: log-probabilities in chunks, losses; values and gradients in float64."""
+"""The parts of an update, on the device: log-probabilities in chunks, losses; values and gradients in float64."""
 
 from __future__ import annotations
 

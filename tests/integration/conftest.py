@@ -72,7 +72,7 @@ def train(sharded: str, vdr, forked) -> Callable[..., subprocess.CompletedProces
 
 
 class Reading:
-    """What a run left behind, for comparing."""
+    """The files of a run that are compared."""
 
     @staticmethod
     def metrics(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a user gets when something goes wrong inside a run: one line, the exit code, a checkpoint, nothing torn."""
+"""Faults inside a run: the user gets one line, the exit code and a checkpoint, and nothing is torn."""
 
 from __future__ import annotations
 

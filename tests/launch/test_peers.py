@@ -44,7 +44,7 @@ def star(world_size: int, timeout: float = 10.0) -> Iterator[list[Peers]]:
 
 
 def news(peers: Peers) -> Loss | None:
-    """What one rank learns within two seconds."""
+    """The news that reaches one rank within two seconds."""
     for _ in range(4):
         loss = peers.step(0.5)
         if loss is not None:

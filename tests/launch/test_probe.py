@@ -1,4 +1,4 @@
-"""What a host says about itself: files, disks, versions, and whether ranks could meet there."""
+"""A host's account of itself: files, disks, versions, and whether ranks could meet there."""
 
 from __future__ import annotations
 

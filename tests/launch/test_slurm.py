@@ -1,4 +1,4 @@
-"""What srun says about a task, and the scripts that start runs, with programs that only say how they were called."""
+"""srun's variables about a task, and the scripts that start runs, with programs that only say how they were called."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Where the hub does not answer, the cache is looked at without its client's minute of trying."""
+"""Without an answer from the hub the cache is used at once, without the client's minute of trying."""
 
 from __future__ import annotations
 

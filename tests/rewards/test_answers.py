@@ -1,4 +1,4 @@
-"""Where the answer stands in a completion."""
+"""The place of the answer in a completion."""
 
 import pytest
 

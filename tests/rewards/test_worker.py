@@ -1,4 +1,4 @@
-"""What a reward process answers, and reward files as modules that any process can import."""
+"""Answers of reward processes, and reward files as modules that any process can import."""
 
 from __future__ import annotations
 

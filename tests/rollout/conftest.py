@@ -21,7 +21,7 @@ from vdr_cli.samples import Sampling
 
 
 class FakeWorker(Receiver):
-    """What vLLM's worker class has of its own; with two of them each loads all of the model."""
+    """The stand-in for vLLM's worker class; with two of them each loads all of the model."""
 
     def __init__(self, server: FakeVllm, rank: int) -> None:
         self.server, self.rank, self.device = server, rank, torch.device("cpu")
@@ -41,7 +41,7 @@ class FakeWorker(Receiver):
 
 
 class FakeVllm:
-    """What a vLLM server does with weights and prompts, and what can go wrong with it."""
+    """A vLLM server's work with weights and prompts, and its faults."""
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -64,7 +64,7 @@ class FakeVllm:
         """Answers this many completions with 500."""
         self.development = True
         self.asleep: set[str] = set()
-        """What has no memory: weights, kv_cache."""
+        """The parts without memory: weights, kv_cache."""
         self.naps = 0
         server = self
 

@@ -73,7 +73,7 @@ def tiny(name: str, seed: int = 0, spread: float = 3.0) -> PreTrainedModel:
 
 @pytest.fixture(params=["plain", "packed"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which matrix products; models as small as those here are not packed otherwise."""
+    """The kind of matrix product; models as small as those here are not packed otherwise."""
     if request.param == "packed":
         monkeypatch.setattr("vdr_cli.models.cpu_linear.LEAST_BYTES", 0)
     return str(request.param)

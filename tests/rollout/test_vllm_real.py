@@ -84,7 +84,7 @@ def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
 
 
 def without_head(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What save_pretrained writes of a tied model."""
+    """The weights that save_pretrained writes of a tied model."""
     return {name: tensor for name, tensor in served_weights(model).items() if name != "lm_head.weight"}
 
 

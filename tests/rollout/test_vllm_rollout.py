@@ -58,7 +58,7 @@ def tiny(tied: bool = False) -> LlamaForCausalLM:
 
 
 def change(model: torch.nn.Module, amount: float = 0.05) -> None:
-    """What an optimizer step does, enlarged."""
+    """An optimizer step, enlarged."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=amount)

@@ -1,4 +1,4 @@
-"""What the beds' models are pretrained on: no held-out problem, and right answers as often as asked."""
+"""The beds' models are pretrained on no held-out problem, and on right answers as often as asked."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""What counts as an answer: the text, the reward function's say, or a function of the user's."""
+"""Answers: the text, the reward function's say, or a function of the user's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a run saves, what it does when it cannot, and which checkpoints it may go on from."""
+"""A run's saves, those that fail, and the checkpoints that it may go on from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vdr_cli.training.state import LoopState
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was asked of engine/checkpoint.py, in order."""
+    """The calls of engine/checkpoint.py, in order."""
     seen: list[tuple[Any, ...]] = []
 
     def save(engine: Any, folder: Path, step: int, content: dict[str, Any], also: Any) -> None:

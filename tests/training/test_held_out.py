@@ -15,7 +15,7 @@ from vdr_cli.training.timing import PhaseTimer
 
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every evaluation was given; it finds pass@1 0.5."""
+    """The arguments of every evaluation, which finds pass@1 0.5."""
     given: list[dict[str, Any]] = []
 
     def evaluate_model(*arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which rows of a rank are in which minibatch."""
+"""The rows of a rank in each minibatch."""
 
 from __future__ import annotations
 

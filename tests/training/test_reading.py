@@ -1,4 +1,4 @@
-"""How completions are read: at which temperature, under which step's members, in which pieces."""
+"""Completions are read at the right temperature, under the step's members, in the right pieces."""
 
 from __future__ import annotations
 

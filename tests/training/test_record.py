@@ -1,4 +1,4 @@
-"""What is written of a step: its numbers, and its completions as columns."""
+"""The record of a step: its numbers, and its completions as columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is derived from a run's settings."""
+"""Parts derived from a run's settings."""
 
 from __future__ import annotations
 

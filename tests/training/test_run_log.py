@@ -1,4 +1,4 @@
-"""What a run says of its first step."""
+"""The log of a run's first step."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Limits:
     prompt_tokens: int | None = None
     vocabulary: int | None = None
     why: str = ""
-    """Why prompts are limited below the model's own maximum."""
+    """The reason that prompts are limited below the model's own maximum."""
     setting: str = "rollout.max_new_tokens"
     """The setting that says how many tokens follow a prompt."""
 

@@ -117,7 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_fault(path: Path, contents: bool = True) -> str | None:
-    """Why this is not a complete checkpoint, naming the file; None when it is. contents: read every byte."""
+    """The reason that this is no complete checkpoint, naming the file; None when it is. contents: read every byte."""
     try:
         listed = json.loads((path / MANIFEST).read_text())["files"]
         extra = sorted(_files_in(path).keys() - listed.keys())

@@ -114,7 +114,7 @@ def resolve_ds_config(
 
 
 def _fit_muon(name: str, resolved: DsConfig) -> None:
-    """What Muon needs of ZeRO-3, in place. It is clipped in engine/muon.py, and its state is in the type of
+    """Sets what Muon needs of ZeRO-3, in place. It is clipped in engine/muon.py, and its state is in the type of
     communication."""
     zero = resolved["zero_optimization"]
     if zero_stage(resolved) != 3:

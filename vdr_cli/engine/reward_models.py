@@ -25,7 +25,7 @@ SMALL = 0.05
 
 
 def placement(num_bytes: int, memory: int, is_sharded: bool, on_cpu: bool) -> Placement:
-    """Where a reward model's weights lie between two steps.
+    """The home of a reward model's weights between two steps.
 
     device: whole, on every rank. sharded: each rank holds its share and all gather them to judge. host: in the host's
     memory, copied to the device to judge. num_bytes: of the weights. memory: bytes of the rank's device. is_sharded:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Counts:
-    """What happened in one episode."""
+    """One episode in numbers."""
 
     turns: int = 0
     """The policy's turns."""
@@ -147,7 +147,7 @@ class _Episode:
     prompt: Prompt
     environment: Any
     messages: Messages = field(default_factory=list)
-    """What follows the prompt."""
+    """The messages after the prompt."""
     counts: Counts = field(default_factory=Counts)
 
 
@@ -282,7 +282,7 @@ class ManyTurns:
         return str(call.value), False
 
     def _respond(self, waiting: Sequence[int], episodes: Sequence[_Episode]) -> dict[int, Messages]:
-        """What environments answer to turns without tool calls; an episode that is over has no entry."""
+        """The environments' answers to turns without tool calls; an episode that is over has no entry."""
         if not waiting or not self.owner.contract.responds:
             return {}
         own = [episodes[index] for index in waiting]

@@ -106,7 +106,7 @@ class Source:
     quantity: Callable[[Config], str]
     """The numbers' name, for tables and warnings."""
     flat: Callable[[Config], str]
-    """Why the numbers may not differ within any group."""
+    """The usual reason that the numbers do not differ within any group."""
     memory: Callable[[Config], Memory | None] = lambda config: None
 
 

@@ -15,7 +15,7 @@ class BonusWatch:
     quantity: str
     """The source's numbers, as a warning calls them."""
     cause: str
-    """Why they may not differ, and the settings that matter."""
+    """The usual reason that they do not differ, and the settings that matter."""
     flat_after: int = STEPS_BEFORE_WARNING
     outweighed_after: int = STEPS_BEFORE_WARNING
     flat: int = 0

@@ -59,7 +59,7 @@ def finished(directory: Path) -> bool:
 
 
 def read_fault(directory: Path) -> Fault | None:
-    """Why the run ended, if it said so."""
+    """The reason that the run gave for its end, if it gave one."""
     try:
         return Fault(**json.loads((directory / FAULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -26,7 +26,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loss:
-    """Why the run cannot go on: `rank` on `host` is gone, or said `message` before it ended."""
+    """The reason that the run cannot go on: `rank` on `host` is gone, or said `message` before it ended."""
 
     rank: int
     host: str

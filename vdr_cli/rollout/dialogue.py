@@ -16,7 +16,7 @@ SAMPLED = -1
 
 
 class Dialogue:
-    """What an environment says to each row, and where each row's turn began."""
+    """An environment's words to each row, and the beginning of each row's turn."""
 
     def __init__(self, conversation: Conversation, at: Tensor, T: int, turn_tokens: int, device: torch.device) -> None:
         """at: (R,) row of the call that each row of the batch is. T: most tokens of a completion."""

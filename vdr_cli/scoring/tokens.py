@@ -43,7 +43,7 @@ class _Part:
 
 
 class RowError(Exception):
-    """Why a row cannot be used: what `--on-error` decides about."""
+    """The reason that a row cannot be used: what `--on-error` decides about."""
 
 
 @dataclass(frozen=True)

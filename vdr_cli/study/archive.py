@@ -44,7 +44,7 @@ Metrics = dict[str, dict[int, float]]
 
 @dataclass(frozen=True)
 class KeptRun:
-    """What an archive keeps of a run beside its counts."""
+    """The part of a run that an archive keeps beside its counts."""
 
     started: datetime
     metrics: Metrics

@@ -107,7 +107,7 @@ def record_of(study: Study, directory: StudyDirectory) -> Record:
 
 
 def archived_record(directory: Path) -> Record | None:
-    """What an archive says of the runs whose directories are gone: study.json, without runs that have no metrics there.
+    """The record of runs whose directories are gone: the archive's study.json, less runs that have no metrics there.
 
     None where there is no archive.
     """

@@ -148,7 +148,7 @@ def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str
 
 
 def bonus_warning(watch: BonusWatch, metrics: dict[str, float]) -> str | None:
-    """Why the bonus does not act, or acts too much, once it has been so for a while; None while all is well."""
+    """A warning once the bonus has not acted, or has acted too much, for a while; None while all is well."""
     of_bonus = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(PREFIXES)}
     spread = of_bonus.get("groups_with_spread", 0.0) > 0
     bonus, task = of_bonus.get("bonus_abs"), metrics.get("advantage_abs")

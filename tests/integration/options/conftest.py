@@ -66,7 +66,7 @@ def entries(folder: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 class Left:
-    """What the runs left. named: the runs that the test names with @pytest.mark.runs; None: it may read all."""
+    """The results of the runs. named: the runs that the test names with @pytest.mark.runs; None: it may read all."""
 
     def __init__(self, folder: Path, ended: dict[str, str], named: set[str] | None = None) -> None:
         self.folder, self.ended, self.named = folder, ended, named
@@ -141,7 +141,7 @@ def chosen(request: pytest.FixtureRequest) -> Callable[[Sequence[Run]], list[Run
 
 @pytest.fixture
 def left(trained: Left, request: pytest.FixtureRequest) -> Left:
-    """What the runs left that this test names (a file's fixture `trained` has trained them)."""
+    """The results of the runs that this test names (a file's fixture `trained` has trained them)."""
     return Left(trained.folder, trained.ended, named_runs(request.node) or None)
 
 

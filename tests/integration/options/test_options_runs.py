@@ -18,7 +18,7 @@ from vdr_cli.models.loading import load_causal_lm
 pytestmark = pytest.mark.timeout(1800)
 
 Left = Any
-"""What the runs left (conftest.py)."""
+"""The results of the runs (conftest.py)."""
 Run = tuple[Any, ...]
 """(name, what differs from BASE in conftest.py), and in some a third: the fault that is planted."""
 

@@ -16,7 +16,7 @@ from vdr_cli.config.schema import GrpoConfig
 pytestmark = pytest.mark.timeout(1800)
 
 Left = Any
-"""What the runs left (conftest.py)."""
+"""The results of the runs (conftest.py)."""
 Run = tuple[Any, ...]
 """(name, what differs from BASE in conftest.py), and in some a third: the fault that is planted."""
 

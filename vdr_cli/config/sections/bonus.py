@@ -79,25 +79,25 @@ class BonusConfig(Section):
     sources."""
 
     source: Annotated[str, Field(examples=list(SOURCES))] = "disagreement"
-    """What the bonus is computed from: disagreement, surprisal, entropy, counts, novelty, unlikeliness,
+    """The bonus's source: disagreement, surprisal, entropy, counts, novelty, unlikeliness,
     value_heads, noise, none (plain GRPO), or a function of yours, file.py:function. docs/exploration.md describes
     them."""
     weight: float | None = None
     """Weight of the bonus at the first step: λ (additive, plain, reward) or β (multiplicative, quality). Negative turns
     the bonus into a penalty. None: 0.1; 1 for entropy and unlikeliness."""
     shape: Shape | None = None
-    """How the bonus enters the advantage; formulas in docs/exploration.md. None: additive; plain for entropy, reward
-    for unlikeliness."""
+    """The way the bonus enters the advantage; formulas in docs/exploration.md. None: additive; plain for entropy,
+    reward for unlikeliness."""
     scale: Literal["running", "initial", "none"] = "running"
-    """What the additive shape divides by: the running RMS of the within-group deviation, its RMS over the first
+    """The divisor of the additive shape: the running RMS of the within-group deviation, its RMS over the first
     scale_steps steps (so that the bonus fades as the source falls), or nothing."""
     scale_steps: Positive = 20
     """Steps that the RMS of scale initial is taken over."""
     gate: Literal["all", "incorrect", "correct", "some_correct", "zero_variance"] = "all"
-    """Which completions get a bonus: all, the unsolved, the solved, those of groups with a solved completion, or those
+    """Completions that get a bonus: all, the unsolved, the solved, those of groups with a solved completion, or those
     of groups whose task rewards are all equal."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
-    """How the weight falls from `weight` to 0; constant: it does not."""
+    """The weight's way from `weight` to 0; constant: it stays."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the run after which the weight is 0 (not with constant)."""
     clip: Annotated[float, Field(gt=0)] = 3.0
@@ -106,8 +106,8 @@ class BonusConfig(Section):
     """group: a placebo, the source's numbers shuffled among the completions of each group."""
 
     answer: str | None = None
-    """What counts as a completion's answer, for source counts: file.py:function, called like a reward function, returns
-    a text per completion. None: the solution class that a reward function knows, else the completion's text."""
+    """A completion's answer, for source counts: file.py:function, called like a reward function, returns a text per
+    completion. None: the solution class that a reward function knows, else the completion's text."""
     surprisal: SurprisalConfig = SurprisalConfig()
     entropy: EntropyConfig = EntropyConfig()
     counts: CountsConfig = CountsConfig()

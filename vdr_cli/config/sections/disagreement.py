@@ -13,7 +13,7 @@ class DisagreementConfig(Section):
     """The ensemble (docs/disagreement.md), which bonus.source disagreement reads. `mode: none` turns the bonus off."""
 
     mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
-    """Where members are compared: nowhere, at every token, or where the last token is predicted."""
+    """The place where members are compared: nowhere, at every token, or where the last token is predicted."""
     measure: Literal["bald", "rmi"] = "bald"
     """bald: mutual information of the next token and the weights; rmi: its share for the sampled token."""
     members: Annotated[int, Field(ge=2)] = 8

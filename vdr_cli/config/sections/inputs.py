@@ -42,14 +42,14 @@ class DataConfig(Section):
     """An embedded bed (`starter`, `countdown4`, `routes`, `guess`), a hub id, a JSONL/CSV/Parquet file, a directory
     that `datasets` can load, or tasks of reasoning-gym, `reasoning_gym:TASK[=WEIGHT],...` (extra: gym)."""
     options: dict[str, Any] = {}
-    """Of `reasoning_gym`: `size` (1000 training problems), `eval_size` (200 held-out ones), `seed` (0), the generator's
-    settings, with several tasks each under its task's name."""
+    """For `reasoning_gym`: `size` (1000 training problems), `eval_size` (200 held-out ones), `seed` (0), the
+    generator's settings, with several tasks each under its task's name."""
     split: str = "train"
     """Split of the training prompts."""
     subset: str | None = None
     """The hub data set's configuration (`main` of openai/gsm8k); None: its default."""
     eval_name: PathText | None = None
-    """Where held-out prompts come from; None: the same as `name`."""
+    """The source of held-out prompts; None: the same as `name`."""
     eval_split: str = "test"
     """Split of the held-out prompts."""
     prompt_column: str = "prompt"

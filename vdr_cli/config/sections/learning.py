@@ -45,12 +45,12 @@ class GrpoConfig(Section):
     kl_cov_weight: Annotated[float, Field(ge=0)] = 1.0
     """Loss kl_cov: weight of |log ratio| on those tokens."""
     advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
-    """How a group's rewards become advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
+    """A group's advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
     the mean of the others (RLOO); deviation over the mean (MaxRL); or what a completion adds to the best of pass_k."""
     pass_k: Annotated[int, Field(ge=2)] = 4
     """k of advantage pass_at_k; at most rollout.group_size."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the group's standard deviation, the batch's (the whole step's), or none."""
+    """The divisor of advantages: the group's standard deviation, the batch's (the whole step's), or none."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """Several reward functions: advantages of the weighted sum, or the weighted sum of advantages (GDPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
@@ -58,7 +58,7 @@ class GrpoConfig(Section):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimator of the KL: log-ratio, half its square, or the unbiased non-negative one."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL acts: added to the loss, or subtracted from the reward."""
+    """The place of the KL: added to the loss, or subtracted from the reward."""
     sync_reference_every: Positive | None = None
     """Steps after which the reference becomes the policy; None: never."""
     entropy_weight: float = 0.0
@@ -166,7 +166,7 @@ class TrainConfig(Section):
     """Muon's learning rate after the warm-up, by the same schedule; needed with optimizer muon. A matrix of n rows
     moves by about this times sqrt(n) in Frobenius norm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls from learning_rate to 0 at train.steps; constant: it does not."""
+    """The learning rate's way from learning_rate to 0 at train.steps; constant: it stays."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises to its value."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

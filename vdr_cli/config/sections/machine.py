@@ -19,13 +19,13 @@ class EngineConfig(Section):
     fraction of a row's activations; a divisor of the processes and of the model's heads. 1: whole rows on every
     rank."""
     gather: Literal["auto", "whole", "layer"] = "auto"
-    """How weights are gathered under ZeRO-3 to be read. whole: a full copy on every device during rollout and
+    """The way weights are gathered under ZeRO-3 to be read. whole: a full copy on every device during rollout and
     disagreement. layer: one decoder layer at a time, for models whose full copy does not fit; vLLM samples, and is sent
     the weights layer by layer. auto: layer on GPUs where a full copy would take most of the memory, else whole."""
 
 
 class LaunchConfig(Section):
-    """How the ranks are started. Never part of what a run computes."""
+    """The start of the ranks. Never part of what a run computes."""
 
     num_processes: Positive | None = None
     """Processes on this machine. None: one, or every slot of the hostfile."""
@@ -42,7 +42,7 @@ class LaunchConfig(Section):
     ssh_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Port of the hosts' sshd. None: as ssh is configured."""
     launcher: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
-    """How processes are started on the hosts."""
+    """The launcher that starts processes on the hosts."""
     no_ssh: bool = False
     """Do not use ssh: you start vdr once on every host, with node_rank."""
     node_rank: Annotated[int, Field(ge=0)] | None = None

@@ -18,7 +18,7 @@ class RewardFunction(Section):
     weight: float = 1.0
     """Weight of this function's reward in the sum."""
     label: Annotated[int, Field(ge=0)] | None = None
-    """Of a reward model with several labels: the index of the one whose logit is the reward."""
+    """The index of the label whose logit is the reward, for a reward model with several."""
 
 
 class RewardsConfig(Section):

@@ -19,10 +19,11 @@ class VllmConfig(Section):
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
     """Addresses of the servers, which share the prompts. With `python`: the one on which vdr's server listens."""
     push: Literal["directory", "broadcast"] = "directory"
-    """How new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer and
-    servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
+    """The way new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer
+    and servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
     directory: PathText | None = None
-    """Where weights are handed over; every server must see it under this path. None: vllm/ in the run directory."""
+    """The directory that hands weights over; every server must see it under this path. None: vllm/ in the run
+    directory."""
     sleep: bool = False
     """Between rollouts the server that vdr started drops its weights and cache, so that it can share a GPU with the
     trainer; it wakes with the new weights. Needs `python`, a GPU, and rollout.ahead 0."""
@@ -40,7 +41,7 @@ class VllmConfig(Section):
 
 class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What samples: the model in this process, or vLLM servers."""
+    """The sampler: the model in this process, or vLLM servers."""
     group_size: Positive = 8
     """G, completions per prompt."""
     max_new_tokens: Positive = 256
