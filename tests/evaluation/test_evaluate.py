@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vdr_cli.evaluation.request import EvalRequest
 from vdr_cli.evaluation.result import EvalResult, paired_differences
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer
 from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rewards.loading import find_function
 from vdr_cli.rollout.transformers_backend import TransformersRollout
 from vdr_cli.samples import Prompt, Sampling
 from vdr_cli.stats.bootstrap import resampled_counts
@@ -188,6 +190,30 @@ def test_the_whole_job_sampled_and_greedy() -> None:
     assert {"pass@1", "pass@2", "rewards/countdown/mean"} <= sampled.record().keys()
     greedy = EvalRequest(("starter",), rollout=RolloutConfig(max_new_tokens=8), prompts=4, samples=2, greedy=True)
     assert run_eval(greedy)[0].solved.shape == (4, 1)
+
+
+BROKEN_GAME = """
+class Game:
+    left_open = 0
+
+    def reset(self, **columns):
+        Game.left_open += 1
+
+    def respond(self, messages):
+        raise ValueError("no moves")
+
+    def close(self):
+        Game.left_open -= 1
+"""
+
+
+def test_environments_are_closed_when_an_evaluation_fails(tmp_path: Path) -> None:
+    (tmp_path / "broken_game.py").write_text(BROKEN_GAME)
+    name = f"{tmp_path / 'broken_game.py'}:Game"
+    rollout = RolloutConfig(max_new_tokens=8, environment=name, max_turns=2)
+    with pytest.raises(DataError, match="respond raised on dataset row"):
+        run_eval(EvalRequest(("starter",), rollout=rollout, prompts=2, samples=2))
+    assert find_function(name).left_open == 0  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

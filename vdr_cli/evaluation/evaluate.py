@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
-from vdr_cli.environments.contract import load_contract
+from vdr_cli.environments.contract import Contract, load_contract
 from vdr_cli.environments.episodes import Counts, Environments, OneTurn
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.evaluation.request import EvalRequest, sampling_of
@@ -38,6 +39,9 @@ from vdr_cli.stats.diversity import distinct, rouge_l, self_bleu
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    from vdr_cli.data.prompts import Limits, PromptSet
+
 MEMBERS_STEP = 0  # the members of every evaluation are those of a run's first step
 EntropySums = Callable[[Completions | None], NDArray[np.float64]]
 """(B,) sums of token entropies in nats; None: this rank has no completions and only takes part."""
@@ -49,69 +53,92 @@ CHUNK_COMPLETIONS = 256  # sampled together on one rank: fills a device, and lea
 ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """The parts that all models of a request have in common."""
+
+    request: EvalRequest
+    samples: int
+    ks: Sequence[int]
+    sampling: Sampling
+    device: torch.device
+    rewards: list[LoadedReward]
+    contract: Contract | None
+    ensemble: EnsembleSpec | None
+
+
 def run_eval(request: EvalRequest) -> list[EvalResult]:
     """Evaluate every model of the request on the same prompts with the same random numbers."""
-    from vdr_cli.data.prompts import Limits, load_prompts
-    from vdr_cli.models import loading
-    from vdr_cli.models.independence import check_independence
     from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
-    from vdr_cli.rewards.model import check_templates
-    from vdr_cli.rollout.transformers_backend import TransformersRollout
 
-    samples, ks, sampling = sampling_of(request)
+    sampling = sampling_of(request)
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
-    ensemble = _members(request)
     contract = load_contract(request.rollout.environment, request.rollout.tools)
     rewards = load_rewards(request.rewards, request.data.name, contract.reward if contract else None)
-    results = []
-    for name in request.models:
-        named = name, request.model.revision, request.model.trust_remote_code
-        tokenizer = loading.load_tokenizer(*named)
-        limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens, request.rollout.length_setting)
-        prompt_set = load_prompts(request.data, "eval", tokenizer, limits, contract.schemas if contract else [])
-        check_columns(rewards, prompt_set.columns)
-        check_templates(rewards, prompt_set.has_messages)
-        if request.reference is not None and request.reference not in prompt_set.columns:
-            raise ConfigError(
-                f"--reference {request.reference}: the data have {', '.join(prompt_set.columns) or 'none'}"
-            )
-        count = min(len(prompt_set), request.prompts or len(prompt_set))
-        model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
-        check_independence(model)
-        if ensemble is not None:
-            check_members(model, ensemble)
-        eos_ids = loading.eos_token_ids(model, tokenizer)
-        rollout = TransformersRollout(
-            tokenizer.pad_token_id, eos_ids, tokenizer, request.rollout.batch_tokens, request.rollout.cuda_graphs
-        )
+    shared = _Shared(request, *sampling, device, rewards, contract, _members(request))
+    return [_evaluate_named(name, shared) for name in request.models]
+
+
+def _evaluate_named(name: str, shared: _Shared) -> EvalResult:
+    """Load one model and evaluate it. Its environments are closed whatever happens."""
+    from vdr_cli.data.prompts import Limits
+    from vdr_cli.models import loading
+    from vdr_cli.models.independence import check_independence
+    from vdr_cli.rollout.transformers_backend import TransformersRollout
+
+    request, contract, sampling = shared.request, shared.contract, shared.sampling
+    named = name, request.model.revision, request.model.trust_remote_code
+    tokenizer = loading.load_tokenizer(*named)
+    limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens, request.rollout.length_setting)
+    prompts = _prompts_of(tokenizer, limits, shared)
+    model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], shared.device)
+    check_independence(model)
+    if shared.ensemble is not None:
+        check_members(model, shared.ensemble)
+    eos_ids = loading.eos_token_ids(model, tokenizer)
+    cfg = request.rollout
+    rollout = TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, cfg.batch_tokens, cfg.cuda_graphs)
+    with ExitStack() as stack:
         environments = None
         if contract is not None:
-            environments = Environments(contract, tokenizer, request.rollout, prompt_set.has_messages, limits)
+            environments = Environments(contract, tokenizer, cfg, prompts.has_messages, limits)
+            stack.callback(environments.close)
             environments.end_with(eos_ids)
         result = evaluate_model(
             model,
             tokenizer,
             rollout,
-            [prompt_set[index] for index in range(count)],
-            rewards,
-            samples,
-            ks,
+            [prompts[index] for index in range(min(len(prompts), request.prompts or len(prompts)))],
+            shared.rewards,
+            shared.samples,
+            shared.ks,
             request.seed,
             sampling,
             solved_at=request.rewards.solved_at,
             timeout=request.rewards.timeout,
             name=name,
-            ensemble=ensemble,
+            ensemble=shared.ensemble,
             entropy_sums=None if request.entropy else _no_entropy_sums,
             environments=environments,
         )
-        if environments is not None:
-            environments.close()
-        results.append(replace(result, per_prompt=_text_measures(result, request)))
-    return results
+    return replace(result, per_prompt=_text_measures(result, request))
+
+
+def _prompts_of(tokenizer: Any, limits: Limits, shared: _Shared) -> PromptSet:
+    """The held-out prompts as this model reads them. ConfigError for columns or templates that something lacks."""
+    from vdr_cli.data.prompts import load_prompts
+    from vdr_cli.rewards.model import check_templates
+
+    request, contract = shared.request, shared.contract
+    prompts = load_prompts(request.data, "eval", tokenizer, limits, contract.schemas if contract else [])
+    check_columns(shared.rewards, prompts.columns)
+    check_templates(shared.rewards, prompts.has_messages)
+    if request.reference is not None and request.reference not in prompts.columns:
+        raise ConfigError(f"--reference {request.reference}: the data have {', '.join(prompts.columns) or 'none'}")
+    return prompts
 
 
 def _no_entropy_sums(completions: Completions | None) -> NDArray[np.float64]:
