@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,12 +50,12 @@ class Members:
         return torch.cat(rows)
 
 
-class BranchHook:
+class BranchHook(ABC):
     """Forward hook that multiplies a block's output, or the first entry of a tuple, by masks."""
 
+    @abstractmethod
     def mask(self, branch: Tensor) -> Tensor:
         """(n, 1, D) or (n, tokens, D) float32: the masks of the branch seen as (n, tokens, D)."""
-        raise NotImplementedError
 
     def __call__(self, module: nn.Module, arguments: object, output: Tensor | tuple[Any, ...]) -> object:
         if isinstance(output, tuple):
