@@ -43,7 +43,9 @@ WAYS = {
 }
 
 
-def check(found: Statistics, model: nn.Module, batch: Completions, spec: EnsembleSpec, dtype: torch.dtype) -> None:
+def assert_measures(
+    found: Statistics, model: nn.Module, batch: Completions, spec: EnsembleSpec, dtype: torch.dtype
+) -> None:
     """Against the definition, and against what is measured without the shortcut."""
     valid = batch.completion_mask
     exact = logits_by_hand(model, batch, spec, 1)
@@ -71,7 +73,7 @@ def test_states_from_sampling(device: torch.device, dtype: torch.dtype, batch_to
         found = reader.measure(model, MeasureRequest(here, 4, 1, measures=ASKED))
     assert not calls, "the lowest layer ran again"
     batch = Completions(*(tensor.to(device) for tensor in vars(here).values()))
-    check(found, model, batch, TOP, dtype)
+    assert_measures(found, model, batch, TOP, dtype)
 
 
 @pytest.mark.parametrize("budget", [None, 1])
@@ -83,7 +85,7 @@ def test_layer_by_layer(device: torch.device, dtype: torch.dtype, spec: Ensemble
             twin, MeasureRequest(batch, 3, 1, measures=ASKED, budget=budget)
         )
     assert lendings == [0, 1, 2]
-    check(found, model, batch, spec, dtype)
+    assert_measures(found, model, batch, spec, dtype)
 
 
 @contextmanager
@@ -102,7 +104,7 @@ def lent(model: nn.Module, device: torch.device, lendings: list[int]) -> Iterato
 @pytest.mark.parametrize("budget", [1, 30_000])
 def test_any_division_gives_the_same_numbers(device: torch.device, dtype: torch.dtype, budget: int) -> None:
     model, batch = model_on(device, dtype), ragged(device)
-    check(
+    assert_measures(
         EnsembleReader(FULL).measure(model, MeasureRequest(batch, 3, 1, measures=ASKED, budget=budget)),
         model,
         batch,

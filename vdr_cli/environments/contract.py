@@ -73,7 +73,7 @@ async def _await_rewards(environments: Sequence[Any]) -> list[Any]:
 def load_contract(environment: str | None, tools: Sequence[str]) -> Contract | None:
     """The class and the functions that settings name; None without any. ConfigError, one line, for what cannot be used.
 
-    The module of the class is imported, and one instance is made and closed.
+    The modules are imported; nothing is made or called.
     """
     if environment is None and not tools:
         return None
