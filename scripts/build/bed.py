@@ -17,7 +17,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,30 +120,46 @@ def report(model: nn.Module, bed: Bed, characters: str) -> dict[str, float]:
     return found
 
 
-def pretrain(
-    model: nn.Module, bed: Bed, plan: Pretraining, draw: Draw, seed: int, steps: int, right: float, peak: float
+def fit(
+    model: nn.Module,
+    rows_at: Callable[[int], list[tuple[list[int], list[int]]]],
+    steps: int,
+    peak: float,
+    warmup: int = 100,
+    measured: Callable[[], dict[str, float]] = dict,
 ) -> None:
-    """AdamW; the share of right answers falls linearly from 1 to `right` in the first 60 % of the steps.
+    """AdamW on the rows (ids, targets) of each step; every 100 steps and at the end a line with what is measured.
 
-    The learning rate rises over 100 steps and falls linearly to 2 %.
+    The learning rate rises over the warmup and falls linearly to 2 %.
     """
-    rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
     start = time.monotonic()
     for step in range(steps):
-        share = 1 - (1 - right) * min(step / (0.6 * steps), 1.0)
-        ids, targets = pad_right([encode(plan.characters, *draw(rng, share)) for _ in range(plan.batch)])
+        ids, targets = pad_right(rows_at(step))
         logps, valid = token_logps(model, ids, targets)
         loss = -logps.sum() / valid.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = peak * min((step + 1) / 100, 1.0) * (1 - 0.98 * step / steps)
+            group["lr"] = peak * min((step + 1) / warmup, 1.0) * (1 - 0.98 * step / steps)
         optimizer.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             figures = {"step": step + 1, "seconds": round(time.monotonic() - start), "loss": round(loss.item(), 4)}
-            print(json.dumps(figures | report(model, bed, plan.characters)), flush=True)
+            print(json.dumps(figures | measured()), flush=True)
+
+
+def pretrain(
+    model: nn.Module, bed: Bed, plan: Pretraining, draw: Draw, seed: int, steps: int, right: float, peak: float
+) -> None:
+    """One phase; the share of right answers falls linearly from 1 to `right` in the first 60 % of the steps."""
+    rng = random.Random(seed)
+
+    def rows_at(step: int) -> list[tuple[list[int], list[int]]]:
+        share = 1 - (1 - right) * min(step / (0.6 * steps), 1.0)
+        return [encode(plan.characters, *draw(rng, share)) for _ in range(plan.batch)]
+
+    fit(model, rows_at, steps, peak, measured=lambda: report(model, bed, plan.characters))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ result repeat on one machine.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken
-from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import get_json_schema
 
 from vdr_cli.beds.guess import GUESSES, LOWEST, WIDTH, Guess, problems, prompt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from bed import IGNORED, PAD, pad_right, token_logps
+from bed import IGNORED, PAD, fit
 from harness import write_results
 
 CONSISTENT = 0.6
@@ -130,21 +128,12 @@ def main() -> None:
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, tokenizer.eos_token_id
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     rng = random.Random(arguments.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.1)
-    for step in range(arguments.steps):
+
+    def games_at(step: int) -> list[tuple[list[int], list[int]]]:
         share = 1.0 if step < 0.8 * arguments.steps else CONSISTENT
-        ids, targets = pad_right([encoder.game(rng, share) for _ in range(BATCH)])
-        logps, valid = token_logps(model, ids, targets)
-        loss = -logps.sum() / valid.sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK * min((step + 1) / 50, 1.0) * (1 - 0.98 * step / arguments.steps)
-        optimizer.step()
-        if (step + 1) % 60 == 0:
-            seconds = round(time.monotonic() - start)
-            print(json.dumps({"step": step + 1, "seconds": seconds, "loss": round(loss.item(), 4)}), flush=True)
+        return [encoder.game(rng, share) for _ in range(BATCH)]
+
+    fit(model, games_at, arguments.steps, PEAK, warmup=50)
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
     write_results(arguments.json, {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu})
