@@ -34,21 +34,26 @@ def device() -> Iterator[torch.device]:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="session")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers with dropout in their configuration, weights large enough for real gradients."""
+def saved_model(folder: Path, kind: str, scale: float, **settings: Any) -> Path:
+    """A directory with a random model of two layers, whose weights are large enough for real gradients."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 41, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_dropout": 0.3}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **shape, **heads)).float()
+    config = AutoConfig.for_model(kind, vocab_size=41, num_hidden_layers=2, **settings)
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    path = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(path)
-    return path
+            parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with dropout in its configuration."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"tie_word_embeddings": True, "attention_dropout": 0.3}
+    return saved_model(tmp_path_factory.mktemp("tiny"), "qwen2", 0.1, **shape, **more)
 
 
 @pytest.fixture

@@ -9,23 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.conftest import saved_model
 from vdr_cli.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def experts_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "sliding_window": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **shape, **heads)).float()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    path = tmp_path_factory.mktemp("experts")
-    model.save_pretrained(path)
-    return path
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"num_local_experts": 4, "sliding_window": None}
+    return saved_model(tmp_path_factory.mktemp("experts"), "mixtral", 0.3, **shape, **more)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["prompts read once", "checkpointing"])
