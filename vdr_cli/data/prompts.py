@@ -117,7 +117,7 @@ class PromptSet(Sequence[Prompt]):
             raise DataError(
                 f"{self.where(index)}: the prompt has {len(ids)} tokens; the model's length leaves "
                 f"{limits.prompt_tokens} beside {limits.setting}{f' ({limits.why})' if limits.why else ''}: "
-                "set data.max_prompt_tokens, or remove the row"
+                "lower it, set data.max_prompt_tokens, or remove the row"
             )
         return ids
 
