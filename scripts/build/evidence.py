@@ -19,7 +19,8 @@ from vdr_cli.study.analysis import Curve, Row, analysed, curves
 from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
-PLACEBOS = ("noise", "permuted")
+NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
+"""Placebos, and the control at equal cost."""
 OURS, PLACEBO = "end_of_sequence", "end_of_sequence_permuted"
 COLOURS = {"control": "#24292f", OURS: "#0969da", PLACEBO: "#8c959f", "rival": "#bc4c00"}
 GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
@@ -45,7 +46,7 @@ def chosen_curves(record: Record, rows: dict[str, Row], found: dict[str, Curve])
     rivals = {
         arm: row.difference.value
         for arm, row in rows.items()
-        if row.difference and row.difference.n and not arm.startswith((OURS, "per_token")) and arm not in PLACEBOS
+        if row.difference and row.difference.n and not arm.startswith((OURS, "per_token")) and arm not in NO_RIVALS
     }
     shown = [(control, COLOURS["control"]), (OURS, COLOURS[OURS]), (PLACEBO, COLOURS[PLACEBO])]
     if rivals:

@@ -1,0 +1,88 @@
+"""The evidence's scripts: rank statistics, the figure, and the check of a record against its preregistration."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr, rankdata, spearmanr
+
+from tests.study.conftest import make_study  # noqa: F401
+from vdr_cli.config.load import dump_config
+from vdr_cli.config.yaml_text import dump_tree
+from vdr_cli.study.directory import study_tree
+from vdr_cli.study.page import archive, write_results
+from vdr_cli.study.plan import runs_of
+from vdr_cli.study.record import read_record, record_of
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def validity() -> dict[str, Any]:
+    sys.path.insert(0, str(SCRIPTS / "bench"))
+    return runpy.run_path(str(SCRIPTS / "bench" / "validity.py"))
+
+
+def test_correlation_is_the_mean_of_spearmans_over_groups(validity: dict[str, Any]) -> None:
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(size=(2, 40))
+    other[10:20] = 3.0  # a group in which nothing differs tells nothing
+    groups = [list(range(at, at + 10)) for at in range(0, 40, 10)]
+    found = validity["correlation"](validity["ranks"](one, groups), validity["ranks"](other, groups))
+    each = [spearmanr(one[rows], other[rows]).statistic for rows in groups if rows[0] != 10]
+    assert found["value"] == pytest.approx(np.mean(each))
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_partial_correlation_is_that_of_the_residuals(validity: dict[str, Any]) -> None:
+    """Within one group, against the closed form for one given variable."""
+    generator = np.random.default_rng(1)
+    given = generator.normal(size=60)
+    one, other = given + generator.normal(size=60), given + generator.normal(size=60)
+    rows = [list(range(60))]
+    found = validity["partial"](*(validity["ranks"](x, rows) for x in (one, other)), [validity["ranks"](given, rows)])
+    a, b, c = (rankdata(x) for x in (one, other, given))
+    ab, ac, bc = (pearsonr(x, y).statistic for x, y in ((a, b), (a, c), (b, c)))
+    assert found["value"] == pytest.approx((ab - ac * bc) / np.sqrt((1 - ac**2) * (1 - bc**2)))
+
+
+@pytest.fixture
+def registered(make_study: Callable[..., Any], tmp_path: Path) -> Path:  # noqa: F811
+    """A bed's directory: its study file and the archive of its record."""
+    study, directory = make_study(seeds=3)
+    for task in runs_of(study):
+        (directory.run(task) / "config.yaml").write_text(dump_config(study.config(task.bed, task.arm, task.seed)))
+    write_results(record_of(study, directory), directory.path)
+    bed = tmp_path / "bed"
+    archive(directory.path, bed / "record")
+    (bed / "study.yaml").write_text(dump_tree({"output": str(tmp_path / "elsewhere"), **study_tree(study)}))
+    return bed
+
+
+def test_a_record_is_checked_against_its_preregistration(registered: Path) -> None:
+    script = runpy.run_path(str(SCRIPTS / "verify" / "preregistration.py"))
+    now = datetime.now(UTC)
+    script["faults"].__globals__["added"] = lambda path: now - timedelta(hours=1)
+    assert script["faults"](registered, now - timedelta(hours=1)) == []
+    late = script["faults"](registered, now + timedelta(hours=1))
+    assert len(late) == 12 and "started" in late[0]
+    settings = registered / "record" / "configs" / "starter-grpo.yaml"
+    settings.write_text(settings.read_text().replace("steps: 40", "steps: 41"))
+    other = script["faults"](registered, now - timedelta(hours=1))
+    assert len(other) == 3 and "starter/grpo seed 0: ran with other settings" in other[0]
+
+
+def test_the_figure_shows_control_and_best_rival(registered: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(SCRIPTS / "build" / "evidence.py"))
+    left, right = script["figure"]([read_record(registered / "record")]).axes
+    assert [line.get_label() for line in left.get_lines()] == ["grpo", "pass at k"]
+    names = [label.get_text() for label in right.get_yticklabels()]
+    assert names == ["bald per token", "disagreement", "pass at k"]  # the best at the top
