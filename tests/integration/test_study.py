@@ -108,6 +108,11 @@ def in_training(call: Call, study: Path) -> psutil.Process | None:
     return None
 
 
+def locked(path: Path) -> bool:
+    """Some process holds flock(2) on the file."""
+    return path.exists() and f":{path.stat().st_ino} " in Path("/proc/locks").read_text()
+
+
 def evaluated(study: Path) -> int:
     return len(list((study / "runs").glob("*/*/*/evaluation.json")))
 
@@ -127,6 +132,7 @@ def test_killed_and_in_shards_a_study_says_what_it_says_undisturbed(call: Any, t
 
     running = call(parts, *first)  # while the run of the killed study may still write its checkpoint
     beside = call(parts, *second)
+    wait_for(lambda: locked(study / "work" / "shard_2_of_2.lock"))
     twice = call(parts, *second)
     assert "shard 2/2 is running already" in twice.wait()[1]
     victims: list[psutil.Process] = []
