@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.environments.conftest import ENDS, TEMPLATES, tokenizer_of
 from vdr_cli.config import RolloutConfig
 from vdr_cli.data.prompts import Limits, encode
+from vdr_cli.environments import between_turns
 from vdr_cli.environments.between_turns import ChatTemplate, reply
 from vdr_cli.environments.contract import Contract, load_contract
 from vdr_cli.environments.episodes import Environments
@@ -72,6 +73,25 @@ def test_a_turn_that_ends_without_the_end_token_is_closed_by_the_template(name: 
     open_turn = between.ids(prompt, [reply("user", "a")], 0)
     assert open_turn == [tokenizer.eos_token_id, *closed]
     assert tokenizer.decode(open_turn).startswith(ENDS[name])
+
+
+def test_the_template_writes_the_same_reply_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never more pairs than REMEMBERED are kept."""
+    monkeypatch.setattr(between_turns, "REMEMBERED", 2)
+    tokenizer = tokenizer_of("qwen2.5")
+    between = ChatTemplate(tokenizer, [tokenizer.eos_token_id], [], "user")
+    between._known.clear()
+    written: list[Messages] = []
+    monkeypatch.setattr(
+        between, "_text", lambda messages, inner=between._text: written.append(messages) or inner(messages)
+    )
+    prompt: Messages = [{"role": "user", "content": "q"}]
+    first = between.ids(prompt, [reply("user", "a")], tokenizer.eos_token_id)
+    between.ids(prompt, [reply("user", "a")], tokenizer.eos_token_id).clear()
+    assert between.ids(prompt, [reply("user", "a")], 0) == [tokenizer.eos_token_id, *first] and len(written) == 1
+    assert between.ids(prompt, [reply("user", "b")], tokenizer.eos_token_id) != first
+    between.ids([{"role": "user", "content": "r"}], [reply("user", "a")], 0)
+    assert len(written) == 3 and len(between._known) == 1
 
 
 class Recorded:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 SENTINEL = "@@assistant@@"
 THOUGHT = "@@thought@@"
+REMEMBERED = 1024
+"""Pairs of a prompt and replies whose tokens are kept. In a group of games the same answers return again and again."""
 
 
 class BetweenTurns(Protocol):
@@ -46,17 +48,27 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int], schemas: list[dict[str, Any]], role: str) -> None:
         """role: of replies, user or tool. Raises ConfigError when the template cannot place them."""
         self.tokenizer, self.eos_ids, self.tools = tokenizer, frozenset(eos_ids), schemas or None
+        self._known: dict[str, list[int]] = {}
         for each in ["tool"] * bool(schemas) + ["user"] * (role == "user"):
             self._probe(each)
 
     def ids(self, prompt: Messages, replies: Messages, last: int) -> list[int]:
+        key = repr((prompt, replies))
+        if key not in self._known:
+            if len(self._known) == REMEMBERED:
+                self._known.clear()
+            self._known[key] = self._between(prompt, replies)
+        ids = self._known[key]
+        # The template closes the assistant's turn; the policy has done so already when it sampled an end token.
+        return ids[1:] if last in self.eos_ids and ids[:1] and ids[0] in self.eos_ids else list(ids)
+
+    def _between(self, prompt: Messages, replies: Messages) -> list[int]:
+        """Tokens that the template writes behind the assistant's words, the end of the turn included."""
         whole = self._text([*prompt, {"role": "assistant", "content": SENTINEL}, *replies])
         _, found, between = whole.rpartition(SENTINEL)
         if not found:
             raise ConfigError("the chat template leaves out the assistant's words when a reply follows them")
-        ids = list(self.tokenizer(between, add_special_tokens=False)["input_ids"])
-        # The template closes the assistant's turn; the policy has done so already when it sampled an end token.
-        return ids[1:] if last in self.eos_ids and ids[:1] and ids[0] in self.eos_ids else ids
+        return list(self.tokenizer(between, add_special_tokens=False)["input_ids"])
 
     def _text(self, messages: Messages) -> str:
         return str(
