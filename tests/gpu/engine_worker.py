@@ -87,7 +87,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @torch.no_grad()
 def twin_logps(engine: Engine, batch: Completions) -> Tensor:
     with engine.gathered_model() as model:
-        ways = {"share_prompts": engine.share_prompts, "as_trees": engine.as_trees}
+        ways = {"share_prompts": engine.share_prompts, "as_trees": engine.as_trees, "packed": engine.packed}
         return completion_logps(model, *tokens(batch), 0.7, **ways)[0]
 
 

@@ -40,6 +40,7 @@ WAYS = {
     "plain": {"share_prompts": False},
     "shared": {"share_prompts": True},
     "trees": {"as_trees": True},
+    "packed": {"packed": True},
 }
 
 

@@ -87,6 +87,7 @@ def folder_of(path: Path, kind: str) -> Path:
         ("plain", "qwen2", 2),
         ("share", "qwen2", 2),
         ("trees", "qwen2", 2),
+        ("packed", "qwen2", 2),
         ("sequence", "qwen2", 2),
         ("sequence", "llama", 4),
     ],

@@ -21,8 +21,9 @@ from vdr_cli.engine.sequence import SequenceGroup, SequencePolicy
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.adapters import with_adapters
 from vdr_cli.models.anatomy import decoder_layers, output_head
-from vdr_cli.models.limits import MOST_OF_MEMORY, TREE_TOKENS
+from vdr_cli.models.limits import MOST_OF_MEMORY, PACKED_TOKENS, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
+from vdr_cli.models.packed_rows import can_read_packed
 from vdr_cli.models.policy import Policy, silence_dropout
 from vdr_cli.models.prompt_tree import can_read_trees
 from vdr_cli.models.sizes import language_part, largest
@@ -68,11 +69,11 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
 
 def _policy(config: Config, causal_lm: Any) -> tuple[Policy, SequenceGroup | None]:
     """The module that DeepSpeed wraps, and the ranks that share its forward; None: each has its own."""
-    trees = _as_trees(config, causal_lm)
+    ways = {"as_trees": _as_trees(config, causal_lm), "packed": reads_packed(config, causal_lm)}
     if config.engine.sequence_parallel == 1:
-        return Policy(causal_lm, as_trees=trees, watch_routers=config.grpo.router_aux_loss_coef > 0), None
+        return Policy(causal_lm, **ways, watch_routers=config.grpo.router_aux_loss_coef > 0), None
     group = SequenceGroup(config.engine.sequence_parallel)
-    return SequencePolicy(causal_lm, group, trees), group
+    return SequencePolicy(causal_lm, group, **ways), group
 
 
 def _prepare_for_training(config: Config, causal_lm: Any) -> None:
@@ -121,6 +122,15 @@ def _as_trees(config: Config, causal_lm: nn.Module) -> bool:
     group_tokens = config.rollout.group_size * config.rollout.completion_tokens
     short = group_tokens <= TREE_TOKENS and config.grpo.router_aux_loss_coef == 0
     return short and can_read_trees(causal_lm)
+
+
+def reads_packed(config: Config, causal_lm: nn.Module) -> bool:
+    """True when the update reads rows without padding inside: completions can be long, and the model allows it.
+
+    The same on all ranks and in all steps, as `_as_trees`.
+    """
+    long = config.rollout.completion_tokens >= PACKED_TOKENS and config.grpo.router_aux_loss_coef == 0
+    return long and can_read_packed(causal_lm)
 
 
 def _by_layers(config: Config, ds_config: DsConfig, causal_lm: nn.Module, device: torch.device) -> bool:

@@ -175,6 +175,7 @@ class Engine:
             temperature,
             share_prompts=self.share_prompts,
             as_trees=self.as_trees,
+            packed=self.packed,
             policy_mask=on_device.policy_mask,
         )
 
@@ -247,6 +248,11 @@ class Engine:
     def as_trees(self) -> bool:
         """True when a prompt and its completions are one row to the policy."""
         return bool(self.ds_engine.module.as_trees)
+
+    @property
+    def packed(self) -> bool:
+        """True when the policy reads each completion right behind its prompt, without padding between them."""
+        return bool(self.ds_engine.module.packed)
 
     @property
     def num_matrix_parameters(self) -> float:

@@ -112,9 +112,9 @@ class _Sum(torch.autograd.Function):
 class SequencePolicy(Policy):
     """A policy whose forward is one of the whole group: the same rows on each rank, and the same results."""
 
-    def __init__(self, causal_lm: nn.Module, group: SequenceGroup, as_trees: bool) -> None:
-        """as_trees: how readers without gradient read, see Policy."""
-        super().__init__(causal_lm, as_trees=as_trees)
+    def __init__(self, causal_lm: nn.Module, group: SequenceGroup, as_trees: bool, packed: bool) -> None:
+        """as_trees, packed: how readers without gradient read, see Policy."""
+        super().__init__(causal_lm, as_trees=as_trees, packed=packed)
         check_heads(causal_lm, group.size)
         self._sequence = group
         AttentionInterface.register(ATTENTION, group.attention)

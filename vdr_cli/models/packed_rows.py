@@ -1,6 +1,8 @@
 """Prompts and completions as rows without padding inside: a completion's first token stands right behind its prompt.
 
-Padding is at a row's end alone, so causal attention without any mask is exact for every token that counts.
+Padding is at a row's end alone, so causal attention without any mask is exact for every token that counts. A mask of
+tokens x tokens, of which every layer keeps a copy for backward, is what fills the memory as rows grow: long rows are
+read this way (`limits.PACKED_TOKENS`), each with its prompt.
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vdr_cli.models import anatomy
+from vdr_cli.models.prefix import shares_prompts
 
 
 class PackedRows(NamedTuple):
@@ -38,3 +43,18 @@ def packed_rows(
     t = torch.arange(completion_ids.shape[1], device=ids.device)[None]
     columns = before[:, None] - 1 + t.masked_fill(~completion_mask.bool(), 0)
     return PackedRows(ids, column.clamp_max(longest - 1).expand_as(ids), columns)
+
+
+def packed_completion_hidden(
+    causal_lm: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> Tensor:
+    """(B, T, D): the hidden states that produced each completion token. Always one pass, whatever the batch."""
+    rows = packed_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, multiple=1)
+    arguments = anatomy.forward_arguments(causal_lm, torch.ones_like(rows.ids), rows.positions)
+    hidden = anatomy.backbone(causal_lm)(input_ids=rows.ids, use_cache=False, **arguments)[0]  # (B, S, D)
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], rows.columns]  # type: ignore[no-any-return]
+
+
+def can_read_packed(causal_lm: nn.Module) -> bool:
+    """True if what the model remembers of a token is keys and values, so that padding behind a row changes nothing."""
+    return shares_prompts(causal_lm)

@@ -16,6 +16,7 @@ from vdr_cli.models.anatomy import (
 )
 from vdr_cli.models.head import Head
 from vdr_cli.models.logprobs import chunked_logps
+from vdr_cli.models.packed_rows import packed_completion_hidden
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
 from vdr_cli.models.routing import Routers
@@ -46,8 +47,10 @@ class Policy(nn.Module):
 
     share_prompts: read a prompt once for all its completions in the batch; None: where that works. It depends on the
     model alone, never on a batch: ranks that choose differently wait for each other forever.
-    as_trees: in one row with all of them, see `prompt_tree`; as little a matter of the batch.
-    watch_routers: keep what the experts' routers do, for `router_balance`; not with as_trees.
+    as_trees: read a prompt in one row with all its completions, see `prompt_tree`.
+    packed: read each completion behind its prompt without padding between them, see `packed_rows`.
+    Neither depends on the batch.
+    watch_routers: keep what the experts' routers do, for `router_balance`; not with as_trees or packed.
     """
 
     def __init__(
@@ -56,19 +59,20 @@ class Policy(nn.Module):
         chunk_tokens: int | None = None,
         share_prompts: bool | None = None,
         as_trees: bool = False,
+        packed: bool = False,
         watch_routers: bool = False,
     ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.share_prompts = can_share_prompts(causal_lm) if share_prompts is None else share_prompts
-        self.as_trees = as_trees
+        self.as_trees, self.packed = as_trees, packed
         self.head_logps = HeadLogps(chunk_tokens)
         self._routers = Routers(causal_lm) if watch_routers else None
 
     @property
     def calls_layers_twice(self) -> bool:
         """True when a forward goes through the layers twice, prompts first: see `shared_completion_hidden`."""
-        return self.share_prompts and not self.as_trees
+        return self.share_prompts and not self.as_trees and not self.packed
 
     def router_balance(self) -> Tensor | None:
         """() load-balancing loss of the tokens read since the last call, with gradient; None without watch_routers."""
@@ -90,6 +94,8 @@ class Policy(nn.Module):
         read = shared_completion_hidden if self.share_prompts else completion_hidden
         if self.as_trees:
             read = tree_completion_hidden
+        elif self.packed:
+            read = packed_completion_hidden
         hidden = read(self.causal_lm, prompt_ids, prompt_mask, completion_ids, completion_mask)
         wanted = completion_mask if policy_mask is None else policy_mask
         head = output_head(self.causal_lm)
@@ -106,10 +112,11 @@ def completion_logps(
     chunk_tokens: int | None = None,
     share_prompts: bool | None = None,
     as_trees: bool = False,
+    packed: bool = False,
     policy_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Policy.forward for a model outside the engine: the twin, the reference."""
-    policy = Policy(causal_lm, chunk_tokens, share_prompts, as_trees)
+    policy = Policy(causal_lm, chunk_tokens, share_prompts, as_trees, packed)
     return policy(prompt_ids, prompt_mask, completion_ids, completion_mask, temperature, policy_mask)  # type: ignore[no-any-return]
 
 

@@ -10,15 +10,16 @@ from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine
 from vdr_cli.engine.processes import start_distributed
+from vdr_cli.models.limits import PACKED_TOKENS
 
 torch.set_num_threads(1)
 folder, how = sys.argv[1:]
 device = start_distributed()
-rollout = {"group_size": 4, "max_new_tokens": 4 if how == "trees" else 4000}
+rollout = {"group_size": 4, "max_new_tokens": {"trees": 4, "packed": PACKED_TOKENS}.get(how, 4000)}
 own = {"ds_config": folder + "/ds.json", "sequence_parallel": 2 if how == "sequence" else 1}
 config = Config(model={"name": folder, "dtype": "float32"}, rollout=rollout, engine=own)
 engine = build_engine(config, device)
-assert engine.as_trees == (how == "trees")
+assert engine.as_trees == (how == "trees") and engine.packed == (how == "packed")
 if how != "sequence":
     engine.ds_engine.module.share_prompts = how == "share"
 parameters = list(engine.causal_lm.parameters())
