@@ -108,3 +108,15 @@ def test_gradient_is_that_of_one_plain_process_and_each_rank_holds_its_share(
     for name, gradient in gradients.items():
         # DeepSpeed keeps the mean over ranks of the ranks' sums, which backward() scales to the sum
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-7, name
+    if how == "sequence":
+        assert_each_rank_has_read_its_rows(folder, world_size)
+
+
+def assert_each_rank_has_read_its_rows(folder: Path, world_size: int) -> None:
+    tokens, _ = micro_batches()[0]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = Policy(model, share_prompts=False)(**tokens, temperature=0.7)
+    for rank in range(world_size):
+        for found, whole in zip(torch.load(folder / f"read{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(found, whole[: 1 + rank % 3], rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ from vdr_cli.training.timing import PhaseTimer
 def resources(**sections: Any) -> Any:
     config = Config.model_validate({"rollout": {"group_size": 2, "temperature": 0.7}, **sections})
     engine = object.__new__(Engine)
-    engine.device, engine.by_layers = torch.device("cpu"), False
+    engine.device, engine.by_layers, engine.sequence = torch.device("cpu"), False, None
     engine.ds_engine = SimpleNamespace(module=SimpleNamespace(share_prompts=True, as_trees=False, packed=False))
     return SimpleNamespace(config=config, engine=engine, timer=PhaseTimer())
 

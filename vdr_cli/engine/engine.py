@@ -19,10 +19,13 @@ from vdr_cli.engine.determinism import in_fixed_order
 from vdr_cli.engine.ds_config import DsConfig, zero_stage
 from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.engine.gpu import peak_of
-from vdr_cli.engine.sequence import SequenceGroup
+from vdr_cli.engine.sequence import SequenceGroup, divided_attention, divided_logps
 from vdr_cli.models.anatomy import WholeLayer, has_experts, input_embeddings, output_head
-from vdr_cli.models.policy import completion_logps, completion_states
+from vdr_cli.models.policy import HeadLogps, completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
+
+Portion = tuple[slice | None, Completions]
+"""Some rows of a rank's completions, by their places there, and what they hold; None: read for others' sake."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,13 @@ class Engine:
         """Log-probabilities and entropies (B, T) of the completions under a gathered model; float32, on the CPU.
 
         Micro-batches are read as the update reads them: unchanged weights give the same numbers to the last bit. No
-        collective where the model is whole. Otherwise ranks with fewer micro-batches read a single token instead.
+        collective where the model is whole and rows are not divided. Otherwise ranks with fewer micro-batches read a
+        single token instead.
         """
         logps = torch.zeros(completions.completion_ids.shape)
         entropy = torch.zeros_like(logps)
-        for rows, part in self._micro_batches(completions, micro_batch_size):
+        own = self._micro_batches(completions, micro_batch_size, matched=self.by_layers or self.sequence is not None)
+        for rows, part in own if self.sequence is None else _everybodys(list(own), self.sequence):
             found = self._read(model, part, temperature)
             if rows is not None:
                 T = part.completion_ids.shape[1]
@@ -143,7 +148,7 @@ class Engine:
         read_logps.
         """
         found = []
-        for rows, part in self._micro_batches(completions, micro_batch_size):
+        for rows, part in self._micro_batches(completions, micro_batch_size, matched=self.by_layers):
             on = to_device(part, self.device)
             tokens = on.prompt_ids, on.prompt_mask, on.completion_ids, on.completion_mask
             states = completion_states(model, *tokens, self.share_prompts)
@@ -151,12 +156,13 @@ class Engine:
                 found.append(reduce(states.float(), on.policy_mask).cpu())
         return torch.cat(found)
 
-    def _micro_batches(
-        self, completions: Completions, micro_batch_size: int
-    ) -> Iterator[tuple[slice | None, Completions]]:
-        """Rows and what they hold without common padding; None and one token where other ranks have more to read."""
+    def _micro_batches(self, completions: Completions, micro_batch_size: int, matched: bool) -> Iterator[Portion]:
+        """Rows and what they hold without common padding.
+
+        matched: as many on every rank, None and one token where others have more to read. Collective then.
+        """
         starts = range(0, len(completions), micro_batch_size)
-        most = int(collectives.all_reduce_max([len(starts)])[0]) if self.by_layers else len(starts)
+        most = int(collectives.all_reduce_max([len(starts)])[0]) if matched else len(starts)
         for start in starts:
             rows = slice(start, start + micro_batch_size)
             yield rows, completions.rows(rows).trimmed()
@@ -165,18 +171,19 @@ class Engine:
 
     def _read(self, model: Any, part: Completions, temperature: float) -> tuple[Tensor, Tensor]:
         """(B, T) each, on the device: one micro-batch, as the policy reads it."""
-        on_device = to_device(part, self.device)
+        on = to_device(part, self.device)
+        tokens = on.prompt_ids, on.prompt_mask, on.completion_ids, on.completion_mask
+        if self.sequence is not None:
+            with divided_attention(model):
+                return divided_logps(model, self.sequence, HeadLogps(), *tokens, temperature, on.policy_mask)
         return completion_logps(
             model,
-            on_device.prompt_ids,
-            on_device.prompt_mask,
-            on_device.completion_ids,
-            on_device.completion_mask,
+            *tokens,
             temperature,
             share_prompts=self.share_prompts,
             as_trees=self.as_trees,
             packed=self.packed,
-            policy_mask=on_device.policy_mask,
+            policy_mask=on.policy_mask,
         )
 
     # ---- update ----------------------------------------------------------------------------------------------------
@@ -271,6 +278,16 @@ class Engine:
         if self.device.type != "cuda" or dtype is not torch.bfloat16 or has_experts(self.causal_lm):
             return None
         return peak_of(torch.cuda.get_device_name(self.device))
+
+
+def _everybodys(own: list[Portion], sequence: SequenceGroup) -> Iterator[Portion]:
+    """The portions of the whole group, every rank's first, then every rank's second, ...; rows are None for others'.
+
+    Collective in the group; as many portions on each of its ranks.
+    """
+    for at_once in zip(*sequence.gather_objects(own), strict=True):
+        for rank, (rows, part) in enumerate(at_once):
+            yield rows if rank == sequence.rank else None, part
 
 
 def _one_token() -> Completions:

@@ -5,11 +5,14 @@ an all-to-all exchanges tokens for heads, so that a rank sees whole rows with 1/
 inside (`packed_rows`), so attention needs no mask. To ZeRO the ranks are data-parallel all the same: a rank's gradient
 is that of its tokens, and the sum over ranks is the step's.
 
-Sampling, rewards, and every reading without gradient stay as they are: each rank has groups of its own.
+Log-probabilities without gradient, of the policy and of the reference, are read the same way. Sampling, rewards,
+members and the states of other bonuses stay as they are: each rank has groups of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import backbone, forward_arguments, output_head, text_config, unwrapped
 from vdr_cli.models.packed_rows import packed_rows
-from vdr_cli.models.policy import Policy
+from vdr_cli.models.policy import HeadLogps, Policy
 from vdr_cli.models.prompt_tree import can_read_trees
 
 ATTENTION = "vdr_sequence"
@@ -134,25 +137,51 @@ class SequencePolicy(Policy):
         policy_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `Policy.forward`."""
-        rows = packed_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, self._sequence.size)
-        share = rows.ids.shape[1] // self._sequence.size
-        start = self._sequence.rank * share
-        ids, positions = (tensor[:, start : start + share] for tensor in (rows.ids, rows.positions))
-        arguments = forward_arguments(self.causal_lm, torch.ones_like(ids), positions)
-        hidden = backbone(self.causal_lm)(input_ids=ids, use_cache=False, **arguments)[0]  # (B, S/N, D)
-        wanted = completion_mask if policy_mask is None else policy_mask
-        own = wanted.bool() & (rows.columns >= start) & (rows.columns < start + share)
-        b, t = own.nonzero(as_tuple=True)
-        column = rows.columns[b, t] - start
-        keep = 1.0
-        if not len(b):  # this rank's backward must reach every parameter, or ZeRO's collectives do not match
-            b = t = column = torch.zeros(1, dtype=torch.int64, device=ids.device)
-            keep = 0.0
-        found = self.head_logps(hidden[b, column], output_head(self.causal_lm), completion_ids[b, t], temperature)
-        logps, entropy = (
-            values.new_zeros(own.shape).index_put((b, t), values * keep) for values in found
-        )  # (B, T) each
-        return self._sequence.sum(torch.stack([logps, entropy])).unbind()  # type: ignore[return-value]
+        tokens = prompt_ids, prompt_mask, completion_ids, completion_mask
+        return divided_logps(self.causal_lm, self._sequence, self.head_logps, *tokens, temperature, policy_mask)
+
+
+def divided_logps(
+    causal_lm: nn.Module,
+    group: SequenceGroup,
+    head_logps: HeadLogps,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    temperature: float,
+    policy_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`Policy.forward` by the whole group, for a model whose attention is the group's. Collective in the group."""
+    rows = packed_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, group.size)
+    share = rows.ids.shape[1] // group.size
+    start = group.rank * share
+    ids, positions = (tensor[:, start : start + share] for tensor in (rows.ids, rows.positions))
+    arguments = forward_arguments(causal_lm, torch.ones_like(ids), positions)
+    hidden = backbone(causal_lm)(input_ids=ids, use_cache=False, **arguments)[0]  # (B, S/N, D)
+    wanted = completion_mask if policy_mask is None else policy_mask
+    own = wanted.bool() & (rows.columns >= start) & (rows.columns < start + share)
+    b, t = own.nonzero(as_tuple=True)
+    column = rows.columns[b, t] - start
+    keep = 1.0
+    if not len(b):  # this rank's backward must reach every parameter, or ZeRO's collectives do not match
+        b = t = column = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        keep = 0.0
+    found = head_logps(hidden[b, column], output_head(causal_lm), completion_ids[b, t], temperature)
+    logps, entropy = (values.new_zeros(own.shape).index_put((b, t), values * keep) for values in found)  # (B, T) each
+    return group.sum(torch.stack([logps, entropy])).unbind()  # type: ignore[return-value]
+
+
+@contextmanager
+def divided_attention(causal_lm: nn.Module) -> Iterator[None]:
+    """Inside the block the model's attention is the group's, as `divided_logps` needs it."""
+    config = text_config(causal_lm)
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def check_heads(causal_lm: nn.Module, size: int) -> None:

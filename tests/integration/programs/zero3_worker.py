@@ -11,6 +11,17 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine
 from vdr_cli.engine.processes import start_distributed
 from vdr_cli.models.limits import PACKED_TOKENS
+from vdr_cli.samples import Completions
+
+
+def save_read_logps() -> None:
+    """This rank's rows, another number on each, as the reference is read: without gradient, in micro-batches of two."""
+    tokens, _ = torch.load(folder + "/batches.pt")[0]
+    rows = slice(0, 1 + collectives.rank() % 3)
+    own = Completions(**tokens, sampler_logps=tokens["completion_ids"] * 0.0, truncated=torch.zeros(3)).rows(rows)
+    with engine.gathered_model() as model:
+        torch.save(engine.read_logps(model, own, 2, 0.7), f"{folder}/read{collectives.rank()}.pt")
+
 
 torch.set_num_threads(1)
 folder, how = sys.argv[1:]
@@ -26,6 +37,8 @@ parameters = list(engine.causal_lm.parameters())
 held = sum(p.ds_tensor.numel() for p in parameters), sum(p.ds_numel for p in parameters), sum(map(len, parameters))
 torch.save(held, f"{folder}/held{collectives.rank()}.pt")
 size = own["sequence_parallel"]
+if how == "sequence":
+    save_read_logps()
 batches = torch.load(folder + "/batches.pt")[collectives.rank() // size :: collectives.world_size() // size]
 for index, (tokens, coefficients) in enumerate(batches):
     logps, entropy = engine.forward(**tokens, temperature=0.7)
