@@ -73,9 +73,11 @@ def by_formula() -> dict[str, float]:
     """Bytes that one of two processes receives in a step."""
     from vdr_cli.beds.registry import BEDS
     from vdr_cli.planning import resources as plan
+    from vdr_cli.planning.shape import shape_of
+    from vdr_cli.planning.work import Work
 
-    shape = plan.shape_of(json.loads((Path(BEDS["starter"].model_path) / "config.json").read_text()))
-    work = plan.Work(
+    shape = shape_of(json.loads((Path(BEDS["starter"].model_path) / "config.json").read_text()))
+    work = Work(
         gpus=2, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, micro_batch_size=MICRO_BATCH, gloo=True
     )
     return plan.traffic(shape, work)

@@ -656,7 +656,7 @@ ELSEWHERE = [
             "deep_merge(tree, bed_recipe(_model_name(tree)))",
         ),
     ),
-    *_of("tests/planning", ("tied heads counted twice", "planning/resources.py", "(1 if self.tied else 2)", "2")),
+    *_of("tests/planning", ("tied heads counted twice", "planning/shape.py", "(1 if self.tied else 2)", "2")),
     *_of(
         "tests/report",
         ("the worst measure on top", "report/intervals.py", "key=lambda row: -row.value", "key=lambda row: row.value"),

@@ -187,9 +187,11 @@ def rows(
 ) -> list[tuple[str, float, float]]:
     """Name, bytes measured, bytes by formula."""
     from vdr_cli.planning import resources as plan
+    from vdr_cli.planning.shape import shape_of
+    from vdr_cli.planning.work import Work
 
-    shape = plan.shape_of(json.loads((folder / "model" / "config.json").read_text()))
-    work = plan.Work(
+    shape = shape_of(json.loads((folder / "model" / "config.json").read_text()))
+    work = Work(
         gpus=RANKS, element_bytes=4, prompts_per_step=PROMPTS, group_size=GROUP, new_tokens=new_tokens,
         micro_batch_size=micro_batch_size, checkpointing=checkpointing, members=8,
     )  # fmt: skip

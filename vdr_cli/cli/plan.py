@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from vdr_cli.config import Config
-    from vdr_cli.planning.resources import Shape, Work
+    from vdr_cli.planning.shape import Shape
+    from vdr_cli.planning.work import Work
 
 EXAMPLES = (
     "vdr plan --model 7B --gpus 8                    a size, on 8 GPUs",
@@ -69,7 +70,7 @@ def command(
 
 def find_shape(name: str) -> Shape:
     """A size by name, a config.json in a directory, or the hub's."""
-    from vdr_cli.planning.resources import SIZES, shape_of
+    from vdr_cli.planning.shape import SIZES, shape_of
 
     if name in SIZES:
         return SIZES[name]
@@ -79,7 +80,7 @@ def find_shape(name: str) -> Shape:
 def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
     """One step of a run on this many GPUs, in bfloat16 unless the configuration says float32."""
     from vdr_cli.engine.ds_config import read_ds_config, zero_stage
-    from vdr_cli.planning.resources import Work
+    from vdr_cli.planning.work import Work
 
     return Work(
         gpus=gpus,
@@ -97,6 +98,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         checkpointing=config.model.gradient_checkpointing,
         reference=config.needs_reference and config.model.lora is None,
         sequence=config.engine.sequence_parallel,
+        balances_experts=config.grpo.router_aux_loss_coef > 0,
         muon=config.train.optimizer == "muon",
     )
 
@@ -146,7 +148,7 @@ def _dtype(work: Work) -> str:
 def _config_json(name: str) -> dict[str, Any]:
     from vdr_cli.beds.registry import BEDS
     from vdr_cli.config.paths import looks_like_path
-    from vdr_cli.planning.resources import SIZES
+    from vdr_cli.planning.shape import SIZES
 
     folder = Path(BEDS[name].model_path if name in BEDS else name).expanduser()
     for path in (folder / "config.json", folder / "model" / "config.json"):
