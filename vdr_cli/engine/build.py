@@ -94,14 +94,16 @@ def _initialize(config: Config, ds_config: DsConfig, policy: Policy, device: tor
         fetch_whole(policy.causal_lm, layers)
     deepspeed_import.leave_muon_uncompiled()
     try:
-        ds_engine, *_ = deepspeed.initialize(
-            model=policy, optimizer=_optimizer(config, policy, device), config=ds_config
-        )
+        with deepspeed_import.parameters_unprinted():
+            ds_engine, *_ = deepspeed.initialize(
+                model=policy, optimizer=_optimizer(config, policy, device), config=ds_config
+            )
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
         raise MachineError(
             f"model {config.model.name} with its optimizer does not fit: use more processes, engine.ds_config "
             "zero3_offload, or model.lora"
         ) from error
+    deepspeed_import.call_linear_directly_without_gradient()
     ds_engine.train()
     if zero_stage(ds_config) == 3 and policy.calls_layers_twice:
         reduce_once(policy, layers)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,3 +37,38 @@ def leave_muon_uncompiled() -> None:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+@contextmanager
+def parameters_unprinted() -> Iterator[None]:
+    """Inside the block a parameter's repr is its address.
+
+    ZeRO-3's start formats every parameter into a debug message that nobody sees, some 5 ms each.
+    """
+    before = nn.Parameter.__repr__
+    nn.Parameter.__repr__ = object.__repr__  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__repr__ = before  # type: ignore[assignment, method-assign]
+
+
+def call_linear_directly_without_gradient() -> None:
+    """Where ZeRO-3 has replaced torch's linear map, skip its torch.autograd.Function when no gradient is asked for.
+
+    The Function binds its arguments in Python, some 50 us a call: more than a small product takes. The product is the
+    same to the bit, so what is sampled has the log-probabilities that are trained on.
+    """
+    with_gradient = module("runtime.zero.linear").zero3_linear_wrap
+    if nn.functional.linear is not with_gradient:
+        return
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            return with_gradient(input, weight, bias)  # type: ignore[no-any-return]
+        if bias is not None and input.dim() == 2:
+            return torch.addmm(bias, input, weight.t())
+        output = input.matmul(weight.t())
+        return output if bias is None else output.add_(bias)
+
+    nn.functional.linear = linear  # type: ignore[assignment]
