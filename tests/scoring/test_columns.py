@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from vdr_cli.disagreement.information import Statistics
+from vdr_cli.samples import Completions
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -61,9 +63,13 @@ def test_padding_moves_no_column() -> None:
     assert {name: values.tolist() for name, values in one.items()} == {name: v.tolist() for name, v in other.items()}
 
 
-def test_token_columns_have_a_value_per_valid_token() -> None:
+def test_token_columns_have_a_value_per_token_and_null_where_it_is_not_the_assistants() -> None:
     ids = torch.tensor([[7, 8, 9], [5, 0, 0]])
-    columns = token_columns(ids, LOGPS, ENTROPY, None, MASK)
+    prompt, own = torch.ones(2, 1, dtype=torch.int64), MASK & torch.tensor([True, False, True])
+    completions = Completions(prompt, prompt.bool(), ids, MASK, LOGPS, torch.zeros(2, dtype=torch.bool))
+    columns = token_columns(completions, LOGPS, ENTROPY, None)
     assert columns["token_ids"] == [[7, 8, 9], [5]] and columns["token_logp"] == [[-1.0, -2.0, -3.0], [-0.5]]
     assert columns.keys() == {"token_ids", "token_logp", "token_entropy"}
-    assert {"token_bald", "token_rmi"} <= token_columns(ids, LOGPS, ENTROPY, statistics(0.0), MASK).keys()
+    several = token_columns(replace(completions, policy_mask=own), LOGPS, ENTROPY, statistics(0.0))
+    assert several["token_ids"] == columns["token_ids"] and several["token_logp"] == [[-1.0, None, -3.0], [-0.5]]
+    assert {"token_bald", "token_rmi"} <= several.keys() and several["token_bald"][0][1] is None

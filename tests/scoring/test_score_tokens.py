@@ -7,9 +7,10 @@ from transformers import PreTrainedTokenizerFast
 from vdr_cli.data.prompts import encode
 from vdr_cli.models.loading import load_tokenizer
 from vdr_cli.models.sizes import UsableLength
+from vdr_cli.scoring.cells import completion_value, ids_fit, prompt_value, value_at
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
-from vdr_cli.scoring.tokens import Tokeniser, completion_value, continuation_ids, ids_fit, prompt_value, value_at
+from vdr_cli.scoring.tokens import Tokeniser, continuation_ids
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_long_completions_are_cut_and_marked(tokenizer: Any) -> None:
         ({"prompt": None, "completion": "1"}, "prompt is null"),
         ({"prompt": "1", "completion": None}, "completion is null"),
         ({"prompt": 7, "completion": "1"}, "must be a string or a list of messages"),
-        ({"prompt": "1", "completion": 7}, "must be a string or one assistant message"),
+        ({"prompt": "1", "completion": 7}, "must be a string or messages"),
         ({"prompt": "", "completion": "1"}, "no tokens"),
         ({"prompt": "1", "completion": "\ud800"}, "half of a surrogate pair"),
         ({"prompt": "1", "completion_ids": [99]}, "holds 99"),

@@ -60,7 +60,7 @@ Output = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the masks.", rich_help_panel=ENSEMBLE)]
 CompletionColumn = Annotated[
-    str, typer.Option(help="Column of completions: strings or one assistant message.", rich_help_panel=ROWS)
+    str, typer.Option(help="Column of completions: strings or messages.", rich_help_panel=ROWS)
 ]
 LabelColumn = Annotated[
     str | None,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.models.head import Head
+from vdr_cli.samples import last_token
 
 CACHE_BYTES = 2**20
 """Logits that a CPU thread works on at once: they and two tensors made from them stay in its core's cache."""
@@ -223,5 +224,4 @@ def rmi_seq(member_logps: Tensor, mask: Tensor) -> Tensor:
 
 def at_last(statistic: Tensor, mask: Tensor) -> Tensor:
     """The value at each row's last valid token, 0 for a row without any: (B, T) to (B,). bald_eos is at_last(bald)."""
-    last = (mask.long().sum(-1, keepdim=True) - 1).clamp_min(0)
-    return statistic.gather(-1, last).squeeze(-1) * mask.any(-1)
+    return statistic.gather(-1, last_token(mask)[:, None]).squeeze(-1) * mask.any(-1)

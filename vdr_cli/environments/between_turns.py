@@ -70,10 +70,14 @@ class ChatTemplate:
             raise ConfigError("the chat template leaves out the assistant's words when a reply follows them")
         return list(self.tokenizer(between, add_special_tokens=False)["input_ids"])
 
-    def _text(self, messages: Messages) -> str:
+    def written(self, messages: Messages, opened: bool) -> str:
+        """The conversation as the model reads it. opened: it ends with the beginning of the assistant's next turn."""
         return str(
-            self.tokenizer.apply_chat_template(messages, tools=self.tools, add_generation_prompt=True, tokenize=False)
+            self.tokenizer.apply_chat_template(messages, tools=self.tools, add_generation_prompt=opened, tokenize=False)
         )
+
+    def _text(self, messages: Messages) -> str:
+        return self.written(messages, opened=True)
 
     def _probe(self, role: str) -> None:
         """Place a reply of this role once, and say it when the template would rewrite what stands before it."""

@@ -84,8 +84,8 @@ def _or_nan(value: Any) -> float:
 
 def _risk_chart(columns: Mapping[str, Sequence[Any]], label: str) -> Chart:
     """Losses of the most certain rows, for each column that ranks them."""
+    from vdr_cli.scoring.cells import value_at
     from vdr_cli.scoring.ranking import loss_of
-    from vdr_cli.scoring.tokens import value_at
     from vdr_cli.stats.ranking import Ranked, risk_coverage
 
     root = label if label in columns else label.partition(".")[0]

@@ -43,6 +43,10 @@ def collate(items: Sequence[Item], pad_id: int) -> Completions:
     mask = torch.arange(width) < lengths[:, None]  # (B, T)
     completion_ids = torch.full((len(items), width), pad_id, dtype=torch.int64)
     completion_ids[mask] = torch.tensor([token for item in items for token in item.completion_ids])
+    policy = mask.clone()  # (B, T)
+    for row, item in enumerate(items):
+        if item.policy is not None:
+            policy[row, : len(item.policy)] = torch.tensor(item.policy)
     return Completions(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -50,6 +54,7 @@ def collate(items: Sequence[Item], pad_id: int) -> Completions:
         completion_mask=mask,
         sampler_logps=torch.zeros(mask.shape),
         truncated=torch.tensor([item.is_cut for item in items]),
+        policy_mask=policy,
     )
 
 
@@ -57,7 +62,7 @@ def _groups(items: Sequence[Item], batch_tokens: int) -> Iterator[Group]:
     """Items by prompt, longest completions first; a group beyond the budget is split."""
     by_prompt: dict[tuple[int, ...], Group] = defaultdict(list)
     for item in items:
-        if item.completion_ids:
+        if item.measured:
             by_prompt[tuple(item.prompt_ids)].append(item)
     for group in by_prompt.values():
         group.sort(key=lambda item: (-len(item.completion_ids), item.at))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vdr_cli.disagreement.information import Statistics, at_last, ig_seq, rmi_seq
+from vdr_cli.samples import Completions
 
 MEASURES = frozenset(
     ("total", "aleatoric", "bald", "rmi", "epkl", "logp_var", "vote_disagree", "bald_jk", "bald_se", "member_logps")
@@ -20,7 +21,10 @@ Columns = dict[str, NDArray[Any]]
 
 
 def base_columns(logps: Tensor, entropy: Tensor, mask: Tensor) -> Columns:
-    """Columns of the model itself, dropout off. logps, entropy, mask: (B, T), the mask with a token in every row."""
+    """Columns of the model itself, dropout off. logps, entropy, mask: (B, T), the mask with a token in every row.
+
+    The mask says which tokens are measured: the assistant's.
+    """
     count = mask.sum(1)
     nll_sum = -(logps.double() * mask).sum(1)
     nll_mean = nll_sum / count
@@ -60,16 +64,21 @@ def ensemble_columns(statistics: Statistics, mask: Tensor) -> Columns:
 
 
 def token_columns(
-    completion_ids: Tensor, logps: Tensor, entropy: Tensor, statistics: Statistics | None, mask: Tensor
+    completions: Completions, logps: Tensor, entropy: Tensor, statistics: Statistics | None
 ) -> dict[str, list[list[Any]]]:
-    """Arrays with one value a valid token, for `--tokens`."""
-    tensors = {"token_ids": completion_ids, "token_logp": logps, "token_entropy": entropy}
+    """Arrays with one value a valid token, for `--tokens`; null at tokens that are not the assistant's."""
+    measured = {"token_logp": logps, "token_entropy": entropy}
     if statistics is not None:
-        tensors |= {"token_bald": statistics.get("bald"), "token_rmi": statistics.get("rmi")}
-    counts = mask.sum(1).tolist()
-    return {
-        name: [row[:count] for row, count in zip(values.tolist(), counts, strict=True)]
-        for name, values in tensors.items()
+        measured |= {"token_bald": statistics.get("bald"), "token_rmi": statistics.get("rmi")}
+    counts = completions.completion_mask.sum(1).tolist()
+    policy = completions.policy_mask.tolist()
+    ids = [row[:count] for row, count in zip(completions.completion_ids.tolist(), counts, strict=True)]
+    return {"token_ids": ids} | {
+        name: [
+            [value if is_own else None for value, is_own in zip(row[:count], own[:count], strict=True)]
+            for row, own, count in zip(values.tolist(), policy, counts, strict=True)
+        ]
+        for name, values in measured.items()
     }
 
 

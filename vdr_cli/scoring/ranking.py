@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vdr_cli.errors import DataError
+from vdr_cli.scoring.cells import RowError, group_key, is_lm_eval, value_at
 from vdr_cli.scoring.parts import plain
 from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
 from vdr_cli.scoring.sources import Row
-from vdr_cli.scoring.tokens import RowError, group_key, is_lm_eval, value_at
 from vdr_cli.stats.ranking import expected_calibration_error, with_intervals
 from vdr_cli.system.files import write_whole
 

@@ -9,9 +9,10 @@ from typing import Any
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.samples import Messages, Prompt
+from vdr_cli.scoring.cells import RowError, completion_value, prompt_value
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
-from vdr_cli.scoring.tokens import Item, RowError, completion_value, prompt_value
+from vdr_cli.scoring.tokens import Item
 
 TOTAL = "reward"
 
@@ -41,7 +42,8 @@ def add_rewards(
         prompt, text = _prompt(rows[item.at], item, fields, tokenizer)
         prompts.append(prompt)
         texts.append(text)
-    given: Any = texts if isinstance(prompts[0].value, str) else [_message(text) for text in texts]
+    as_messages = not isinstance(prompts[0].value, str) or any(not isinstance(text, str) for text in texts)
+    given: Any = [_messages(text) for text in texts] if as_messages else texts
     scores = compute_rewards(loaded, prompts, given, [item.completion_ids for item in items], timeout).tolist()
     for item, found in zip(items, scores, strict=True):
         known = [value * reward.weight for value, reward in zip(found, loaded, strict=True) if not math.isnan(value)]
@@ -49,13 +51,14 @@ def add_rewards(
         columns[item.at] |= dict(zip(reward_columns(loaded), [*values, sum(known) if known else None], strict=True))
 
 
-def _prompt(row: Row, item: Item, fields: Fields, tokenizer: Any) -> tuple[Prompt, str]:
+def _prompt(row: Row, item: Item, fields: Fields, tokenizer: Any) -> tuple[Prompt, str | Messages]:
     """The row's prompt with its other columns, and its completion; decoded where the row holds token ids alone."""
     values = row.values or {}
     try:
         value: Any = prompt_value(values, fields)
     except RowError:
         value = tokenizer.decode(item.prompt_ids)
+    text: Any
     try:
         text = completion_value(values, fields)
     except RowError:
@@ -64,5 +67,5 @@ def _prompt(row: Row, item: Item, fields: Fields, tokenizer: Any) -> tuple[Promp
     return Prompt(row.number, value, item.prompt_ids, columns), text
 
 
-def _message(text: str) -> Messages:
-    return [{"role": "assistant", "content": text}]
+def _messages(completion: str | Messages) -> Messages:
+    return [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion

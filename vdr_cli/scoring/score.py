@@ -23,7 +23,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.independence import check_independence
-from vdr_cli.models.loading import load_causal_lm, load_tokenizer, resolve_dtype
+from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype
 from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.models.policy import Policy
 from vdr_cli.models.sizes import usable_length
@@ -31,6 +31,7 @@ from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.samples import to_device
 from vdr_cli.scoring.batches import batches, collate
+from vdr_cli.scoring.cells import ids_fit
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
@@ -38,7 +39,7 @@ from vdr_cli.scoring.ranking import Ranking, check_labels, save_ranking
 from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
 from vdr_cli.scoring.rewards import add_rewards, reward_columns
 from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
-from vdr_cli.scoring.tokens import Item, Tokeniser, ids_fit
+from vdr_cli.scoring.tokens import Item, Tokeniser
 
 PLACES_SHOWN = 20
 STEP = 0  # of the masks: there is one ensemble
@@ -140,6 +141,7 @@ class Scorer:
             append_eos=request.append_eos,
             longest=usable_length(model.config),
             use_ids=ids_fit(sample, request.fields, tokenizer),
+            eos_ids=tuple(eos_token_ids(model, tokenizer)),
         )
         asked = request.disagreement
         spec = None if asked is None else EnsembleSpec(**asked.member_settings, seed=request.seed)
@@ -153,7 +155,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, items: Sequence[Item]) -> dict[int, dict[str, Any]]:
         """Position in the window to columns; null for a completion without tokens."""
-        found = {item.at: {**dict.fromkeys(self.names), "n_tokens": 0} for item in items if not item.completion_ids}
+        found = {item.at: {**dict.fromkeys(self.names), "n_tokens": 0} for item in items if not item.measured}
         for group_size, batch in batches(items, self.batch_tokens):
             columns = self._columns(group_size, batch)
             for index, item in enumerate(batch):
@@ -162,9 +164,11 @@ class Scorer:
 
     def _columns(self, group_size: int, batch: Sequence[Item]) -> dict[str, list[Any]]:
         c = to_device(collate(batch, self.pad_id), self.device)
-        mask = c.completion_mask
+        mask = c.policy_mask
         policy = Policy(self.model, share_prompts=None if group_size > 1 else False)  # alone: one pass is quicker
-        logps, entropy = policy(c.prompt_ids, c.prompt_mask, c.completion_ids, mask, temperature=1.0)  # (B, T)
+        logps, entropy = policy(
+            c.prompt_ids, c.prompt_mask, c.completion_ids, c.completion_mask, temperature=1.0
+        )  # (B, T)
         columns = base_columns(logps, entropy, mask)
         statistics = None
         if self.ensemble is not None:
@@ -172,7 +176,7 @@ class Scorer:
             columns |= ensemble_columns(statistics, mask)
         as_lists: dict[str, list[Any]] = {name: values.tolist() for name, values in columns.items()}
         if "token_ids" in self.names:
-            as_lists |= token_columns(c.completion_ids, logps, entropy, statistics, mask)
+            as_lists |= token_columns(c, logps, entropy, statistics)
         return as_lists
 
 
@@ -249,7 +253,7 @@ def _score_window(window: Window, scorer: Scorer, request: ScoreRequest) -> tupl
         "skipped": len(bad),
         "skipped_rows": bad[:PLACES_SHOWN],
         "cut": sum(item.is_cut for item in items),
-        "empty": sum(not item.completion_ids for item in items),
+        "empty": sum(not item.measured for item in items),
     }
     return rows, note
 
