@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vdr_cli.data.completions import write_completions
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.report import data as report_data
 from vdr_cli.report import score_page
@@ -239,3 +240,53 @@ def test_early_warnings_of_a_run_are_on_its_page(make_run: Callable[..., Path]) 
         for step, value in ((41, 0.4), (42, 0.4)):
             file.write(json.dumps({"step": step, "eval/pass@8": value, "eval/pass@8_high": value}) + "\n")
     assert "Warning at step 42 of wide: held-out pass@8 has fallen from 0.900" in write_report(run).read_text()
+
+
+def test_an_episode_is_shown_turn_by_turn_with_roles_and_colours_on_the_policys_tokens(make_run: MakeRun) -> None:
+    run = make_run()
+    words = [
+        {"role": "assistant", "content": "<tool_call>1</tool_call>"},
+        {"role": "tool", "content": "</script><b>found</b>"},
+        {"role": "assistant", "content": "2"},
+    ]
+    rows = {
+        "group": [0, 0],
+        "prompt": ["p", "p"],
+        "completion": [words, words],
+        "completion_ids": [[3, 4, 5, 6], [3, 4, 5, 6]],
+        "policy_mask": [[True, False, False, True], [True, False, True, False]],
+        "reward": [1.0, 0.0],
+        "bald_tokens": [[0.25, 0.0, 0.0, 0.5], [0.25, 0.0, 0.5, 0.0]],
+    }
+    write_completions(run / "completions", 30, rows)
+    groups, _ = run_groups(load_run(run), lambda ids: [f"t{token}" for token in ids])
+    shown = next(one for group in groups for one in group.completions if one.turns)
+    assert shown.turns is not None
+    assert [(turn.role, turn.tokens, turn.heat) for turn in shown.turns] == [
+        ("assistant", ["t3"], [0.25]),
+        ("tool", None, None),
+        ("assistant", ["t6"], [0.5]),
+    ]
+    assert shown.heat == [0.25, 0.5] and shown.tokens is None
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<b>found" not in page and "\\u003cb\\u003efound" in page and page.count("<script") == 2
+
+
+def test_scored_conversations_are_shown_by_their_turns(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "b"},
+    ]
+    row = {"messages": messages, "nll_mean": 1.0, "token_ids": [3, 4, 5], "token_bald": [0.1, None, 0.3]}
+    file = tmp_path / "scores.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    columns = report_data.scored_rows(file)
+    (group,), _ = report_data.scored_groups(columns, lambda ids: [str(token) for token in ids])
+    assert group.prompt == "[user] q"
+    assert [(turn.role, turn.heat) for turn in group.completions[0].turns or ()] == [
+        ("assistant", [0.1]),
+        ("user", None),
+        ("assistant", [0.3]),
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from vdr_cli.data.turns import shown_turns
 from vdr_cli.system.text import duration
 from vdr_cli.training.live import HISTORY, History, LiveView, Sample, sample_lines, sparkline, step_line
 
@@ -160,3 +161,28 @@ def test_an_exception_ends_the_view_and_passes() -> None:
         view.start(3)
         raise KeyboardInterrupt
     assert written(out).endswith(("\x1b[?25h", "\n\x1b[?25h")) or "\x1b[?25h" in written(out)
+
+
+def test_an_episode_shows_roles_and_the_environments_words_without_colour() -> None:
+    """The policy's tokens carry the colours; what the tool says is text that cannot command the terminal."""
+    messages = [
+        {"role": "assistant", "content": "ab"},
+        {"role": "tool", "content": "[red]\x1b[31mwarm"},
+        {"role": "assistant", "content": "c"},
+    ]
+    own = [True, True, False, False, True]
+    tokens = ["a", "b", "<tool>", "warm", "c"]
+    sample = Sample("p", tokens, [0.0, 9.0, 0.0, 0.0, 1.0], 1.0, shown_turns(messages, own))
+    line = sample_lines([sample], rows=5)[1]
+    assert "[assistant] ab [tool] [red]" in line.plain and line.plain.rstrip().endswith("[assistant] c")
+    assert "<tool>" not in line.plain and "\x1b" not in line.plain
+    coloured = [line.plain[span.start : span.end] for span in line.spans if str(span.style).startswith("on ")]
+    assert coloured == ["b", "c"]
+
+
+def test_turns_without_a_stretch_of_tokens_each_are_shown_as_text() -> None:
+    messages = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "?"}]
+    assert [turn.tokens for turn in shown_turns(messages, [True, False, True])] == [None, None]
+    assert shown_turns(messages[:1], [True]) == [] and shown_turns("text", [True]) == []
+    called = shown_turns([{"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}], [True])
+    assert called[0].text == "{'name': 'look'}" and called[0].tokens == range(0, 1)

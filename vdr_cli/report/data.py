@@ -18,6 +18,7 @@ from vdr_cli.config.moved import with_moved_keys
 from vdr_cli.config.sections.bonus import SOURCES
 from vdr_cli.data.completions import completion_files, read_completions
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
+from vdr_cli.data.turns import shown_turns
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.report.charts import Series
 from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS
@@ -73,6 +74,19 @@ class Completion:
     heat: list[float] | None = None
     """One number per token."""
     numbers: dict[str, float] = field(default_factory=dict)
+    turns: list[TurnShown] | None = None
+    """The messages of an episode, with the tokens of the policy's; None: the completion is one answer."""
+
+
+@dataclass(frozen=True)
+class TurnShown:
+    """One message of an episode."""
+
+    role: str
+    text: str
+    tokens: list[str] | None = None
+    """The policy's tokens; None: the message is an environment's, or was not measured."""
+    heat: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +230,17 @@ def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
         rows = [{name: _from_cell(name, cell) for name, cell in row.items()} for row in rows]
     if not rows or "nll_mean" not in rows[0]:
         raise DataError(f"{path}: not a file that vdr score wrote (there is no nll_mean column)")
-    return {name: [row.get(name) for row in rows] for name in rows[0]}
+    rows = [_with_parts(row) for row in rows]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, and the prompt and completion of its conversation where it has no others."""
+    from vdr_cli.scoring.cells import whole_conversation
+    from vdr_cli.scoring.request import Fields
+
+    conversation = whole_conversation(row, Fields())
+    return row if conversation is None else {**row, "prompt": conversation[0], "completion": conversation[1]}
 
 
 def _from_cell(name: str, cell: Any) -> Any:
@@ -277,11 +301,35 @@ def _completion(columns: Mapping[str, Sequence[Any]], row: int, decode: Decode |
         ids, values = list(columns[ids_name][row]), list(columns[heat_name][row])
         if len(ids) == len(values):
             tokens, heat = decode(ids), values
+    turns = _turns(columns, row, tokens, heat)
+    if turns is not None:
+        measured = [value for turn in turns for value in turn.heat or ()]
+        tokens, heat = None, measured or None
     functions = [name for name in columns if name.startswith("rewards/")]
     names = [*NUMBERS_SHOWN, *SOURCES, *(functions if len(functions) > 1 else ())]  # a single one is the reward
     numbers = {name: columns[name][row] for name in names if name in columns}
     kept = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-    return Completion(_as_text(columns["completion"][row] if "completion" in columns else ""), tokens, heat, kept)
+    return Completion(
+        _as_text(columns["completion"][row] if "completion" in columns else ""), tokens, heat, kept, turns
+    )
+
+
+def _turns(
+    columns: Mapping[str, Sequence[Any]], row: int, tokens: list[str] | None, heat: Sequence[float | None] | None
+) -> list[TurnShown] | None:
+    """The turns of a completion, coloured where its tokens are; None when it is one answer."""
+    policy = columns["policy_mask"][row] if "policy_mask" in columns else None
+    if tokens is not None and (not isinstance(policy, list) or len(policy) != len(tokens)):
+        policy = [value is not None for value in heat or ()]
+    found = shown_turns(columns["completion"][row] if "completion" in columns else None, policy or [])
+    shown = []
+    for turn in found:
+        if turn.tokens is None or tokens is None or heat is None:
+            shown.append(TurnShown(turn.role, turn.text))
+            continue
+        values = [float(heat[at] or 0.0) for at in turn.tokens]
+        shown.append(TurnShown(turn.role, turn.text, [tokens[at] for at in turn.tokens], values))
+    return shown or None
 
 
 def _as_text(value: Any) -> str:

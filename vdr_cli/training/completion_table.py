@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vdr_cli.data.turns import shown_turns
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.live import Sample
 from vdr_cli.training.resources import Resources
@@ -65,6 +66,7 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
                 [res.tokenizer.decode([token]) for token in ids],
                 heat,
                 float(batch.task_reward[row]),
+                shown_turns(batch.texts[row], batch.completions.policy_mask[row, : len(ids)].tolist()),
             )
         )
     return samples

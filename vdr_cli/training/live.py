@@ -22,6 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vdr_cli.data.turns import ShownTurn
 from vdr_cli.system.text import duration, shortened, visible
 
 REFRESHES_PER_SECOND = 2
@@ -56,6 +57,8 @@ class Sample:
     tokens: Sequence[str]
     disagreement: Sequence[float]
     reward: float
+    turns: Sequence[ShownTurn] = ()
+    """The messages of an episode; none: the completion is one answer."""
 
 
 class History:
@@ -229,15 +232,30 @@ def sample_lines(samples: Sequence[Sample], rows: int) -> list[Text]:
     levels = _heat_levels([value for sample in samples for value in sample.disagreement])
     for sample in samples[: max(rows - 1, 1)]:
         line = Text(f"{sample.reward:+.2f} ", no_wrap=True, overflow="ellipsis")
-        length = 0
-        for token, value in zip(sample.tokens, sample.disagreement, strict=True):
-            line.append(visible(token), style=_HEAT[sum(value > level for level in levels)])
-            length += len(token)
-            if length > COMPLETION_CHARACTERS:
-                line.append("…")
-                break
+        _append_tokens(line, sample, levels)
         lines.append(line)
     return lines
+
+
+def _append_tokens(line: Text, sample: Sample, levels: Sequence[float]) -> None:
+    """The completion, up to COMPLETION_CHARACTERS; an episode's messages with their roles, the environment's plain."""
+    parts: list[tuple[str, str]] = []
+    for turn in sample.turns or (None,):
+        if turn is not None:
+            parts.append((f"[{turn.role}] ", "dim"))
+        if turn is not None and turn.tokens is None:
+            parts += [(f"{turn.text} ", "italic")]
+            continue
+        places = range(len(sample.tokens)) if turn is None or turn.tokens is None else turn.tokens
+        parts += [(sample.tokens[at], _HEAT[sum(sample.disagreement[at] > level for level in levels)]) for at in places]
+        parts += [] if turn is None else [(" ", "")]
+    length = 0
+    for text, style in parts:
+        line.append(visible(text), style=style)
+        length += len(text)
+        if length > COMPLETION_CHARACTERS:
+            line.append("…")
+            return
 
 
 def _heat_levels(values: Sequence[float]) -> list[float]:
