@@ -130,7 +130,7 @@ class Conversation(Protocol):
     """The other side of completions that take several turns."""
 
     def replies(self, turns: Sequence[Turn]) -> list[Reply]:
-        """One reply per turn, called between two decode steps of this process. Called for every turn, cut ones too."""
+        """One reply per turn. Called for every turn, cut ones too, by one thread at a time."""
         ...
 
 

@@ -91,6 +91,23 @@ def test_an_episode_from_reset_to_close(tmp_path: Path) -> None:
     assert all(each.is_closed for each in episodes.environments or [])
 
 
+def test_episodes_are_played_again_from_their_turns(tmp_path: Path) -> None:
+    """As a resumed run does with what rollout.ahead had played; an environment that answers otherwise is named."""
+    own = environments(tmp_path, GAME, max_turns=3)
+    first = own.begin(prompts(own.tokenizer), 2)
+    first.replies([turn(first, 0, "3"), turn(first, 1, "7"), turn(first, 2, "5", room=5)])
+    first.replies([turn(first, 0, "7"), turn(first, 3, "", False)])
+    again = own.begin(prompts(own.tokenizer), 2)
+    again.replay(first.history())
+    assert again.texts(range(4), None) == first.texts(range(4), None)  # type: ignore[arg-type]
+    assert again.counts == first.counts and again.history() == first.history()
+    assert [each.guesses for each in again.environments or []] == [each.guesses for each in first.environments or []]
+    moody = [[(ids, ended, room, [1]) for ids, ended, room, _ in played] for played in first.history()]
+    with pytest.raises(DataError, match="answered otherwise when the checkpoint's episode of dataset row 4"):
+        own.begin(prompts(own.tokenizer), 2).replay(moody)
+    own.close()
+
+
 def test_limits_end_an_episode_as_truncated(tmp_path: Path) -> None:
     own = environments(tmp_path, GAME, max_turns=2)
     episodes = own.begin(prompts(own.tokenizer), 1)
@@ -199,7 +216,6 @@ def test_the_model_must_be_long_enough_for_an_episode() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a server": ({"rollout": {"environment": "x.py:Game", "backend": "vllm"}}, "samples one turn: set backend"),
     "no turns": ({"rollout": {"episode_tokens": 9}}, "episode_tokens is set without environment or tools"),
     "elsewhere": ({"rollout": {"environment": "x.py:Game"}, "rewards": {"processes": 1}}, "set rewards.processes to 0"),
 }

@@ -65,7 +65,7 @@ def test_groups_are_shared_out_again_and_rewarded_again(
     parts = [([50, 51], completions(0, 2, 3)), ([52], completions(2, 1, 5))]
 
     def gathered(value: Any) -> list[Any]:
-        return [value, (parts[1][0], vars(parts[1][1]))]
+        return [value, (parts[1][0], vars(parts[1][1]), [])]
 
     monkeypatch.setattr(collectives, "gather_objects", gathered)
     prompts = [run.prompt_at(position) for position in parts[0][0]]

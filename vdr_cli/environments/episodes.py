@@ -40,6 +40,10 @@ class Counts:
     """A limit of tokens cut the episode in the middle of a tool call."""
 
 
+PlayedTurn = tuple[list[int], bool, int, list[int] | None]
+"""A turn's ids, whether it ended, the room that it left, and the ids of the reply, as a checkpoint keeps them."""
+
+
 class Episodes(Protocol):
     """One rollout's completions, n for each prompt, with or without an environment."""
 
@@ -63,6 +67,14 @@ class Episodes(Protocol):
         """The completions of these rows as reward functions see them: strings, or their messages."""
         ...
 
+    def history(self) -> list[list[PlayedTurn]]:
+        """(B,) the turns of each episode so far; empty without an environment or tools."""
+        ...
+
+    def replay(self, history: Sequence[Sequence[PlayedTurn]]) -> None:
+        """Play these turns again: the environments are then where they were. DataError when they answer otherwise."""
+        ...
+
     def close(self) -> None:
         """Close the environments. A second call does nothing."""
         ...
@@ -80,6 +92,12 @@ class OneTurn:
 
     def texts(self, rows: Sequence[int], completions: Completions) -> list[str] | list[Messages]:
         return completion_texts(self.tokenizer, [self.prompts[row // self.n] for row in rows], completions)
+
+    def history(self) -> list[list[PlayedTurn]]:
+        return []
+
+    def replay(self, history: Sequence[Sequence[PlayedTurn]]) -> None:
+        return
 
     def close(self) -> None:
         return
@@ -149,6 +167,7 @@ class _Episode:
     messages: Messages = field(default_factory=list)
     """The messages after the prompt."""
     counts: Counts = field(default_factory=Counts)
+    played: list[PlayedTurn] = field(default_factory=list)
 
 
 class ManyTurns:
@@ -231,7 +250,25 @@ class ManyTurns:
                 said[index] = [reply("tool", str({"error": f"the tool call cannot be read: {error}"}))]
         said |= self._call_tools(asked, episodes)
         said |= self._respond([i for i, turn in enumerate(turns) if turn.ended and i not in said], episodes)
-        return [self._reply(turn, episodes[i], said.get(i)) for i, turn in enumerate(turns)]
+        replies = [self._reply(turn, episodes[i], said.get(i)) for i, turn in enumerate(turns)]
+        for turn, episode, answer in zip(turns, episodes, replies, strict=True):
+            episode.played.append((turn.ids, turn.ended, turn.room, answer.ids))
+        return replies
+
+    def history(self) -> list[list[PlayedTurn]]:
+        return [each.played for each in self._episodes]
+
+    def replay(self, history: Sequence[Sequence[PlayedTurn]]) -> None:
+        for number in range(max(map(len, history), default=0)):
+            again = [(row, played[number]) for row, played in enumerate(history) if len(played) > number]
+            turns = [Turn(row, list(ids), ended, room) for row, (ids, ended, room, _) in again]
+            for (row, (_, _, _, before)), now in zip(again, self.replies(turns), strict=True):
+                if now.ids != before:
+                    raise DataError(
+                        f"rollout.environment {self.owner.contract.name}: it answered otherwise when the checkpoint's "
+                        f"episode of dataset row {self._episodes[row].prompt.row} was played again; make it depend on "
+                        "the row's columns alone (a seed column), or resume with rollout.ahead 0"
+                    )
 
     def _take(self, turn: Turn, episode: _Episode) -> None:
         text = self.owner.tokenizer.decode(turn.ids, skip_special_tokens=True)

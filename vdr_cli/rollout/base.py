@@ -30,7 +30,7 @@ class RolloutRequest:
     watcher: Watcher | None = None
     """Sees what the model in this process reads; a server reads elsewhere and calls nothing."""
     conversation: Conversation | None = None
-    """Answers the policy's turns; None: a completion is one turn. Only with a model in this process."""
+    """Answers the policy's turns; None: a completion is one turn."""
     acting: Callable[[nn.Module], AbstractContextManager[Actors]] | None = None
     """Opens the block in which each prompt's completions are sampled from a model of their own; None: from the model as
     it is. Only with a model in this process."""

@@ -21,10 +21,11 @@ from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.base import LayeredWeights, Rollout, RolloutRequest
 from vdr_cli.rollout.vllm_broadcast import Broadcast
-from vdr_cli.rollout.vllm_client import SUSPICION, Answer, VllmClient
+from vdr_cli.rollout.vllm_client import SUSPICION, Answer, VllmClient, assemble
+from vdr_cli.rollout.vllm_dialogue import Served
 from vdr_cli.rollout.vllm_server import VllmServer
 from vdr_cli.rollout.weights import checksum, in_layer_order, served_weights, write_model, write_weights
-from vdr_cli.samples import Completions, Sampling, pad_prompts
+from vdr_cli.samples import Completions, Sampling
 from vdr_cli.system.files import write_whole
 
 PROBE = Sampling(max_new_tokens=16, temperature=0.5)
@@ -49,8 +50,9 @@ FLOOR = 2e-5
 class VllmRollout(Rollout):
     """The Rollout protocol on one or several servers; sampler_logps are those the servers sampled with.
 
-    Completion g of a prompt is drawn by the server's generator, seeded by the prompt's key and g. Rank 0 hands
-    the weights over; the other ranks wait until the servers hold the same ones as they do.
+    Completion g of a prompt is drawn by the server's generator, seeded by the prompt's key and g; in a conversation its
+    later turns by these and the turn's number. Rank 0 hands the weights over; the other ranks wait until the servers
+    hold the same ones as they do.
     """
 
     def __init__(
@@ -94,21 +96,29 @@ class VllmRollout(Rollout):
         self.asleep = False
         self.broadcast: Broadcast | None = None
         self.noise: float | None = None
-        self.sampling: list[Future[list[Answer]]] = []
+        self.sampling: Sequence[Future[list[Answer]]] = []
         """The newest requests to the servers."""
 
     def start(self, model: nn.Module, request: RolloutRequest) -> Callable[[], Completions]:
         prompts, n = request.prompts, request.n
         self.refresh(model, prompts, request.sampling)
 
-        def group(index: int) -> list[Answer]:
-            answers = self._complete_somewhere(index, prompts[index], n, request.sampling, request.keys[index])
+        def tell(index: int, answers: list[Answer]) -> None:
             if request.finished is not None:
                 request.finished([index], assemble([prompts[index]], n, answers, self.pad_id))
+
+        def group(index: int) -> list[Answer]:
+            answers = self._complete_somewhere(index, prompts[index], n, request.sampling, request.keys[index])
+            tell(index, answers)
             return answers
 
-        pool = ThreadPoolExecutor(max_workers=min(max(len(prompts), 1), MOST_REQUESTS))
-        self.sampling = requests = [pool.submit(group, index) for index in range(len(prompts))]
+        at_once = len(prompts) if request.conversation is None else len(prompts) * n + 1  # and one that asks for them
+        pool = ThreadPoolExecutor(max_workers=min(max(at_once, 1), MOST_REQUESTS))
+        if request.conversation is None:
+            requests = [pool.submit(group, index) for index in range(len(prompts))]
+        else:
+            requests = [pool.submit(Served(request, self._complete_somewhere, pool, tell).run)]
+        self.sampling = requests
 
         def whole() -> Completions:
             try:
@@ -379,20 +389,3 @@ def mean_difference(model: nn.Module, sampled: Completions, temperature: float) 
 def _mean_gap(sampled: Completions, logps: Tensor) -> float:
     """Mean |sampler - trainer| log-probability over valid tokens; logps (B, T): the trainer's."""
     return float((logps - sampled.sampler_logps).abs()[sampled.completion_mask].mean())
-
-
-def assemble(prompts: Sequence[Sequence[int]], n: int, answers: Sequence[Answer], pad_id: int) -> Completions:
-    """Answers, n a prompt in order, to a batch."""
-    ids, mask = pad_prompts(prompts, pad_id)
-    width = max((len(answer.token_ids) for answer in answers), default=1)
-    tokens = torch.full((len(answers), width), pad_id, dtype=torch.int64)
-    valid = torch.zeros((len(answers), width), dtype=torch.bool)
-    logps: Tensor = torch.zeros((len(answers), width))
-    for row, answer in enumerate(answers):
-        count = len(answer.token_ids)
-        tokens[row, :count] = torch.tensor(answer.token_ids, dtype=torch.int64)
-        logps[row, :count] = torch.tensor(answer.logps)
-        valid[row, :count] = True
-    truncated = torch.tensor([answer.truncated for answer in answers], dtype=torch.bool)
-    prompt_ids, prompt_mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    return Completions(prompt_ids, prompt_mask, tokens, valid, logps, truncated)

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.samples import Sampling
+from vdr_cli.samples import Completions, Sampling, pad_prompts
 
 OLDEST = (0, 11)
 """First version whose completions return token ids; older ones cannot be used."""
@@ -31,6 +34,8 @@ class Answer:
     token_ids: list[int]
     logps: list[float]
     truncated: bool
+    policy: list[bool] | None = None
+    """Which tokens were sampled; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,27 @@ class VllmClient:
     def _error(self, what: str) -> MachineError:
         known = self.lost()
         return MachineError(f"vLLM server {self.url} {what}" + (f": {known}" if known else SUSPICION))
+
+
+def assemble(prompts: Sequence[Sequence[int]], n: int, answers: Sequence[Answer], pad_id: int) -> Completions:
+    """Answers, n a prompt in order, to a batch."""
+    ids, mask = pad_prompts(prompts, pad_id)
+    width = max((len(answer.token_ids) for answer in answers), default=1)
+    tokens = torch.full((len(answers), width), pad_id, dtype=torch.int64)
+    valid = torch.zeros((len(answers), width), dtype=torch.bool)
+    logps: Tensor = torch.zeros((len(answers), width))
+    takes_turns = any(answer.policy is not None for answer in answers)
+    sampled = torch.zeros_like(valid) if takes_turns else valid
+    for row, answer in enumerate(answers):
+        count = len(answer.token_ids)
+        tokens[row, :count] = torch.tensor(answer.token_ids, dtype=torch.int64)
+        logps[row, :count] = torch.tensor(answer.logps)
+        valid[row, :count] = True
+        if answer.policy is not None:
+            sampled[row, :count] = torch.tensor(answer.policy, dtype=torch.bool)
+    truncated = torch.tensor([answer.truncated for answer in answers], dtype=torch.bool)
+    prompt_ids, prompt_mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+    return Completions(prompt_ids, prompt_mask, tokens, valid, logps, truncated, sampled)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def save(pending: PendingRollout, folder: Path) -> None:
     """Write the completions of all ranks, in the order of the stream. Collective; rank 0 writes."""
     with collectives.agreed():
         completions = pending.wait()
-    shares = collectives.gather_objects((pending.positions, asdict(completions)))
+    shares = collectives.gather_objects((pending.positions, asdict(completions), pending.episodes.history()))
     if collectives.is_main():
         torch.save(shares, folder / AHEAD)
 
@@ -49,22 +49,27 @@ def load(
     begin: Callable[[list[Prompt]], tuple[Episodes, RewardStream]],
     pad_id: int,
 ) -> PendingRollout | None:
-    """This rank's part of what `save` wrote, or None when it wrote nothing. Rewards are computed again. Collective.
+    """This rank's part of what `save` wrote, or None when it wrote nothing. Collective.
+
+    Rewards are computed again, after environments have played their episodes again.
 
     share: splits a number of groups over the ranks. prompt_at: the prompt at a position of the stream. begin:
     the episodes of a list of prompts, and the stream of their rewards.
     """
     if not collectives.broadcast_object((folder / AHEAD).is_file()):
         return None
-    saved: Sequence[tuple[list[int], dict[str, Any]]] = torch.load(folder / AHEAD, weights_only=True)
-    everybody = [position for positions, _ in saved for position in positions]
-    whole = concatenate_completions([Completions(**parts) for _, parts in saved], pad_id)
+    saved: Sequence[tuple[list[int], dict[str, Any], list[Any]]] = torch.load(folder / AHEAD, weights_only=True)
+    everybody = [position for positions, _, _ in saved for position in positions]
+    whole = concatenate_completions([Completions(**parts) for _, parts, _ in saved], pad_id)
+    history = [played for _, _, episodes in saved for played in episodes]
     counts, G = share(len(everybody)), len(whole) // len(everybody)
     first = sum(counts[: collectives.rank()])
     end = first + counts[collectives.rank()]
     completions = whole.rows(slice(first * G, end * G)).trimmed()
     prompts = [prompt_at(position) for position in everybody[first:end]]
     episodes, rewards = begin(prompts)
+    with collectives.agreed():
+        episodes.replay(history[first * G : end * G])
     if prompts:
         rewards.finished(range(len(prompts)), completions)
     return PendingRollout(everybody[first:end], episodes, lambda: completions, rewards)

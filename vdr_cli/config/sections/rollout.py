@@ -109,11 +109,6 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.takes_turns and self.backend == "vllm":
-            raise ValueError(
-                f"{'environment' if self.environment else 'tools'} is set but backend is vllm, which samples one turn: "
-                "set backend to transformers"
-            )
         if self.episode_tokens is not None and not self.takes_turns:
             raise ValueError("episode_tokens is set without environment or tools: set max_new_tokens instead")
         if self.ahead and self.backend == "transformers":
