@@ -120,3 +120,7 @@ def assert_each_rank_has_read_its_rows(folder: Path, world_size: int) -> None:
     for rank in range(world_size):
         for found, whole in zip(torch.load(folder / f"read{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(found, whole[: 1 + rank % 3], rtol=1e-5, atol=1e-6)
+        for divided, alone in torch.load(folder / f"measured{rank}.pt"):
+            for found, whole in zip(divided, alone, strict=True):
+                torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+            assert alone[0].max() > 1e-3

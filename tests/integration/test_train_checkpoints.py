@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 
 @pytest.fixture
@@ -121,6 +124,38 @@ def test_a_directory_that_stays_read_only_ends_the_run_with_one_line(train, read
 
 
 BETWEEN_STEPS = (PROGRAMS / "between_steps.py").read_text(encoding="utf-8")
+
+
+def test_a_kill_among_four_ranks_that_divide_rows_costs_nothing(train, read, tmp_path: Path, monkeypatch) -> None:
+    """ZeRO-3, pairs of ranks, adapters, members, a reference. The last step is resumed without division too."""
+    (tmp_path / "mine.py").write_text(BETWEEN_STEPS)
+    settings = {"rewards.functions": [{"name": f"{tmp_path}/mine.py:countdown"}], "engine.sequence_parallel": 2}
+    settings |= {"model.lora": {"rank": 4, "alpha": 8}, "grpo.beta": 0.1, "disagreement.mode": "per_token"}
+    settings |= {"disagreement.members": 2, "train.prompts_per_step": 4, "train.steps": 2, "train.checkpoint_every": 1}
+    run, whole, undivided = (tmp_path / name for name in ("run", "whole", "undivided"))
+    assert train(whole, ranks=4, settings=settings).returncode == 0
+    monkeypatch.setenv("KILL_BEFORE", "2")
+    assert train(run, ranks=4, settings=settings).returncode in (4, -signal.SIGKILL)
+    monkeypatch.delenv("KILL_BEFORE")
+    shutil.copytree(run, undivided)
+    ended = train(run, "--resume", "auto", ranks=4, settings=settings)
+    assert ended.returncode == 0, ended.stderr
+    lines = read.metrics(whole)
+    assert read.metrics(run) == lines and lines[-1]["disagreement/mean"] > 0 and lines[-1]["kl"] > 0
+    assert_equal(read.weights(run), read.weights(whole), exact=True)
+    ended = train(undivided, "--resume", "auto", ranks=4, settings=settings | {"engine.sequence_parallel": 1})
+    assert ended.returncode == 0, ended.stderr
+    first, last = read.metrics(undivided)
+    assert first == lines[0] and last != lines[1]
+    for name in ("loss", "grad_norm", "kl", "disagreement/mean"):
+        assert last[name] == pytest.approx(lines[1][name], rel=1e-4, abs=1e-6), name
+    assert_equal(read.weights(undivided), read.weights(whole), exact=False)
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: bool) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
 
 
 def test_a_kill_between_two_steps_on_one_rollout_costs_nothing(train, read, tmp_path: Path, monkeypatch) -> None:

@@ -79,6 +79,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+def too_little_for_divided_rows() -> MachineError:
+    """The error for rows that ranks read together: one rank cannot divide its work alone."""
+    return MachineError(
+        "disagreement: not enough memory for rows that engine.sequence_parallel divides; raise it, or lower "
+        "rollout.max_new_tokens"
+    )
+
+
 def too_little_memory() -> MachineError:
     """The error for work that cannot be divided any further."""
     return MachineError(

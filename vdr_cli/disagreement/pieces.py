@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vdr_cli.disagreement.hooks import Members, ensemble, evaluating, first_layer
 from vdr_cli.disagreement.masks import EnsembleSpec
-from vdr_cli.disagreement.memory import is_out_of_memory, too_little_memory
+from vdr_cli.disagreement.memory import is_out_of_memory, too_little_for_divided_rows, too_little_memory
 from vdr_cli.disagreement.reading import Batch, Reading, passes_of
 from vdr_cli.disagreement.results import Results
 from vdr_cli.errors import ConfigError
@@ -168,6 +168,8 @@ class Walk:
 
     def __init__(self, stages: Sequence[Stage], breadth_first: bool) -> None:
         self.stages, self.breadth_first = stages, breadth_first
+        self.may_halve = True
+        """False: other ranks make the same forwards, so a piece that runs out of memory ends the run."""
         self.too_large: int | None = None
         """Smallest size that ran out of memory; pieces as large are halved before they are tried."""
 
@@ -215,6 +217,8 @@ class Walk:
                 except RuntimeError as error:
                     if not is_out_of_memory(error):
                         raise
+                    if not self.may_halve:
+                        raise too_little_for_divided_rows() from error
                 self.too_large = piece.size
                 if piece.reading.batch.rows.is_cuda:
                     torch.cuda.empty_cache()

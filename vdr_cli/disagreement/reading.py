@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,29 @@ from vdr_cli.disagreement.layer_calls import (
 from vdr_cli.disagreement.lower_states import LowerStates
 from vdr_cli.disagreement.masks import EnsembleSpec, prompt_keys, row_keys
 from vdr_cli.models import anatomy
+from vdr_cli.models.packed_rows import packed_rows
 from vdr_cli.models.prefix import PrefixCache, shares_prompts
 from vdr_cli.samples import Completions
+
+
+class RowDivision(Protocol):
+    """Ranks that read the same rows together, each its part of the columns. Every rank makes the same forwards."""
+
+    size: int
+    rank: int
+    """This rank's number in the group."""
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's value on every rank, in rank order. Collective in the group."""
+        ...
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum over the group. Collective in it."""
+        ...
+
+    def attention_of(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block the model's attention sees whole rows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,8 @@ class Pass:
     """Makes a key for each row, for masks drawn per token."""
     column: Tensor | None
     """(R,) int64, the only column of each row whose state is wanted; None: any."""
+    columns: Tensor | None = None
+    """(R, T) int64, the column of this rank's part that predicts each completion token; None: rows are whole."""
 
 
 def prompt_pass(batch: Batch) -> Pass:
@@ -81,6 +105,25 @@ def whole_pass(batch: Batch) -> Pass:
     ids = torch.cat([c.prompt_ids, c.completion_ids[:, :-1]], 1)
     mask = torch.cat([c.prompt_mask, torch.ones_like(c.completion_mask[:, :-1])], 1)
     return Pass(ids, mask, anatomy.position_ids(mask), lambda: _keys(c), None)
+
+
+def divided_pass(batch: Batch, division: RowDivision) -> Pass:
+    """This rank's columns of every prompt with its completion; attention sees the whole rows (`RowDivision`)."""
+    c = batch.completions
+    rows = packed_rows(c.prompt_ids, c.prompt_mask, c.completion_ids, c.completion_mask, division.size)
+    width = rows.ids.shape[1] // division.size
+    start = division.rank * width
+    ids, positions = (tensor[:, start : start + width] for tensor in (rows.ids, rows.positions))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Pass(ids, mask, positions, lambda: _keys(c), None, rows.columns - start)
+
+
+def of_this_rank(batch: Batch, own: Pass) -> Batch:
+    """The batch with those wanted positions alone that a divided pass reads."""
+    assert own.columns is not None
+    columns = own.columns[batch.rows, batch.tokens]
+    kept = (columns >= 0) & (columns < own.ids.shape[1])
+    return replace(batch, rows=batch.rows[kept], tokens=batch.tokens[kept])
 
 
 def _keys(c: Completions) -> list[str]:
@@ -124,6 +167,8 @@ class Reading:
             hidden = self._run(number, cache, count, active)
             outputs.append(hidden.view(count, -1, *hidden.shape[1:]))  # (m, R, W, D)
             _prompt_is_read(cache, each)
+        if (columns := self.passes[0].columns) is not None:
+            return outputs[0][:, self.batch.rows, columns[self.batch.rows, self.batch.tokens]]
         if len(self.passes) == 1:
             rows_each = len(self.batch.completions) // outputs[0].shape[1]  # G where prompts alone are read
             first_column = outputs[0].shape[2] - self.batch.completions.completion_ids.shape[1]

@@ -5,14 +5,14 @@ an all-to-all exchanges tokens for heads, so that a rank sees whole rows with 1/
 inside (`packed_rows`), so attention needs no mask. To ZeRO the ranks are data-parallel all the same: a rank's gradient
 is that of its tokens, and the sum over ranks is the step's.
 
-Log-probabilities without gradient, of the policy and of the reference, are read the same way. Sampling, rewards,
-members and the states of other bonuses stay as they are: each rank has groups of its own.
+Log-probabilities without gradient, of the policy and of the reference, are read the same way, and so are members.
+Sampling, rewards and the states of other bonuses stay as they are: each rank has groups of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ class SequenceGroup:
     def exchange(self, parts: Tensor) -> Tensor:
         """parts (N, ...): part i goes to rank i; returns what came, by rank. Collective in the group."""
         return _Exchange.apply(parts, self._group)  # type: ignore[no-any-return,no-untyped-call]
+
+    def attention_of(self, causal_lm: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block the model's attention is the group's."""
+        return divided_attention(causal_lm)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any

@@ -243,7 +243,10 @@ def _load(
         keeper = EndStateKeeper()
         rollout = WatchedRollout(rollout, keeper)
     if members is not None:
-        reader = EnsembleReader(members, engine.whole_layers if engine.by_layers else None)
+        divided = members.mask_sharing == "member"  # a mask of its own at every position needs the whole row
+        reader = EnsembleReader(
+            members, engine.whole_layers if engine.by_layers else None, engine.sequence if divided else None
+        )
         rollout = WatchedRollout(rollout, reader)
     return Resources(
         config=config,

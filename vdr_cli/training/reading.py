@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,9 @@ def measure_disagreement(res: Resources, step: int, model: Any, completions: Com
         last_n=cfg.last_n,
         shown_rows=res.config.rollout.group_size if res.shows_tokens(step) else 0,
     )
-    with res.timer.phase("disagreement"), collectives.agreed():
+    # Ranks that read rows together would wait for a failed one inside its forward: its end ends the run.
+    agreed = collectives.agreed() if res.engine.sequence is None else nullcontext()
+    with res.timer.phase("disagreement"), agreed:
         statistics = res.ensemble.measure(model, request)
     return statistics.get(cfg.measure).cpu()
 

@@ -1,12 +1,16 @@
 """One rank in the folder argv[1]: the policy's gradient, its prompts read as argv[2] says, or rows divided by ranks."""
 
 import sys
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 
 from vdr_cli.cli.app import leave
 from vdr_cli.config import Config
+from vdr_cli.disagreement.masks import EnsembleSpec
+from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine
 from vdr_cli.engine.processes import start_distributed
@@ -21,6 +25,33 @@ def save_read_logps() -> None:
     own = Completions(**tokens, sampler_logps=tokens["completion_ids"] * 0.0, truncated=torch.zeros(3)).rows(rows)
     with engine.gathered_model() as model:
         torch.save(engine.read_logps(model, own, 2, 0.7), f"{folder}/read{collectives.rank()}.pt")
+        torch.save([measured(model, own, **how) for how in MEMBERS], f"{folder}/measured{collectives.rank()}.pt")
+
+
+MEMBERS: list[dict[str, Any]] = [
+    {},
+    {"positions": "last", "shown_rows": 1},
+    {"scope": "last_k", "last_k": 1},
+    {"budget": 1},
+    {"layers": True},
+]
+"""Ways for members to read: at the end of rows, in the upper layer alone, one by one, layer after layer."""
+
+
+def measured(
+    model: Any, own: Completions, budget: int | None = None, positions: Any = "all", shown_rows: int = 0,
+    layers: bool = False, **spec: Any,
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+    """The measures of this rank's rows by ranks that divide all rows, and by this one alone."""
+    members = EnsembleSpec(members=3, dropout=0.2, seed=1, **spec)
+    request = MeasureRequest(own, 1, 2, positions, ("bald", "rmi", "member_logps"), None, shown_rows, budget)
+    one_by_one = (lambda: nullcontext(lambda number: nullcontext())) if layers else None
+    found = []
+    for division in (engine.sequence, None):
+        reader = EnsembleReader(members, one_by_one, division)
+        each = reader.measure(model, request)
+        found.append([each.bald, each.rmi, each.member_logps, reader.shown.bald])
+    return tuple(found)
 
 
 torch.set_num_threads(1)
