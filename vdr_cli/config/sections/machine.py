@@ -15,9 +15,9 @@ class EngineConfig(Section):
     """DeepSpeed configuration: zero1, zero2, zero3, zero3_offload, zero3_hpz, zeropp, superoffload, or a path to a JSON
     file."""
     sequence_parallel: Positive = 1
-    """Neighbouring ranks that hold parts of the same completions in the update (Ulysses), so that each keeps this
-    fraction of a row's activations; a divisor of the processes and of the model's heads. 1: whole rows on every
-    rank."""
+    """Neighbouring ranks that hold parts of the same completions (Ulysses) in the update and where policy, reference
+    and members read them, so that each keeps this fraction of a row's activations; a divisor of the processes and of
+    the model's heads. 1: whole rows on every rank."""
     gather: Literal["auto", "whole", "layer"] = "auto"
     """The way weights are gathered under ZeRO-3 to be read. whole: a full copy on every device during rollout and
     disagreement. layer: one decoder layer at a time, for models whose full copy does not fit; vLLM samples, and is sent
