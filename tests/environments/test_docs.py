@@ -25,13 +25,15 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def played(cfg: RolloutConfig, prompt: str | Messages, said: list[str]) -> tuple[Environments, list[str | None]]:
+def played(
+    cfg: RolloutConfig, prompt: str | Messages, said: list[str], **columns: object
+) -> tuple[Environments, list[str | None]]:
     """An episode of these turns, and what the model read after each."""
     contract = load_contract(cfg.environment, cfg.tools)
     assert contract is not None
     tokenizer = tokenizer_of("plain" if isinstance(prompt, str) else "qwen2.5")
     own = Environments(contract, tokenizer, cfg, not isinstance(prompt, str), Limits())
-    episodes = own.begin([Prompt(0, prompt, [1], {"secret": 7})], 1)
+    episodes = own.begin([Prompt(0, prompt, [1], columns or {"secret": 7})], 1)
     answers: list[str | None] = []
     for text in said:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
