@@ -1,6 +1,8 @@
 """The formulas against what was measured, and against what must hold."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,12 +10,14 @@ import torch
 from vdr_cli.errors import ConfigError
 from vdr_cli.planning.resources import (
     copy_of_weights,
+    home_of,
     model_states,
     peak_memory,
     phase_memory,
     server_share,
     traffic,
     wants_layers,
+    weights_of,
 )
 from vdr_cli.planning.shape import SIZES, Shape, shape_of
 from vdr_cli.planning.work import Work
@@ -162,3 +166,44 @@ def test_the_command_says_which_copy_it_counts(capsys: pytest.CaptureFixture[str
     assert "a full copy of the weights (engine.gather)" in told and "does not fit" in told
     assert app.run(["plan", "--model", "0.5B", "--gpu-memory", "80", "--set", "rollout.vllm.python=python"]) == 0
     assert "a vLLM server on the same GPU, never asleep (rollout.vllm.sleep): 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "home", "kept"),
+    [
+        ({"gpus": 8, "gpu_bytes": 80e9}, "device", 1.0),
+        ({"gpus": 8, "gpu_bytes": 10e9}, "sharded", 1 / 8),
+        ({"gpus": 8, "gpu_bytes": 10e9, "stage": 2}, "host", 0.0),
+        ({"gpus": 8, "gpu_bytes": 10e9, "by_layers": True}, "host", 0.0),
+        ({"gpus": 1}, "host", 0.0),
+    ],
+)
+def test_a_reward_model_is_counted_where_a_run_keeps_it(settings: dict[str, Any], home: str, kept: float) -> None:
+    judge, plain = SIZES["0.5B"], Work(**{"prompts_per_step": 8, **settings})
+    work = dataclasses.replace(plain, reward_models=(judge,))
+    size, whole = weights_of(judge), {"device": 0.0}.get(home, 1.0)
+    assert size == 2 * judge.parameters and home_of(judge, work) == home
+    assert model_states(SIZES["7B"], work)["reward models"] == kept * size
+    judging = phase_memory(SIZES["7B"], work)["rewards"] - copy_of_weights(SIZES["7B"], work)
+    assert judging == whole * size + 2 * 16_384 * (8 * judge.hidden + 3 * judge.intermediate)
+    moved = traffic(SIZES["7B"], work)
+    assert moved.pop("rewards", 0.0) == (size * 7 / 8 if home == "sharded" else 0.0)
+    assert moved == traffic(SIZES["7B"], plain)
+
+
+def test_members_that_divide_rows_need_less_of_each() -> None:
+    work = Work(8, prompts_per_step=8, members=8, new_tokens=16_384)
+    need = [
+        phase_memory(SIZES["0.5B"], dataclasses.replace(work, sequence=n))["disagreement, at least"] for n in (1, 2, 4)
+    ]
+    assert need[0] > need[1] > need[2]
+
+
+def test_the_command_says_where_reward_models_lie(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from vdr_cli.cli import app
+
+    asked = ["plan", "--model", "7B", "--gpus", "8", "--gpu-memory", "80", "--set"]
+    assert app.run([*asked, "rewards.functions=[{name: model:7B}, {name: exact_match}]"]) == 0
+    assert "reward model 7B: 13.2 GiB, a share on every GPU between two steps" in capsys.readouterr().out
+    assert app.run([*asked, f"rewards.functions=[{{name: 'model:{tmp_path}'}}]"]) == 2
+    assert f"rewards.functions model:{tmp_path}: no config.json there" in capsys.readouterr().err

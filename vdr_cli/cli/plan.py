@@ -26,6 +26,7 @@ EXAMPLES = (
 )
 
 GIB = 1 << 30
+HOMES = {"device": "whole on every GPU", "sharded": "a share on every GPU", "host": "in the host's memory"}
 FITS = 0.9
 """Share of a GPU's memory that may be planned for: kernels, NCCL and fragmentation need the rest."""
 
@@ -51,14 +52,18 @@ def command(
 ) -> None:
     """Memory per GPU and network bytes per step, by the formulas of docs/cluster.md."""
     from vdr_cli.launch.reexec import world_size
-    from vdr_cli.planning.resources import server_share, wants_layers
+    from vdr_cli.planning.resources import home_of, server_share, wants_layers, weights_of
 
     config = config_from(config_file, overrides, typed)
     shape = find_shape(config.model.name)
     work = work_of(config, gpus or world_size(config.launch), prompt_tokens)
     gpu_bytes = None if gpu_memory is None else gpu_memory * GIB
-    work = replace(work, by_layers=wants_layers(config.engine.gather, shape, work, gpu_bytes))
+    work = replace(work, by_layers=wants_layers(config.engine.gather, shape, work, gpu_bytes), gpu_bytes=gpu_bytes)
     show(config.model.name, shape, work, gpu_memory, bandwidth)
+    for name, judge in zip(reward_model_names(config), work.reward_models, strict=True):
+        print(
+            f"reward model {name}: {weights_of(judge) / GIB:.1f} GiB, {HOMES[home_of(judge, work)]} between two steps"
+        )
     if gpu_bytes is not None and config.rollout.vllm.python is not None:
         sleeps = config.rollout.vllm.sleep
         share = server_share(shape, work, gpu_bytes, sleeps)
@@ -68,13 +73,19 @@ def command(
         print("model.lora: counted as if all parameters were trained; adapters need less")
 
 
-def find_shape(name: str) -> Shape:
-    """A size by name, a config.json in a directory, or the hub's."""
+def reward_model_names(config: Config) -> list[str]:
+    """Directories and hub ids of the reward models."""
+    names = [entry.name for entry in config.rewards.functions]
+    return [name.removeprefix("model:") for name in names if name.startswith("model:")]
+
+
+def find_shape(name: str, setting: str = "--model ") -> Shape:
+    """A size by name, a config.json in a directory, or the hub's. setting: how errors begin, before the name."""
     from vdr_cli.planning.shape import SIZES, shape_of
 
     if name in SIZES:
         return SIZES[name]
-    return shape_of(_config_json(name))
+    return shape_of(_config_json(name, setting))
 
 
 def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
@@ -98,6 +109,7 @@ def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:
         checkpointing=config.model.gradient_checkpointing,
         reference=config.needs_reference and config.model.lora is None,
         sequence=config.engine.sequence_parallel,
+        reward_models=tuple(find_shape(name, "rewards.functions model:") for name in reward_model_names(config)),
         balances_experts=config.grpo.router_aux_loss_coef > 0,
         muon=config.train.optimizer == "muon",
     )
@@ -145,7 +157,7 @@ def _dtype(work: Work) -> str:
     return "float32" if work.element_bytes == 4 else "bfloat16"
 
 
-def _config_json(name: str) -> dict[str, Any]:
+def _config_json(name: str, setting: str) -> dict[str, Any]:
     from vdr_cli.beds.registry import BEDS
     from vdr_cli.config.paths import looks_like_path
     from vdr_cli.planning.shape import SIZES
@@ -155,7 +167,7 @@ def _config_json(name: str) -> dict[str, Any]:
         if path.is_file():
             return dict(json.loads(path.read_text()))
     if looks_like_path(str(folder)):
-        raise ConfigError(f"--model {name}: no config.json there; give a model's directory or {', '.join(SIZES)}")
+        raise ConfigError(f"{setting}{name}: no config.json there; give a model's directory or {', '.join(SIZES)}")
     from vdr_cli.models.hub import settle_on_cache_if_away
 
     settle_on_cache_if_away()
@@ -165,4 +177,4 @@ def _config_json(name: str) -> dict[str, Any]:
         return dict(AutoConfig.from_pretrained(name).to_dict())
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--model {name}: neither a size ({', '.join(SIZES)}) nor on the hub: {reason}") from None
+        raise ConfigError(f"{setting}{name}: neither a size ({', '.join(SIZES)}) nor on the hub: {reason}") from None

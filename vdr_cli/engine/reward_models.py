@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -15,27 +15,9 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.reference import sharded_like
 from vdr_cli.models.loading import resolve_dtype
+from vdr_cli.models.placement import placement
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.model import RewardModel, reward_models
-
-Placement = Literal["device", "host", "sharded"]
-
-SMALL = 0.05
-"""Share of a device's memory up to which a reward model stays there, whole, while the policy updates."""
-
-
-def placement(num_bytes: int, memory: int, is_sharded: bool, on_cpu: bool) -> Placement:
-    """The home of a reward model's weights between two steps.
-
-    device: whole, on every rank. sharded: each rank holds its share and all gather them to judge. host: in the host's
-    memory, copied to the device to judge. num_bytes: of the weights. memory: bytes of the rank's device. is_sharded:
-    the policy is sharded over several ranks (ZeRO-3), and full copies of it are made.
-    """
-    if num_bytes <= SMALL * memory:
-        return "device"
-    if is_sharded:
-        return "sharded"
-    return "device" if on_cpu else "host"
 
 
 class HeldRewardModels:

@@ -17,5 +17,8 @@ There the mask that sharing a prompt needs takes more memory than the prompt's o
 completion, 2 (P + T) bytes of mask in every layer, against (G - 1)/G · P/T of what the layer keeps.
 """
 
+JUDGED_TOKENS = 16_384
+"""Tokens of one forward of a reward model on an accelerator, padding included. Memory, never the result."""
+
 MOST_OF_MEMORY = 0.7
 """Largest part of a GPU's free memory, beside the model states, that a full copy of the weights may take."""

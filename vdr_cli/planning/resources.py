@@ -7,12 +7,15 @@ fragmentation come on top: leave a tenth of the memory free.
 
 from __future__ import annotations
 
-from vdr_cli.models.limits import CHUNK_BYTES, MOST_OF_MEMORY
+from dataclasses import replace
+
+from vdr_cli.models.limits import CHUNK_BYTES, JUDGED_TOKENS, MOST_OF_MEMORY
+from vdr_cli.models.placement import Placement, placement
 from vdr_cli.planning.shape import Shape
 from vdr_cli.planning.update_memory import layer_bytes, update_memory
 from vdr_cli.planning.work import Work
 
-FP32 = 4
+FP32, BF16 = 4, 2
 MASTER_AND_MOMENTS = 12
 """Bytes a parameter of float32 master weights and Adam's two moments."""
 
@@ -36,7 +39,26 @@ def model_states(shape: Shape, work: Work) -> dict[str, float]:
     }
     if work.reference:
         states["reference model"] = e * n / shard_weights
+    if work.reward_models:
+        states["reward models"] = sum(held_of(each, work) for each in work.reward_models)
     return states
+
+
+def home_of(judge: Shape, work: Work) -> Placement:
+    """The home of a reward model's weights between two steps, as engine/reward_models.py chooses it."""
+    is_sharded = work.stage >= 3 and work.gpus > 1 and not work.by_layers
+    return placement(weights_of(judge), int(work.gpu_bytes or 0), is_sharded, on_cpu=False)
+
+
+def weights_of(judge: Shape) -> int:
+    """Bytes of a reward model's weights, which are in bfloat16 on GPUs: it has no LM head."""
+    return BF16 * replace(judge, tied=True).parameters
+
+
+def held_of(judge: Shape, work: Work) -> float:
+    """Bytes a GPU of a reward model between two steps."""
+    share = {"device": 1.0, "sharded": 1 / work.gpus, "host": 0.0}[home_of(judge, work)]
+    return share * weights_of(judge)
 
 
 def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
@@ -51,15 +73,36 @@ def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
         memory["rollout"] += e * s.layers * s.kv_width * decoded + FP32 * completions * s.vocabulary
     if work.reference:
         memory["reference"] = 2 * copied + CHUNK_BYTES["cuda"]
+    if work.reward_models:
+        memory["rewards"] = copied + sum(_judging(each, work) for each in work.reward_models)
     if work.members:
-        # It takes half of what is free; the least it can work with is one member's reading of one group.
-        tokens = work.prompt_tokens + work.group_size * work.new_tokens
-        kept = e * s.layers * s.kv_width * tokens
-        if work.by_layers:  # one layer's keys; every member's hidden state of every token waits for the next layer
-            kept = e * s.kv_width * tokens + e * s.hidden * work.members * work.groups_per_rank * tokens
-        memory["disagreement, at least"] = copied + kept + tokens * layer_bytes(s, e) + CHUNK_BYTES["cuda"]
+        memory["disagreement, at least"] = copied + _disagreement(shape, work)
     memory["update"] = update_memory(shape, work)
     return memory
+
+
+def _judging(judge: Shape, work: Work) -> float:
+    """Bytes a GPU that a reward model adds while it judges: weights that are not there yet, and a batch's states."""
+    held = weights_of(judge) if home_of(judge, work) == "device" else 0
+    tokens = max(JUDGED_TOKENS, work.row)
+    return weights_of(judge) - held + tokens * BF16 * (8 * judge.hidden + 3 * judge.intermediate)
+
+
+def _disagreement(shape: Shape, work: Work) -> float:
+    """Bytes a GPU that the members need at least beside the weights; they take half of what is free.
+
+    One member reads one group, or with rows divided this rank's part of one. Layer by layer there are one layer's keys,
+    and every member's hidden state of every token waits for the next layer.
+    """
+    e, rows = work.element_bytes, work.groups_per_rank * work.group_size
+    tokens = work.prompt_tokens + work.group_size * work.new_tokens
+    waiting = work.groups_per_rank * tokens
+    if work.sequence > 1:
+        tokens, waiting = -(-work.row // work.sequence), rows * work.row
+    kept = e * shape.layers * shape.kv_width * tokens if work.sequence == 1 else 0
+    if work.by_layers:
+        kept = e * shape.kv_width * tokens + e * shape.hidden * work.members * waiting
+    return kept + tokens * layer_bytes(shape, e) + CHUNK_BYTES["cuda"]
 
 
 def copy_of_weights(shape: Shape, work: Work) -> float:
@@ -75,7 +118,8 @@ def wants_layers(asked: str, shape: Shape, work: Work, gpu_bytes: float | None) 
     """engine.gather on GPUs of this much memory, as the engine decides it; `auto` is `whole` when unknown."""
     if work.stage < 3 or asked == "whole" or (asked == "auto" and gpu_bytes is None):
         return False
-    free = (gpu_bytes or 0.0) - sum(model_states(shape, work).values())
+    before = replace(work, reward_models=())  # they are loaded after the engine has decided
+    free = (gpu_bytes or 0.0) - sum(model_states(shape, before).values())
     return asked == "layer" or work.element_bytes * shape.parameters > MOST_OF_MEMORY * free
 
 
@@ -116,8 +160,10 @@ def traffic(shape: Shape, work: Work) -> dict[str, float]:
         return {"rollout and disagreement": 0.0, "update": e * n * (synced * per_step + weights) * share + exchanged}
     layers = n - ends
     gathered = 4.0 * layers + 2.5 * ends if work.two_passes else 2.0 * n
+    judges = sum(weights_of(each) for each in work.reward_models if home_of(each, work) == "sharded")
     return {
         **{phase: e * numbers * share for phase, numbers in _gathered_before_the_update(shape, work).items()},
+        **({"rewards": judges * share} if judges else {}),
         "update": (e * (gathered + scatter * n) * micro + _muons_gathers(shape, work)) * share + exchanged,
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vdr_cli.models.limits import PACKED_TOKENS, TREE_TOKENS
+from vdr_cli.planning.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Work:
     """engine.gather layer (stage 3): no full copy of the weights, one decoder layer at a time; vLLM samples."""
     sequence: int = 1
     """engine.sequence_parallel: ranks that hold parts of the same rows in the update."""
+    reward_models: tuple[Shape, ...] = ()
+    """Reward models (`model:PATH`), as decoders."""
+    gpu_bytes: float | None = None
+    """Memory of a GPU; None: unknown, so that reward models are not kept there whole."""
     balances_experts: bool = False
     """grpo.router_aux_loss_coef above 0."""
     muon: bool = False

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.models import loading
+from vdr_cli.models.limits import JUDGED_TOKENS
 from vdr_cli.models.sizes import usable_length
 from vdr_cli.rewards.base import LoadedReward, completion_text
 
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = {"cpu": 2048}
-"""Tokens of one forward, padding included; OTHER_BATCH_TOKENS on an accelerator. Memory, never the result."""
-OTHER_BATCH_TOKENS = 16_384
+"""Tokens of one forward, padding included; JUDGED_TOKENS on an accelerator. Memory, never the result."""
 NO_PAD = -1
 """Stands for the pad token of a model without one: an id that no row has."""
 NO_LIMIT = 10**9
@@ -138,7 +138,7 @@ class RewardModel:
         pad = next(each for each in pads if each is not None)
         text.pad_token_id = model.config.pad_token_id = pad
         found = [math.nan] * len(rows)
-        most = BATCH_TOKENS.get(device.type, OTHER_BATCH_TOKENS)
+        most = BATCH_TOKENS.get(device.type, JUDGED_TOKENS)
         for batch in _batches([len(ids) for ids in rows], most, same_length=pad == NO_PAD):
             ids, mask = _padded([rows[row] for row in batch], pad)
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits  # (b, labels)
