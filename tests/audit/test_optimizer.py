@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from vdr_cli.audit import optimizer
+from vdr_cli.audit import numbers, optimizer
+from vdr_cli.audit.lines import Judge
 
 
 def test_learning_rate():
@@ -41,3 +42,33 @@ def test_adamw_is_torchs_with_decay_on_matrices_alone():
         adam.update(ours, gradients, 0.1 / (step + 1))
     for name, weight in ours.items():
         assert torch.allclose(weight, theirs[name].detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_update_of_small_rates_is_judged_by_what_float32_weights_can_hold(updates: int):
+    """torch's AdamW in float32 at the default rate is within the bound, a rate or a moment that is off is not."""
+    torch.manual_seed(0)
+    start = {"matrix": torch.randn(64, 64) * 0.02, "norm": torch.ones(256)}
+    gradients = [{name: torch.randn_like(weight) for name, weight in start.items()} for _ in range(updates)]
+    stored = {name: torch.nn.Parameter(weight.clone()) for name, weight in start.items()}
+    groups = [{"params": [stored["matrix"]], "weight_decay": 0.1}, {"params": [stored["norm"]], "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1e-6)
+
+    def ours(rate: float) -> dict[str, torch.Tensor]:
+        adam, weights = optimizer.AdamW((0.9, 0.999), 1e-8, 0.1), {n: w.double() for n, w in start.items()}
+        for each in gradients:
+            adam.update(weights, {name: gradient.double() for name, gradient in each.items()}, rate)
+        return weights
+
+    for each in gradients:
+        for name, parameter in stored.items():
+            parameter.grad = each[name]
+        theirs.step()
+
+    def judged(rate: float, rounding: float) -> bool | None:
+        moved = numbers._minus(stored, start), numbers._minus(ours(rate), start)  # type: ignore[arg-type]
+        return numbers._relative(Judge(1, "float32"), "update of the weights", *moved, rounding=rounding).within
+
+    rounding = updates * optimizer.spacing_of(stored.values())
+    assert judged(1e-6, rounding) and not judged(1e-6, 0.0)
+    assert not judged(1.2e-6, rounding) and not judged(0.8e-6, rounding)

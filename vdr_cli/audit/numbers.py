@@ -14,7 +14,7 @@ from torch import Tensor
 from vdr_cli.audit import losses, members, model, optimizer, sampling, streams, update
 from vdr_cli.audit.files import Record
 from vdr_cli.audit.inputs import places_of
-from vdr_cli.audit.lines import Judge, Line
+from vdr_cli.audit.lines import BOUNDS, Judge, Line
 from vdr_cli.audit.weights import Models, copied
 from vdr_cli.config import Config, ModelConfig
 
@@ -215,7 +215,8 @@ def audit_update(
         lines.append(_relative(judge, "mean of the gradient (Adam)", after.first, adam.first))
         lines.append(_relative(judge, "mean of its square (Adam)", after.second, adam.second))
         theirs, ours = (_minus(each, saved.weights) for each in (after.weights, weights))
-        lines.append(_relative(judge, "update of the weights", theirs, ours))
+        rounding = cfg.grpo.updates_per_rollout * optimizer.spacing_of(after.weights.values())
+        lines.append(_relative(judge, "update of the weights", theirs, ours, rounding=rounding))
     return lines, outcome.means() | outcome.minima | outcome.maxima | outcome.mean_denominators() | {
         "refused_steps": 0.0
     }
@@ -257,10 +258,21 @@ def audit_export(judge: Judge, cfg: Config, models: Models) -> list[Line]:
 
 
 def _relative(
-    judge: Judge, quantity: str, on_file: dict[str, Tensor], ours: dict[str, Tensor], kind: str = "change"
+    judge: Judge,
+    quantity: str,
+    on_file: dict[str, Tensor],
+    ours: dict[str, Tensor],
+    kind: str = "change",
+    rounding: float = 0.0,
 ) -> Line:
-    """Norms of all parameters together; the difference is the norm of the difference, over ours."""
+    """Norms of all parameters together; the difference is the norm of the difference, over ours.
+
+    rounding: norm of the difference that the precision of the numbers on file explains, allowed beside the bound.
+    """
     theirs, own = (optimizer.norm_of(values.values()) for values in (on_file, ours))
-    apart = optimizer.norm_of(_minus(on_file, ours).values()) / max(own, 1e-300)
-    line = judge.compare(quantity, own * (1.0 + apart), own, kind)
-    return Line(line.step, quantity, theirs, own, apart, f"{line.allowed}", line.within, note="norm over all weights")
+    difference = optimizer.norm_of(_minus(on_file, ours).values())
+    bound = BOUNDS[judge.dtype][kind].relative
+    allowed = f"{bound:g}·|x|" + (f" + {rounding:.3g}" if rounding else "")
+    within = difference <= bound * own + rounding
+    note = "norm over all weights"
+    return Line(judge.step, quantity, theirs, own, difference / max(own, 1e-300), allowed, within, note=note)

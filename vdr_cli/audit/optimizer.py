@@ -30,6 +30,13 @@ def norm_of(gradients: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(gradient.detach().double().square().sum()) for gradient in gradients))
 
 
+def spacing_of(weights: Iterable[Tensor]) -> float:
+    """Norm over all weights of the distance to the next float32: an update is rounded by as much, once by the decay and
+    once by the step, half a distance each."""
+    each = (weight.detach().float().abs() for weight in weights)
+    return norm_of(torch.nextafter(weight, torch.full_like(weight, torch.inf)) - weight for weight in each)
+
+
 def clip_factor(norm: float, longest: float) -> float:
     """The factor on the gradient; 1 when it is short enough, or is not clipped (0)."""
     return min(1.0, longest / (norm + CLIP_EPSILON)) if longest > 0 else 1.0
