@@ -4,7 +4,8 @@ python scripts/build/tables.py           # write them
 python scripts/build/tables.py --check   # exit 1 when one is out of date
 
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
-reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`.
+reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
+those of the study in docs/evidence/BED/record, with its contrasts and the number of seeds it is to have.
 """
 
 from __future__ import annotations
@@ -12,14 +13,20 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from vdr_cli.study.analysis import contrasts
+from vdr_cli.study.record import read_record
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TEMPLATES = BENCHMARKS / "tables"
+EVIDENCE = ROOT / "docs" / "evidence"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /table -->)", re.DOTALL)
 
@@ -36,18 +43,33 @@ def number(value: float, digits: int) -> str:
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def interval(difference: Mapping[str, float], digits: int) -> str:
+    """A difference with its 95 % interval."""
+    value, low, high = (signed(difference[name], digits) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def signed(value: float, digits: int) -> str:
+    """The same with a plus sign where it is not negative."""
+    return f"{'+' * (value >= 0)}{number(value, digits)}"
+
+
 def results() -> dict[str, Any]:
     """The results of each file, by the name that templates use."""
-    return {
-        path.stem.replace("-", "_"): json.loads(path.read_text(encoding="utf-8"))["results"]
-        for path in BENCHMARKS.glob("*.json")
-    }
+    files = {path.stem.replace("-", "_"): path for path in BENCHMARKS.glob("*.json")}
+    found = {name: json.loads(path.read_text(encoding="utf-8"))["results"] for name, path in files.items()}
+    for path in EVIDENCE.glob("*/record/study.json"):
+        record, bed = read_record(path.parent), path.parents[1].name
+        ends = json.loads(path.read_text(encoding="utf-8"))["results"][bed]
+        pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
+        found[f"evidence_{bed}"] = {**ends, "contrasts": pairs, "seeds": len(record.study.file.seeds)}
+    return found
 
 
 def table(name: str) -> str:
     """One table as Markdown. Raises jinja2.UndefinedError for a number that no file holds."""
     environment = Numbers(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["n"] = number
+    environment.filters |= {"n": number, "signed": signed, "interval": interval}
     template = environment.from_string((TEMPLATES / f"{name}.md").read_text(encoding="utf-8"))
     return template.render(results()).strip() + "\n"
 

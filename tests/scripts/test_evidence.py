@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,7 @@ from tests.study.conftest import make_study  # noqa: F401
 from vdr_cli.config.load import dump_config
 from vdr_cli.config.yaml_text import dump_tree
 from vdr_cli.study.directory import study_tree
-from vdr_cli.study.page import archive, write_results
+from vdr_cli.study.page import archive, rebuild, write_results
 from vdr_cli.study.plan import runs_of
 from vdr_cli.study.record import read_record, record_of
 
@@ -77,6 +78,18 @@ def test_a_record_is_checked_against_its_preregistration(registered: Path) -> No
     settings.write_text(settings.read_text().replace("steps: 40", "steps: 41"))
     other = script["faults"](registered, now - timedelta(hours=1))
     assert len(other) == 3 and "starter/grpo seed 0: ran with other settings" in other[0]
+
+
+RECORDS = sorted((Path(__file__).parents[2] / "docs" / "evidence").glob("*/record"))
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.parent.name)
+def test_the_report_of_the_study_of_record_is_rebuilt_byte_for_byte(record: Path, tmp_path: Path) -> None:
+    made = tmp_path / record.name
+    shutil.copytree(record, made, ignore=shutil.ignore_patterns("*.md", "*.html"))
+    rebuild(made)
+    for name in ("study.json", "study.md", "study.html"):
+        assert (made / name).read_bytes() == (record / name).read_bytes(), name
 
 
 def test_the_figure_shows_control_and_best_rival(registered: Path) -> None:
