@@ -12,9 +12,10 @@ SHARDS_ALL = """
 import os
 
 from vdr_cli.engine import reward_models
+from vdr_cli.models import placement
 
 if "SHARDED" in os.environ:
-    reward_models.SMALL = 0.0
+    placement.SMALL = 0.0
 seen = []
 held = reward_models.sharded_like
 
