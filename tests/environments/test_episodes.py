@@ -14,7 +14,9 @@ from vdr_cli.config import Config, RolloutConfig
 from vdr_cli.data.prompts import Limits
 from vdr_cli.environments.contract import load_contract
 from vdr_cli.environments.episodes import Environments, ManyTurns
+from vdr_cli.environments.parsers import parser_of
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.samples import Prompt, Turn
 
 GAME = '''
@@ -188,6 +190,15 @@ CLASSES = {
     "no type": (LOOK.format(arguments="at", body="'Look.'"), "method look: argument at has no type"),
     "no Args": (LOOK.format(arguments="at: int", body="'Look.'"), "method look: no schema can be made of it"),
     "any arguments": (LOOK.format(arguments="**more: int", body="'Look.'"), "calls a tool by named arguments"),
+    "a keyword": (
+        LOOK.format(arguments="", body="'Look.'") + "    look.__name__ = 'class'\n",
+        "class is a keyword of Python",
+    ),
+    "not importable": ("raise OSError('one\\ntwo')\n", "importing .* failed: OSError: one two"),
+    "leaves on import": ("import sys; sys.exit(3)\n", "importing .* failed: SystemExit: 3"),
+    "no Python": ("class Game(:\n", "importing .* failed: SyntaxError"),
+    "another name": ("class Other: pass\n", "no function Game there; it has Other"),
+    "an unknown type": (LOOK.format(arguments="at: 'Odd'", body="'Look.'"), "method look: no schema can be made of it"),
     "no messages": (GAME.replace("respond(self, messages)", "respond(self)"), "respond takes no argument"),
 }
 
@@ -198,6 +209,53 @@ def test_a_class_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path, faul
     with pytest.raises(ConfigError, match=message) as raised:
         environments(tmp_path, body)
     assert "\n" not in str(raised.value) and "rollout.environment" in str(raised.value)
+
+
+@pytest.mark.parametrize("given", ["countdown", "nothing.py:Game", "nosuchmodule:Game"])
+def test_a_name_that_leads_nowhere_is_one_line_under_its_setting(given: str) -> None:
+    """A built-in reward function is neither an environment, nor a tool, nor a parser."""
+    calls = {
+        "rollout.environment": lambda: load_contract(given, []),
+        "rollout.tools": lambda: load_contract(None, [given]),
+        "rollout.tool_parser": lambda: parser_of(given, ""),
+    }
+    for key, call in calls.items():
+        with pytest.raises(ConfigError) as raised:
+            call()
+        line = str(raised.value)
+        assert line.startswith(key) and given in line and "\n" not in line and raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "why"), [("raise OSError('planted')", "OSError: planted"), ("import time; time.sleep(9)", "it hangs")]
+)
+def test_a_close_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture, body: str, why: str) -> None:
+    """The rewards are there by then: a run is not stopped for it."""
+    own = environments(tmp_path, GAME.replace("self.is_closed = True", body), tool_timeout=0.2)
+    episodes = own.begin(prompts(own.tokenizer), 1)
+    with caplog.at_level("WARNING"):
+        episodes.close()
+        episodes.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("rollout.environment") and f": close failed: {why}" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [("raise OSError('planted')", "OSError: planted"), ("return 'much'", "'much'"), ("return float('inf')", "inf")],
+)
+def test_a_reward_of_the_environment_that_fails_is_named_after_its_class(
+    tmp_path: Path, body: str, message: str
+) -> None:
+    own = environments(tmp_path, GAME.replace("return 1.0 / len(self.guesses)", body))
+    episodes = own.begin(prompts(own.tokenizer), 1)
+    assert own.contract.reward is not None
+    given = list(episodes.prompts), [[{"role": "assistant", "content": "x"}]] * 2, [[1]] * 2, 9.0
+    with pytest.raises(DataError, match=message) as raised:
+        compute_rewards([own.contract.reward], *given, environments=episodes.environments)  # type: ignore[arg-type]
+    line = str(raised.value)
+    assert "Game" in line and "\n" not in line and raised.value.exit_code == 3
+    own.close()
 
 
 def test_the_constructor_of_an_instance_may_fail(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import character_tokenizer, tiny_qwen2_config
+from vdr_cli.audit.audit import audit_run
 
 pytest.importorskip("reasoning_gym", reason="the extra gym is not installed")
 
@@ -22,6 +23,9 @@ SETTINGS = {
     "train.eval_samples": 2,
     "train.keep_best": False,
     "disagreement.mode": "none",
+    "observe.audit_every": 1,
+    "train.checkpoint_every": 1,
+    "train.keep_last": 4,
 }
 
 
@@ -43,6 +47,9 @@ def test_ten_tasks_train_and_evaluate_on_two_ranks(train, read, model, tmp_path)
     assert lines[-1]["eval/reward"] == pytest.approx(lines[-1]["eval/rewards/reasoning_gym/mean"])
     tables = [table.to_pydict() for table in read.completions(tmp_path / "run")]
     assert sum(len(set(table["row"])) for table in tables) > 5 and "reward" in tables[0]
+    audited = audit_run(tmp_path / "run")
+    assert not [f"step {each.step} {each.quantity}: {each.difference}" for each in audited if each.within is False]
+    assert sum(each.quantity == "update of the weights" and each.within is True for each in audited) == 3
 
 
 def test_a_wrong_task_is_one_line_before_anything_starts(train, tmp_path):

@@ -14,9 +14,10 @@ from typing import Any
 
 from transformers.utils import get_json_schema
 
+from vdr_cli.environments.parsers import load_named
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import LoadedReward
-from vdr_cli.rewards.loading import find_function, one_line
+from vdr_cli.rewards.loading import one_line
 
 NOT_TOOLS = ("reset", "respond", "close", "get_reward")
 """Public methods that the model cannot call."""
@@ -78,10 +79,10 @@ def load_contract(environment: str | None, tools: Sequence[str]) -> Contract | N
     if environment is None and not tools:
         return None
     key = "rollout.environment"
-    found = [_tool(f"rollout.tools {given}", find_function(given, "rollout.tools"), False) for given in tools]
+    found = [_tool(f"rollout.tools {given}", load_named(given, "rollout.tools", "function"), False) for given in tools]
     cls = None
     if environment is not None:
-        named = find_function(environment, key)
+        named = load_named(environment, key, "Class")
         if not inspect.isclass(named):
             raise ConfigError(f"{key} {environment}: it is not a class; give file.py:Class or module:Class")
         cls = named

@@ -106,9 +106,19 @@ def is_unfinished(text: str) -> bool:
     return False
 
 
+def load_named(given: str, key: str, what: str) -> Any:
+    """The function or class that a setting names by file or module; a bare name would be a built-in reward function.
+
+    what: the kind of thing, as the message calls it. ConfigError when there is none.
+    """
+    if ":" not in given:
+        raise ConfigError(f"{key} {given}: give file.py:{what} or module:{what}")
+    return find_function(given, key)
+
+
 def _own(given: str) -> Parser:
     """A user's function: text to a list of {"name", "arguments"}; what it raises goes back to the model."""
-    function = find_function(given, "rollout.tool_parser")
+    function = load_named(given, "rollout.tool_parser", "function")
 
     def parse(text: str) -> list[ToolCall]:
         try:
