@@ -166,3 +166,15 @@ def test_the_folder_of_lm_evaluation_harness_has_results_that_are_no_rows(tmp_pa
     assert [Path(source.path).name for source in find_sources([str(tmp_path)], tmp_path / "spool")] == [
         "samples_gsm8k_2026.jsonl"
     ]
+
+
+def test_the_output_path_of_lm_eval_holds_a_folder_for_each_model(tmp_path: Path) -> None:
+    for model in ("one", "two"):
+        (tmp_path / "out" / model).mkdir(parents=True)
+        (tmp_path / "out" / model / "samples_sums_2026.jsonl").write_text("{}\n")
+        (tmp_path / "out" / model / "results_2026.json").write_text("{}")
+        if model == "one":
+            (found,) = find_sources([str(tmp_path / "out")], tmp_path / "spool")
+            assert found.path.endswith("one/samples_sums_2026.jsonl")
+    with pytest.raises(ConfigError, match=r"logs of several models \(one, two\): give one of them"):
+        find_sources([str(tmp_path / "out")], tmp_path / "spool")
