@@ -2,9 +2,9 @@
 
     python scripts/build/guess.py --output vdr_cli/beds/shipped/guess/model
 
-It learns from games whose player guesses among the numbers that the answers leave, and towards the end, with
-probability 1 - CONSISTENT, anywhere in the range. Held-out problems are never read. The seed and one thread make the
-result repeat on one machine.
+It learns from games whose player halves what the answers leave or guesses anywhere in the range: first it mostly halves
+(LEARN), towards the end rarely (DOUBT). So it knows how to play and seldom does, which leaves reinforcement learning
+something to find. Held-out problems are never read. The seed and one thread make the result repeat on one machine.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from bed import IGNORED, PAD, fit
 from harness import write_results
 
-CONSISTENT = 0.6
-"""Share of guesses within what the answers leave, in the last fifth of the steps; before that all of them are."""
-STEPS, BATCH, PEAK = 360, 48, 5e-3
+LEARN, DOUBT = 0.75, 0.3
+"""Share of guesses that halve what the answers leave: in the first four fifths of the steps, and in the last one."""
+STEPS, BATCH, PEAK = 600, 48, 5e-3
 OPEN, CLOSE, END = '<tool_call>\n{"name": "guess", "arguments": {"number": ', "}}\n</tool_call>", "<|im_end|>"
 PIECES = [
     "<|im_start|>user\n", "<|im_start|>system\n", "\n<|im_start|>user\n", "\n<|im_start|>tool\n",
@@ -65,13 +65,13 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def game(rng: random.Random, low: int, secret: int, share: float) -> tuple[list[str], list[str]]:
-    """The answers of one game, and what the player says. share: of guesses within what the answers leave."""
+    """The answers of one game, and what the player says. share: of guesses that halve what the answers leave."""
     environment = Guess()
     environment.reset(secret=secret)
     first, last, said, replies = low, low + WIDTH - 1, [], []
     for _ in range(GUESSES):
-        consistent = rng.random() < share
-        number = rng.randint(first, last) if consistent else rng.randint(low, low + WIDTH - 1)
+        halves = rng.random() < share
+        number = (first + last) // 2 if halves else rng.randint(low, low + WIDTH - 1)
         said.append(f"{OPEN}{number}{CLOSE}")
         replies.append(environment.guess(number))
         if replies[-1] in ("found", "over"):
@@ -130,7 +130,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
 
     def games_at(step: int) -> list[tuple[list[int], list[int]]]:
-        share = 1.0 if step < 0.8 * arguments.steps else CONSISTENT
+        share = LEARN if step < 0.8 * arguments.steps else DOUBT
         return [encoder.game(rng, share) for _ in range(BATCH)]
 
     fit(model, games_at, arguments.steps, PEAK, warmup=50)

@@ -19,12 +19,15 @@ from vdr_cli.beds.guess import GUESSES, Guess
 from vdr_cli.beds.registry import BEDS
 
 
-def trainer_of(steps: int, prompts: int, group_size: int, output: Path, seed: int = 0) -> Any:
-    """A GRPOTrainer with the settings of the bed's recipe."""
+def trainer_of(
+    steps: int, output: Path, seed: int = 0, prompts: int | None = None, group_size: int | None = None
+) -> Any:
+    """A GRPOTrainer with the settings of the bed's recipe. None: the recipe's."""
     from trl import GRPOConfig, GRPOTrainer
     from trl.chat_template_utils import qwen3_template
 
     bed, recipe = BEDS["guess"], BEDS["guess"].recipe()
+    prompts, group_size = prompts or recipe["train"]["prompts_per_step"], group_size or recipe["rollout"]["group_size"]
     tokenizer = AutoTokenizer.from_pretrained(bed.model_path)
     tokenizer.response_template = qwen3_template  # TRL knows it for the templates of hub models; calls look alike
     settings = GRPOConfig(
@@ -33,7 +36,7 @@ def trainer_of(steps: int, prompts: int, group_size: int, output: Path, seed: in
         per_device_train_batch_size=prompts * group_size,
         num_generations=group_size,
         learning_rate=recipe["train"]["learning_rate"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type=recipe["train"]["lr_schedule"],
         max_completion_length=recipe["rollout"]["episode_tokens"],
         max_tool_calling_iterations=GUESSES,
         loss_type="dapo",
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    trainer = trainer_of(arguments.steps, 16, 16, arguments.output, arguments.seed)
+    trainer = trainer_of(arguments.steps, arguments.output, arguments.seed)
     trainer.train()
     trainer.save_model(str(arguments.output))
     for line in trainer.state.log_history:

@@ -14,7 +14,7 @@ def test_trl_plays_the_same_game(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("guess_in_trl", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    trainer = script.trainer_of(steps=1, prompts=2, group_size=8, output=tmp_path)
+    trainer = script.trainer_of(steps=1, output=tmp_path, prompts=2, group_size=8)
     trainer.train()
     (line,) = [line for line in trainer.state.log_history if "reward" in line]
     assert line["rewards/Guess/mean"] == line["reward"] < 1.0
