@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--bonus-seeds", type=int, nargs="*", default=[0], help="of runs with the bonus")
-    parser.add_argument("--samples", type=int, default=16, help="games of each held-out problem")
+    parser.add_argument("--samples", type=int, default=8, help="games of each held-out problem")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:

@@ -1,9 +1,9 @@
 """The embedded game in vdr and in TRL: time and tokens for the same episodes, and what both learn, in one run.
 
-    python scripts/bench/bench_guess_trl.py --steps 40 --json benchmarks/guess-trl.json
+    python scripts/bench/bench_guess_trl.py --steps 15 --json benchmarks/guess-trl.json
 
 Both train the same model with the same environment class, rows, learning rate and number of games (64 groups of 4 a
-step) on one thread, each in its own process. Timed are the training steps, without imports and saving; of these the
+step) on one thread, each in its own process, both at the same time. Timed are the training steps, without imports and saving; of these the
 sampling by itself. Tokens are counted where they enter the model. Processor seconds are the ratio to trust on a machine
 that others use. At the end both models play the held-out games in `vdr eval`.
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ TRAINERS = {"vdr": with_vdr, "trl": with_trl}
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=16, help="games of each held-out problem")
+    parser.add_argument("--samples", type=int, default=8, help="games of each held-out problem")
     parser.add_argument("--only", choices=TRAINERS, help="one of them, in this process; prints a line")
     parser.add_argument("--output", type=Path, help="directory of runs; default: a temporary one")
     arguments = parser.parse_args()
@@ -125,9 +126,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.output or Path(name)
         results: dict[str, Any] = {"steps": arguments.steps, "episodes": episodes}
-        for side in TRAINERS:
-            given = ["--only", side, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-            results[side] = in_own_process(__file__, *given, "--output", str(folder / side))
+        given = ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+        with ThreadPoolExecutor() as pool:
+            started = {
+                side: pool.submit(in_own_process, __file__, "--only", side, *given, "--output", str(folder / side))
+                for side in TRAINERS
+            }
+        for side, run in started.items():
+            results[side] = run.result()
             print(side, json.dumps(results[side]), flush=True)
         models = ["guess", str(folder / "vdr"), str(folder / "trl" / "model")]
         results["start"], *ends = evaluated(models, arguments.samples, folder)
