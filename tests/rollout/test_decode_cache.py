@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -108,6 +111,21 @@ def test_shared_and_expanded_prompts_give_the_same_completions(monkeypatch: pyte
     assert torch.equal(shared.completion_ids, expanded.completion_ids)
     assert torch.allclose(shared.sampler_logps, expanded.sampler_logps, atol=1e-5)
     assert shared.completion_mask.sum(1).unique().numel() > 3  # rows did leave at different times
+
+
+def test_a_caches_memory_is_free_when_a_batch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector, which comes after dozens of batches."""
+    layers: list[weakref.ref[SharedPromptLayer]] = []
+    made = SharedPromptLayer.__init__
+    monkeypatch.setattr(
+        SharedPromptLayer, "__init__", lambda self, *given: (layers.append(weakref.ref(self)), made(self, *given))[1]
+    )
+    gc.disable()
+    try:
+        TransformersRollout(0, []).generate(tiny(), RolloutRequest(PROMPTS, 2, Sampling(max_new_tokens=3), [1, 2, 3]))
+        assert len(layers) == 2 and [layer() for layer in layers] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_models_own_attention_is_put_back() -> None:

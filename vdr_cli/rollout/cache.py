@@ -119,8 +119,9 @@ class SharedPromptLayer(DynamicLayer):
         self.length = t + 1
         self.keys = self.key_buffer[: self.rows, :, :, : t + 1].transpose(-1, -2)
         self.values = self.value_buffer[: self.rows, :, : t + 1]
-        self.keys.shared_prompt_layer = self  # type: ignore[attr-defined]
-        return self.keys, self.values
+        keys = self.keys.detach()  # self.keys would close a circle, which only the garbage collector frees
+        keys.shared_prompt_layer = self  # type: ignore[attr-defined]
+        return keys, self.values
 
     def get_seq_length(self) -> int:
         return self.prompt_values.shape[-2] + self.length
