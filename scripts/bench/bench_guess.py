@@ -2,8 +2,8 @@
 
     python scripts/bench/bench_guess.py --json benchmarks/guess.json [--seeds 0 1 2] [--steps N]
 
-Trains with `vdr train --model guess` as it is, with the disagreement bonus too, and evaluates every model on
-the held-out games with `vdr eval`. Seconds are those of the whole command: imports, steps, saving. Processor
+Trains with `vdr train --model guess` as it is, and with the disagreement bonus; every model plays the held-out games in
+`vdr eval`. Seconds are those of the whole command: imports, steps, saving. Processor
 seconds say what an idle machine needs; wall seconds what this one took, with whatever else ran on it.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,12 +27,6 @@ ARMS = {"plain": [], "bonus": ["--set", "bonus.source=disagreement"]}
 """Settings beside the recipe's."""
 NUMBERS = {"won": "pass@1", "guesses": "tool_calls", "entropy": "entropy"}
 """Columns of an evaluation, by the names they have here."""
-
-
-def cpu_seconds() -> float:
-    """Processor seconds of the children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def vdr(*arguments: str) -> dict[str, float]:

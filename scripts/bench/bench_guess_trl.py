@@ -3,9 +3,9 @@
     python scripts/bench/bench_guess_trl.py --steps 15 --json benchmarks/guess-trl.json
 
 Both train the same model with the same environment class, rows, learning rate and number of games (64 groups of 4 a
-step) on one thread, each in its own process, both at the same time. Timed are the training steps, without imports and saving; of these the
-sampling by itself. Tokens are counted where they enter the model. Processor seconds are the ratio to trust on a machine
-that others use. At the end both models play the held-out games in `vdr eval`.
+step). Each has a process and a thread of its own; they run at the same time. Timed are the training steps, without
+imports and saving; of these the sampling by itself. Tokens are counted where they enter the model. On a machine that
+others use, trust the ratio of processor seconds. At the end both models play the held-out games in `vdr eval`.
 """
 
 from __future__ import annotations
