@@ -166,8 +166,8 @@ def _expand(given: str) -> list[Path]:
         )
         found = found or sorted(folder.glob("*/samples_*.jsonl"))  # --output_path of lm-eval: a folder for each model
         if len({file.parent for file in found}) > 1:
-            names = ", ".join(sorted({file.parent.name for file in found}))
-            raise ConfigError(f"{given}: the directory holds logs of several models ({names}): give one of them")
+            models = ", ".join(sorted({file.parent.name for file in found}))
+            raise ConfigError(f"{given}: the directory holds logs of several models ({models}): give one of them")
         if not found:
             raise ConfigError(f"{given}: the directory holds no completions ({', '.join(sorted(FORMATS))})")
         return found
