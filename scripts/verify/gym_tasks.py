@@ -15,8 +15,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.samples import Prompt
 
 EVAL_ROWS = 2
+MARK = "found: "
+"""Begins a line of the second process."""
 
 
 def tasks() -> list[str]:
@@ -75,27 +77,32 @@ def checked(task: str, rows: int) -> dict[str, Any]:
     }
 
 
+def answers_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    """What the second process found, task by task; what verifiers print on the way is passed over."""
+    assert process.stdout is not None
+    yield from (json.loads(line.removeprefix(MARK)) for line in process.stdout if line.startswith(MARK))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10, help="training rows a task")
     parser.add_argument("--json", type=Path, help="write what was found here")
     parser.add_argument("--tasks", nargs="*", help="default: all")
-    parser.add_argument("--again", type=Path, help=argparse.SUPPRESS)  # file of the second process's results
+    parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # the second process: a line a task
     arguments = parser.parse_args()
     names = arguments.tasks or tasks()
     if arguments.again:
-        arguments.again.write_text(json.dumps([checked(task, arguments.rows) for task in names]))
+        for task in names:
+            print(MARK + json.dumps(checked(task, arguments.rows)), flush=True)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "again.json"
-        command = [sys.executable, __file__, "--again", str(file), "--rows", str(arguments.rows), "--tasks", *names]
-        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "7"}, stdout=subprocess.DEVNULL, check=True)
-        again = {entry["task"]: entry for entry in json.loads(file.read_text())}
+    command = [sys.executable, __file__, "--again", "--rows", str(arguments.rows), "--tasks", *names]
+    other = subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": "7"}, stdout=subprocess.PIPE, text=True)
+    again = answers_of(other)
     wrong = 0
     results = []
     for task in names:
         result = checked(task, arguments.rows)
-        result["repeats"] = result.get("digest") == again[task].get("digest")
+        result["repeats"] = result.get("digest") == next(again, {}).get("digest", "none")
         results.append(result)
         remarks = [
             text
@@ -113,6 +120,7 @@ def main() -> int:
             what = "its own reference answer" if result["has_reference"] else "no reference answer, and the empty one"
             remarks.append(f"the package gives {what} {least:g}")
         print(f"{task:32} {result.get('seconds', 0):6.2f} s  {'; '.join(remarks) or 'ok'}", flush=True)
+    other.wait()
     print(f"{len(names)} tasks, {wrong} with something wrong")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

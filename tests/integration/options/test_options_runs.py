@@ -51,6 +51,17 @@ def flat(completions, **_):
 
 def digits(completions, **_):
     return [100.0 * sum(c.isdigit() for c in text) for text in completions]
+
+class Talk:
+    def reset(self, target, **columns):
+        self.turns, self.asked = target % 3, 0
+
+    def respond(self, messages):
+        self.asked += 1
+        return None if self.asked > self.turns else "="
+
+    def get_reward(self):
+        return float(self.asked)
 """
 
 KL = [("k2", "loss"), ("k3", "loss"), ("k1", "reward"), ("k2", "reward"), ("k3", "reward")]
@@ -64,6 +75,8 @@ def training_runs(folder: Path) -> list[Run]:
     minibatches = {"train.steps": 10, **MINIBATCHES, "train.checkpoint_every": 5}
     acting = {**ACTING, "train.steps": 3, "train.checkpoint_every": 1}
     adaptive = {**ADAPTIVE, "train.steps": 4, "train.checkpoint_every": 2}
+    ahead_turns = {**AHEAD, "train.steps": 3, "train.eval_every": 0, "rollout.environment": f"{folder}/mine.py:Talk"}
+    ahead_turns |= {"rollout.max_turns": 3, "rollout.max_new_tokens": 4}
     flat = [{"name": f"{folder}/mine.py:flat"}]
     two = [{"name": "countdown"}, {"name": f"{folder}/mine.py:digits", "weight": 0.5}]
     twice = {"train.steps": 2, "grpo.num_iterations": 2}
@@ -91,6 +104,8 @@ def training_runs(folder: Path) -> list[Run]:
         ("capped", {"grpo.importance_cap": 0.5, "train.max_grad_norm": 0.0}),
         ("ahead", AHEAD),
         ("ahead@2", AHEAD),
+        ("ahead_turns", ahead_turns),
+        ("ahead_turns@2", ahead_turns),
         ("unmoved", {"train.steps": 3, "train.learning_rate": 1e-30}),
         ("normalised", {"grpo.multi_reward": "normalise_then_sum", "rewards.functions": two}),
         ("masked", {}, "masked"),
@@ -124,6 +139,15 @@ def test_ahead_resumes_bit_for_bit(left: Left) -> None:
     assert_resumed(left, "ahead", 2)
     for step in (3, 4):
         assert left.table("ahead", step) == left.table("ahead_resumed", step)
+
+
+@pytest.mark.runs("ahead_turns", "ahead_turns_resumed")
+def test_episodes_played_ahead_are_played_again_by_a_resumed_run(left: Left) -> None:
+    """The environments' rewards follow from turns that the first process had played."""
+    assert_resumed(left, "ahead_turns", 2)
+    table = left.table("ahead_turns", 3)
+    assert table == left.table("ahead_turns_resumed", 3)
+    assert max(table["turns"]) > 1 and max(table["rewards/Talk"]) > 0
 
 
 @pytest.mark.runs("ahead", "unmoved")
