@@ -70,7 +70,7 @@ BEDS = {
             rows=routes.rows,
             answers=lambda row: routes.answers(routes.problem_of(row)),
         ),
-        Bed("guess", "a hidden number in five guesses, a game of several turns", None, guess.rows, None),
+        Bed("guess", "a hidden number in four guesses, a game of several turns", None, guess.rows, None),
     )
 }
 
