@@ -33,4 +33,4 @@ ruff format --check .
 mypy
 lint-imports
 # Side by side on the cores, one thread each: first what waits for processes of its own, then the rest (tests/conftest.py).
-OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" --dist loadgroup --durations=10
+OMP_NUM_THREADS=1 pytest -q -n "$(nproc)" --dist loadgroup --durations=40 --durations-min=4
