@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.rollout.test_vllm_dialogue import Game, same
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer
+from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout import vllm_backend, weights
 from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.transformers_backend import TransformersRollout
@@ -81,6 +83,26 @@ def test_a_completion_depends_on_its_key_alone(rollout: VllmRollout) -> None:
     together = rollout.generate(model, RolloutRequest(PROMPTS, 4, sampling, [11, 22, 33]))
     alone = rollout.generate(model, RolloutRequest(PROMPTS[1:2], 4, sampling, [22])).completion_ids
     assert torch.equal(alone, together.completion_ids[4:8, : alone.shape[1]])
+
+
+def test_episodes_of_several_turns(rollout: VllmRollout) -> None:
+    """Greedy ones are those of the backend in the process; sampled ones have the log-probabilities of their history."""
+    model, games = load_causal_lm("starter", torch.float32), [Game() for _ in range(3)]
+
+    def request(game: Game, temperature: float) -> RolloutRequest:
+        sampling = Sampling(max_new_tokens=24, temperature=temperature, turn_tokens=7)
+        return RolloutRequest(PROMPTS, 4, sampling, [2, 4, 6], conversation=game)
+
+    served = rollout.generate(model, request(games[0], 0.0))
+    own = TransformersRollout(rollout.pad_id, rollout.eos_ids).generate(model, request(games[1], 0.0))
+    assert same(served, own) and games[0].turns == games[1].turns
+    out = rollout.generate(model, request(games[2], 1.0))
+    logps, _ = completion_logps(model, out.prompt_ids, out.prompt_mask, out.completion_ids, out.completion_mask, 1.0)
+    assert torch.allclose(logps[out.policy_mask], out.sampler_logps[out.policy_mask], atol=1e-4)
+    for row, turns in games[2].turns.items():
+        said = [token for turn in turns for token in turn.ids]
+        assert out.completion_ids[row, out.policy_mask[row]].tolist() == said
+    assert max(map(len, games[2].turns.values())) >= 3
 
 
 def without_head(model: torch.nn.Module) -> dict[str, torch.Tensor]:
