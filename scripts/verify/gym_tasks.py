@@ -78,7 +78,7 @@ def checked(task: str, rows: int) -> dict[str, Any]:
 
 
 def answers_of(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
-    """What the second process found, task by task; what verifiers print on the way is passed over."""
+    """The second process's findings, task by task, as they arrive. Lines that verifiers print are skipped."""
     assert process.stdout is not None
     yield from (json.loads(line.removeprefix(MARK)) for line in process.stdout if line.startswith(MARK))
 

@@ -1,4 +1,4 @@
-"""What vdr changes in DeepSpeed: the linear map of ZeRO-3 without a gradient, and parameters that are not printed."""
+"""Two changes to DeepSpeed: ZeRO-3's linear map without a gradient, and parameters that are not printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an update keeps for backward, by formula and as autograd has it, in every way of reading."""
+"""Memory that an update keeps for backward: the formula against autograd, in every way of reading."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Guess:
 
     @property
     def left(self) -> int:
-        """How many numbers the answers leave."""
+        """The number of candidates that are consistent with the answers so far."""
         first = max((number + 1 for number in self.guesses if number < self.secret), default=self.low)
         last = min((number - 1 for number in self.guesses if number > self.secret), default=self.low + WIDTH - 1)
         return 1 if self.is_found else min(last, self.low + WIDTH - 1) - max(first, self.low) + 1

@@ -54,7 +54,7 @@ def parameters_unprinted() -> Iterator[None]:
 
 
 def call_linear_directly_without_gradient() -> None:
-    """Where ZeRO-3 has replaced torch's linear map, skip its torch.autograd.Function when no gradient is asked for.
+    """Skip the torch.autograd.Function that ZeRO-3 puts in place of torch's linear map, unless a gradient is asked for.
 
     The Function binds its arguments in Python, some 50 us a call: more than a small product takes. The product is the
     same to the bit, so what is sampled has the log-probabilities that are trained on.

@@ -87,7 +87,7 @@ def whole_conversation(
 
 
 def policy_mask(values: dict[str, Any], count: int) -> list[bool] | None:
-    """Which of the row's `count` completion ids the policy wrote; None when the row does not say. Raises RowError."""
+    """True at those of the row's `count` completion ids that the policy wrote; None without a mask. Raises RowError."""
     given = _parsed(values.get(POLICY_MASK))
     if given is None:
         return None
