@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.disagreement.conftest import architecture, ragged, tiny_model
+from tests.disagreement.conftest import tiny_model
 from tests.models.test_policy import ARCHITECTURES, batch, groups, tiny
 from vdr_cli.models.policy import Policy, silence_dropout
 from vdr_cli.models.prompt_tree import can_read_trees, layout_of, pack
@@ -16,7 +16,7 @@ from vdr_cli.models.prompt_tree import can_read_trees, layout_of, pack
 TREELESS = {"gemma2", "falcon"}
 """Windows; attention that transformers does not exchange."""
 
-__all__ = ["architecture", "ragged", "tiny_model"]
+__all__ = ["tiny_model"]
 
 
 def results(model: nn.Module, data: dict[str, Tensor], as_trees: bool) -> list[Tensor]:
@@ -64,23 +64,6 @@ def test_trees_of_one_completion_and_of_completions_of_one_token() -> None:
 def test_models_that_take_no_mask_as_it_is(kind: str, tiny_model: Callable) -> None:
     """Windows (of the qwen2 here too), memories that are no keys and values, positions that are in the mask."""
     assert not can_read_trees(tiny_model(kind))
-
-
-def test_every_model_that_is_let_in_reads_trees_right(
-    architecture: str, tiny_model: Callable, ragged: Callable
-) -> None:
-    model = tiny_model(architecture)
-    if not can_read_trees(model):
-        pytest.skip("not read as trees")
-    c = ragged(groups=3)
-    with torch.no_grad():
-        plain, trees = (
-            Policy(model, share_prompts=False, as_trees=as_trees)(
-                c.prompt_ids, c.prompt_mask, c.completion_ids, c.completion_mask, 1.0
-            )
-            for as_trees in (False, True)
-        )
-    torch.testing.assert_close(trees, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_each_layer_is_called_once_whatever_the_batch() -> None:
