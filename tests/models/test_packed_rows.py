@@ -19,6 +19,17 @@ COMPLETIONS = torch.tensor([[20, 21, 22], [23, 0, 0], [0, 0, 0], [24, 25, 0]])
 TOKENS = PROMPTS, PROMPTS > 0, COMPLETIONS, COMPLETIONS > 0
 
 
+def test_parts_of_the_columns_put_together_are_the_rows() -> None:
+    rows = packed_rows(*TOKENS, multiple=2)
+    parts = [rows.part(rank, 2) for rank in range(2)]
+    assert torch.equal(torch.cat([part.ids for part in parts], 1), rows.ids)
+    assert torch.equal(torch.cat([part.positions for part in parts], 1), rows.positions)
+    for rank, part in enumerate(parts):
+        inside = (part.columns >= 0) & (part.columns < 2)
+        assert inside.equal((rows.columns >= 2 * rank) & (rows.columns < 2 * rank + 2))
+        assert part.columns[inside].tolist() == (rows.columns[inside] - 2 * rank).tolist()
+
+
 def test_tokens_follow_each_other() -> None:
     rows = packed_rows(*TOKENS, multiple=2)
     assert rows.ids.tolist() == [[5, 6, 20, 21], [7, 8, 9, 10], [11, 12, 13, 0], [14, 24, 0, 0]]

@@ -111,11 +111,9 @@ def divided_pass(batch: Batch, division: RowDivision) -> Pass:
     """This rank's columns of every prompt with its completion; attention sees the whole rows (`RowDivision`)."""
     c = batch.completions
     rows = packed_rows(c.prompt_ids, c.prompt_mask, c.completion_ids, c.completion_mask, division.size)
-    width = rows.ids.shape[1] // division.size
-    start = division.rank * width
-    ids, positions = (tensor[:, start : start + width] for tensor in (rows.ids, rows.positions))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return Pass(ids, mask, positions, lambda: _keys(c), None, rows.columns - start)
+    own = rows.part(division.rank, division.size)
+    mask = torch.ones_like(own.ids, dtype=torch.bool)
+    return Pass(own.ids, mask, own.positions, lambda: _keys(c), None, own.columns)
 
 
 def of_this_rank(batch: Batch, own: Pass) -> Batch:

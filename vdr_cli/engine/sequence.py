@@ -158,18 +158,16 @@ def divided_logps(
 ) -> tuple[Tensor, Tensor]:
     """`Policy.forward` by the whole group, for a model whose attention is the group's. Collective in the group."""
     rows = packed_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, group.size)
-    share = rows.ids.shape[1] // group.size
-    start = group.rank * share
-    ids, positions = (tensor[:, start : start + share] for tensor in (rows.ids, rows.positions))
-    arguments = forward_arguments(causal_lm, torch.ones_like(ids), positions)
-    hidden = backbone(causal_lm)(input_ids=ids, use_cache=False, **arguments)[0]  # (B, S/N, D)
+    part = rows.part(group.rank, group.size)
+    arguments = forward_arguments(causal_lm, torch.ones_like(part.ids), part.positions)
+    hidden = backbone(causal_lm)(input_ids=part.ids, use_cache=False, **arguments)[0]  # (B, S/N, D)
     wanted = completion_mask if policy_mask is None else policy_mask
-    own = wanted.bool() & (rows.columns >= start) & (rows.columns < start + share)
+    own = wanted.bool() & (part.columns >= 0) & (part.columns < part.ids.shape[1])
     b, t = own.nonzero(as_tuple=True)
-    column = rows.columns[b, t] - start
+    column = part.columns[b, t]
     keep = 1.0
     if not len(b):  # this rank's backward must reach every parameter, or ZeRO's collectives do not match
-        b = t = column = torch.zeros(1, dtype=torch.int64, device=ids.device)
+        b = t = column = torch.zeros(1, dtype=torch.int64, device=part.ids.device)
         keep = 0.0
     found = head_logps(hidden[b, column], output_head(causal_lm), completion_ids[b, t], temperature)
     logps, entropy = (values.new_zeros(own.shape).index_put((b, t), values * keep) for values in found)  # (B, T) each

@@ -23,6 +23,12 @@ class PackedRows(NamedTuple):
     positions: Tensor  # (B, S)
     columns: Tensor  # (B, T) the column whose hidden state produced each token; the prompt's last one at padding
 
+    def part(self, rank: int, size: int) -> PackedRows:
+        """One of `size` equal parts of the columns; its `columns` count from its own first, the others lie outside."""
+        width = self.ids.shape[1] // size
+        own = slice(rank * width, (rank + 1) * width)
+        return PackedRows(self.ids[:, own], self.positions[:, own], self.columns - own.start)
+
 
 def packed_rows(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor, multiple: int
