@@ -24,9 +24,9 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/build/config_reference.py from vdr_cli/config/sections/: change it there. -->
 
-A setting is a key in a section. It is given, the later over the earlier, by its default below, by the recipe of a bed
-(when `model.name` is its name; `Config(...)` in Python follows it too), in a YAML file, with
-`--set section.key=value`, or with the flag that stands for it (`vdr train --help`):
+A setting is a key in a section. Its value comes from the following places, each overriding the ones before it: the
+default below, the recipe of a bed (when `model.name` is the bed's name; this holds for `Config(...)` in Python too),
+a YAML file, `--set section.key=value`, and the setting's own flag (`vdr train --help`):
 
 ```yaml
 rollout:
@@ -39,12 +39,12 @@ vdr train run.yaml --set rollout.temperature=0.9 --set 'rollout.stop=["\\n\\n"]'
 vdr train run.yaml --dry-run          # the plan, and the settings that differ from the defaults (--all: every one)
 ```
 
-A key that does not exist, a value out of its range and a combination that cannot work are refused before any weight is
-loaded, in one line that names the key and where it was given. `null` stands for None. A run writes all its settings
+Unknown keys, values out of range and combinations that cannot work are refused before any weights are loaded, with a
+one-line error that names the key and where it was given. `null` stands for None. A run writes all its settings
 to `config.yaml`; `vdr recipes` has complete files to start from.
 
-An editor with a YAML language server completes and checks a file that names the settings' JSON schema. Recipes from
-`vdr recipes copy` name it in a comment, `# yaml-language-server: $schema=...`; copy that line into a file of your own.
+An editor with a YAML language server can complete and check a settings file that names the JSON schema. Recipes from
+`vdr recipes copy` name it in a comment, `# yaml-language-server: $schema=...`; copy that line into your own files.
 """
 
 

@@ -22,92 +22,96 @@ class SurprisalConfig(Section):
     """Source surprisal (CDE)."""
 
     alpha: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of the mean surprisal in nats per token, before the cap."""
+    """Multiplier of the mean surprisal (nats per token), applied before the cap."""
     kappa: Annotated[float, Field(gt=0)] | None = None
-    """CDE's cap: the number is at most |r|/kappa, r the task reward. The authors use 3 with rewards of -1 and 1; a
-    reward of 0 closes it. None: no cap."""
+    """CDE's cap: the bonus is at most |r|/kappa, where r is the task reward. The authors use 3 with rewards of -1 and
+    1. With a reward of 0 the cap is 0, so there is no bonus. None: no cap."""
 
 
 class EntropyConfig(Section):
     """Source entropy."""
 
     alpha: Annotated[float, Field(ge=0)] = 0.4
-    """Factor of the entropy in nats, before the cap (the authors' value)."""
+    """Multiplier of the entropy (nats), applied before the cap. The default is the authors' value."""
     kappa: Annotated[float, Field(gt=0)] | None = 2.0
-    """Cap: the number is at most |A|/kappa, A the task advantage (the authors' value). None: no cap."""
+    """Cap: the bonus is at most |A|/kappa, where A is the task advantage. The default is the authors' value. None: no
+    cap."""
 
 
 class CountsConfig(Section):
     """Source counts."""
 
     kind: Literal["ucb", "batch"] = "ucb"
-    """ucb: 1/sqrt(N) - b0, N the times that the answer was given to the prompt in this run; batch: minus the share of
-    the group that gave the same answer, the completion itself left out."""
+    """ucb: 1/sqrt(N) - b0, where N is how often this answer was given to this prompt so far in the run. batch: minus
+    the number of other completions in the group with the same answer, divided by the group size."""
     b0: float = 0.5
-    """Baseline of ucb (the authors' value)."""
+    """Baseline that ucb subtracts. The default is the authors' value."""
 
 
 class NoveltyConfig(Section):
     """Source novelty."""
 
     dim: Positive = 32
-    """d, the dimensions that hidden states are projected to (the authors' value for GSM8K and MATH)."""
+    """d, the number of dimensions that hidden states are projected to. The default is the authors' value for GSM8K and
+    MATH."""
     ridge: Annotated[float, Field(gt=0)] = 0.01
-    """λ, added to the diagonal of the group's covariance (the authors' value)."""
+    """λ, added to the diagonal of the group's covariance. The default is the authors' value."""
 
 
 class ValueHeadsConfig(Section):
     """Source value_heads."""
 
     heads: Annotated[int, Field(ge=2)] = 8
-    """K, linear heads that predict the task reward."""
+    """K, the number of linear heads that predict the task reward."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of the completions that each head learns from."""
+    """Share of the completions that each head is trained on."""
     learning_rate: Annotated[float, Field(gt=0)] = 0.01
-    """Adam's learning rate of the heads, one step per rollout."""
+    """Adam learning rate of the heads, which take one step per rollout."""
 
 
 class UnlikelinessConfig(Section):
     """Source unlikeliness."""
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Share of its reward that the likeliest correct completion of a large group loses (the authors' value)."""
+    """Share of its reward that the likeliest correct completion of a large group loses. The default is the authors'
+    value."""
 
 
 class BonusConfig(Section):
-    """The bonus (docs/exploration.md). The source gives a number per completion or token; the rest is the same for all
-    sources."""
+    """The bonus (docs/exploration.md). The source gives one number per completion or token; all later steps are the
+    same for every source."""
 
     source: Annotated[str, Field(examples=list(SOURCES))] = "disagreement"
-    """The bonus's source: disagreement, surprisal, entropy, counts, novelty, unlikeliness,
-    value_heads, noise, none (plain GRPO), or a function of yours, file.py:function. docs/exploration.md describes
-    them."""
+    """What the bonus is computed from: disagreement, surprisal, entropy, counts, novelty, unlikeliness, value_heads,
+    noise, none (plain GRPO), or a function of your own, file.py:function. docs/exploration.md describes them."""
     weight: float | None = None
     """Weight of the bonus at the first step: λ (additive, plain, reward) or β (multiplicative, quality). Negative turns
-    the bonus into a penalty. None: 0.1; 1 for entropy and unlikeliness."""
+    the bonus into a penalty. None: 0.1, except 1 for entropy and unlikeliness."""
     shape: Shape | None = None
-    """The way the bonus enters the advantage; formulas in docs/exploration.md. None: additive; plain for entropy,
-    reward for unlikeliness."""
+    """How the bonus enters the advantage; docs/exploration.md has the formulas. None: additive, except plain for
+    entropy and reward for unlikeliness."""
     scale: Literal["running", "initial", "none"] = "running"
-    """The divisor of the additive shape: the running RMS of the within-group deviation, its RMS over the first
-    scale_steps steps (so that the bonus fades as the source falls), or nothing."""
+    """What the additive shape divides by. running: the running RMS of the deviation from the group mean. initial: its
+    RMS over the first scale_steps steps, so that the bonus fades as the source's values shrink. none: no division."""
     scale_steps: Positive = 20
-    """Steps that the RMS of scale initial is taken over."""
+    """With scale initial, the number of steps over which the RMS is taken."""
     gate: Literal["all", "incorrect", "correct", "some_correct", "zero_variance"] = "all"
-    """Completions that get a bonus: all, the unsolved, the solved, those of groups with a solved completion, or those
-    of groups whose task rewards are all equal."""
+    """Which completions get a bonus. all: every completion; incorrect: the unsolved ones; correct: the solved ones;
+    some_correct: those in groups with at least one solved completion; zero_variance: those in groups whose task rewards
+    are all equal."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
-    """The weight's way from `weight` to 0; constant: it stays."""
+    """How the weight decays from `weight` to 0; constant: it does not decay."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the run after which the weight is 0 (not with constant)."""
+    """Fraction of the run after which the weight is 0 (no effect with constant)."""
     clip: Annotated[float, Field(gt=0)] = 3.0
-    """c: bound on the size of the bonus before its weight (in units of the scale)."""
+    """c, the bound on the absolute value of the bonus before it is weighted, in units of the scale."""
     permute: Literal["none", "group"] = "none"
-    """group: a placebo, the source's numbers shuffled among the completions of each group."""
+    """group: a placebo that shuffles the source's numbers among the completions of each group."""
 
     answer: str | None = None
-    """A completion's answer, for source counts: file.py:function, called like a reward function, returns a text per
-    completion. None: the solution class that a reward function knows, else the completion's text."""
+    """For source counts, a function file.py:function that is called like a reward function and returns each
+    completion's answer as text. None: the solution class, if a reward function defines one, otherwise the completion's
+    text."""
     surprisal: SurprisalConfig = SurprisalConfig()
     entropy: EntropyConfig = EntropyConfig()
     counts: CountsConfig = CountsConfig()

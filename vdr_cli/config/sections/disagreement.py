@@ -10,33 +10,37 @@ from vdr_cli.config.sections.base import Fraction, Positive, Section
 
 
 class DisagreementConfig(Section):
-    """The ensemble (docs/disagreement.md), which bonus.source disagreement reads. `mode: none` turns the bonus off."""
+    """The ensemble (docs/disagreement.md), which bonus.source disagreement uses. `mode: none` turns the bonus off."""
 
     mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
-    """The place where members are compared: nowhere, at every token, or where the last token is predicted."""
+    """Where members are compared: nowhere, at every token, or at the position that predicts the last token."""
     measure: Literal["bald", "rmi"] = "bald"
-    """bald: mutual information of the next token and the weights; rmi: its share for the sampled token."""
+    """bald: mutual information between the next token and the weights. rmi: the contribution of the sampled token to
+    it."""
     members: Annotated[int, Field(ge=2)] = 8
     """M, the number of dropout members."""
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Dropout probability p of the members' masks."""
     scope: Literal["full", "last_k"] | None = None
-    """Layers that members differ in: all, or the top last_k (the others are read once for all members). None: last_k
-    with mode end_of_sequence, where it ranks completions no worse at a third of the cost; otherwise full."""
+    """Layers in which members differ: all (full), or only the top last_k; the layers below run once for all members.
+    None: last_k with mode end_of_sequence, where it ranks completions no worse at a third of the cost; otherwise
+    full."""
     last_k: Positive | None = None
-    """Layers that members differ in, with scope last_k; None: a quarter of the model's, rounded up."""
+    """Number of top layers in which members differ, with scope last_k. None: a quarter of the model's layers, rounded
+    up."""
     mask_sharing: Literal["member", "token"] = "member"
-    """member: one mask for every position and completion (one sample of the weights); token: independent ones."""
+    """member: one mask per member, shared by all positions and completions (one sample of the weights). token: an
+    independent mask at each position."""
     blocks: dict[str, str] | None = None
-    """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for
-    architectures where they are not found; None: found automatically."""
+    """Names of the attention and MLP blocks inside a decoder layer, e.g. {attention: attn, mlp: ffn}, for architectures
+    where vdr cannot find them. None: found automatically."""
     credit: Literal["sequence", "token"] = "sequence"
-    """per_token only. sequence: the masked mean is the completion's bonus; token: each token is credited with what
-    follows it."""
+    """per_token only. sequence: the mean over valid tokens is the completion's bonus. token: each token is credited
+    with the measure of the tokens after it."""
     discount: Fraction = 1.0
-    """γ of the sum of what follows (credit: token)."""
+    """γ, the discount per token of what follows (credit: token)."""
     last_n: Positive | None = None
-    """per_token only: restrict to the last n valid tokens; None: all."""
+    """per_token only: use only the last n valid tokens. None: all."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

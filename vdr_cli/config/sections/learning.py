@@ -12,7 +12,7 @@ from vdr_cli.config.sections.base import BelowOne, Positive, Section
 
 class GrpoConfig(Section):
     loss: Literal["grpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "clip_cov", "kl_cov"] = "dapo"
-    """Token loss and what it is averaged over; formulas in docs/losses.md."""
+    """The loss per token and how it is averaged; docs/losses.md has the formulas."""
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -24,70 +24,78 @@ class GrpoConfig(Section):
         return value
 
     epsilon_low: Annotated[float, Field(ge=0)] = 0.2
-    """The ratio is clipped below at 1 - epsilon_low."""
+    """Lower clip: the ratio is clipped at 1 - epsilon_low."""
     epsilon_high: Annotated[float, Field(ge=0)] = 0.28
-    """The ratio is clipped above at 1 + epsilon_high (clip-higher, DAPO)."""
+    """Upper clip: the ratio is clipped at 1 + epsilon_high (DAPO's clip-higher)."""
     delta: Annotated[float, Field(gt=1)] | None = None
-    """Two-sided clip: caps the unclipped ratio at delta; None: off."""
+    """Two-sided clip: caps the unclipped ratio at delta. None: off."""
     sapo_temperature_positive: Annotated[float, Field(gt=0)] = 1.0
     """Loss sapo: temperature of the gate where the advantage is positive."""
     sapo_temperature_negative: Annotated[float, Field(gt=0)] = 1.05
     """Loss sapo: temperature of the gate where the advantage is negative."""
     clip_cov_share: Annotated[float, Field(gt=0, le=1)] = 2e-4
-    """Loss clip_cov: share of an optimizer step's tokens that give no gradient, at least one."""
+    """Loss clip_cov: share of an optimizer step's tokens whose gradient is dropped; at least one token."""
     clip_cov_low: float = 1.0
-    """Loss clip_cov: tokens are left out whose covariance of advantage and log-probability is above this."""
+    """Loss clip_cov: lower bound on the covariance of advantage and log-probability among the tokens that may be
+    dropped."""
     clip_cov_high: float = 5.0
-    """Loss clip_cov: and below this."""
+    """Loss clip_cov: upper bound on that covariance."""
     kl_cov_share: Annotated[float, Field(gt=0, le=1)] = 2e-3
-    """Loss kl_cov: share of an optimizer step's tokens, those of highest covariance, that are held back; at least one.
-    The authors give 0.002 for a 7B model and 0.0002 for a 32B one."""
+    """Loss kl_cov: share of an optimizer step's tokens that get the KL penalty, those with the highest covariance; at
+    least one token. The authors use 0.002 for a 7B model and 0.0002 for a 32B one."""
     kl_cov_weight: Annotated[float, Field(ge=0)] = 1.0
     """Loss kl_cov: weight of |log ratio| on those tokens."""
     advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
-    """A group's advantages: deviation from the mean, scaled by scale_rewards (GRPO); deviation from
-    the mean of the others (RLOO); deviation over the mean (MaxRL); or what a completion adds to the best of pass_k."""
+    """How a group's advantages are computed. group: deviation from the group mean, scaled by scale_rewards (GRPO).
+    leave_one_out: deviation from the mean of the others (RLOO). maxrl: deviation divided by the mean (MaxRL).
+    pass_at_k: what a completion adds to the best of pass_k completions."""
     pass_k: Annotated[int, Field(ge=2)] = 4
-    """k of advantage pass_at_k; at most rollout.group_size."""
+    """k for advantage pass_at_k; at most rollout.group_size."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """The divisor of advantages: the group's standard deviation, the batch's (the whole step's), or none."""
+    """What advantages are divided by: the standard deviation of the group, that of the batch (the whole step), or
+    nothing."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
-    """Several reward functions: advantages of the weighted sum, or the weighted sum of advantages (GDPO)."""
+    """With several reward functions: compute advantages from the weighted sum of rewards (sum_then_normalise), or sum
+    the weighted advantages of each function (normalise_then_sum, GDPO)."""
     beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the reference model; 0: no reference is loaded."""
+    """Weight of the KL to the reference model; 0: no reference model is loaded."""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    """Schulman's estimator of the KL: log-ratio, half its square, or the unbiased non-negative one."""
+    """Schulman's estimator of the KL. k1: the log-ratio; k2: half its square; k3: the unbiased, non-negative
+    estimator."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """The place of the KL: added to the loss, or subtracted from the reward."""
+    """Where the KL enters: added to the loss, or subtracted from the reward."""
     sync_reference_every: Positive | None = None
-    """Steps after which the reference becomes the policy; None: never."""
+    """Steps between copies of the policy into the reference model. None: the reference never changes."""
     entropy_weight: float = 0.0
-    """Entropy bonus: this times the mean token entropy is subtracted from the loss."""
+    """Weight of the entropy bonus: the mean token entropy times this is subtracted from the loss."""
     entropy_target: Annotated[float, Field(gt=0)] | None = None
-    """Adaptive entropy bonus (Skywork-OR1, which takes 0.2): nats per token below which it acts; None: off."""
+    """Adaptive entropy bonus: it acts while the entropy is below this, in nats per token (Skywork-OR1 uses 0.2). None:
+    off."""
     entropy_delta: Annotated[float, Field(gt=0)] = 1e-4
-    """Adaptive entropy bonus: its weight rises by this after a rollout below the target, and falls by it otherwise."""
+    """Adaptive entropy bonus: its weight rises by this after a rollout below the target, and falls by this
+    otherwise."""
     entropy_max: Annotated[float, Field(gt=0)] = 5e-3
-    """Adaptive entropy bonus: largest weight."""
+    """Adaptive entropy bonus: its maximum weight."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.0
-    """Mixtures of experts: weight of the load-balancing loss, which is that of each micro-batch; 0: off."""
+    """Mixtures of experts: weight of the load-balancing loss, which is computed per micro-batch; 0: off."""
     top_entropy_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the step's tokens, those of highest entropy, that enter the loss (0.2 in Wang et al. 2025)."""
+    """Share of the step's tokens that enter the loss, those with the highest entropy (0.2 in Wang et al. 2025)."""
     num_iterations: Positive = 1
-    """μ, passes over one rollout's completions (epochs); each takes `minibatches` optimizer steps."""
+    """μ, the number of passes (epochs) over one rollout's completions; each pass takes `minibatches` optimizer
+    steps."""
     minibatches: Positive = 1
-    """Disjoint parts of one rollout, whole groups each, with an optimizer step on every part; a divisor of
-    train.prompts_per_step."""
+    """Number of disjoint parts into which a rollout is split, each of whole groups and with an optimizer step of its
+    own. It must divide train.prompts_per_step."""
     mask_truncated: bool = False
-    """Completions that hit max_new_tokens give no gradient."""
+    """Exclude completions that hit max_new_tokens from the gradient."""
     overlong_cache: Annotated[int, Field(ge=0)] = 0
-    """Soft overlong penalty (DAPO): 0 to -1 over the last overlong_cache tokens; 0: off."""
+    """Soft overlong penalty (DAPO): falls from 0 to -1 over the last overlong_cache tokens; 0: off."""
     resample_groups: Annotated[int, Field(ge=0)] = 0
     """Maximum extra rollouts per step to replace groups whose task rewards are all equal (DAPO's dynamic sampling); 0:
     off."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """Truncated importance sampling: cap of policy over sampler probability; None: off (2 with rollout.ahead
-    or rollout.members)."""
+    """Truncated importance sampling: cap on the ratio of policy to sampler probability. None: off, except 2 with
+    rollout.ahead or rollout.members."""
 
     @property
     def updates_per_rollout(self) -> int:
@@ -142,60 +150,61 @@ class GrpoConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive = 500
-    """Optimizer steps, counted from the start of the run (a resumed run ends at the same one)."""
+    """Optimizer steps, counted from the start of the run; a resumed run ends at the same step."""
     max_seconds: Annotated[float, Field(gt=0)] | None = None
-    """Seconds of training steps after which the run ends, over all its resumes; evaluations, checkpoints and start-up
-    do not count. Schedules still go by steps. None: no limit."""
+    """Time limit: the run ends after this many seconds of training steps, summed over all resumes; evaluations,
+    checkpoints and start-up do not count. Schedules still follow steps. None: no limit."""
     max_sampled_tokens: Positive | None = None
-    """Completion tokens sampled over all ranks, after which the run ends. Schedules still go by steps. None: no
-    limit."""
+    """Token limit: the run ends after sampling this many completion tokens over all ranks. Schedules still follow
+    steps. None: no limit."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Seed of the prompts' order, the samples and the members."""
+    """Seed for the order of the prompts, the samples and the members."""
     output: PathText | None = None
     """Run directory. None: a new one, runs/<date>-<time>-<4 hex digits>."""
     prompts_per_step: Positive = 8
-    """Groups per step over all ranks; times rollout.group_size, the completions per step."""
+    """Prompts (groups) per step over all ranks; a step has rollout.group_size times as many completions."""
     micro_batch_size: Positive = 8
-    """Completions in one forward and backward pass of a rank; changes memory, never the result."""
+    """Completions per forward and backward pass on a rank; affects memory, never the result."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon (ZeRO-3 only): the decoder layers' matrices move by their orthogonalised mean gradient (momentum 0.95,
-    Nesterov), embeddings, LM head, norms and biases by AdamW."""
+    """muon (ZeRO-3 only) updates the matrices of the decoder layers by their orthogonalised mean gradient (momentum
+    0.95, Nesterov), and embeddings, LM head, norms and biases with AdamW."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """AdamW's learning rate after the warm-up."""
     muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Muon's learning rate after the warm-up, by the same schedule; needed with optimizer muon. A matrix of n rows
+    """Muon's learning rate after the warm-up, on the same schedule; required with optimizer muon. A matrix of n rows
     moves by about this times sqrt(n) in Frobenius norm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate's way from learning_rate to 0 at train.steps; constant: it stays."""
+    """How the learning rate decays from learning_rate to 0 at train.steps; constant: it does not decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises to its value."""
+    """Steps over which the learning rate rises linearly to learning_rate."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay rates of the means of the gradient and of its square."""
+    """Adam's β1 and β2: decay rates of the running means of the gradient and of its square."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """AdamW's ε, added to the denominator; where gradients are far below it, updates are proportional to them."""
+    """AdamW's ε, added to the denominator; updates become proportional to gradients that are far below it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's weight decay of matrices; norms and biases do not decay."""
+    """Weight decay of matrices; norms and biases do not decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Global norm the gradient is clipped to; 0: not clipped."""
+    """Global norm to which the gradient is clipped; 0: no clipping."""
     max_refused_steps: Positive = 5
-    """Steps in a row with a non-finite loss or gradient before the run stops and saves the batch."""
+    """Consecutive steps with a non-finite loss or gradient before the run stops and saves the batch."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 100
     """Steps between checkpoints; 0: only one, at the end."""
     keep_last: Positive = 2
     """Number of complete checkpoints to keep."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best held-out pass@1, whatever eval_k is (needs eval_every)."""
+    """Also keep the checkpoint with the best held-out pass@1, regardless of eval_k (needs eval_every)."""
     save_model: bool = True
     """Write model/ (save_pretrained format) at the end."""
     eval_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between held-out evaluations; 0: none. When set, also before the first step and after the last."""
+    """Steps between held-out evaluations; 0: none. If set, the run also evaluates before the first step and after the
+    last."""
     eval_prompts: Positive = 64
-    """Held-out prompts of one evaluation."""
+    """Held-out prompts per evaluation."""
     eval_samples: Positive = 8
     """Completions per prompt in an evaluation."""
     eval_k: Annotated[list[Positive], Field(min_length=1)] | None = None
-    """Each k for which an evaluation computes pass@k, such as 1,8,64; none may exceed eval_samples. pass@1 is always
-    computed. None: 1 and eval_samples."""
+    """Values of k for which an evaluation computes pass@k, such as 1,8,64; none may exceed eval_samples. pass@1 is
+    always computed. None: 1 and eval_samples."""
 
     @field_validator("eval_k", mode="before")
     @classmethod

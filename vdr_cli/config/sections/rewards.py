@@ -13,25 +13,26 @@ Extract = Literal["whole", "answer_tags", "boxed"]
 
 class RewardFunction(Section):
     name: str
-    """A built-in, `module:function`, `file.py:function`, or `model:PATH`, a sequence-classification model (directory
-    or hub id) whose logit is the reward."""
+    """A built-in function, `module:function`, `file.py:function`, or `model:PATH`: a sequence-classification model
+    (directory or hub id) whose logit is the reward."""
     weight: float = 1.0
     """Weight of this function's reward in the sum."""
     label: Annotated[int, Field(ge=0)] | None = None
-    """The index of the label whose logit is the reward, for a reward model with several."""
+    """Index of the label whose logit is the reward, for a reward model with several labels."""
 
 
 class RewardsConfig(Section):
     functions: list[RewardFunction] = []
-    """Reward functions; each gets every column of the data by name. Empty: a bed and a reasoning_gym suite use their
-    own; other data must name a function."""
+    """Reward functions; each gets every column of the data by name. Empty: beds and reasoning_gym suites use their own
+    reward; with other data you must name a function."""
     extract: Extract = "whole"
-    """The answer that `reasoning_gym` and `exact_match` judge: the whole completion, what stands in its last
-    `<answer>...</answer>`, or in its last `\\boxed{...}`. Other functions see the completion."""
+    """The part of the completion that `reasoning_gym` and `exact_match` judge: all of it (whole), the text inside its
+    last `<answer>...</answer>` (answer_tags), or inside its last `\\boxed{...}` (boxed). Other functions always see the
+    whole completion."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
-    """Seconds one call of one function may take before the run stops and names it."""
+    """Seconds that one call of a reward function may take; after that the run stops and names the function."""
     processes: Annotated[int, Field(ge=0)] = 0
-    """Processes of each rank in which functions that are not async are called, so that what they compute in Python does
-    not hold up sampling; each imports the functions for itself. 0: on a thread of the rank."""
+    """Worker processes per rank for functions that are not async, so that their Python code does not hold up sampling.
+    Each worker imports the functions itself. 0: call them on a thread of the rank."""
     solved_at: float = 1.0
-    """A completion whose weighted task reward reaches this counts as solved in pass@k."""
+    """A completion counts as solved when its weighted task reward is at least this."""

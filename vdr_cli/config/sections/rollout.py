@@ -11,84 +11,88 @@ from vdr_cli.config.sections.base import Fraction, Positive, Section
 
 
 class VllmConfig(Section):
-    """Servers that sample when rollout.backend is vllm. They live in an environment of their own."""
+    """Servers that sample when rollout.backend is vllm. They run in a Python environment of their own."""
 
     python: PathText | None = None
-    """Interpreter of an environment with vLLM: vdr starts a server with it. None: the servers in `urls` are already
-    running."""
+    """Python interpreter of an environment with vLLM; vdr uses it to start a server. None: the servers in `urls` are
+    already running."""
     urls: Annotated[list[str], Field(min_length=1)] = ["http://127.0.0.1:8000"]
-    """Addresses of the servers, which share the prompts. With `python`: the one on which vdr's server listens."""
+    """Addresses of the servers; the prompts are split among them. With `python`: the one address on which vdr's server
+    listens."""
     push: Literal["directory", "broadcast"] = "directory"
-    """The way new weights reach the servers: through `directory`, or by broadcast to their workers (NCCL where trainer
-    and servers have GPUs of their own, else gloo), which needs no directory that both sides see."""
+    """How new weights reach the servers. directory: through files in `directory`. broadcast: sent to their workers,
+    over NCCL where trainer and servers have separate GPUs and over gloo otherwise; this needs no shared directory."""
     directory: PathText | None = None
-    """The directory that hands weights over; every server must see it under this path. None: vllm/ in the run
+    """Directory through which weights are handed over; every server must see it under this path. None: vllm/ in the run
     directory."""
     sleep: bool = False
-    """Between rollouts the server that vdr started drops its weights and cache, so that it can share a GPU with the
-    trainer; it wakes with the new weights. Needs `python`, a GPU, and rollout.ahead 0."""
+    """Put the server that vdr started to sleep between rollouts: it drops its weights and cache, so that it can share a
+    GPU with the trainer, and wakes with the new weights. Needs `python`, a GPU, and rollout.ahead 0."""
     arguments: list[str] = []
-    """More arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
+    """Extra arguments for a server that vdr starts, e.g. [--max-model-len, "4096"]."""
     start_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds allowed for a server to start, and for a push of weights to finish."""
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds one prompt's completions may take."""
+    """Seconds that the completions of one prompt may take."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """Retries of a request when a server does not answer."""
+    """How many times a request is retried when a server does not answer."""
     tolerance: Annotated[float, Field(gt=0)] = 0.1
-    """Nats; largest mean difference between the server's and the trainer's log-probabilities after a push."""
+    """Largest allowed mean difference, in nats, between the server's and the trainer's log-probabilities after a
+    push."""
 
 
 class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
-    """The sampler: the model in this process, or vLLM servers."""
+    """What samples completions: the model in this process (transformers), or vLLM servers (vllm)."""
     group_size: Positive = 8
-    """G, completions per prompt."""
+    """G, the number of completions per prompt."""
     max_new_tokens: Positive = 256
-    """T_max, the longest completion in tokens; with an environment or tools the longest turn."""
+    """T_max, the most tokens in a completion; with an environment or tools, in one turn."""
     environment: str | None = None
-    """file.py:Class or module:Class of an environment, in TRL's contract: an instance for each completion, whose public
-    methods are tools, or which answers in plain text (docs/environments.md). None: a completion is one turn."""
+    """Environment class, as file.py:Class or module:Class, with the same interface as in TRL: one instance per
+    completion, whose public methods are tools or which replies in plain text (docs/environments.md). None: a completion
+    is one turn."""
     tools: list[str] = []
-    """Functions that the model can call, file.py:function or module:function, with types and docstrings; offered
-    through the chat template."""
+    """Functions that the model can call, as file.py:function or module:function. They need type hints and docstrings,
+    and are offered to the model through the chat template."""
     tool_parser: str = "auto"
-    """Form of tool calls: hermes (Qwen too), llama3, mistral, or file.py:function of your own; auto: as the chat
-    template writes them."""
+    """Format of tool calls: hermes (also for Qwen), llama3, mistral, or your own parser, file.py:function. auto: the
+    format that the chat template uses."""
     max_turns: Positive = 8
-    """Most turns of the policy in an episode, with an environment or tools."""
+    """Maximum number of policy turns in an episode, with an environment or tools."""
     episode_tokens: Positive | None = None
-    """Most tokens of an episode after its prompt, those of tools and environment included. None: max_turns x
+    """Maximum tokens in an episode after its prompt, including those from tools and the environment. None: max_turns x
     max_new_tokens."""
     tool_timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds that one call of a tool or of a method of the environment may take."""
+    """Seconds that one call of a tool or an environment method may take."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Temperature of sampling and of all log-probabilities in the loss."""
+    """Temperature for sampling and for all log-probabilities in the loss."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Sample from the k likeliest tokens; 0: from all."""
+    """Sample from the k likeliest tokens; 0: from all tokens."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens with this much probability."""
+    """Sample from the smallest set of tokens whose total probability reaches this."""
     min_p: Fraction = 0.0
-    """Sample from tokens with at least this share of the likeliest one's probability."""
+    """Sample from tokens whose probability is at least this fraction of the likeliest token's."""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Divisor of the scores of tokens that occurred already; 1: off."""
+    """Penalty on the scores of tokens that have already occurred, as in transformers; 1: off."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """A completion ends after any of these strings."""
     ahead: Literal[0, 1] = 0
-    """1: vLLM servers sample each step's completions while the trainer updates the step before, under the weights from
-    before that update; truncated importance sampling is then on (grpo.importance_cap, 2 unless it is given). Only with
-    backend vllm. 0: from the newest weights."""
+    """1: vLLM servers sample the next step's completions while the trainer is still updating, from the weights before
+    that update. This turns on truncated importance sampling (grpo.importance_cap, 2 unless set) and needs backend vllm.
+    0: sample from the newest weights."""
     members: bool = False
-    """Sample each group from one dropout member of `disagreement` instead of the policy (Thompson sampling): members
-    act, they need not be paid for. Truncated importance sampling against the policy is then on (grpo.importance_cap, 2
-    unless it is given). Not with backend vllm."""
+    """Sample each group from one dropout member of `disagreement` instead of the policy (Thompson sampling), with or
+    without a bonus. This turns on truncated importance sampling against the policy (grpo.importance_cap, 2 unless set).
+    Not available with backend vllm."""
     batch_tokens: Positive = 262_144
-    """Most tokens (prompts and completions at full length) decoded at once on a rank; bounds the key-value cache."""
+    """Maximum tokens decoded at once on a rank, counting prompts and full-length completions; bounds the key-value
+    cache."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay token steps from CUDA graphs, with the transformers backend: one launch per step instead of about a
-    thousand. auto: on a GPU, for models with plain attention."""
+    """With the transformers backend, replay each decoding step from a CUDA graph: one launch per step instead of about
+    a thousand. auto: on GPUs, for models with plain attention."""
     vllm: VllmConfig = VllmConfig()
-    """Servers of backend vllm."""
+    """The vLLM servers."""
 
     @property
     def takes_turns(self) -> bool:
