@@ -14,6 +14,8 @@ from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.training.answers import answer_keys, answers_of
 
 MINE = """
+import time
+def hangs(completions): time.sleep(60)
 def last(completions, completion_ids): return [ids[0] for ids in completion_ids]
 def bad(completions): return [1]
 def boom(completions): raise ValueError('no')
@@ -47,12 +49,21 @@ def test_a_function_of_the_users_goes_first(tmp_path: Path) -> None:
     path.write_text(MINE)
     batch = batch_of([3, 14], 2)
     assert answers_of(config_of(f"{path}:last"), [])(batch) == ["3", "14"]
-    with pytest.raises(DataError, match=r"bonus\.answer .*:bad returned 1; it must return a list of 2 answers"):
+    with pytest.raises(DataError, match=r"bonus\.answer .*:bad must return a list of 2 entries, .* it returned 1"):
         answers_of(config_of(f"{path}:bad"), [])(batch)
-    with pytest.raises(DataError, match=r"bonus\.answer .*:boom raised: ValueError: no"):
+    with pytest.raises(DataError, match=r"bonus\.answer .*:boom raised on dataset row 3: .*no"):
         answers_of(config_of(f"{path}:boom"), [])(batch)
     with pytest.raises(ConfigError, match=r"bonus\.answer: .* no function none there"):
         answers_of(config_of(f"{path}:none"), [])
+
+
+def test_a_function_of_the_users_that_hangs_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    config = config_of(f"{path}:hangs")
+    quick = config.model_copy(update={"rewards": config.rewards.model_copy(update={"timeout": 0.2})})
+    with pytest.raises(DataError, match=r"^bonus\.answer .*:hangs had not returned after 0\.2 s on dataset row"):
+        answers_of(quick, [])(batch_of([3, 14], 2))
 
 
 def test_keys_tell_prompts_and_answers_apart() -> None:

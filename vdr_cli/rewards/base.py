@@ -49,9 +49,10 @@ class Elsewhere(Protocol):
 
 @dataclass(frozen=True)
 class LoadedReward:
-    """A reward function with its weight and the name that metrics and errors use."""
+    """A reward function with its weight, or another function that is called like one (`role`)."""
 
     name: str
+    """In metrics and errors."""
     weight: float
     function: Callable[..., Any]
     at_once: int = 1
@@ -69,6 +70,13 @@ class LoadedReward:
 
     is_model: bool = False
     """A reward model (model.py): called on the caller's thread, without a time limit, once all texts are there."""
+    role: str = "reward"
+    """What errors call it, before its name."""
+
+    @property
+    def label(self) -> str:
+        """The function in errors: `reward exact_match`."""
+        return f"{self.role} {self.name}"
 
     @property
     def is_async(self) -> bool:
@@ -127,7 +135,7 @@ def check_columns(loaded: Iterable[LoadedReward], columns: Iterable[str]) -> Non
         if missing:
             have = ", ".join(present) or "none besides the prompt"
             raise DataError(
-                f"reward {reward.name} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the "
+                f"{reward.label} needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}, which the "
                 f"dataset lacks (it has: {have}); add it, or give the parameter a default"
             )
 

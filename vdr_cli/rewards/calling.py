@@ -49,8 +49,7 @@ class _Call:
             asyncio.run_coroutine_threadsafe(self._await(), _event_loop())
             return
         context = (self.reward.context or Context()).copy()
-        name = f"reward {self.reward.name}"
-        threading.Thread(target=context.run, args=(self._run,), name=name, daemon=True).start()
+        threading.Thread(target=context.run, args=(self._run,), name=self.reward.label, daemon=True).start()
 
     @property
     def needs_main_thread(self) -> str | None:
@@ -161,7 +160,7 @@ def call_all(
     calls = [_Call(reward, arguments) for reward in loaded]
     for call in calls:
         if not call.reward.is_async:
-            with _ended_without_the_interpreter(timeout):
+            with ended_without_the_interpreter(timeout):
                 _wait([call], prompts, timeout)
     _wait([call for call in calls if call.reward.is_async], prompts, timeout)
     calls = [_moved(call, prompts, timeout) if call.needs_main_thread else call for call in calls]
@@ -171,7 +170,7 @@ def call_all(
 
 
 @contextmanager
-def _ended_without_the_interpreter(timeout: float) -> Iterator[None]:
+def ended_without_the_interpreter(timeout: float) -> Iterator[None]:
     """A function that never lets go of the interpreter (a runaway regular expression) stops every Python thread, and
     with them our clock. A thread in C ends the process then, and leaves on stderr where it was."""
     if sys.__stderr__ is not None:
@@ -205,15 +204,15 @@ def _decoded(name: str, values: list[Any]) -> list[Any]:
 
 def _moved(call: _Call, prompts: Sequence[Prompt], timeout: float) -> _Call:
     """The call once more, on the main thread of a process of its own. DataError when the function has none."""
-    name, need = call.reward.name, call.needs_main_thread
-    if call.reward.own_process is None:
+    reward, need = call.reward, call.needs_main_thread
+    if reward.own_process is None:
         raise DataError(
-            f"reward {name} needs the main thread ({need}), and reward functions are called on others; name it in "
+            f"{reward.label} needs the main thread ({need}), and reward functions are called on others; name it in "
             "rewards.functions and set rewards.processes=1, which calls it on a main thread"
         ) from call.error
-    call.reward.own_process.start(name, str(need))
-    again = _Call(call.reward, call.arguments)
-    with _ended_without_the_interpreter(timeout):
+    reward.own_process.start(reward.name, str(need))
+    again = _Call(reward, call.arguments)
+    with ended_without_the_interpreter(timeout):
         _wait([again], prompts, timeout)
     return again
 
@@ -225,11 +224,11 @@ def _wait(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None
         call.start()
     for call in calls:
         call.done.wait(deadline - time.monotonic())
-    late = [call.reward.name for call in calls if not call.done.is_set()]
+    late = [call.reward.label for call in calls if not call.done.is_set()]
     if late:
         _event_loop.cache_clear()  # it may be blocked
         raise DataError(
-            f"reward {' and '.join(late)} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
+            f"{' and '.join(late)} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
             "fix it or raise rewards.timeout"
         )
 
@@ -239,7 +238,7 @@ def _raise_error(call: _Call, prompts: Sequence[Prompt], timeout: float) -> None
     if call.error is not None:
         row = _failing_row(call, prompts, timeout)
         where = f"row {row}" if row is not None else _rows(prompts)
-        message = f"reward {call.reward.name} raised on dataset {where}: {one_line(call.error)}"
+        message = f"{call.reward.label} raised on dataset {where}: {one_line(call.error)}"
         raise DataError(message) from call.error
 
 
@@ -280,13 +279,13 @@ def _checked(reward: LoadedReward, entries: Any, prompts: Sequence[Prompt]) -> l
     """The function's answer as B floats, NaN for None. DataError for anything else."""
     if not isinstance(entries, list):
         raise DataError(
-            f"reward {reward.name} returned {_shown(entries)} on dataset {_rows(prompts)}, not a list of "
+            f"{reward.label} returned {_shown(entries)} on dataset {_rows(prompts)}, not a list of "
             f"{len(prompts)} numbers, one per completion"
         )
     if len(entries) != len(prompts):
         count = len(entries) if len(entries) < len(prompts) else f"more than {len(prompts)}"
         raise DataError(
-            f"reward {reward.name} returned {count} rewards for {len(prompts)} completions of dataset "
+            f"{reward.label} returned {count} rewards for {len(prompts)} completions of dataset "
             f"{_rows(prompts)}; it must return one per completion"
         )
     return [_number(reward, entry, prompt) for entry, prompt in zip(entries, prompts, strict=True)]
@@ -304,7 +303,7 @@ def _number(reward: LoadedReward, entry: Any, prompt: Prompt) -> float:
     if abs(value) <= LARGEST:
         return value
     raise DataError(
-        f"reward {reward.name} returned {_shown(entry)} for a completion of dataset row {prompt.row}; "
+        f"{reward.label} returned {_shown(entry)} for a completion of dataset row {prompt.row}; "
         "it must return a finite number (float32), or None to skip the completion"
     )
 

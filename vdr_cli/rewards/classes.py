@@ -43,7 +43,8 @@ def solution_classes(
     reward = classifier(loaded)
     if reward is None or reward.solution_class is None:
         return texts
-    found = _called(reward, reward.solution_class, "solution_class", prompts, completions, completion_ids, timeout)
+    function = _beside(reward, reward.solution_class, "solution_class")
+    found = entries_of(function, prompts, completions, completion_ids, timeout)
     return [text if one is None else str(one) for one, text in zip(found, texts, strict=True)]
 
 
@@ -58,27 +59,30 @@ def known_classes(
     if reward is None or reward.known_classes is None:
         return None
     nothing: list[list[int]] = [[]] * len(prompts)
-    found = _called(reward, reward.known_classes, "known_classes", prompts, [""] * len(prompts), nothing, timeout)
+    function = _beside(reward, reward.known_classes, "known_classes")
+    found = entries_of(function, prompts, [""] * len(prompts), nothing, timeout)
     try:
         return np.array([np.nan if count is None else float(count) for count in found])
     except (TypeError, ValueError):
         raise DataError(f"known_classes of reward {reward.name} must return whole numbers or None") from None
 
 
-def _called(
-    reward: LoadedReward,
-    function: Callable[..., Any],
-    name: str,
+def _beside(reward: LoadedReward, function: Callable[..., Any], name: str) -> LoadedReward:
+    return LoadedReward(f"{reward.name}'s {name}", 0.0, function, context=reward.context, extract=reward.extract)
+
+
+def entries_of(
+    function: LoadedReward,
     prompts: Sequence[Prompt],
     completions: Sequence[str] | Sequence[Messages],
     completion_ids: Sequence[Sequence[int]],
     timeout: float,
 ) -> list[Any]:
-    one = LoadedReward(f"{reward.name}'s {name}", 0.0, function, context=reward.context, extract=reward.extract)
-    (value,) = call_all([one], arguments_of(prompts, completions, completion_ids), prompts, timeout)
+    """The function's B entries, one per completion. DataError when it raises, hangs or returns anything else."""
+    (value,) = call_all([function], arguments_of(prompts, completions, completion_ids), prompts, timeout)
     if not isinstance(value, list) or len(value) != len(prompts):
         raise DataError(
-            f"reward {one.name} must return a list of {len(prompts)} entries, one per completion; it returned "
+            f"{function.label} must return a list of {len(prompts)} entries, one per completion; it returned "
             f"{f'{len(value)} entries' if isinstance(value, list) else type(value).__name__}"
         )
     return value

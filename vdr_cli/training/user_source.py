@@ -20,7 +20,7 @@ from vdr_cli.config import Config
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.exploration.bonus import reduce
 from vdr_cli.exploration.sources import Need, Numbers, Signals, Source
-from vdr_cli.rewards.calling import arguments_of
+from vdr_cli.rewards.calling import arguments_of, ended_without_the_interpreter
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import find_function, one_line
 from vdr_cli.samples import Undecoded
@@ -144,8 +144,9 @@ def _call(given: str, function: Callable[..., Any], arguments: dict[str, Any], t
             outcome["error"] = error
 
     thread = threading.Thread(target=run, name=f"bonus {given}", daemon=True)
-    thread.start()
-    thread.join(timeout)
+    with ended_without_the_interpreter(timeout):
+        thread.start()
+        thread.join(timeout)
     if thread.is_alive():
         raise DataError(f"bonus.source {given} had not returned after {timeout:g} s; fix it or raise rewards.timeout")
     if "error" in outcome:
