@@ -13,7 +13,7 @@ from vdr_cli.config import DataConfig, DisagreementConfig, RewardsConfig, Rollou
 from vdr_cli.config.schema import RewardFunction
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.evaluation.evaluate import evaluate_model, run_eval
+from vdr_cli.evaluation.evaluate import Evaluation, evaluate_model, run_eval
 from vdr_cli.evaluation.request import EvalRequest
 from vdr_cli.evaluation.result import EvalResult, paired_differences
 from vdr_cli.models.loading import load_causal_lm, load_tokenizer
@@ -46,23 +46,13 @@ def long(completions: list[str], **_: Any) -> list[float]:
 
 
 def evaluate(
-    count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), classes: dict[str, Any] | None = None, **more: Any
+    count: int = 6, n: int = 4, functions: Sequence[Any] = (long,), classes: dict[str, Any] | None = None
 ) -> EvalResult:
     model, tokenizer = starter()
     rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
-    sampling = Sampling(max_new_tokens=12)
-    return evaluate_model(
-        model,
-        tokenizer,
-        rollout,
-        prompts(count),
-        rewards(*functions, **(classes or {})),
-        n,
-        (1, n),
-        0,
-        sampling,
-        **more,
-    )
+    loaded, sampling = rewards(*functions, **(classes or {})), Sampling(max_new_tokens=12)
+    evaluation = Evaluation(loaded, n, (1, n), seed=0, sampling=sampling, solved_at=1.0, timeout=300.0)
+    return evaluate_model(model, tokenizer, rollout, prompts(count), evaluation)
 
 
 def test_numbers_follow_from_the_samples() -> None:
@@ -135,7 +125,8 @@ def test_weights_and_several_functions() -> None:
     model, tokenizer = starter()
     rollout = TransformersRollout(tokenizer.pad_token_id, [tokenizer.eos_token_id], tokenizer)
     weighted = [LoadedReward("half", 2.0, half), LoadedReward("long", -1.0, long)]
-    result = evaluate_model(model, tokenizer, rollout, prompts(3), weighted, 2, (1,), 0, Sampling(12), solved_at=1.0)
+    evaluation = Evaluation(weighted, 2, (1,), 0, Sampling(12), solved_at=1.0, timeout=300.0)
+    result = evaluate_model(model, tokenizer, rollout, prompts(3), evaluation)
     assert result.task_reward == pytest.approx(1.0 - result.rewards["long"])
     assert (result.solved == (result.rewards["long"] == 0)).all()
 

@@ -19,7 +19,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     given: list[dict[str, Any]] = []
 
     def evaluate_model(*arguments: Any, **named: Any) -> Any:
-        given.append({"prompts": arguments[3], "samples": arguments[5], "ks": arguments[6], **named})
+        given.append({"prompts": arguments[3], **vars(arguments[4]), **named})
         return SimpleNamespace(metrics=lambda: {"pass@1": 0.5, "reward": 0.25})
 
     monkeypatch.setattr(held_out, "evaluate_model", evaluate_model)

@@ -54,17 +54,20 @@ ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """The parts that all models of a request have in common."""
+class Evaluation:
+    """Everything that models which are compared have in common, but for the prompts, which each tokenizes itself."""
 
-    request: EvalRequest
+    rewards: Sequence[LoadedReward]
     samples: int
+    """Completions of each prompt, n."""
     ks: Sequence[int]
+    seed: int
     sampling: Sampling
-    device: torch.device
-    rewards: list[LoadedReward]
-    contract: Contract | None
-    ensemble: EnsembleSpec | None
+    solved_at: float
+    timeout: float
+    """Seconds for each call of a reward function."""
+    ensemble: EnsembleSpec | None = None
+    """Measures the disagreement about every completion; None: it is not measured."""
 
 
 def run_eval(request: EvalRequest) -> list[EvalResult]:
@@ -72,32 +75,44 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
 
-    sampling = sampling_of(request)
+    samples, ks, sampling = sampling_of(request)
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)
     contract = load_contract(request.rollout.environment, request.rollout.tools)
     rewards = load_rewards(request.rewards, request.data.name, contract.reward if contract else None)
-    shared = _Shared(request, *sampling, device, rewards, contract, _members(request))
-    return [_evaluate_named(name, shared) for name in request.models]
+    evaluation = Evaluation(
+        rewards,
+        samples,
+        ks,
+        request.seed,
+        sampling,
+        request.rewards.solved_at,
+        request.rewards.timeout,
+        _members(request),
+    )
+    return [_evaluate_named(name, request, evaluation, contract, device) for name in request.models]
 
 
-def _evaluate_named(name: str, shared: _Shared) -> EvalResult:
+def _evaluate_named(
+    name: str, request: EvalRequest, evaluation: Evaluation, contract: Contract | None, device: torch.device
+) -> EvalResult:
     """Load one model and evaluate it. Its environments are closed whatever happens."""
     from vdr_cli.data.prompts import Limits
     from vdr_cli.models import loading
     from vdr_cli.models.independence import check_independence
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
-    request, contract, sampling = shared.request, shared.contract, shared.sampling
     named = name, request.model.revision, request.model.trust_remote_code
     tokenizer = loading.load_tokenizer(*named)
-    limits = Limits.of(loading.load_model_config(*named), sampling.max_new_tokens, request.rollout.length_setting)
-    prompts = _prompts_of(tokenizer, limits, shared)
-    model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], shared.device)
+    limits = Limits.of(
+        loading.load_model_config(*named), evaluation.sampling.max_new_tokens, request.rollout.length_setting
+    )
+    prompts = _prompts_of(tokenizer, limits, request, evaluation, contract)
+    model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
     check_independence(model)
-    if shared.ensemble is not None:
-        check_members(model, shared.ensemble)
+    if evaluation.ensemble is not None:
+        check_members(model, evaluation.ensemble)
     eos_ids = loading.eos_token_ids(model, tokenizer)
     cfg = request.rollout
     rollout = TransformersRollout(tokenizer.pad_token_id, eos_ids, tokenizer, cfg.batch_tokens, cfg.cuda_graphs)
@@ -112,30 +127,24 @@ def _evaluate_named(name: str, shared: _Shared) -> EvalResult:
             tokenizer,
             rollout,
             [prompts[index] for index in range(min(len(prompts), request.prompts or len(prompts)))],
-            shared.rewards,
-            shared.samples,
-            shared.ks,
-            request.seed,
-            sampling,
-            solved_at=request.rewards.solved_at,
-            timeout=request.rewards.timeout,
+            evaluation,
             name=name,
-            ensemble=shared.ensemble,
             entropy_sums=None if request.entropy else _no_entropy_sums,
             environments=environments,
         )
     return replace(result, per_prompt=_text_measures(result, request))
 
 
-def _prompts_of(tokenizer: Any, limits: Limits, shared: _Shared) -> PromptSet:
+def _prompts_of(
+    tokenizer: Any, limits: Limits, request: EvalRequest, evaluation: Evaluation, contract: Contract | None
+) -> PromptSet:
     """The held-out prompts as this model reads them. ConfigError for columns or templates that something lacks."""
     from vdr_cli.data.prompts import load_prompts
     from vdr_cli.rewards.model import check_templates
 
-    request, contract = shared.request, shared.contract
     prompts = load_prompts(request.data, "eval", tokenizer, limits, contract.schemas if contract else [])
-    check_columns(shared.rewards, prompts.columns)
-    check_templates(shared.rewards, prompts.has_messages)
+    check_columns(evaluation.rewards, prompts.columns)
+    check_templates(evaluation.rewards, prompts.has_messages)
     if request.reference is not None and request.reference not in prompts.columns:
         raise ConfigError(f"--reference {request.reference}: the data have {', '.join(prompts.columns) or 'none'}")
     return prompts
@@ -156,19 +165,12 @@ def evaluate_model(
     tokenizer: Any,
     rollout: Rollout,
     prompts: Sequence[Prompt],
-    rewards: Sequence[LoadedReward],
-    n: int,
-    ks: Sequence[int],
-    seed: int,
-    sampling: Sampling,
-    solved_at: float = 1.0,
-    timeout: float = 300.0,
+    evaluation: Evaluation,
     name: str = "",
-    ensemble: EnsembleSpec | None = None,
     entropy_sums: EntropySums | None = None,
     environments: Environments | None = None,
 ) -> EvalResult:
-    """Measure n completions of every prompt. A collective over all processes, with the same result on each.
+    """Measure completions of every prompt. A collective over all processes, with the same result on each.
 
     entropy_sums: reads entropies where that is a collective itself, as often on every rank; None: the model, here.
     environments: the other side of completions that take several turns.
@@ -176,6 +178,7 @@ def evaluate_model(
     """
     if not prompts:
         raise DataError("there are no prompts to evaluate on: give a split with at least one row")
+    n, sampling = evaluation.samples, evaluation.sampling
     step = max(CHUNK_COMPLETIONS // n, 1)
     chunks = [range(start, min(start + step, len(prompts))) for start in range(0, len(prompts), step)]
     mine = chunks[collectives.rank() :: collectives.world_size()]
@@ -185,9 +188,7 @@ def evaluate_model(
         rollout.refresh(model, [prompt.token_ids for prompt in prompts], sampling)
         for places in mine:
             chunk = [prompts[index] for index in places]
-            completions, share = _sample_chunk(
-                model, tokenizer, rollout, chunk, rewards, n, seed, sampling, timeout, ensemble, environments
-            )
+            completions, share = _sample_chunk(model, tokenizer, rollout, chunk, evaluation, environments)
             sampled.append(completions)
             shares.append(share)
     read = entropy_sums or partial(_entropy_sums, model, temperature=sampling.temperature or 1.0)
@@ -198,7 +199,7 @@ def evaluate_model(
             entropy_sums(None)  # ranks with more chunks read another one
     rows = [index for chunk in mine for index in chunk]
     gathered = collectives.gather_objects((rows, _joined(shares)))
-    return _result(gathered, prompts, rewards, tuple(ks), seed, solved_at, name)
+    return _result(gathered, prompts, evaluation, name)
 
 
 def _sample_chunk(
@@ -206,20 +207,16 @@ def _sample_chunk(
     tokenizer: Any,
     rollout: Rollout,
     prompts: Sequence[Prompt],
-    rewards: Sequence[LoadedReward],
-    n: int,
-    seed: int,
-    sampling: Sampling,
-    timeout: float,
-    ensemble: EnsembleSpec | None,
+    evaluation: Evaluation,
     environments: Environments | None,
 ) -> tuple[Completions, dict[str, Any]]:
     """Completions of some prompts, and what they are worth as arrays (prompts, n, ...)."""
-    keys = [completion_key(seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
+    n, rewards, timeout, ensemble = evaluation.samples, evaluation.rewards, evaluation.timeout, evaluation.ensemble
+    keys = [completion_key(evaluation.seed, Stream.EVALUATION, prompt.row) for prompt in prompts]
     episodes = OneTurn(tokenizer, list(prompts), n) if environments is None else environments.begin(prompts, n)
     prompts = episodes.prompts
     ids_of_prompts = [prompt.token_ids for prompt in prompts]
-    request = RolloutRequest(ids_of_prompts, n, sampling, keys, conversation=episodes.conversation)
+    request = RolloutRequest(ids_of_prompts, n, evaluation.sampling, keys, conversation=episodes.conversation)
     completions = rollout.generate(model, request)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = episodes.texts(range(len(repeated)), completions)
@@ -315,10 +312,7 @@ def _joined(shares: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def _result(
     gathered: Sequence[tuple[list[int], dict[str, Any] | None]],
     prompts: Sequence[Prompt],
-    rewards: Sequence[LoadedReward],
-    ks: tuple[int, ...],
-    seed: int,
-    solved_at: float,
+    evaluation: Evaluation,
     name: str,
 ) -> EvalResult:
     """The shares of all ranks, back in the order of the prompts."""
@@ -329,7 +323,7 @@ def _result(
     n = whole["length"].shape[1]
     flat = {key: [entry for _, share in filled for entry in share[key]] for key in LISTS}
     texts, classes, ids = ([flat[key][row * n : row * n + n] for row in order] for key in LISTS)
-    by = classifier(rewards)
+    rewards, by = evaluation.rewards, classifier(evaluation.rewards)
     scores = whole["scores"]  # (N, n, F)
     for reward, values in zip(rewards, np.moveaxis(scores, -1, 0), strict=True):
         if np.isnan(values).all():
@@ -338,8 +332,8 @@ def _result(
     task_reward = np.where(np.isnan(scores).all(2), np.nan, np.nansum(scores * weights, axis=2))
     return EvalResult(
         model=name,
-        ks=ks,
-        seed=seed,
+        ks=tuple(evaluation.ks),
+        seed=evaluation.seed,
         prompts=list(prompts),
         texts=texts,
         classes=classes,
@@ -348,7 +342,7 @@ def _result(
         known_classes=whole.get("known_classes"),
         task_reward=task_reward,
         rewards={reward.name: scores[..., index] for index, reward in enumerate(rewards)},
-        solved=task_reward >= solved_at,
+        solved=task_reward >= evaluation.solved_at,
         length=whole["length"],
         truncated=whole["truncated"],
         entropy_sum=whole["entropy_sum"],

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vdr_cli.engine import collectives
-from vdr_cli.evaluation.evaluate import evaluate_model
+from vdr_cli.evaluation.evaluate import Evaluation, evaluate_model
 from vdr_cli.samples import Completions
 from vdr_cli.training import audit_record
 from vdr_cli.training.resources import Resources
@@ -30,19 +30,22 @@ def evaluate(res: Resources, state: LoopState, log: RunLog) -> dict[str, float]:
     if state.pending is not None:  # servers that sample for the next step must not get newer weights meanwhile
         with collectives.agreed():
             state.pending.wait()
+    evaluation = Evaluation(
+        res.rewards,
+        cfg.train.eval_samples,
+        sorted({1, *(cfg.train.eval_k or [cfg.train.eval_samples])}),
+        cfg.train.seed,
+        res.sampling,
+        cfg.rewards.solved_at,
+        cfg.rewards.timeout,
+    )
     with res.timer.phase("evaluation"), res.engine.gathered_model() as model, res.reward_models.ready():
         result = evaluate_model(
             model,
             res.tokenizer,
             res.rollout,
             [res.held_out[index] for index in range(min(cfg.train.eval_prompts, len(res.held_out)))],
-            res.rewards,
-            cfg.train.eval_samples,
-            sorted({1, *(cfg.train.eval_k or [cfg.train.eval_samples])}),
-            cfg.train.seed,
-            res.sampling,
-            solved_at=cfg.rewards.solved_at,
-            timeout=cfg.rewards.timeout,
+            evaluation,
             environments=res.environments,
             entropy_sums=partial(_entropy_sums, res, model) if res.engine.by_layers else None,
         )
