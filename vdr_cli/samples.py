@@ -158,22 +158,22 @@ class Actors(Protocol):
 
 
 class Stream(IntEnum):
-    """Independent streams of random numbers under one seed."""
+    """Independent streams of random numbers under one seed. The values are frozen: they decide what is drawn."""
 
     EVALUATION = 0
     """Held-out prompts, by their row in the dataset: every evaluation draws the same numbers."""
     TRAINING = 1
     """Training prompts, by their position in the shuffled stream, which passes over the dataset again and again."""
+    PERMUTATION = 2
+    """Orders of the bonus within groups (bonus.permute), by the prompts' positions in the stream of training."""
+    NOISE = 3
+    """The numbers of bonus.source noise, by the prompts' positions in the stream of training."""
     PROJECTION = 4
     """Projections of bonus.source novelty, by optimizer step."""
     HEADS = 5
     """Heads of bonus.source value_heads at the start, by their number."""
     BOOTSTRAP = 6
     """Completions that each of these heads learns from, by the prompts' positions in the stream of training."""
-    NOISE = 3
-    """The numbers of bonus.source noise, by the prompts' positions in the stream of training."""
-    PERMUTATION = 2
-    """Orders of the bonus within groups (bonus.permute), by the prompts' positions in the stream of training."""
     CLIPPED_TOKENS = 10
     """Tokens that loss clip_cov leaves out, by optimizer step."""
     ACTING_MEMBER = 11

@@ -620,7 +620,7 @@ ELSEWHERE = [
             "(drawn - solved - j, 0.0) / (drawn - j)",
             "(drawn - solved, 0.0) / drawn",
         ),
-        ("intervals of one tail", "stats/bootstrap.py", "tail = (1.0 - level) / 2.0", "tail = 1.0 - level"),
+        ("intervals of one tail", "stats/bootstrap.py", "tail = (1.0 - LEVEL) / 2.0", "tail = 1.0 - LEVEL"),
         ("ties count as found", "stats/ranking.py", "(below + right / 2)", "(below + right)"),
     ),
     *_of(

@@ -17,7 +17,7 @@ METRICS = {
     "completions/mean_length": 12.5,
     "grad_norm": 0.7,
     "step_time": 0.5,
-    "num_tokens": 100.0,
+    "tokens_per_second": 500.0,
 }
 HOSTILE = Sample("p\x1b[2J", ["[red]", "\x1b[31m", "\n"], [0.0, 1.0, 2.0], 1.0)
 
@@ -72,7 +72,7 @@ def test_a_line_a_step_without_a_terminal() -> None:
     with LiveView("auto", console=out) as view:
         view.start(20)
         view.update(1, METRICS)
-        view.update(2, METRICS | {"num_tokens": 350.0}, [HOSTILE])
+        view.update(2, METRICS, [HOSTILE])
     lines = written(out).splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("step  1/20 | reward 0.250 | zero-variance 0.50 | disagreement 0.0123 | length 12.5")
@@ -110,7 +110,7 @@ def test_every_number_has_its_line_and_completions_keep_their_step(width: int) -
         view.update(2, METRICS)
         lines = ["".join(part.text for part in line) for line in out.render_lines(view._render(), pad=False)]
     starts = [line.split("  ")[0] for line in lines]
-    assert starts[2:8] == ["reward", "zero-variance", "disagreement", "length", "grad norm", "step time"]
+    assert starts[2:9] == ["reward", "zero-variance", "disagreement", "length", "grad norm", "step time", "tokens/s"]
     assert "completions of step 1" in lines
 
 

@@ -47,7 +47,7 @@ def start(
 
 
 def chosen_output(config: Config) -> str:
-    """runs/<date>-<time>, where one process decides it for all."""
+    """`default_output`, where one process decides it for all; ConfigError where several would."""
     if config.launch.no_ssh or int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
         raise ConfigError("--output is needed when vdr is started on every host: all must know the same directory")
     return default_output()

@@ -24,8 +24,8 @@ def module(name: str) -> Any:
 def leave_muon_uncompiled() -> None:
     """Import Muon without TorchInductor, which takes a second to load. Call before an engine is made.
 
-    ZeRO's optimizers import it to ask whether theirs is one, which vdr's never is, and its decorators call
-    torch.compile.
+    ZeRO's optimizers import it to ask whether theirs is one, and its decorators call torch.compile. A run with
+    train.optimizer muon takes its steps uncompiled too.
     """
     before = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

@@ -69,8 +69,6 @@ def mistral(text: str) -> list[ToolCall]:
 
 
 PARSERS: dict[str, Parser] = {"hermes": hermes, "llama3": llama3, "mistral": mistral}
-BEGINNINGS = {"hermes": "<tool_call>", "llama3": "<|python_tag|>", "mistral": "[TOOL_CALLS]"}
-"""Text with which each form begins a call, in completions and in chat templates."""
 
 
 def parser_of(given: str, template: str) -> Parser:

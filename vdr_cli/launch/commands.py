@@ -70,11 +70,11 @@ def srun_command(target: Target, hosts: Hosts) -> list[str]:
     ]  # fmt: skip
 
 
-def check_plain(launch: LaunchConfig, directory: str, output: Path | None = None, python: str = sys.executable) -> None:
+def check_plain(launch: LaunchConfig, directory: str, output: Path | None = None) -> None:
     """Refuse what DeepSpeed would paste into a shell on every host and the shell would read differently."""
     if launch.master_addr is not None and not is_host_name(launch.master_addr):
         raise ConfigError(f"launch.master_addr {launch.master_addr!r} is not a host name or IPv4 address")
-    for what, path in (("the working directory", directory), ("the path of Python", python)):
+    for what, path in (("the working directory", directory), ("the path of Python", sys.executable)):
         if not is_plain(path) or " " in path:
             raise ConfigError(f"{what} {path!r} has a character that a shell on the hosts would interpret; move it")
     if output is not None and not is_plain(str(output)):

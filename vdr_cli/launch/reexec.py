@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vdr_cli.config.schema import LaunchConfig
@@ -38,15 +38,15 @@ def wants_ranks(launch: LaunchConfig) -> bool:
     return several or (launch.max_restarts > 0 and not translated(os.environ))
 
 
-def hosts_of(launch: LaunchConfig, environ: Mapping[str, str] = os.environ) -> Hosts:
+def hosts_of(launch: LaunchConfig) -> Hosts:
     """The hosts and slots of a launch, in rank order. ConfigError for a bad hostfile or filter."""
     if launch.hostfile is not None:
         return select(read_hostfile(launch.hostfile), launch.include, launch.exclude, launch.num_processes)
     if launch.include or launch.exclude:
         raise ConfigError("launch.include and launch.exclude choose from a hostfile; give launch.hostfile (--hostfile)")
     slots = list(range(launch.num_processes or 1))
-    if _one_task_a_node(environ):
-        return dict.fromkeys(slurm_hosts(environ), slots)
+    if _one_task_a_node():
+        return dict.fromkeys(slurm_hosts(os.environ), slots)
     return {"localhost": slots}
 
 
@@ -157,7 +157,7 @@ def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
         return int(rank)
     if launch.node_rank is not None:
         raise ConfigError("launch.node_rank is set without launch.no_ssh; give both, or neither")
-    if _one_task_a_node(os.environ) and launch.hostfile is None:
+    if _one_task_a_node() and launch.hostfile is None:
         return int(os.environ["SLURM_NODEID"])
     name = next(iter(hosts))
     return 0 if len(hosts) == 1 and name in (*LOCAL_NAMES, socket.gethostname()) else None
@@ -167,17 +167,17 @@ def _rendezvous(launch: LaunchConfig, hosts: Hosts) -> tuple[str, int | None]:
     """The port of rank 0. Several hosts must agree without a word; one host takes a free port at each start."""
     if len(hosts) == 1:
         return launch.master_addr or "127.0.0.1", launch.master_port
-    if launch.master_addr is None and not _one_task_a_node(os.environ):
+    if launch.master_addr is None and not _one_task_a_node():
         raise ConfigError("launch.no_ssh with several hosts needs --master-addr: the address of the first host")
     address = launch.master_addr or next(iter(hosts))
     job = os.environ.get("SLURM_JOB_ID")
     return address, launch.master_port or (20000 + int(job) % 20000 if job else DEFAULT_PORT)
 
 
-def _one_task_a_node(environ: Mapping[str, str]) -> bool:
+def _one_task_a_node() -> bool:
     """Started by srun with one task on each of several nodes, so each starts the ranks of its own."""
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES", 1))
-    return nodes > 1 and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == nodes and "SLURM_NODEID" in environ
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+    return nodes > 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == nodes and "SLURM_NODEID" in os.environ
 
 
 def _say(line: str) -> None:

@@ -64,7 +64,6 @@ class VllmRollout(Rollout):
         directory: Path,
         main: bool = True,
         layered: LayeredWeights | None = None,
-        note: Callable[[str], None] = lambda line: print(f"vdr: {line}", file=sys.stderr, flush=True),
     ) -> None:
         """directory: where weights are handed over. main: this rank starts the server, pushes, and says what was lost.
 
@@ -78,7 +77,6 @@ class VllmRollout(Rollout):
         self.directory, self.main, self.layered = directory.resolve(), main, layered
         if main:
             (self.directory / PUSHED).unlink(missing_ok=True)  # of another process
-        self.note = note if main else lambda line: None
         self.clients = [
             VllmClient(
                 url, self.settings.request_timeout, self.settings.start_timeout, self.settings.retries, self._ended
@@ -167,7 +165,10 @@ class VllmRollout(Rollout):
             self.serving = [number for number in self.serving if number != server]
             self.broadcast = None  # its process group has the lost workers in it
             others = "other servers" if len(self.serving) > 1 else "other server"
-            self.note(f"{str(error).removesuffix(SUSPICION)}; its prompts go to the {others} for the rest of the run")
+            if self.main:
+                lost = str(error).removesuffix(SUSPICION)
+                line = f"vdr: {lost}; its prompts go to the {others} for the rest of the run"
+                print(line, file=sys.stderr, flush=True)
 
     def _on_each(self, call: Callable[[VllmClient], object]) -> None:
         """A call to every server in turn; those that do not answer are lost."""

@@ -61,7 +61,7 @@ def check_labels(rows: Sequence[Row], fields: Fields) -> None:
             raise DataError(f"{place}: no {name} in it (there are: {', '.join(values)}); name another {flag}")
 
 
-def rank_columns(output: str, fields: Fields, seed: int = 0) -> Ranking:
+def rank_columns(output: str, fields: Fields) -> Ranking:
     """A row a column: AUROC, AUPRC, PRR, AURC with intervals, ECE where the column is a probability's logarithm.
 
     Empty without labels. A label that is not 0 or 1 is a quality: PRR and AURC alone, of the loss −quality.
@@ -78,7 +78,7 @@ def rank_columns(output: str, fields: Fields, seed: int = 0) -> Ranking:
     ranking = []
     for index, name in enumerate(measures):
         column = table.columns[:, index]
-        row: dict[str, Any] = {"measure": name, **with_intervals(column, loss, table.groups, seed)}
+        row: dict[str, Any] = {"measure": name, **with_intervals(column, loss, table.groups)}
         if is_binary:
             row["ece"] = _calibration(column, table.labels) if name in ("nll_mean", "nll_sum") else None
         ranking.append(row)

@@ -43,8 +43,8 @@ def resampled_ratios(
     return ratios
 
 
-def interval(draws: ArrayLike, clusters: int | None = None, level: float = LEVEL) -> tuple[float, float]:
-    """The central `level` of the draws that are numbers, widened for few clusters; (nan, nan) without any draws.
+def interval(draws: ArrayLike, clusters: int | None = None) -> tuple[float, float]:
+    """The central 95 % of the draws that are numbers, widened for few clusters; (nan, nan) without any draws.
 
     clusters: how many were resampled; None: so many that nothing is widened. The percentile interval of n clusters is
     too narrow twice over: the bootstrap divides by n instead of n - 1, and takes normal quantiles for Student's. The
@@ -55,7 +55,7 @@ def interval(draws: ArrayLike, clusters: int | None = None, level: float = LEVEL
     finite = finite[np.isfinite(finite)]
     if finite.size == 0 or clusters == 1:
         return float("nan"), float("nan")
-    tail = (1.0 - level) / 2.0
+    tail = (1.0 - LEVEL) / 2.0
     if clusters is not None:
         tail = NormalDist().cdf(-math.sqrt(clusters / (clusters - 1)) * student_quantile(1.0 - tail, clusters - 1))
     low, high = np.quantile(finite, [tail, 1.0 - tail])

@@ -25,6 +25,7 @@ from vdr_cli.stats.bootstrap import student_cdf, student_quantile
 Array = NDArray[np.float64]
 LEVEL = 0.95
 POWER = 0.8
+"""Probability with which a detectable difference is found."""
 ROUNDING = 1e-12
 """Means and errors below this are rounding of equal numbers."""
 
@@ -61,9 +62,9 @@ class Mean:
         """p of the hypothesis that the mean lies outside (-bound, bound): two one-sided tests (Schuirmann 1987)."""
         return max(self.p_above(-bound), 1.0 - self.p_above(bound)) if self.is_known else math.nan
 
-    def detectable(self, alpha: float = 1.0 - LEVEL, power: float = POWER) -> float:
-        """The difference that a two-sided test at `alpha` finds with this power, given this standard error."""
-        return self.error * detectable_errors(self.whole_freedom, alpha, power) if self.is_known else math.nan
+    def detectable(self) -> float:
+        """The difference that a two-sided test finds at POWER, given this standard error."""
+        return self.error * detectable_errors(self.whole_freedom) if self.is_known else math.nan
 
     @property
     def is_known(self) -> bool:
@@ -119,9 +120,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable_errors(freedom: int, alpha: float = 1.0 - LEVEL, power: float = POWER) -> float:
-    """The difference, in standard errors, that a two-sided t test at `alpha` finds with this power (approximate)."""
-    return student_quantile(1.0 - alpha / 2, freedom) + student_quantile(power, freedom)
+def detectable_errors(freedom: int, alpha: float = 1.0 - LEVEL) -> float:
+    """The difference, in standard errors, that a two-sided t test at `alpha` finds at POWER (approximate)."""
+    return student_quantile(1.0 - alpha / 2, freedom) + student_quantile(POWER, freedom)
 
 
 def detectable_deviations(seeds: int, comparisons: int = 1) -> float:

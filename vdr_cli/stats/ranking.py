@@ -111,7 +111,7 @@ ANY: dict[str, Callable[[Ranked, Array | None], Array]] = {"prr": prr, "aurc": a
 
 
 def with_intervals(
-    uncertainty: Array, loss: Array, clusters: NDArray[np.int64], seed: int = 0, resamples: int | None = None
+    uncertainty: Array, loss: Array, clusters: NDArray[np.int64], resamples: int | None = None
 ) -> dict[str, float]:
     """Every measure with its 95 % bootstrap interval over clusters; AUROC and AUPRC where the loss is 0 or 1.
 
@@ -128,7 +128,7 @@ def with_intervals(
     names, member = np.unique(clusters[kept], return_inverse=True)
     draws: dict[str, list[Array]] = {name: [] for name in measures}
     count = resamples or (1000 if ranked.order.size <= SMALL else 100)
-    for counts in resampled_counts(len(names), count, seed, width=ranked.order.size):
+    for counts in resampled_counts(len(names), count, seed=0, width=ranked.order.size):
         weights = counts[:, member].astype(np.float64)  # (R, N)
         for name, function in measures.items():
             draws[name].append(function(ranked, weights))

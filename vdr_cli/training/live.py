@@ -92,11 +92,8 @@ class RunConsole(Console):
 class LiveView:
     """Context manager. Call start once, update after every step, note for a line of text."""
 
-    def __init__(
-        self, live: Literal["auto", "on", "off"] = "auto", title: str = "vdr train", console: Console | None = None
-    ) -> None:
+    def __init__(self, live: Literal["auto", "on", "off"] = "auto", console: Console | None = None) -> None:
         self.console = console or RunConsole(highlight=False)
-        self.title = title
         self._is_live = live == "on" or (live == "auto" and self.console.is_terminal)
         self._live: Live | None = None
         self._histories: dict[str, History] = {}
@@ -105,7 +102,6 @@ class LiveView:
         self._metrics: Mapping[str, float] = {}
         self._step = self._total = self._first = 0
         self._started = self._updated = time.monotonic()
-        self._previous_tokens: float | None = None
 
     def __enter__(self) -> LiveView:
         if self._is_live:
@@ -134,15 +130,14 @@ class LiveView:
 
     def update(self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample] | None = None) -> None:
         """Show the numbers of `step` (steps done, counted from 1) and, when given, one group's completions."""
-        shown = {**metrics, **self._tokens_per_second(metrics)}
-        self._step, self._metrics, self._updated = step, shown, time.monotonic()
+        self._step, self._metrics, self._updated = step, metrics, time.monotonic()
         if samples:
             self._samples, self._sampled = samples, step
         if self._live is None:
-            self._print(step_line(step, self._total, shown, self._left(), memory_bytes()))
+            self._print(step_line(step, self._total, metrics, self._left(), memory_bytes()))
             return
         for label, names, _ in SHOWN:
-            value = _first_of(shown, names)
+            value = _first_of(metrics, names)
             if value is not None and value == value:
                 self._histories.setdefault(label, History()).add(value)
 
@@ -158,14 +153,6 @@ class LiveView:
     def _left(self) -> float | None:
         done = self._step - self._first
         return (self._updated - self._started) / done * (self._total - self._step) if done > 0 else None
-
-    def _tokens_per_second(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """From the running total num_tokens (TRL's name) when the loop does not give the rate itself."""
-        total, seconds = metrics.get("num_tokens"), metrics.get("step_time")
-        before, self._previous_tokens = self._previous_tokens, total
-        if "tokens_per_second" in metrics or total is None or before is None or not seconds:
-            return {}
-        return {"tokens_per_second": (total - before) / seconds}
 
     def _render(self) -> RenderableType:
         width = self.console.width
@@ -183,7 +170,7 @@ class LiveView:
         if left is not None:
             left = max(left - (time.monotonic() - self._updated), 0.0)
         elapsed = duration(time.monotonic() - self._started)
-        parts = [f"{self.title}  step {self._step}/{self._total}", f"{elapsed} elapsed"]
+        parts = [f"vdr train  step {self._step}/{self._total}", f"{elapsed} elapsed"]
         parts += [f"{duration(left)} left"] if left is not None else []
         return Text(" · ".join([*parts, memory_text(memory_bytes())]), style="bold", no_wrap=True, overflow="ellipsis")
 
