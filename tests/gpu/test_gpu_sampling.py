@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.base import RolloutRequest
-from vdr_cli.rollout.sampling import inverse_cdf, processors, uniform_rows
+from vdr_cli.rollout.sampling import inverse_cdf, processors
 from vdr_cli.rollout.transformers_backend import TransformersRollout
-from vdr_cli.samples import Completions, Sampling
+from vdr_cli.samples import Completions, Sampling, uniform_rows
 
 PROMPTS, KEYS = [[5, 6, 7, 8, 9], [10], [11, 12, 13]], [101, 202, 303]
 SAMPLINGS = [

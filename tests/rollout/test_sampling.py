@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows, uniforms
-from vdr_cli.samples import Sampling
+from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors
+from vdr_cli.samples import Sampling, uniform_rows
 
 SAMPLINGS = [
     Sampling(1),
@@ -119,16 +119,16 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform: float) -> N
 
 
 def test_streams_are_pure_functions_of_key_completion_and_position() -> None:
-    long = uniforms(2**63 - 1, 7, 100)
-    assert np.array_equal(long[:20], uniforms(2**63 - 1, 7, 20))
-    assert not np.array_equal(long, uniforms(2**63 - 1, 8, 100))
-    assert not np.array_equal(long, uniforms(2**63 - 2, 7, 100))
+    long, other, elsewhere = uniform_rows([(2**63 - 1, 7), (2**63 - 1, 8), (2**63 - 2, 7)], 100)
+    assert torch.equal(long[:20], uniform_rows([(2**63 - 1, 7)], 20)[0])
+    assert not torch.equal(long, other)
+    assert not torch.equal(long, elsewhere)
     assert (long >= 0).all() and (long < 1).all()
 
 
 def test_streams_never_change() -> None:
     """Runs are repeated from their seeds: these numbers are part of the product."""
-    assert uniforms(1, 0, 3).tolist() == [0.3035680343067586, 0.8487087496857769, 0.1561347780434731]
+    assert uniform_rows([(1, 0)], 3)[0].tolist() == [0.3035680343067586, 0.8487087496857769, 0.1561347780434731]
 
 
 def test_greedy_takes_the_likeliest_token() -> None:

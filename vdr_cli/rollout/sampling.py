@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -23,30 +20,6 @@ BLOCK = 256
 
 BELOW_ONE = 1.0 - 2.0**-40
 """Largest uniform used, so that rounding never reaches past the last token with probability."""
-
-
-def uniforms(key: int, completion: int, count: int) -> np.ndarray:
-    """(count,) float64 in [0, 1): number t decides token t of completion `completion` of the prompt with this key.
-
-    Philox 4x64 (Salmon et al. 2011) keyed by (key, completion), 53 bits a number: a pure function of
-    (key, completion, t), and for given (key, completion) a longer stream begins with the shorter one.
-    """
-    return uniform_rows([(key, completion)], count)[0].numpy()
-
-
-def uniform_rows(rows: Sequence[tuple[int, int]], count: int) -> Tensor:
-    """(R, count) float64, one stream a (key, completion) pair.
-
-    One generator is set to the start of each stream in turn: making one takes fifteen times as long.
-    """
-    bits = np.empty((len(rows), count), dtype=np.uint64)
-    generator = np.random.Philox(key=0)
-    start = generator.state
-    for row, pair in enumerate(rows):
-        start["state"]["key"][:] = pair
-        generator.state = start
-        bits[row] = generator.random_raw(count)
-    return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
 
 
 def processors(sampling: Sampling) -> LogitsProcessorList:

@@ -19,9 +19,9 @@ from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.cache import DecodeCache, has_plain_attention, without_holes
 from vdr_cli.rollout.cuda_graphs import GraphedForward
 from vdr_cli.rollout.dialogue import Dialogue
-from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors, uniform_rows
+from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors
 from vdr_cli.rollout.static_cache import StaticCache
-from vdr_cli.samples import Actors, Completions, Finished, Sampling, pad_prompts
+from vdr_cli.samples import Actors, Completions, Finished, Sampling, pad_prompts, uniform_rows
 
 COMPACT_SHARE = 8
 """Finished rows leave the batch when they are at least 1/8 of it: below, moving costs more than it saves."""

@@ -8,8 +8,7 @@ from torch import Tensor
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.grpo.covariance import covariances, drawn, highest
-from vdr_cli.rollout.sampling import uniform_rows
-from vdr_cli.samples import Stream, completion_key
+from vdr_cli.samples import Stream, completion_key, uniform_rows
 from vdr_cli.training.batch import Advantages
 from vdr_cli.training.minibatches import own_groups
 
