@@ -54,16 +54,13 @@ def dropped_embeddings(model: nn.Module, spec: EnsembleSpec, member: int) -> Ite
 @contextmanager
 def dropped_probabilities(model: nn.Module, spec: EnsembleSpec, member: int) -> Iterator[None]:
     """Inside the block the probabilities between two positions are dropped for all sequences alike."""
-    config = anatomy.text_config(model)
-    before = config._attn_implementation
     attentions = [anatomy.residual_blocks(layer)[0] for layer in anatomy.decoder_layers(model)]
     for layer, module in enumerate(attentions):
         module.member_probabilities = spec, member, layer
-    config._attn_implementation = NAME
     try:
-        yield
+        with anatomy.attention_replaced(model, NAME):
+            yield
     finally:
-        config._attn_implementation = before
         for module in attentions:
             del module.member_probabilities
 

@@ -19,6 +19,7 @@ UNITS = {
     "models/logprobs.py": "tests/models/test_logprobs.py",
     "models/policy.py": "tests/models/test_policy.py",
     "models/adapters.py": "tests/models/test_adapters.py",
+    "rollout/base.py": "tests/rollout/test_sampling.py",
     "rollout/sampling.py": "tests/rollout/test_sampling.py",
     "rollout/transformers_backend.py": "tests/rollout/test_transformers_rollout.py",
     "training/batch.py": "tests/training/test_batch.py",
@@ -338,9 +339,9 @@ AROUND = _of(
     ),
     (
         "the repetition penalty is left out",
-        "training/opening.py",
-        "        cfg.repetition_penalty,",
-        "        1.0,",
+        "rollout/base.py",
+        "repetition_penalty=cfg.repetition_penalty,",
+        "repetition_penalty=1.0,",
         "gspo",
     ),
     (

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from vdr_cli.config import Config
+from vdr_cli.rollout.base import sampling_of
 from vdr_cli.rollout.sampling import greedy, inverse_cdf, processors
 from vdr_cli.samples import Sampling, uniform_rows
 
@@ -136,3 +138,10 @@ def test_greedy_takes_the_likeliest_token() -> None:
     tokens, logps = greedy(scores)
     assert tokens.tolist() == [1, 0]
     assert torch.allclose(logps, scores.log_softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize("stop", [[], ["x", "y"]])
+def test_sampling_takes_every_setting(stop: list[str]) -> None:
+    rollout = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "stop": stop}
+    config = Config.model_validate({"rollout": {**rollout, "repetition_penalty": 1.3}})
+    assert sampling_of(config.rollout) == Sampling(9, 0.7, 3, 0.8, 0.1, 1.3, tuple(stop))

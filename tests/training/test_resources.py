@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
-
 from vdr_cli.config import Config
 from vdr_cli.data.order import stream_indices
 from vdr_cli.engine.reference import FrozenCopy
-from vdr_cli.samples import Sampling
-from vdr_cli.training import opening
 from vdr_cli.training.resources import Resources
 
 
@@ -47,10 +43,3 @@ def test_tokens_are_shown_in_the_first_step_and_where_completions_are_saved() ->
     config = Config.model_validate({"observe": {"completions_every": 4}, "train": {"steps": 10}})
     res = resources(config)
     assert [step for step in range(10) if res.shows_tokens(step)] == [0, 3, 7, 9]
-
-
-@pytest.mark.parametrize("stop", [[], ["x", "y"]])
-def test_sampling_takes_every_setting(stop: list[str]) -> None:
-    rollout = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "stop": stop}
-    config = Config.model_validate({"rollout": {**rollout, "repetition_penalty": 1.3}})
-    assert opening.sampling_of(config) == Sampling(9, 0.7, 3, 0.8, 0.1, 1.3, tuple(stop))

@@ -19,7 +19,7 @@ from vdr_cli.engine.determinism import in_fixed_order
 from vdr_cli.engine.ds_config import DsConfig, zero_stage
 from vdr_cli.engine.gathered import GatheredModel
 from vdr_cli.engine.gpu import peak_of
-from vdr_cli.engine.sequence import SequenceGroup, divided_attention, divided_logps
+from vdr_cli.engine.sequence import SequenceGroup, divided_logps
 from vdr_cli.models.anatomy import WholeLayer, has_experts, input_embeddings, output_head
 from vdr_cli.models.policy import HeadLogps, completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
@@ -174,7 +174,7 @@ class Engine:
         on = to_device(part, self.device)
         tokens = on.prompt_ids, on.prompt_mask, on.completion_ids, on.completion_mask
         if self.sequence is not None:
-            with divided_attention(model):
+            with self.sequence.attention_of(model):
                 return divided_logps(model, self.sequence, HeadLogps(), *tokens, temperature, on.policy_mask)
         return completion_logps(
             model,

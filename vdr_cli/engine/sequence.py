@@ -11,8 +11,7 @@ Sampling, rewards and the states of other bonuses stay as they are: each rank ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError
-from vdr_cli.models.anatomy import backbone, forward_arguments, output_head, text_config, unwrapped
+from vdr_cli.models.anatomy import attention_replaced, backbone, forward_arguments, output_head, text_config, unwrapped
 from vdr_cli.models.packed_rows import packed_rows
 from vdr_cli.models.policy import HeadLogps, Policy
 from vdr_cli.models.prompt_tree import can_read_trees
@@ -62,25 +61,20 @@ class SequenceGroup:
         return _Exchange.apply(parts, self._group)  # type: ignore[no-any-return,no-untyped-call]
 
     def attention_of(self, causal_lm: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block the model's attention is the group's."""
-        return divided_attention(causal_lm)
+        """Inside the block the model's attention is the group's, as `divided_logps` needs it."""
+        return attention_replaced(causal_lm, ATTENTION)
 
     def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: (B, H, S/N, d) each, to (B, S/N, H, d). Causal over the whole row."""
-        whole = [self._to_heads(states) for states in (query, key, value)]
-        output, _ = sdpa_attention_forward(module, *whole, None, **kwargs | {"is_causal": True})
-        return self._to_tokens(output), None
+        whole = [self._swapped(states) for states in (query, key, value)]  # (B, H/N, S, d): all tokens, own heads
+        output, _ = sdpa_attention_forward(module, *whole, None, **kwargs | {"is_causal": True})  # (B, S, H/N, d)
+        return self._swapped(output), None
 
-    def _to_heads(self, states: Tensor) -> Tensor:
-        """(B, H, S/N, d), these tokens' heads, to (B, H/N, S, d), all tokens' heads of this rank."""
-        sent = states.unflatten(1, (self.size, -1)).movedim(1, 0)  # (N, B, H/N, S/N, d)
-        return self.exchange(sent).movedim(0, 2).flatten(2, 3)
-
-    def _to_tokens(self, states: Tensor) -> Tensor:
-        """(B, S, H/N, d) to (B, S/N, H, d)."""
-        sent = states.unflatten(1, (self.size, -1)).movedim(1, 0)  # (N, B, S/N, H/N, d)
+    def _swapped(self, states: Tensor) -> Tensor:
+        """(B, X, Y/N, d) to (B, X/N, Y, d): X, here whole, is divided among the ranks, and Y becomes whole."""
+        sent = states.unflatten(1, (self.size, -1)).movedim(1, 0)  # (N, B, X/N, Y/N, d)
         return self.exchange(sent).movedim(0, 2).flatten(2, 3)
 
 
@@ -172,18 +166,6 @@ def divided_logps(
     found = head_logps(hidden[b, column], output_head(causal_lm), completion_ids[b, t], temperature)
     logps, entropy = (values.new_zeros(own.shape).index_put((b, t), values * keep) for values in found)  # (B, T) each
     return group.sum(torch.stack([logps, entropy])).unbind()  # type: ignore[return-value]
-
-
-@contextmanager
-def divided_attention(causal_lm: nn.Module) -> Iterator[None]:
-    """Inside the block the model's attention is the group's, as `divided_logps` needs it."""
-    config = text_config(causal_lm)
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def check_heads(causal_lm: nn.Module, size: int) -> None:

@@ -26,7 +26,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.environments.contract import Contract, load_contract
 from vdr_cli.environments.episodes import Counts, Environments, OneTurn
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.evaluation.request import EvalRequest, sampling_of
+from vdr_cli.evaluation.request import EvalRequest, sampling_plan
 from vdr_cli.evaluation.result import TURN_MEASURES, EvalResult
 from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
@@ -75,7 +75,7 @@ def run_eval(request: EvalRequest) -> list[EvalResult]:
     from vdr_cli.models.paths import resolve_model_path
     from vdr_cli.rewards.loading import load_rewards
 
-    samples, ks, sampling = sampling_of(request)
+    samples, ks, sampling = sampling_plan(request)
     device = join_processes(request.device)
     for name in request.models:
         resolve_model_path(name)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vdr_cli.config.schema import DataConfig, DisagreementConfig, ModelConfig, RewardsConfig, RolloutConfig
 from vdr_cli.errors import ConfigError
+from vdr_cli.rollout.base import sampling_of
 from vdr_cli.samples import Sampling
 
 
@@ -37,9 +38,8 @@ class EvalRequest:
     device: str = "auto"
 
 
-def sampling_of(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
+def sampling_plan(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
     """Completions per prompt, the list of k, and how to sample; ConfigError for what cannot be."""
-    setting = request.rollout
     samples = 1 if request.greedy else request.samples
     if request.greedy:
         ks: tuple[int, ...] = (1,)
@@ -51,17 +51,5 @@ def sampling_of(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]:
             raise ConfigError(f"--k {','.join(map(str, ks))}: each k lies between 1 and --samples {samples}")
     if request.prompts is not None and request.prompts < 1:
         raise ConfigError(f"--prompts {request.prompts}: evaluate on at least one prompt")
-    return (
-        samples,
-        ks,
-        Sampling(
-            max_new_tokens=setting.completion_tokens,
-            turn_tokens=setting.max_new_tokens if setting.takes_turns else None,
-            temperature=0.0 if request.greedy else setting.temperature,
-            top_k=setting.top_k,
-            top_p=setting.top_p,
-            min_p=setting.min_p,
-            repetition_penalty=setting.repetition_penalty,
-            stop=tuple(setting.stop),
-        ),
-    )
+    sampling = sampling_of(request.rollout)
+    return samples, ks, replace(sampling, temperature=0.0) if request.greedy else sampling

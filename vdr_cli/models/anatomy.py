@@ -7,8 +7,8 @@ needs no entry here. What is found is checked against the model itself by `check
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the language part (multimodal models keep it one level down)."""
     config: Any = unwrapped(model).config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+@contextmanager
+def attention_replaced(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside the block the model's attention is the one that transformers' AttentionInterface knows by this name."""
+    config = text_config(model)
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -10,7 +10,22 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from vdr_cli.config import RolloutConfig
 from vdr_cli.samples import Actors, Completions, Conversation, Finished, Sampling, Watcher
+
+
+def sampling_of(cfg: RolloutConfig) -> Sampling:
+    """How these settings sample."""
+    return Sampling(
+        max_new_tokens=cfg.completion_tokens,
+        turn_tokens=cfg.max_new_tokens if cfg.takes_turns else None,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        min_p=cfg.min_p,
+        repetition_penalty=cfg.repetition_penalty,
+        stop=tuple(cfg.stop),
+    )
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ windows, ...) stay transformers' own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
 from vdr_cli.errors import ConfigError
-from vdr_cli.models.anatomy import backbone, text_config
+from vdr_cli.models.anatomy import attention_replaced, backbone, text_config
 
 SHARED_PROMPT = "vdr_shared_prompt"
 """Name under which transformers' attention modules find `shared_prompt_attention`."""
@@ -202,17 +201,9 @@ class DecodeCache:
             _move(layer.value_buffer[:, :, : layer.length], indices)
             layer.rows, layer.grouping = len(indices), grouping
 
-    @contextmanager
-    def attention(self) -> Iterator[None]:
-        """The model reads this cache inside; its own attention is put back on leaving."""
-        config = text_config(self.model)
-        before = config._attn_implementation
-        if self.shared:
-            config._attn_implementation = SHARED_PROMPT
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+    def attention(self) -> AbstractContextManager[None]:
+        """Inside the block the model reads this cache."""
+        return attention_replaced(self.model, SHARED_PROMPT) if self.shared else nullcontext()
 
 
 def _can_share(model: nn.Module, cache: Cache) -> bool:

@@ -6,8 +6,7 @@ nothing in it depends on the number of tokens so far until the next block begins
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 from transformers.cache_utils import DynamicLayer
 
-from vdr_cli.models.anatomy import text_config
+from vdr_cli.models.anatomy import attention_replaced
 from vdr_cli.rollout.cache import refuse_special_scores
 
 STATIC = "vdr_static"
@@ -129,16 +128,9 @@ class StaticCache:
         for layer in self.cache.layers:
             layer.select(indices)
 
-    @contextmanager
-    def attention(self) -> Iterator[None]:
-        """The model reads this cache inside; its own attention is put back on leaving."""
-        config = text_config(self.model)
-        before = config._attn_implementation
-        config._attn_implementation = STATIC
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
+    def attention(self) -> AbstractContextManager[None]:
+        """Inside the block the model reads this cache."""
+        return attention_replaced(self.model, STATIC)
 
 
 def _whole_blocks(columns: int) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from vdr_cli.models.adapters import merged
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.system.files import replacing
 
@@ -32,7 +32,7 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
     weights leaves vLLM's LM head at the old ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    whole: Any = _merged(model)
+    whole = merged(model)
     config = copy.deepcopy(whole.config)
     config.tie_word_embeddings = False
     config.dtype = next(whole.parameters()).dtype
@@ -43,7 +43,7 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
 
 def served_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the served model under its name, the LM head too where it is the embedding."""
-    whole: Any = _merged(model)
+    whole = merged(model)
     state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in whole.state_dict().items()}
     head = whole.get_output_embeddings()
     names = {id(module): name for name, module in whole.named_modules()}
@@ -77,9 +77,3 @@ def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
         out[name] = whole.clone() if whole.data_ptr() in seen else whole
         seen.add(whole.data_ptr())
     return out
-
-
-def _merged(model: nn.Module) -> nn.Module:
-    """The plain model; adapters become part of a copy."""
-    merge = getattr(model, "merge_and_unload", None)
-    return copy.deepcopy(model).merge_and_unload() if callable(merge) else model  # type: ignore[operator]

@@ -47,9 +47,8 @@ from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.model import check_templates
 from vdr_cli.rewards.watch import RewardWatch
-from vdr_cli.rollout.base import Rollout
+from vdr_cli.rollout.base import Rollout, sampling_of
 from vdr_cli.rollout.build import open_rollout
-from vdr_cli.samples import Sampling
 from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
@@ -254,7 +253,7 @@ def _load(
         engine=engine,
         **vars(inputs),
         rollout=rollout,
-        sampling=sampling_of(config),
+        sampling=sampling_of(config.rollout),
         ensemble=reader,
         end_states=keeper,
         acting=spec if config.rollout.members else None,
@@ -292,21 +291,6 @@ def _bonus_watch(res: Resources) -> BonusWatch | None:
         return None
     flat_after = min(STEPS_BEFORE_WARNING, config.train.steps)
     return BonusWatch(source.quantity(config), source.flat(config), flat_after=flat_after)
-
-
-def sampling_of(config: Config) -> Sampling:
-    """The run's sampling settings."""
-    cfg = config.rollout
-    return Sampling(
-        cfg.completion_tokens,
-        cfg.temperature,
-        cfg.top_k,
-        cfg.top_p,
-        cfg.min_p,
-        cfg.repetition_penalty,
-        tuple(cfg.stop),
-        cfg.max_new_tokens if cfg.takes_turns else None,
-    )
 
 
 def refuse_other_rows(name: str, prompts: PromptSet) -> None:
