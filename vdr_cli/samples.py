@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,6 +73,14 @@ class Completions:
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
 
+    def prompt_token_ids(self) -> list[list[int]]:
+        """Each row's prompt without its padding."""
+        return _valid(self.prompt_ids, self.prompt_mask)
+
+    def completion_token_ids(self) -> list[list[int]]:
+        """Each row's completion without its padding, an environment's tokens included."""
+        return _valid(self.completion_ids, self.completion_mask)
+
     def rows(self, index: slice | Tensor) -> Completions:
         """The same batch with only these rows, at the same widths."""
         return Completions(
@@ -97,6 +106,10 @@ class Completions:
             self.truncated,
             self.policy_mask[:, :width],
         )
+
+
+def _valid(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [list(compress(row, valid)) for row, valid in zip(ids.tolist(), mask.tolist(), strict=True)]
 
 
 Finished = Callable[[Sequence[int], Completions], None]

@@ -74,13 +74,11 @@ class RewardStream:
         rows = [group * self.group_size + g for group in groups for g in range(self.group_size)]
         with self._lock:
             texts = self.texts_of(rows, completions)
-        lengths = completions.completion_mask.sum(1).tolist()
-        ids = [row[:n] for row, n in zip(completions.completion_ids.tolist(), lengths, strict=True)]
         environments = None if self.environments is None else [self.environments[row] for row in rows]
         found = []
         for columns, lane in self._lanes:
             functions = [self.loaded[column] for column in columns]
-            given = prompts, texts, ids, self.timeout, self.state, environments
+            given = prompts, texts, completions.completion_token_ids(), self.timeout, self.state, environments
             future = lane.call(compute_rewards, functions, *given)
             found.append((columns, future))
         with self._lock:

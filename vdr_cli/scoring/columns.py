@@ -72,8 +72,7 @@ def token_columns(
         measured |= {"token_bald": statistics.get("bald"), "token_rmi": statistics.get("rmi")}
     counts = completions.completion_mask.sum(1).tolist()
     policy = completions.policy_mask.tolist()
-    ids = [row[:count] for row, count in zip(completions.completion_ids.tolist(), counts, strict=True)]
-    return {"token_ids": ids} | {
+    return {"token_ids": completions.completion_token_ids()} | {
         name: [
             [value if is_own else None for value, is_own in zip(row[:count], own[:count], strict=True)]
             for row, own, count in zip(values.tolist(), policy, counts, strict=True)

@@ -170,7 +170,6 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         rows = [row[:length].tolist() for row, length in zip(values, lengths, strict=False)]
         return rows + [None] * (count - len(rows))
 
-    prompts = zip(completions.prompt_ids, completions.prompt_mask, strict=True)
     saved = [_as_json(prompt.columns) for prompt in batch.prompts]
     bonus = advantages.bonus
     return {
@@ -179,8 +178,8 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "columns": [text for text, _ in saved],
         "lost": [names for _, names in saved],
         "text": [json.dumps(text) for text in batch.texts],
-        "prompt_ids": [ids[mask].tolist() for ids, mask in prompts],
-        "completion_ids": tokens(completions.completion_ids),
+        "prompt_ids": completions.prompt_token_ids(),
+        "completion_ids": completions.completion_token_ids(),
         "policy": tokens(_mixed(completions)),
         "truncated": completions.truncated.tolist(),
         "sampler_logps": tokens(completions.sampler_logps),

@@ -18,13 +18,12 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
     """This rank's completions as columns; numbers per completion, and lists per token where they are per token."""
     completions = batch.completions
     lengths = completions.completion_mask.sum(1).tolist()
-    prompt_ids = [ids[mask].tolist() for ids, mask in zip(completions.prompt_ids, completions.prompt_mask, strict=True)]
     columns: dict[str, list[Any]] = {
         "row": [prompt.row for prompt in batch.prompts],
         "prompt": [prompt.value for prompt in batch.prompts],
         "completion": list(batch.texts),
-        "prompt_ids": prompt_ids,
-        "completion_ids": _cut(completions.completion_ids, lengths),
+        "prompt_ids": completions.prompt_token_ids(),
+        "completion_ids": completions.completion_token_ids(),
         "truncated": completions.truncated.tolist(),
         "reward": batch.task_reward.tolist(),
         "advantage": _per_completion(advantages.advantages, completions.policy_mask).tolist(),
