@@ -72,16 +72,8 @@ def check_before_start(config: Config, resume: str | None) -> None:
 
 def check_processes(config: Config, processes: int) -> None:
     """Every rank must hold at least one group of a step, and be one of a whole sequence group."""
-    size = config.engine.sequence_parallel
-    if processes % size:
-        raise ConfigError(
-            f"engine.sequence_parallel {size} does not divide {processes} processes; start a multiple of {size}"
-        )
-    if config.train.prompts_per_step < processes:
-        raise ConfigError(
-            f"train.prompts_per_step {config.train.prompts_per_step} is below {processes} processes: a group lives on "
-            f"one rank, so some would have none; give at least {processes} or start fewer processes"
-        )
+    if refused := config.refused_processes(processes):
+        raise ConfigError(refused)
 
 
 def check_held_out(config: Config) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vdr_cli.checks import check_processes
 from vdr_cli.config import Config
-from vdr_cli.engine.sequence import SequenceGroup, check_heads
+from vdr_cli.engine.sequence import check_heads
 from vdr_cli.errors import ConfigError
 
 SHAPE = {"vocab_size": 41, "hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -48,14 +48,15 @@ def test_models_whose_heads_divide_are_not(kind: str) -> None:
     check_heads(tiny(kind, num_attention_heads=4, num_key_value_heads=2), 2)
 
 
-def test_processes_must_be_a_multiple(device: torch.device) -> None:
+def test_processes_must_be_a_multiple() -> None:
     config = Config(model={"name": "x"}, engine={"sequence_parallel": 2}, train={"prompts_per_step": 8})
     check_processes(config, 4)
-    for refuse in (lambda: check_processes(config, 3), lambda: SequenceGroup(2)):
-        with pytest.raises(ConfigError, match=r"engine.sequence_parallel 2 does not divide \d processes; start a mul"):
-            refuse()
-    with pytest.raises(ValueError, match=r"does not divide launch.num_processes 3"):
+    with pytest.raises(ConfigError, match=r"engine.sequence_parallel 2 does not divide 3 processes; start a mul"):
+        check_processes(config, 3)
+    with pytest.raises(ValueError, match=r"engine.sequence_parallel 2 does not divide 3 processes; start a mul"):
         Config(model={"name": "x"}, engine={"sequence_parallel": 2}, launch={"num_processes": 3})
+    over_hosts = {"num_processes": 1, "hostfile": "hosts"}
+    assert Config(model={"name": "x"}, engine={"sequence_parallel": 2}, launch=over_hosts).refused_processes(2) is None
 
 
 def test_the_balance_of_experts_needs_whole_rows() -> None:

@@ -130,12 +130,29 @@ class Config(Section):
                 f"grpo.pass_k {self.grpo.pass_k} is above rollout.group_size {self.rollout.group_size}: the best of k "
                 "needs k completions"
             )
-        processes = self.launch.num_processes or 1
-        if self.train.prompts_per_step < processes:
-            raise ValueError(
-                f"train.prompts_per_step {self.train.prompts_per_step} is below {processes} processes: "
-                f"a group lives on one rank, so some would have none; give at least {processes}"
+        return self
+
+    def refused_processes(self, processes: int) -> str | None:
+        """The reason why so many processes cannot share a step; None where they can.
+
+        Every rank needs a group of its own, and a whole sequence group.
+        """
+        size, prompts = self.engine.sequence_parallel, self.train.prompts_per_step
+        if processes % size:
+            return f"engine.sequence_parallel {size} does not divide {processes} processes; start a multiple of {size}"
+        if prompts < processes:
+            return (
+                f"train.prompts_per_step {prompts} is below {processes} processes: a group lives on one rank, so some "
+                f"would have none; give at least {processes} or start fewer processes"
             )
+        return None
+
+    @model_validator(mode="after")
+    def _processes_fit(self) -> Self:
+        # With a hostfile num_processes counts the ranks per host: checks.check_processes has their sum.
+        processes = self.launch.num_processes if self.launch.hostfile is None else None
+        if processes and (refused := self.refused_processes(processes)):
+            raise ValueError(refused)
         return self
 
     @model_validator(mode="after")
@@ -149,13 +166,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sequence_fits(self) -> Self:
-        size, processes = self.engine.sequence_parallel, self.launch.num_processes or self.engine.sequence_parallel
-        if processes % size:
-            raise ValueError(
-                f"engine.sequence_parallel {size} does not divide launch.num_processes {processes}: start a multiple "
-                f"of {size}"
-            )
-        if size > 1 and self.grpo.router_aux_loss_coef:
+        if self.engine.sequence_parallel > 1 and self.grpo.router_aux_loss_coef:
             raise ValueError(
                 "grpo.router_aux_loss_coef needs whole rows on a rank: set engine.sequence_parallel to 1, or it to 0"
             )

@@ -35,12 +35,9 @@ class SequenceGroup:
     """N neighbouring ranks. Made on all ranks together."""
 
     def __init__(self, size: int) -> None:
-        """Raises ConfigError when the number of processes is no multiple of `size`. Collective."""
+        """Collective."""
         world = collectives.world_size()
-        if world % size:
-            raise ConfigError(
-                f"engine.sequence_parallel {size} does not divide {world} processes; start a multiple of {size}"
-            )
+        assert world % size == 0, "checks.check_processes"
         self.size = size
         self.rank = collectives.rank() % size
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
