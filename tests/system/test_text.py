@@ -3,7 +3,7 @@ import unicodedata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdr_cli.system.text import shortened, storable, visible
+from vdr_cli.system.text import did_you_mean, nearest, reason, shortened, shown_value, storable, visible
 
 
 @settings(deadline=None)
@@ -37,3 +37,20 @@ def test_shortened_counts_the_mark() -> None:
 def test_storable_is_valid_utf8_and_keeps_the_rest() -> None:
     assert storable("a\ud83d\x00b") == "a\ufffd\x00b"
     assert storable("\x1b\u202e") == "\x1b\u202e"
+
+
+def test_a_value_and_an_exception_fit_on_a_line() -> None:
+    assert shown_value(["a", None]) == "['a', None]"
+    assert shown_value("x" * 58) == repr("x" * 58)
+    assert shown_value("x" * 59) == "'" + "x" * 56 + "..."
+    assert shown_value([1] * 30, 24) == "[1, 1, 1, 1, 1, 1, 1,..."
+    assert reason(ValueError(" no\n  such\tthing ")) == "no such thing"
+    assert reason(ValueError()) == "ValueError"
+    assert reason(ValueError("x" * 201)) == "x" * 197 + "..."
+
+
+def test_the_nearest_name() -> None:
+    assert nearest("startr", ("routes", "starter")) == "starter"
+    assert nearest("starter-x", ("starter",), cutoff=0.9) is None
+    assert did_you_mean("gms8k", ("gsm8k", "tldr"), "there are two") == "did you mean gsm8k?"
+    assert did_you_mean("zzz", ("gsm8k", "tldr"), "there are two") == "there are two"

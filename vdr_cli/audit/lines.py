@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vdr_cli.system.text import shown_value
+
 
 class Bound(NamedTuple):
     """Largest difference allowed: absolute + relative · |recomputed|, for every single element."""
@@ -122,9 +124,10 @@ class Judge:
         """Lists of anything, entry by entry: the numbers shown are how many are equal."""
         wrong = [index for index, pair in enumerate(zip(on_file, recomputed, strict=False)) if pair[0] != pair[1]]
         missing = abs(len(on_file) - len(recomputed))
-        note = (
-            f"first at row {wrong[0]}: {_short(on_file[wrong[0]])}, not {_short(recomputed[wrong[0]])}" if wrong else ""
-        )
+        note = ""
+        if wrong:
+            first = wrong[0]
+            note = f"first at row {first}: {shown_value(on_file[first], 24)}, not {shown_value(recomputed[first], 24)}"
         right = min(len(on_file), len(recomputed)) - len(wrong)
         return Line(
             self.step,
@@ -146,8 +149,3 @@ class Judge:
 def _mean(values: Any) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else text[:21] + "..."

@@ -7,7 +7,6 @@ and most of it is no JSON.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from vdr_cli.beds.gym_generate import Request, generated
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.system.text import did_you_mean
 
 PREFIX = "reasoning_gym:"
 SPLITS = ("train", "test")
@@ -91,8 +91,7 @@ def suite_of(name: str, options: Mapping[str, Any], key: str = "data.name") -> S
     for text in name.removeprefix(PREFIX).split(","):
         task, equals, weight = text.strip().partition("=")
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "see the package's gallery of tasks"
+            hint = did_you_mean(task, known, "see the package's gallery of tasks")
             raise ConfigError(f"{key} {name}: reasoning-gym has no task {task or 'without a name'}; {hint}")
         if task in weights:
             raise ConfigError(f"{key} {name}: {task} stands there twice; give it once, with a weight ({task}=2)")
@@ -205,8 +204,7 @@ def _generator(task: str, settings: str) -> Any:
         wrong = next((name for name in given if name not in config.__dataclass_fields__), None)
         if wrong is None:
             raise ConfigError(f"data.options: reasoning-gym's {task} refuses them ({error})") from None
-        near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'none'}"
+        hint = did_you_mean(wrong, names, f"it has {', '.join(names) or 'none'}")
         raise ConfigError(f"data.options: reasoning-gym's {task} has no setting {wrong}; {hint}") from None
     except (AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or "it says no reason"

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vdr_cli.errors import DataError
+from vdr_cli.system.text import reason
 
 Request = tuple[str, str, int]
 """Task, its generator's settings as JSON, the problem's number."""
@@ -61,7 +62,7 @@ def entry(task: str, settings: str, index: int) -> tuple[dict[str, Any] | None, 
         pickle.dumps(made)
         return made, ""
     except Exception as error:  # generators raise what they like
-        return None, " ".join(str(error).split())[:150] or type(error).__name__
+        return None, reason(error)
 
 
 _data_sets: dict[tuple[str, str], Any] = {}

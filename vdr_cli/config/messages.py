@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, Union, get_args, get_origin
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import KeyPath
+from vdr_cli.system.text import nearest, shown_value
 
 Where = Callable[[KeyPath], str]
 """The place a key was given, e.g. `run.yaml:12` or `--set`; empty when it was not given."""
@@ -45,18 +45,15 @@ def nearest_key(path: KeyPath, model: type[BaseModel] = Config) -> str | None:
     prefix = "".join(f"{part}." for part in parents)
     keys = list(dotted_keys(model))
     siblings = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
-    close = difflib.get_close_matches(str(last), [key[len(prefix) :] for key in siblings], n=1, cutoff=0.6)
-    if close:
-        return prefix + close[0]
+    if near := nearest(str(last), [key[len(prefix) :] for key in siblings], cutoff=0.6):
+        return prefix + near
     exact = [key for key in keys if key.rsplit(".", 1)[-1] == last]
     if exact:
         return " or ".join(exact)
     by_name = {key.rsplit(".", 1)[-1]: key for key in reversed(keys)}
-    close = difflib.get_close_matches(str(last), by_name, n=1, cutoff=0.75)
-    if close:
-        return by_name[close[0]]
-    close = difflib.get_close_matches(".".join(map(str, path)), keys, n=1, cutoff=0.6)
-    return close[0] if close else None
+    if near := nearest(str(last), by_name, cutoff=0.75):
+        return by_name[near]
+    return nearest(".".join(map(str, path)), keys, cutoff=0.6)
 
 
 def unknown_key(path: KeyPath, model: type[BaseModel] = Config) -> str:
@@ -132,8 +129,7 @@ def bound(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     words = {None: "nothing", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return words[value] if value is None or isinstance(value, bool) else shown_value(value)
 
 
 def _dotted(path: KeyPath) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import itertools
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from vdr_cli.data.compression import BROKEN, data_suffix, is_compressed, open_bytes, read_bytes
 from vdr_cli.errors import ConfigError, DataError, MachineError
+from vdr_cli.system.text import nearest, reason
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 COMPRESSED = "or one of these compressed: .jsonl.gz, .csv.xz, .json.bz2"
@@ -99,7 +99,7 @@ def read_file(path: Path) -> Table:
     except BROKEN as error:
         if not is_compressed(path):
             raise
-        raise DataError(f"{path}: cannot be decompressed ({_first_line(error)})") from None
+        raise DataError(f"{path}: cannot be decompressed ({reason(error)})") from None
     if len(table) == 0:
         raise DataError(f"{path}: no rows")
     twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
@@ -118,8 +118,8 @@ def check_column(path: Path, column: str) -> None:
 
 
 def no_column(table: Table, column: str) -> str:
-    near = difflib.get_close_matches(column, table.columns, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}? Name" if near else "name"
+    near = nearest(column, table.columns)
+    hint = f"did you mean {near}? Name" if near else "name"
     return (
         f"{table.name}: no column {column}; the columns are {', '.join(table.columns)}; {hint} the right one with "
         "data.prompt_column"
@@ -177,7 +177,7 @@ def _read_jsonl(path: Path) -> Table:
             try:
                 row = json.loads(text.rstrip())
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path} line {number}: not valid JSON ({_reason(error)}); fix or remove it") from None
+                raise DataError(f"{path} line {number}: not valid JSON ({_problem(error)}); fix or remove it") from None
             if not isinstance(row, dict):
                 raise DataError(f'{path} line {number}: an object is needed, such as {{"prompt": ...}}')
             rows.append(row)
@@ -192,7 +192,7 @@ def _read_json(path: Path) -> Table:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not valid JSON ({_reason(error)}); a .json file holds one list of objects, "
+            f"{path}: not valid JSON ({_problem(error)}); a .json file holds one list of objects, "
             "a file with an object a line ends in .jsonl"
         ) from None
     if not isinstance(rows, list):
@@ -234,7 +234,7 @@ def _read_csv(path: Path) -> Table:
                 f"{path} row {wrong[0].number - 2}: {wrong[0].actual_columns} values, but the header has "
                 f"{wrong[0].expected_columns} columns; fix or remove it"
             ) from None
-        raise DataError(f"{path}: not valid CSV: {_first_line(error)}") from None
+        raise DataError(f"{path}: not valid CSV: {reason(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
 
 
@@ -244,7 +244,7 @@ def _read_parquet(path: Path) -> Table:
     try:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path}: not valid Parquet: {_first_line(error)}") from None
+        raise DataError(f"{path}: not valid Parquet: {reason(error)}") from None
     return Table(str(path), ArrowRows(table), tuple(table.column_names))
 
 
@@ -266,11 +266,8 @@ def _keys(rows: Sequence[Row]) -> Iterator[str]:
         yield from row
 
 
-def _reason(error: Exception) -> str:
+def _problem(error: Exception) -> str:
+    """Why the text is no JSON, and where."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno}"
     return "too deeply nested" if isinstance(error, RecursionError) else "a number with too many digits"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -14,6 +14,7 @@ from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.sizes import language_part, largest, usable_length
 from vdr_cli.samples import Messages, Prompt
+from vdr_cli.system.text import reason, shown_value
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class PromptSet(Sequence[Prompt]):
         except Exception as error:  # a template is a program that comes with the model: it may raise anything
             if isinstance(value, str):
                 raise
-            raise DataError(f"{self.where(index)}: the chat template refuses the messages: {_reason(error)}") from None
+            raise DataError(f"{self.where(index)}: the chat template refuses the messages: {reason(error)}") from None
         if not ids:
             raise DataError(f"{self.where(index)}: the prompt has no tokens; remove the row")
         return self._fitting(index, self._cut(index, ids))
@@ -231,11 +232,11 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
         missing = "is null" if column in row else f"is missing; the row has {', '.join(row) or 'nothing'}"
         raise DataError(f"{where}: {column} {missing}")
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {column} must be a string or a list of messages, not {_shown(value)}")
+        raise DataError(f"{where}: {column} must be a string or a list of messages, not {shown_value(value)}")
     for number, message in enumerate(value):
         usable = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
         if not usable:
-            raise DataError(f"{where}: message {number} of {column} needs role and content, not {_shown(message)}")
+            raise DataError(f"{where}: message {number} of {column} needs role and content, not {shown_value(message)}")
         if message["content"] is None:
             raise DataError(f"{where}: message {number} of {column} has no content")
         if isinstance(message["content"], str):
@@ -249,12 +250,3 @@ def _check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{what} has a lone surrogate at character {error.start}; fix or remove the row") from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

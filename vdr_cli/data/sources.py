@@ -19,6 +19,7 @@ from vdr_cli.data.compression import ENDINGS, data_suffix
 from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
+from vdr_cli.system.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -154,16 +155,16 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
         if options:
             loaded = load_dataset(name, subset, split=split, **options)
     except ValueError as error:
-        reason = _one_line(error)
-        if "split" in reason.lower():
-            raise ConfigError(f"{split_key} {split}: {name} has no such split ({reason})") from None
-        if "config" in reason.lower():
-            raise ConfigError(f"data.subset {subset}: {reason}") from None
-        raise ConfigError(f"data.name {name}: cannot be loaded ({reason})") from None
+        why = reason(error)
+        if "split" in why.lower():
+            raise ConfigError(f"{split_key} {split}: {name} has no such split ({why})") from None
+        if "config" in why.lower():
+            raise ConfigError(f"data.subset {subset}: {why}") from None
+        raise ConfigError(f"data.name {name}: cannot be loaded ({why})") from None
     except Exception as error:
         # `datasets` raises what its file systems, parsers and HTTP clients raise; all mean that there are no data.
         raise ConfigError(
-            f"data.name {name}: neither a local file or directory nor loadable from the hub ({_one_line(error)})"
+            f"data.name {name}: neither a local file or directory nor loadable from the hub ({reason(error)})"
         ) from None
     return _dataset_table(f"{name}[{split}]", loaded)
 
@@ -220,8 +221,3 @@ def _dataset_table(name: str, loaded: Any) -> Table:
     columns = tuple(loaded.column_names)
     media = [column for column in columns if require_decoding(loaded.features[column])]
     return Table(name, UndecodedRows(loaded, media) if media else loaded, columns)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

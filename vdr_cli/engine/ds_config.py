@@ -7,7 +7,6 @@ gradients at 1.0 unless told otherwise, so nothing is left to it. Pure: dictiona
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import vdr_cli
 from vdr_cli.config import Config
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.text import did_you_mean
 
 DsConfig = dict[str, Any]
 
@@ -76,9 +76,8 @@ def read_ds_config(name: str) -> DsConfig:
         raise ConfigError(f"engine.ds_config {path}: a JSON object is needed, not {type(loaded).__name__}")
     for key in loaded:
         if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(KNOWN_KEYS))}"
-            raise ConfigError(f"engine.ds_config {path}: unknown key {key}{hint}")
+            hint = did_you_mean(key, KNOWN_KEYS, f"known: {', '.join(sorted(KNOWN_KEYS))}")
+            raise ConfigError(f"engine.ds_config {path}: unknown key {key}; {hint}")
     for key in SECTIONS & loaded.keys():
         if not isinstance(loaded[key], dict):
             raise ConfigError(f'engine.ds_config {path}: {key} must be an object, such as {{"...": ...}}')

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.samples import Messages
+from vdr_cli.system.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +98,8 @@ class ChatTemplate:
         except ConfigError:
             raise
         except Exception as error:  # a template is a program that comes with the model: it may raise anything
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"the chat template refuses a message of role {role} after the assistant's: {reason}"
+                f"the chat template refuses a message of role {role} after the assistant's: {reason(error)}"
             ) from None
         thought = f"<think>\n{THOUGHT}\n</think>\n\n{SENTINEL}"
         with_thought = self._text([*start, {"role": "assistant", "content": thought}, said])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from vdr_cli.config.described import SCHEMA_FILE
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.text import did_you_mean
 
 NAMES = ("starter", "countdown4", "routes", "guess", "tldr", "gsm8k", "7b", "32b")
 """Runs, from the smallest machine to the largest."""
@@ -18,9 +18,7 @@ ALL = (*NAMES, *STUDIES)
 def recipe_path(name: str) -> Path:
     """The YAML file of a recipe; ConfigError with the nearest name for an unknown one."""
     if name not in ALL:
-        near = difflib.get_close_matches(name, ALL, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ALL)}"
-        raise ConfigError(f"no recipe {name}; {hint}")
+        raise ConfigError(f"no recipe {name}; {did_you_mean(name, ALL, 'there are ' + ', '.join(ALL))}")
     folder = Path(__file__).parent
     return (folder / "studies" if name in STUDIES else folder) / f"{name}.yaml"
 

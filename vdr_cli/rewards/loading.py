@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -25,6 +24,7 @@ from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.main_thread import OwnProcess, watch_signals
 from vdr_cli.rewards.processes import RaisedThereError, RewardProcesses
 from vdr_cli.rewards.user_files import make_importable, module_name
+from vdr_cli.system.text import did_you_mean, nearest
 
 __all__ = ["LoadedReward", "check_columns", "load_rewards"]
 
@@ -120,8 +120,7 @@ def check_name(given: str, key: str = "rewards.functions") -> tuple[str, str]:
     if not colon:
         if given in BUILT_IN:
             return "", given
-        near = difflib.get_close_matches(given, BUILT_IN, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}."
+        hint = did_you_mean(given, BUILT_IN, f"the built-in ones are {', '.join(BUILT_IN)}.")
         raise ConfigError(
             f"{key}: no built-in {given or 'without a name'}; {hint} Or give module:function or file.py:function"
         )
@@ -172,8 +171,7 @@ def _attribute(module: ModuleType, attribute: str, given: str, key: str) -> Call
     if found is not None:
         raise ConfigError(f"{key}: {given}: {attribute} is not a function")
     there = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-    near = difflib.get_close_matches(attribute, there, n=1, cutoff=0.5) or there[:5]
-    hint = f"; it has {', '.join(near)}" if near else ""
+    hint = f"; it has {nearest(attribute, there) or ', '.join(there[:5])}" if there else ""
     raise ConfigError(f"{key}: {given}: no function {attribute} there{hint}")
 
 

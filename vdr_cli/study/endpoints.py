@@ -5,7 +5,6 @@ A number of a run is an array (P,), one value per prompt, whose mean is the run'
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from vdr_cli.errors import ConfigError
 from vdr_cli.stats.passk import pass_at_k
 from vdr_cli.study.schema import MOST_K
+from vdr_cli.system.text import did_you_mean
 
 Array = NDArray[np.float64]
 
@@ -57,8 +57,7 @@ def check_endpoint(name: str, samples: int, where: str) -> None:
         )
     if not found and name not in NAMES:
         known = [f"pass@{k}" for k in ks_up_to(samples)] + list(NAMES)
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are pass@K, {', '.join(NAMES)}"
+        hint = did_you_mean(name, known, f"there are pass@K, {', '.join(NAMES)}")
         raise ConfigError(f"{where}: nothing computes {name}; {hint}")
 
 

@@ -6,7 +6,8 @@ or half of a surrogate pair. Each is replaced by a visible stand-in, so nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _INVISIBLE = (0x00AD, 0x180E, 0x200B, 0x2028, 0x2029, 0x2060, *range(0x2061, 0x2066), 0xFEFF, *range(0xFFF9, 0xFFFC))
@@ -34,6 +35,30 @@ def visible(text: str, multiline: bool = False) -> str:
 def shortened(text: str, limit: int) -> str:
     """At most `limit` characters, the end cut off and marked."""
     return text if len(text) <= limit else text[: max(limit - 1, 0)] + "…"
+
+
+def shown_value(value: object, limit: int = 60) -> str:
+    """The value as Python writes it, in at most `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """An exception's message on one line of at most 200 characters; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
+    """The known name that a misspelt one is most like; None below `cutoff`, where 1 is equality."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean starter?`, or `otherwise` where no known name is like it."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else otherwise
 
 
 def is_text(text: str) -> bool:

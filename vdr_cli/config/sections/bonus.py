@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from vdr_cli.config.sections.base import Positive, Section
+from vdr_cli.system.text import did_you_mean
 
 SOURCES = ("disagreement", "surprisal", "entropy", "counts", "novelty", "unlikeliness", "value_heads", "noise", "none")
 """Values of bonus.source, beside file.py:function."""
@@ -131,8 +131,7 @@ class BonusConfig(Section):
     def _known(cls, source: str) -> str:
         if source in SOURCES or ":" in source:
             return source
-        near = difflib.get_close_matches(source, SOURCES, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"the sources are {', '.join(SOURCES)}, or file.py:function"
+        hint = did_you_mean(source, SOURCES, f"the sources are {', '.join(SOURCES)}, or file.py:function")
         raise ValueError(f"is {source!r}, which is no source; {hint}")
 
     @property
