@@ -5,7 +5,8 @@ python scripts/build/tables.py --check   # exit 1 when one is out of date
 
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
 reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
-those of the study in docs/evidence/BED/record, with its contrasts and the number of seeds it is to have.
+those of the study in docs/evidence/BED/record, with its contrasts and the number of seeds it is to have; tables of
+several studies share the macros of evidence.jinja.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vdr_cli.study.analysis import contrasts
 from vdr_cli.study.record import read_record
@@ -68,10 +69,15 @@ def results() -> dict[str, Any]:
 
 def table(name: str) -> str:
     """One table as Markdown. Raises jinja2.UndefinedError for a number that no file holds."""
-    environment = Numbers(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment = Numbers(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
     environment.filters |= {"n": number, "signed": signed, "interval": interval}
-    template = environment.from_string((TEMPLATES / f"{name}.md").read_text(encoding="utf-8"))
-    return template.render(results()).strip() + "\n"
+    return environment.get_template(f"{name}.md").render(results()).strip() + "\n"
 
 
 def page(text: str) -> str:
