@@ -110,7 +110,7 @@ def check_rewards(config: Config) -> None:
         check_reward(function)
     if not config.rewards.functions and reward_of(config.data.name) is None and config.rollout.environment is None:
         raise ConfigError(
-            f"rewards.functions is empty and data.name {config.data.name} brings no reward; "
+            f"rewards.functions is empty and data.name {config.data.name} has no reward of its own; "
             "give --reward a built-in, module:function, file.py:function or model:PATH"
         )
 

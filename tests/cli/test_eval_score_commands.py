@@ -182,7 +182,7 @@ def test_score_defaults(scored):
     [
         (["eval", "./none"], "error: MODEL ./none: no such directory"),
         (["eval", "starter", "empty"], "error: MODEL empty: neither config.json nor"),
-        (["eval", "starter", "--greedy", "--temperature", "1"], "exclude each other"),
+        (["eval", "starter", "--greedy", "--temperature", "1"], "cannot be combined"),
         (["eval", "starter", "--set", "train.steps=3"], "vdr eval does not read train"),
         (["eval", "starter", "--json", "none/o.json"], "no directory"),
         (["eval", "starter", "--temperature", "-1"], "--temperature: rollout.temperature must be above 0"),

@@ -260,7 +260,7 @@ def test_a_runs_configuration_repeats_it_elsewhere(started):
         (["--data", "none.jsonl", "--reward", "length"], 2, "data.name none.jsonl: no such file"),
         (["--data", "notes.txt", "--reward", "length"], 2, "must end in one of"),
         (["--data", "empty.jsonl", "--reward", "length"], 3, "the file is empty"),
-        (["--data", "d.jsonl"], 2, "brings no reward"),
+        (["--data", "d.jsonl"], 2, "has no reward of its own"),
         (["--data", "typo.jsonl"], 3, "typo.jsonl: no column prompt; the columns are promt, answer; did you mean"),
         (["--data", "typo.csv"], 3, "typo.csv: no column prompt; the columns are promt, answer; did you mean promt?"),
         (["--data", "d.jsonl", "--reward", "length", "--set", "train.eval_every=5"], 2, "give data.eval_name"),

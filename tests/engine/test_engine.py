@@ -287,5 +287,5 @@ def test_a_rank_with_other_settings_is_refused(config, monkeypatch: pytest.Monke
     monkeypatch.setattr(opening.collectives, "gather_objects", lambda own: said.append(own) or said)
     for each in (same, same):
         opening.refuse_other_settings(each)
-    with pytest.raises(ConfigError, match=r"are not those on .*, where rank 0 is"):
+    with pytest.raises(ConfigError, match=r"differ from those on .*, where rank 0 is"):
         opening.refuse_other_settings(other)

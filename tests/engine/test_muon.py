@@ -192,7 +192,7 @@ def test_settings_that_do_not_fit_are_refused(sections: dict[str, Any], line: st
     ("name", "line"),
     [
         ("zero2", "train.optimizer muon needs ZeRO stage 3; give zero3"),
-        ("zero3_offload", "zero_optimization.offload_optimizer does not go with train.optimizer muon"),
+        ("zero3_offload", "zero_optimization.offload_optimizer cannot be combined with train.optimizer muon"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(name: str, line: str) -> None:

@@ -210,7 +210,7 @@ def test_environments_are_closed_when_an_evaluation_fails(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"ks": (1, 9), "samples": 8}, "each k lies between 1 and --samples 8"),
+        ({"ks": (1, 9), "samples": 8}, "each k must lie between 1 and --samples 8"),
         ({"ks": (0,)}, "each k"),
         ({"samples": 0}, "at least one completion"),
         ({"prompts": 0}, "at least one prompt"),

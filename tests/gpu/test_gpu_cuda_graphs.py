@@ -102,7 +102,7 @@ def test_a_model_that_waits_for_the_device_is_sampled_without_graphs(device: tor
     rollout = TransformersRollout(0, [3, 4], cuda_graphs="on")
     try:
         if device.type == "cuda":
-            with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
+            with pytest.warns(UserWarning, match="continues without CUDA graphs"):
                 drawn = rollout.generate(model, RolloutRequest(PROMPTS, 6, Sampling(8), KEYS))
             assert not rollout.can_capture
         else:

@@ -37,7 +37,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
         (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:9000]), load_causal_lm, "incomplete metadata"),
         (WEIGHTS, lambda path: path.write_bytes(b""), load_causal_lm, "header too small"),
         (WEIGHTS, lambda path: path.unlink(), load_causal_lm, "no file named model.safetensors"),
-        (WEIGHTS, without_a_weight, load_causal_lm, "1 weights are not in its files (model.layers.1.mlp.up_proj"),
+        (WEIGHTS, without_a_weight, load_causal_lm, "1 weights are missing from its files (model.layers.1.mlp.up_proj"),
         ("config.json", with_setting("vocab_size", 99), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "t5"), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "alien"), load_model_config, "model type `alien`"),
@@ -45,7 +45,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
         ("config.json", lambda path: path.write_text("{"), load_model_config, "not a valid JSON file"),
         ("config.json", lambda path: path.write_text("[]"), load_model_config, "cannot be loaded"),
         ("tokenizer.json", lambda path: path.write_text("{}"), load_tokenizer, "cannot be loaded"),
-        ("tokenizer.json", lambda path: path.unlink(), load_tokenizer, "no tokenizer is in its files"),
+        ("tokenizer.json", lambda path: path.unlink(), load_tokenizer, "its files include no tokenizer"),
     ],
 )
 def test_spoilt_files(tmp_path: Path, file, spoil, load, expected) -> None:

@@ -138,7 +138,7 @@ def test_the_commands(capsys):
     [
         (["show", "gsm8"], "no recipe gsm8; did you mean gsm8k?"),
         (["show", "zzz"], "no recipe zzz; there are starter, countdown4"),
-        (["copy", "tldr", "there.yaml"], "there.yaml is there already"),
+        (["copy", "tldr", "there.yaml"], "there.yaml already exists"),
         (["copy", "tldr", "none/x.yaml"], "no directory none"),
         (["burn"], "No such command 'burn'"),
     ],

@@ -54,7 +54,7 @@ def test_windows_are_joined_in_order(suffix: str, tmp_path: Path) -> None:
 def test_unfinished_work_is_kept_for_the_same_request_alone(tmp_path: Path) -> None:
     output = tmp_path / "scores.jsonl"
     written(output)
-    with pytest.raises(ConfigError, match="unfinished work lies here: add --resume"):
+    with pytest.raises(ConfigError, match="unfinished work is here: add --resume"):
         Parts(str(output), REQUEST).check(resume=False)
     with pytest.raises(ConfigError, match="cannot resume, seed changed since"):
         Parts(str(output), {**REQUEST, "seed": 1}).check(resume=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "vdr audit runs/wide                        # every step that has a record",
-    "vdr audit runs/wide --steps 0,10 --outside # only what does not agree",
+    "vdr audit runs/wide --steps 0,10 --outside # only what is outside its bound",
     "vdr audit runs/wide --only rewards,advantages,metrics   # no model is needed",
     "vdr audit runs/wide --json audit.json",
 )
@@ -38,8 +38,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Parts of: inputs, rewards, sampling, members, advantages, policy, update, metrics, evaluation, "
-            "export.",
+            help="Only these parts, of: inputs, rewards, sampling, members, advantages, policy, update, metrics, "
+            "evaluation, export.",
         ),
     ] = None,
     outside: Annotated[bool, typer.Option("--outside", help="Show only lines outside their bound.")] = False,
@@ -47,9 +47,9 @@ def command(
         str | None, typer.Option("--json", metavar="FILE", help="Also write every line, in full precision.")
     ] = None,
 ) -> int:
-    """Recompute steps of a run in float64 and compare every number with the one on file.
+    """Recompute steps of a run in float64 and compare every number with the recorded one.
 
-    Nothing of the training code is used. Exit code 0: all within their bounds; 1: some are not.
+    It uses none of the training code. Exit code 0: all numbers are within their bounds; 1: some are not.
     Train with observe.audit_every to audit more than the first step.
     """
     if json_file is not None:
@@ -80,7 +80,7 @@ def _numbers(text: str) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--steps {text}: give whole numbers with commas between, such as 0,10") from None
+        raise ConfigError(f"--steps {text}: give whole numbers separated by commas, such as 0,10") from None
     return found
 
 

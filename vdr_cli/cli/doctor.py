@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "vdr doctor                                      this machine",
-    "vdr doctor --hostfile hosts                     every host of it, beside this machine",
-    "vdr doctor run.yaml --hostfile hosts            and whether they could run this",
+    "vdr doctor --hostfile hosts                     this machine and every host in the file",
+    "vdr doctor run.yaml --hostfile hosts            also whether they can run this",
 )
 
 GIB = 1 << 30
@@ -34,7 +34,7 @@ FLAGS = panel(LAUNCH, *(f"launch.{key}" for key in HOST_KEYS))
 def command(
     typed: Typed,
     config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run, to check what it needs.")
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings of a run; check what it needs.")
     ] = None,
     overrides: SetOption = None,
 ) -> None:

@@ -56,15 +56,15 @@ Models = Annotated[
 Samples = Annotated[int, typer.Option("--samples", "--n", "-n", help="Completions per prompt.")]
 Ks = Annotated[
     list[str] | None,
-    typer.Option("--k", metavar="K,...", help="pass@k, such as 1,8,64. Repeatable. Default: 1 and --samples."),
+    typer.Option("--k", metavar="K,...", help="k of pass@k, such as 1,8,64. Repeatable. Default: 1 and --samples."),
 ]
 Prompts = Annotated[int | None, typer.Option(help="Evaluate only the first N prompts.")]
-Greedy = Annotated[bool, typer.Option("--greedy", help="One completion per prompt, the likeliest tokens.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the samples, the intervals and the masks.")]
-Diversity = Annotated[bool, typer.Option("--diversity", help="Add distinct-n and self-BLEU of a prompt's completions.")]
-Reference = Annotated[str | None, typer.Option(metavar="COLUMN", help="Add ROUGE-L against this column of the data.")]
-Members = Annotated[int, typer.Option(min=0, help="Add the mean disagreement of this many dropout members; 0: none.")]
-JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Greedy decoding: one completion per prompt.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for samples, intervals and masks.")]
+Diversity = Annotated[bool, typer.Option("--diversity", help="Also compute distinct-n and self-BLEU per prompt.")]
+Reference = Annotated[str | None, typer.Option(metavar="COLUMN", help="Also compute ROUGE-L against this data column.")]
+Members = Annotated[int, typer.Option(min=0, help="Also measure disagreement with this many dropout members; 0: off.")]
+JsonFile = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Also write the numbers as JSON.")]
 MarkdownFile = Annotated[str | None, typer.Option(metavar="FILE", help="Also write the tables as Markdown.")]
 SaveFile = Annotated[str | None, typer.Option(metavar="FILE.parquet", help="Also save every completion.")]
 ReadOverrides = Annotated[
@@ -98,10 +98,10 @@ def command(
 ) -> None:
     """Sample, reward, and compare models: pass@k, mean reward, length, entropy, with 95 % intervals.
 
-    Data, rewards and sampling are those of the first run named, if any; options go over them.
+    Data, rewards and sampling are those of the first run given, if any; options override them.
     """
     if greedy and typed["rollout.temperature"] is not None:
-        raise ConfigError("--greedy and --temperature exclude each other; give one")
+        raise ConfigError("--greedy and --temperature cannot be combined; give one")
     config = checked_config(models, typed.also("--reward", "rewards.functions", reward_settings(reward)), overrides)
     ks = numbers(k, "--k")
     files = Files(json_file, markdown, save)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vdr_cli.planning.work import Work
 
 EXAMPLES = (
-    "vdr plan --model 7B --gpus 8                    a size, on 8 GPUs",
-    "vdr plan run.yaml --hostfile hosts              a run, on the slots of a hostfile",
+    "vdr plan --model 7B --gpus 8                    a model size on 8 GPUs",
+    "vdr plan run.yaml --hostfile hosts              a run on the slots of a hostfile",
     "vdr plan --model 70B --gpus 64 --gpu-memory 80 --set model.gradient_checkpointing=true",
 )
 
@@ -32,9 +32,9 @@ FITS = 0.9
 
 
 FLAGS = (
-    Flag("--model", "model.name", note="Here also a size: 0.5B, 7B, 32B or 70B."),
+    Flag("--model", "model.name", note="Also accepts a size: 0.5B, 7B, 32B or 70B."),
     Flag("--ds-config", "engine.ds_config"),
-    Flag("--hostfile", "launch.hostfile", note="Its slots are the GPUs."),
+    Flag("--hostfile", "launch.hostfile", note="Its slots count as GPUs."),
 )
 
 
@@ -42,12 +42,12 @@ FLAGS = (
 def command(
     typed: Typed,
     config_file: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run; command-line options override it.")
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Settings of a run; command-line options override it.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs over all hosts.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 512,
-    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU, to say whether it fits.")] = None,
-    bandwidth: Annotated[float, typer.Option(min=0.1, help="Gbit/s of one GPU's share of the network.")] = 100.0,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs over all hosts.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the longest prompt.")] = 512,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB per GPU, to say whether the run fits.")] = None,
+    bandwidth: Annotated[float, typer.Option(min=0.1, help="Network bandwidth per GPU, in Gbit/s.")] = 100.0,
     overrides: SetOption = None,
 ) -> None:
     """Memory per GPU and network bytes per step, by the formulas of docs/cluster.md."""

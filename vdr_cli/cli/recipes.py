@@ -31,7 +31,7 @@ def command(context: typer.Context) -> None:
 
 
 def show_list() -> None:
-    """Each recipe in one line."""
+    """List the recipes, one per line."""
     width = max(map(len, recipes.ALL))
     for name in recipes.ALL:
         typer.echo(f"{name:<{width}}  {recipes.summary(name)}")
@@ -45,7 +45,7 @@ def show(name: Name) -> None:
 def copy(
     name: Name, path: Annotated[str | None, typer.Argument(metavar="PATH", help="Default: NAME.yaml here.")] = None
 ) -> None:
-    """Write a recipe to a file of yours. A file that is there already stays as it is."""
+    """Write a recipe to a new file. An existing file is never overwritten."""
     text = recipes.recipe_text(name)
     target = Path(path or f"{name}.yaml").expanduser()
     if target.is_dir():
@@ -54,7 +54,7 @@ def copy(
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{target} is there already; give another PATH") from None
+        raise ConfigError(f"{target} already exists; give another PATH") from None
     except FileNotFoundError:
         raise ConfigError(f"{target}: no directory {target.parent}; make it first") from None
     except OSError as error:

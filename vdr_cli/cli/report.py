@@ -13,22 +13,23 @@ from vdr_cli.errors import ConfigError
 EXAMPLES = (
     "vdr report runs/wide                               # runs/wide/report.html",
     "vdr report runs/seed0 --compare runs/seed1 --compare runs/none -o compared.html",
-    "vdr report runs/wide --members 8                   # tokens of all completions that it shows",
+    "vdr report runs/wide --members 8                   # colour the tokens of all completions",
     "vdr report scores.parquet --png figures/",
 )
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="RUN|SCORES", help="A run directory, or what vdr score wrote.")],
+    source: Annotated[str, typer.Argument(metavar="RUN|SCORES", help="A run directory, or output of vdr score.")],
     compare: Annotated[
-        list[str] | None, typer.Option("--compare", metavar="RUN", help="Further runs in the same charts. Repeatable.")
+        list[str] | None,
+        typer.Option("--compare", metavar="RUN", help="Another run for the same charts. Repeatable."),
     ] = None,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Default: report.html in the run, SCORES.html beside the file.")
     ] = None,
     members: Annotated[
         int,
-        typer.Option(help="Measure the tokens that the run did not, by this many members of its final model; 0: not."),
+        typer.Option(help="Measure tokens that the run did not, with this many members of its final model; 0: off."),
     ] = 0,
     png: Annotated[
         str | None,

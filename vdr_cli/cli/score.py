@@ -27,7 +27,7 @@ EXAMPLES = (
     "vdr score rows.jsonl --model Qwen/Qwen3-0.6B --completion-column answer",
     "vdr score rows.jsonl --model starter --members 0     # likelihood and entropy",
     "vdr score rows.jsonl --model runs/wide --label-column correct --tokens -o scores.parquet",
-    "vdr score rows.jsonl --model runs/wide --reward model:my/judge   # also what a reward model says",
+    "vdr score rows.jsonl --model runs/wide --reward model:my/judge   # also a reward model's scores",
     "vdr score rows.parquet --model runs/wide -o scores.parquet --hostfile hosts --resume",
 )
 
@@ -65,11 +65,11 @@ CompletionColumn = Annotated[
 LabelColumn = Annotated[
     str | None,
     typer.Option(
-        help="Column of labels: 1 right, 0 wrong, or a quality. Measures are ranked by it.", rich_help_panel=ROWS
+        help="Column of labels to rank the measures by: 1 right, 0 wrong, or a quality.", rich_help_panel=ROWS
     ),
 ]
 GroupColumn = Annotated[
-    str | None, typer.Option(help="Column that groups rows. Default: rows of one prompt.", rich_help_panel=ROWS)
+    str | None, typer.Option(help="Column that groups rows. Default: group by prompt.", rich_help_panel=ROWS)
 ]
 Filter = Annotated[
     str | None,
@@ -78,14 +78,17 @@ Filter = Annotated[
     ),
 ]
 Tokens = Annotated[bool, typer.Option("--tokens", help="Add arrays with one value per token.")]
-MaxTokens = Annotated[int | None, typer.Option(min=1, help="Score only a completion's first tokens.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Score only this many tokens of each completion.")]
 AppendEos = Annotated[bool, typer.Option("--append-eos", help="Completions given as text end with EOS.")]
 BatchTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens per forward; memory and speed, never the scores. Default: by the device."),
+    typer.Option(
+        min=1,
+        help="Tokens per forward pass; never changes the scores. Default: depends on the device.",
+    ),
 ]
 OnError = Annotated[str, typer.Option(help="stop at a row that cannot be used, or skip it and report it.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue where a killed scoring stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted scoring.")]
 
 
 @takes(FLAGS)

@@ -17,28 +17,28 @@ EXAMPLES = (
     "vdr recipes copy study mine.yaml          # a study to start from",
     "vdr study mine.yaml --dry-run             # what it would run",
     "vdr study mine.yaml --jobs 2              # run, evaluate, report",
-    "vdr study mine.yaml --jobs 2 --resume     # go on where it stopped",
+    "vdr study mine.yaml --jobs 2 --resume     # continue where it stopped",
     "vdr study mine.yaml --shard 1/8           # a Slurm array's task (scripts/study.sbatch)",
-    "vdr study report studies/mine             # the results again, from study.json and the metrics",
+    "vdr study report studies/mine             # rebuild the results from study.json and the metrics",
     "vdr study archive studies/mine kept       # a small copy, to publish and to go on with elsewhere",
 )
 
 File = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="Arms, seeds, beds, budget, endpoint.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time; they share the machine's threads and GPUs.")]
 ShardText = Annotated[
-    str | None, typer.Option("--shard", metavar="I/N", help="Run only part I of N; parts may run side by side.")
+    str | None, typer.Option("--shard", metavar="I/N", help="Run only part I of N; parts may run at the same time.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study that the output directory holds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the study in the output directory.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print what would run.")]
 
 
 def command(
     file: File, jobs: Jobs = 1, shard: ShardText = None, resume: Resume = False, dry_run: DryRun = False
 ) -> None:
-    """Run what the study lacks, evaluate every last checkpoint, and write study.json, study.md and study.html.
+    """Run what is missing, evaluate every last checkpoint, and write study.json, study.md and study.html.
 
-    A run that fails costs the study that run: it is named, the others go on, the exit code is 1. After a kill,
-    --resume goes on; runs continue from their checkpoints.
+    If a run fails, it is named, the others continue, and the exit code is 1. After an interruption, --resume
+    continues; runs resume from their checkpoints.
     """
     from vdr_cli.study.load import load_study, warnings
     from vdr_cli.study.plan import Shard, tasks_of
@@ -56,7 +56,7 @@ def command(
 
 
 def report(directory: Annotated[str, typer.Argument(metavar="DIR", help="A study's output directory.")]) -> None:
-    """Write the results again, from study.json and the runs' metrics alone."""
+    """Rebuild the results from study.json and the runs' metrics."""
     from vdr_cli.study.page import rebuild
 
     for path in rebuild(Path(directory)):
@@ -67,7 +67,7 @@ def archive(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A study's output directory.")],
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Where the copy goes.")],
 ) -> None:
-    """Copy a study without its run directories: counts, settings and the metrics that matter, in a few small files."""
+    """Copy a study without its run directories: counts, settings and the relevant metrics, in a few small files."""
     from vdr_cli.study.page import archive
 
     for path in archive(Path(directory), Path(target)):

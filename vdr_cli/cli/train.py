@@ -69,7 +69,7 @@ def command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check everything, print the plan and what differs from the defaults.",
+            help="Check everything; print the plan and the settings that differ from the defaults.",
             rich_help_panel=RUN,
         ),
     ] = False,

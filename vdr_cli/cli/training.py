@@ -23,7 +23,7 @@ def start(
 ) -> int:
     """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
     if resume is not None and config.train.output is None:
-        raise ConfigError("--resume needs --output, the run directory to go on in")
+        raise ConfigError("--resume needs --output, the run directory to continue")
     check_before_start(config, resume)
     several = wants_ranks(config.launch)
     environ = {**os.environ, **translated(os.environ)}
@@ -49,7 +49,7 @@ def start(
 def chosen_output(config: Config) -> str:
     """`default_output`, where one process decides it for all; ConfigError where several would."""
     if config.launch.no_ssh or int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
-        raise ConfigError("--output is needed when vdr is started on every host: all must know the same directory")
+        raise ConfigError("--output is needed when vdr is started on every host, so that all use the same directory")
     return default_output()
 
 

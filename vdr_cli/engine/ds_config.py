@@ -123,8 +123,8 @@ def _fit_muon(name: str, resolved: DsConfig) -> None:
         refused.append("reduce_scatter")
     if refused:
         raise ConfigError(
-            f"engine.ds_config {name}: zero_optimization.{refused[0]} does not go with train.optimizer muon, which "
-            "needs whole gradients on the device; remove it"
+            f"engine.ds_config {name}: zero_optimization.{refused[0]} cannot be combined with train.optimizer muon, "
+            "which needs whole gradients on the device; remove it"
         )
     zero["reduce_scatter"] = False
     resolved["gradient_clipping"] = 0.0

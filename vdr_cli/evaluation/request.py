@@ -48,7 +48,7 @@ def sampling_plan(request: EvalRequest) -> tuple[int, tuple[int, ...], Sampling]
         if samples < 1:
             raise ConfigError(f"--samples {samples}: draw at least one completion per prompt")
         if ks[0] < 1 or ks[-1] > samples:
-            raise ConfigError(f"--k {','.join(map(str, ks))}: each k lies between 1 and --samples {samples}")
+            raise ConfigError(f"--k {','.join(map(str, ks))}: each k must lie between 1 and --samples {samples}")
     if request.prompts is not None and request.prompts < 1:
         raise ConfigError(f"--prompts {request.prompts}: evaluate on at least one prompt")
     sampling = sampling_of(request.rollout)

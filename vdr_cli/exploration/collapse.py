@@ -58,7 +58,7 @@ class Cures:
         if several and not grpo.needs_covariance:
             entropy += ", try grpo.loss kl_cov"
         resample = "" if grpo.resample_groups else ", or set grpo.resample_groups"
-        varied = "set grpo.advantage to pass_at_k, which pays for answers that the group lacks"
+        varied = "set grpo.advantage to pass_at_k, which rewards answers that the group lacks"
         if grpo.advantage == "pass_at_k":
             varied = "raise grpo.pass_k" if grpo.pass_k < config.rollout.group_size else "lower train.learning_rate"
         return cls(

@@ -98,8 +98,8 @@ def backbone(model: nn.Module) -> nn.Module:
             found = getattr(causal_lm, name)
     if found is causal_lm:
         raise ConfigError(
-            f"model: {type(causal_lm).__name__} has no decoder apart from its LM head; "
-            "give a causal language model of the Hugging Face kind (AutoModelForCausalLM)"
+            f"model: {type(causal_lm).__name__} has no decoder separate from its LM head; "
+            "give a Hugging Face causal language model (AutoModelForCausalLM)"
         )
     return found
 

@@ -42,9 +42,9 @@ def check_independence(model: nn.Module) -> None:
     difference = float((alone - beside)[used].abs().max() / alone[used].abs().max().clamp_min(1e-6))
     if not difference <= TOLERANCE.get(dtype, HALF_TOLERANCE):
         raise ConfigError(
-            f"model: {type(unwrapped(model)).__name__} gives other numbers to a row beside one of {longest} tokens "
-            f"(logits differ by {difference:.1%} of the largest): its positions or its padding depend on the longest "
-            "row, so that sampling and training would disagree; use a model that reads each row by itself"
+            f"model: {type(unwrapped(model)).__name__} gives a row other numbers when batched with one of {longest} "
+            f"tokens (logits differ by {difference:.1%} of the largest): its positions or its padding depend on the "
+            "longest row, so that sampling and training would disagree; use a model that reads each row by itself"
         )
 
 

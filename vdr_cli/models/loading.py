@@ -42,7 +42,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         path = str(adapter)
     tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.vocab_size < 2:  # transformers makes one without words where files are missing
-        raise ConfigError(f"model {name}: no tokenizer is in its files; save one beside the weights")
+        raise ConfigError(f"model {name}: its files include no tokenizer; save one with the weights")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -112,8 +112,8 @@ def _refuse_missing(name: str, info: dict[str, Any], kind: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model {name}: {len(missing)} weights are not in its files ({missing[0]}{', ...' * (len(missing) > 1)}); "
-            f"give a complete {kind}"
+            f"model {name}: {len(missing)} weights are missing from its files "
+            f"({missing[0]}{', ...' * (len(missing) > 1)}); give a complete {kind}"
         )
 
 

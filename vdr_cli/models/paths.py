@@ -58,7 +58,7 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
     special = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if settings.get(name)]
     if kind != "LORA" or special:
         raise ConfigError(
-            f"model {directory}: an adapter ({special[0] if special else kind}) that vdr cannot add to its base model; "
+            f"model {directory}: vdr cannot add this adapter ({special[0] if special else kind}) to its base model; "
             "merge it with PEFT (merge_and_unload, save_pretrained) and give the merged directory"
         )
     return settings  # type: ignore[no-any-return]

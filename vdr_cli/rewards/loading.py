@@ -42,7 +42,7 @@ def load_rewards(cfg: RewardsConfig, data_name: str, environments: LoadedReward 
     own = reward_of(data_name)
     if not cfg.functions and own is None:
         raise ConfigError(
-            f"rewards.functions is empty and data.name {data_name} brings no reward; give a built-in "
+            f"rewards.functions is empty and data.name {data_name} has no reward of its own; give a built-in "
             f"({', '.join(BUILT_IN)}), module:function, file.py:function or model:PATH"
         )
     watch_signals()

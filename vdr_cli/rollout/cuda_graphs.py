@@ -55,7 +55,7 @@ class GraphedForward:
                 self._captured[self.columns.length] = self._capture(ids, positions)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
-                warnings.warn(f"sampling goes on without CUDA graphs: {reason} (rollout.cuda_graphs)", stacklevel=2)
+                warnings.warn(f"sampling continues without CUDA graphs: {reason} (rollout.cuda_graphs)", stacklevel=2)
                 self.has_failed = True
                 return self.forward(ids, positions)
         step = self._captured[self.columns.length]

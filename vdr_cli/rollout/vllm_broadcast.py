@@ -146,7 +146,7 @@ def _places(client: VllmClient) -> list[dict[str, Any]]:
     if theirs and theirs != ours:
         raise ConfigError(
             f"rollout.vllm.push broadcast: {client.url} has torch {theirs} and vdr torch {ours}, whose process groups "
-            "need not understand each other; install the same release, or set rollout.vllm.push=directory"
+            "may be incompatible; install the same release, or set rollout.vllm.push=directory"
         )
     return places
 

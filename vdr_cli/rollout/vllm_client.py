@@ -120,7 +120,7 @@ class VllmClient:
             self.call_workers("reload_weights", {"weights_path": str(directory)})
         except ConfigError as error:
             raise ConfigError(
-                f"rollout.vllm.urls: {self.url} takes no weights ({error}); start it with VLLM_SERVER_DEV_MODE=1"
+                f"rollout.vllm.urls: {self.url} does not accept weights ({error}); start it with VLLM_SERVER_DEV_MODE=1"
             ) from None
         self.forget()
 

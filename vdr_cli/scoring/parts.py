@@ -60,7 +60,7 @@ class Parts:
         before = json.loads(self._record.read_text(encoding="utf-8"))
         changed = sorted(key for key in {*before, *self.request} if before.get(key) != self.request.get(key))
         if not resume:
-            raise ConfigError(f"{self.folder}: unfinished work lies here: add --resume to go on, or remove the folder")
+            raise ConfigError(f"{self.folder}: unfinished work is here: add --resume to continue, or remove the folder")
         if changed:
             raise ConfigError(
                 f"{self.folder}: cannot resume, {', '.join(changed)} changed since: give the same arguments, "

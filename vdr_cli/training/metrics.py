@@ -85,7 +85,9 @@ class MetricsWriter:
                 board.add_scalar(name, float(value), step)
         except OSError as error:  # its writing thread has ended
             self._board_lost, self._tensorboard = True, None
-            raise MachineError(f"{self.run_dir}: no more TensorBoard events: {error.strerror or error}") from error
+            raise MachineError(
+                f"{self.run_dir}: TensorBoard events can no longer be written: {error.strerror or error}"
+            ) from error
 
     def _write_pending(self) -> None:
         """Whole lines or nothing: a full disk takes part of a line, which is taken back."""

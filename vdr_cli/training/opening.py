@@ -298,7 +298,9 @@ def refuse_other_rows(name: str, prompts: PromptSet) -> None:
     (first, expected), *others = collectives.gather_objects((socket.gethostname(), prompts.digest))
     for host, theirs in others:
         if theirs != expected:
-            raise ConfigError(f"data.name {name}: its rows on host {host} are not those on {first}; copy them again")
+            raise ConfigError(
+                f"data.name {name}: its rows on host {host} differ from those on {first}; copy them again"
+            )
 
 
 def refuse_other_settings(config: Config) -> None:
@@ -308,7 +310,7 @@ def refuse_other_settings(config: Config) -> None:
     for host, theirs in others:
         if theirs != expected:
             raise ConfigError(
-                f"the settings on host {host} are not those on {first}, where rank 0 is; start every rank with the "
+                f"the settings on host {host} differ from those on {first}, where rank 0 is; start every rank with the "
                 "same file and flags"
             )
 

@@ -132,7 +132,7 @@ class BonusConfig(Section):
         if source in SOURCES or ":" in source:
             return source
         hint = did_you_mean(source, SOURCES, f"the sources are {', '.join(SOURCES)}, or file.py:function")
-        raise ValueError(f"is {source!r}, which is no source; {hint}")
+        raise ValueError(f"is {source!r}, which is not a source; {hint}")
 
     @property
     def effective_weight(self) -> float:
