@@ -113,7 +113,7 @@ def _valid(ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 Finished = Callable[[Sequence[int], Completions], None]
-"""Told of prompts all of whose completions are there, by their places in the call, with those completions in order."""
+"""Called with the indices of the prompts whose completions are all done, and with these completions in order."""
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ class Conversation(Protocol):
 
 
 class Watcher(Protocol):
-    """Told what a model in this process has just read, for whoever looks into the model while it is sampled from."""
+    """Sees what a model in this process reads while it is sampled from."""
 
     seen: Tensor | None
     """The watched layer's output in the newest pass; a pass replayed from a CUDA graph sets it from outside."""
 
     def prompts_were_read(self, prompts: Tensor) -> None:
-        """prompts (N,): places in the call; one row each, padded left to the widest of them."""
+        """prompts (N,): indices in the call; one row each, left-padded to the longest."""
         ...
 
     def token_was_read(self, rows: Tensor, t: int) -> None:

@@ -3,7 +3,7 @@ import unicodedata
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vdr_cli.system.text import did_you_mean, nearest, reason, shortened, shown_value, storable, visible
+from vdr_cli.system.text import did_you_mean, first_line, nearest, reason, shortened, shown_value, storable, visible
 
 
 @settings(deadline=None)
@@ -47,6 +47,11 @@ def test_a_value_and_an_exception_fit_on_a_line() -> None:
     assert reason(ValueError(" no\n  such\tthing ")) == "no such thing"
     assert reason(ValueError()) == "ValueError"
     assert reason(ValueError("x" * 201)) == "x" * 197 + "..."
+
+
+def test_the_first_line_of_an_exception() -> None:
+    assert first_line(ValueError("\nno room\nsee the manual")) == "no room"
+    assert first_line(TimeoutError()) == "TimeoutError"
 
 
 def test_the_nearest_name() -> None:

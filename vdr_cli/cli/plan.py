@@ -11,6 +11,7 @@ import typer
 
 from vdr_cli.cli.options import Flag, SetOption, Typed, config_from, takes
 from vdr_cli.errors import ConfigError
+from vdr_cli.system.text import first_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,5 +177,5 @@ def _config_json(name: str, setting: str) -> dict[str, Any]:
     try:
         return dict(AutoConfig.from_pretrained(name).to_dict())
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{setting}{name}: neither a size ({', '.join(SIZES)}) nor on the hub: {reason}") from None
+        sizes = ", ".join(SIZES)
+        raise ConfigError(f"{setting}{name}: neither a size ({sizes}) nor on the hub: {first_line(error)}") from None

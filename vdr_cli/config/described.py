@@ -126,10 +126,10 @@ def _in_words(node: Node) -> str:
         words = "list of sections" if _resolved(node) else f"list of {_in_words(node['items'])}"
     elif not words:
         words = "section" if _resolved(node) else "keys and values" if kind == "object" else WORDS[str(kind)]
-    bounds = [f"{sign} {_number(node[name])}" for name, sign in BOUNDS.items() if name in node]
+    bounds = [f"{sign} {bound(node[name])}" for name, sign in BOUNDS.items() if name in node]
     return ", ".join([words, *bounds])
 
 
-def _number(value: float) -> str:
-    """1 for 1.0, but 4294967295 in full."""
+def bound(value: Any) -> str:
+    """1 for 1.0; 0.5 and 4294967295 as they are."""
     return f"{value:g}" if isinstance(value, float) else str(value)

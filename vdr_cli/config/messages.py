@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from vdr_cli.config.described import bound
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import KeyPath
 from vdr_cli.system.text import nearest, shown_value
@@ -120,11 +121,6 @@ def _allowed(entry: dict[str, Any]) -> str:
         "model": "a section with keys below it",
     }
     return families.get(kind.split("_")[0], entry["msg"])
-
-
-def bound(value: Any) -> str:
-    """4294967295 and 0.5 as they are, 1.0 as 1."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from vdr_cli.engine.cpu import keep_to_one_thread_each
 from vdr_cli.engine.deepspeed_import import deepspeed
 from vdr_cli.engine.determinism import fixed_kernels
 from vdr_cli.errors import MachineError
+from vdr_cli.system.text import first_line
 
 
 def start_distributed() -> torch.device:
@@ -42,7 +43,7 @@ def _join_group() -> None:
         deepspeed.init_distributed(verbose=False)
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if os.environ.get("RANK") == "0":
             raise MachineError(f"rank 0 cannot listen on {place}: {reason}; give another --master-port") from error
         raise MachineError(f"rank 0 cannot be reached at {place}: {reason}; give --master-addr") from error

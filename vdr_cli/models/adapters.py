@@ -17,6 +17,7 @@ from vdr_cli.config.schema import LoraConfig
 from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.paths import adapter_settings
+from vdr_cli.system.text import first_line
 
 
 def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
@@ -44,7 +45,7 @@ def with_adapters(causal_lm: nn.Module, cfg: LoraConfig, seed: int) -> Any:
         except ValueError as error:
             named = cfg.targets if isinstance(cfg.targets, str) else ", ".join(cfg.targets)
             raise ConfigError(
-                f"model.lora.targets {named}: {str(error).splitlines()[0]}; give names of linear modules, or all-linear"
+                f"model.lora.targets {named}: {first_line(error)}; give names of linear modules, or all-linear"
             ) from error
 
 

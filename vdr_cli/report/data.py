@@ -33,6 +33,8 @@ DISAGREEMENT = ("bald_tokens", "rmi_tokens", "measured_tokens", "token_bald")
 HEAT = (*DISAGREEMENT, "token_entropy")
 """Columns with a number per token; the first that a completion has colours it."""
 GROUPS_SHOWN = 60
+POINTS_SHOWN = 600
+SCORED_ROWS = 100_000
 CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
 NOT_SEEDS = ("seed", "output")
 NUMBERS_SHOWN = (
@@ -201,7 +203,7 @@ def _is_measured(columns: Mapping[str, Sequence[Any]], row: int) -> bool:
     return any(columns[name][row] for name in DISAGREEMENT if name in columns)
 
 
-def reward_and_bonus_source(runs: Sequence[RunData], limit: int = 600) -> Series:
+def reward_and_bonus_source(runs: Sequence[RunData]) -> Series:
     """A point per saved completion of one setting's runs, the latest ones: its source's number and its reward."""
     xs: list[float] = []
     ys: list[float] = []
@@ -212,19 +214,20 @@ def reward_and_bonus_source(runs: Sequence[RunData], limit: int = 600) -> Series
         if measure not in columns or "reward" not in columns:
             continue
         for x, y in zip(columns[measure], columns["reward"], strict=True):
-            if x is not None and y is not None and len(xs) < limit:
+            if x is not None and y is not None and len(xs) < POINTS_SHOWN:
                 xs.append(x)
                 ys.append(y)
-        if len(xs) >= limit:
+        if len(xs) >= POINTS_SHOWN:
             break
     return Series(runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)", xs, ys)
 
 
-def scored_rows(path: str | Path, limit: int = 100_000) -> dict[str, list[Any]]:
-    """The first rows of a scored file, as columns."""
+def scored_rows(path: str | Path) -> dict[str, list[Any]]:
+    """The first SCORED_ROWS of a scored file, in whole windows, as columns."""
     from vdr_cli.scoring.sources import WINDOW_ROWS, Windows, find_sources
 
-    windows = Windows(find_sources([str(path)], Path(str(path) + ".stdin")), lambda index: index * WINDOW_ROWS < limit)
+    sources = find_sources([str(path)], Path(str(path) + ".stdin"))
+    windows = Windows(sources, lambda index: index * WINDOW_ROWS < SCORED_ROWS)
     rows = [row.values for window in windows for row in window.rows if row.values is not None]
     if str(path).lower().endswith(".csv"):
         rows = [{name: _from_cell(name, cell) for name, cell in row.items()} for row in rows]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vdr_cli.rollout.static_cache import Columns
 from vdr_cli.samples import Watcher
+from vdr_cli.system.text import first_line
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 """(R, 1) ids and positions to (R, V) logits."""
@@ -54,8 +55,8 @@ class GraphedForward:
             try:
                 self._captured[self.columns.length] = self._capture(ids, positions)
             except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"sampling continues without CUDA graphs: {reason} (rollout.cuda_graphs)", stacklevel=2)
+                why = first_line(error)
+                warnings.warn(f"sampling continues without CUDA graphs: {why} (rollout.cuda_graphs)", stacklevel=2)
                 self.has_failed = True
                 return self.forward(ids, positions)
         step = self._captured[self.columns.length]

@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.rollout.in_vllm.vdr_weights import broadcast, described, open_group, own_address
 from vdr_cli.rollout.vllm_client import VllmClient
+from vdr_cli.system.text import first_line
 
 Result = TypeVar("Result")
 
@@ -110,7 +111,7 @@ class Broadcast:
         if all(each.done() for each in (*requests, part)) and not part.exception():
             return part.result()
         error = part.exception() if part.done() else None
-        reason = str(error).splitlines()[0] if error else f"not done within {self.timeout:.0f} s"
+        reason = first_line(error) if error else f"not done within {self.timeout:.0f} s"
         names = ", ".join(client.url for client in self.clients)
         raise MachineError(
             f"rollout.vllm.push broadcast to {names} over {self.backend}: {reason}; rollout.vllm.push=directory needs "

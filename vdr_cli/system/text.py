@@ -49,6 +49,11 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for errors that go on with advice or a stack; its type without one."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that a misspelt one is most like; None below `cutoff`, where 1 is equality."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
