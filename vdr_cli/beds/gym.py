@@ -20,7 +20,6 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.system.text import did_you_mean
 
 PREFIX = "reasoning_gym:"
-SPLITS = ("train", "test")
 PACKAGE = "reasoning_gym"
 SIZES = {"size": 1000, "eval_size": 200, "seed": 0}
 """Keys of data.options that belong to the whole suite, and their defaults."""

@@ -22,3 +22,6 @@ JUDGED_TOKENS = 16_384
 
 MOST_OF_MEMORY = 0.7
 """Largest part of a GPU's free memory, beside the model states, that a full copy of the weights may take."""
+
+SERVER_MARGIN = 0.05
+"""Share of a GPU that neither a vLLM server nor the trainer beside it plans for: kernels, contexts, fragmentation."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vdr_cli.models.limits import CHUNK_BYTES, JUDGED_TOKENS, MOST_OF_MEMORY
+from vdr_cli.models.limits import CHUNK_BYTES, JUDGED_TOKENS, MOST_OF_MEMORY, SERVER_MARGIN
 from vdr_cli.models.placement import Placement, placement
 from vdr_cli.planning.shape import Shape
 from vdr_cli.planning.update_memory import layer_bytes, update_memory
@@ -19,12 +19,9 @@ FP32, BF16 = 4, 2
 MASTER_AND_MOMENTS = 12
 """Bytes a parameter of float32 master weights and Adam's two moments."""
 
-SERVER_MARGIN = 0.05
-"""Share of a GPU that neither vLLM nor the trainer plans for; rollout/vllm_server.py leaves the same."""
-
 
 def model_states(shape: Shape, work: Work) -> dict[str, float]:
-    """Bytes a GPU between steps (ZeRO, Rajbhandari et al. 2020): N parameters of e bytes on W GPUs.
+    """Bytes per GPU between steps (ZeRO, Rajbhandari et al. 2020): N parameters of e bytes on W GPUs.
 
     weights eN, gradients eN, master weights and moments 12N (8 for Muon's); stage 1 divides the last by W, stage 2 the
     gradients as well, stage 3 all. A reference model adds eN, divided by W at stage 3.
@@ -56,13 +53,13 @@ def weights_of(judge: Shape) -> int:
 
 
 def held_of(judge: Shape, work: Work) -> float:
-    """Bytes a GPU of a reward model between two steps."""
+    """Bytes per GPU of a reward model between two steps."""
     share = {"device": 1.0, "sharded": 1 / work.gpus, "host": 0.0}[home_of(judge, work)]
     return share * weights_of(judge)
 
 
 def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
-    """Bytes a GPU that each phase adds to the model states."""
+    """Bytes per GPU that each phase adds to the model states."""
     e, s = work.element_bytes, shape
     copied = copy_of_weights(shape, work)
     row = work.prompt_tokens + work.new_tokens
@@ -82,14 +79,14 @@ def phase_memory(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def _judging(judge: Shape, work: Work) -> float:
-    """Bytes a GPU that a reward model adds while it judges: weights that are not there yet, and a batch's states."""
+    """Bytes per GPU that a reward model adds while it judges: weights that are not there yet, and a batch's states."""
     held = weights_of(judge) if home_of(judge, work) == "device" else 0
     tokens = max(JUDGED_TOKENS, work.row)
     return weights_of(judge) - held + tokens * BF16 * (8 * judge.hidden + 3 * judge.intermediate)
 
 
 def _disagreement(shape: Shape, work: Work) -> float:
-    """Bytes a GPU that the members need at least beside the weights; they take half of what is free.
+    """Bytes per GPU that the members need at least beside the weights; they take half of what is free.
 
     One member reads one group, or with rows divided this rank's part of one. Layer by layer there are one layer's keys,
     and every member's hidden state of every token waits for the next layer.
@@ -106,7 +103,7 @@ def _disagreement(shape: Shape, work: Work) -> float:
 
 
 def copy_of_weights(shape: Shape, work: Work) -> float:
-    """Bytes a GPU of what rollout and disagreement read: nothing beside the weights below stage 3."""
+    """Bytes per GPU of what rollout and disagreement read: nothing beside the weights below stage 3."""
     if work.stage < 3:
         return 0.0
     others = shape.parameters - shape.layers * shape.layer_parameters
@@ -124,7 +121,7 @@ def wants_layers(asked: str, shape: Shape, work: Work, gpu_bytes: float | None) 
 
 
 def peak_memory(shape: Shape, work: Work) -> float:
-    """Bytes a GPU at the worst moment of a step."""
+    """Bytes per GPU at the worst moment of a step."""
     return sum(model_states(shape, work).values()) + max(phase_memory(shape, work).values())
 
 

@@ -21,7 +21,7 @@ from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.data.turns import shown_turns
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.report.charts import Series
-from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS
+from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
 
 Decode = Callable[[list[int]], list[str]]
 """Token ids to the text of each token."""
@@ -240,7 +240,6 @@ def scored_rows(path: str | Path) -> dict[str, list[Any]]:
 def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
     """The row, and the prompt and completion of its conversation where it has no others."""
     from vdr_cli.scoring.cells import whole_conversation
-    from vdr_cli.scoring.request import Fields
 
     conversation = whole_conversation(row, Fields())
     return row if conversation is None else {**row, "prompt": conversation[0], "completion": conversation[1]}

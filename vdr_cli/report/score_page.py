@@ -14,6 +14,7 @@ from vdr_cli.report.charts import Chart, Series, number
 from vdr_cli.report.content import Page, decoder_of
 from vdr_cli.report.data import scored_groups, scored_rows
 from vdr_cli.report.intervals import Interval, IntervalChart, ordered
+from vdr_cli.scoring.request import BASE_COLUMNS
 
 SCORE_CURVES = ("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "n_tokens")
 
@@ -58,8 +59,6 @@ def score_page(path: Path) -> Page:
 
 def _ranked(ranking: Sequence[Mapping[str, Any]]) -> IntervalChart | None:
     """The AUROC of every column, PRR where the labels are a quality."""
-    from vdr_cli.scoring.request import BASE_COLUMNS
-
     if not ranking:
         return None
     number = "auroc" if "auroc" in ranking[0] else "prr"

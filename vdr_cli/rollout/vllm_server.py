@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import torch
 
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.models.limits import SERVER_MARGIN
 from vdr_cli.rollout import in_vllm
 from vdr_cli.system.processes import start
 
@@ -89,16 +90,12 @@ class VllmServer:
                 continue
 
 
-MARGIN = 0.05
-"""Share of a GPU that neither side plans for: kernels, CUDA contexts, fragmentation."""
-
-
 def _memory_share(arguments: Sequence[str]) -> list[str]:
     """vLLM's share of the GPU: what the trainer, which is loaded already, has left free. Empty if the user says it."""
     if any(argument.startswith("--gpu-memory-utilization") for argument in arguments) or not torch.cuda.is_available():
         return []
     free, total = torch.cuda.mem_get_info()
-    return ["--gpu-memory-utilization", f"{max(free / total - MARGIN, 0.01):.2f}"]
+    return ["--gpu-memory-utilization", f"{max(free / total - SERVER_MARGIN, 0.01):.2f}"]
 
 
 def _environment(on_cpu: bool, receives: bool) -> dict[str, str]:

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vdr_cli.stats.bootstrap import student_cdf, student_quantile
+from vdr_cli.stats.bootstrap import LEVEL, student_cdf, student_quantile
 
 Array = NDArray[np.float64]
-LEVEL = 0.95
 POWER = 0.8
 """Probability with which a detectable difference is found."""
 ROUNDING = 1e-12

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from vdr_cli.stats.paired import LEVEL, Mean, holm, mean_over_seeds, mean_over_seeds_and_prompts
+from vdr_cli.stats.bootstrap import LEVEL
+from vdr_cli.stats.paired import Mean, holm, mean_over_seeds, mean_over_seeds_and_prompts
 from vdr_cli.study.endpoints import LOWER_IS_BETTER, ks_up_to, pass_at, value_of
 from vdr_cli.study.record import Record, RunRecord
 

@@ -59,7 +59,7 @@ class Job:
 
 
 class Watcher:
-    """Told of everything that happens; the views show it."""
+    """Follows the jobs of a study; the views show them."""
 
     def update(self, jobs: Sequence[Job]) -> None:
         """Called after every look."""
