@@ -220,7 +220,7 @@ def test_several_k_are_a_list_or_a_text_with_commas(given):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["train.eval_k=1,64", "train.eval_every=5"], "eval_k 1,64 needs eval_samples of 64 at least, not 8"),
+        (["train.eval_k=1,64", "train.eval_every=5"], "eval_k 1,64 needs eval_samples of at least 64, not 8"),
         (["train.eval_k=8"], "eval_k needs train.eval_every"),
         (["train.eval_k=0,1", "train.eval_every=5"], "train.eval_k[0] must be at least 1"),
         (["train.eval_k=one", "train.eval_every=5"], "train.eval_k"),

@@ -105,7 +105,7 @@ def test_episodes_are_played_again_from_their_turns(tmp_path: Path) -> None:
     assert again.counts == first.counts and again.history() == first.history()
     assert [each.guesses for each in again.environments or []] == [each.guesses for each in first.environments or []]
     moody = [[(ids, ended, room, [1]) for ids, ended, room, _ in played] for played in first.history()]
-    with pytest.raises(DataError, match="answered otherwise when the checkpoint's episode of dataset row 4"):
+    with pytest.raises(DataError, match="replied differently when the checkpoint's episode of dataset row 4"):
         own.begin(prompts(own.tokenizer), 2).replay(moody)
     own.close()
 
@@ -154,7 +154,7 @@ FAULTS = {
         r"Game: reset raised on dataset row 4: ValueError: planted",
     ),
     "resets to a number": (RESET, "return 3", r"reset returned int on dataset row 4; return text, or None"),
-    "resets differently": (RESET, "return str(id(self))", r"different things to episodes of dataset row 4"),
+    "resets differently": (RESET, "return str(id(self))", r"different replies to episodes of dataset row 4"),
     "hangs in reset": (RESET, "import time; time.sleep(60)", r"reset had not returned after 0.3 s on dataset row 4"),
     "raises in respond": (RESPOND, "raise KeyError('x')", r"respond raised on dataset row 9: KeyError"),
     "answers a number": (RESPOND, "return 1", r"respond returned int on dataset row 9; return text, or None"),

@@ -79,7 +79,7 @@ def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
     rows = first_rows([Source(str(path), "jsonl")])
     assert [(row.number, row.error is None) for row in rows] == [(1, True), (3, False), (4, False), (5, False)]
     assert rows[1].place == f"{path} line 3"
-    assert rows[2].error == "a JSON array: give JSONL, one object a line"
+    assert rows[2].error == "a JSON array: give JSONL, one object per line"
     assert rows[3].error is not None
     for text, message in (
         ('{\n "prompt": "a"\n}', "JSON over several lines"),

@@ -82,7 +82,7 @@ def refused(path: Path) -> str:
         (
             "seeds: 4",
             "tuning: {seeds: [3], trials: {grpo: [{}], default: [{}], per_token: [{}]}}",
-            "tuning.seeds: 3 is also a seed of record",
+            "tuning.seeds: 3 is also one of seeds",
         ),
         (
             "seeds: 4",
@@ -99,7 +99,7 @@ def test_a_study_that_cannot_answer_is_refused(written: Any, old: str, new: str,
 def test_a_schedule_needs_steps_to_go_by(written: Any) -> None:
     path = written("default: {}", "default: {train.lr_schedule: linear}")
     path.write_text(path.read_text().replace("{steps: 40}", "{seconds: 60}"))
-    assert "arms.default: train.lr_schedule goes by steps, and the budget is not in steps" in refused(path)
+    assert "arms.default: train.lr_schedule follows steps, and the budget is not in steps" in refused(path)
     path.write_text(path.read_text().replace("train.lr_schedule: linear", "grpo.num_iterations: 3"))
     assert load_study(path).config("starter", "default", 0).train.steps % 3 == 0
     path.write_text(path.read_text().replace("base:", "base:\n  train.steps: 501"))

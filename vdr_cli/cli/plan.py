@@ -131,13 +131,13 @@ def show(name: str, shape: Shape, work: Work, gpu_memory: float | None, bandwidt
     if work.stage >= 3:
         held = "one decoder layer at a time" if work.by_layers else "a full copy of the weights"
         print(f"rollout and disagreement read {held} (engine.gather)")
-    console.print(_table("Memory a GPU, always", model_states(shape, work), GIB, "GiB"))
-    console.print(_table("Memory a GPU, one phase at a time", phase_memory(shape, work), GIB, "GiB"))
+    console.print(_table("Memory per GPU, always", model_states(shape, work), GIB, "GiB"))
+    console.print(_table("Memory per GPU, one phase at a time", phase_memory(shape, work), GIB, "GiB"))
     moved = traffic(shape, work)
-    console.print(_table("Network, received by a GPU each step", moved, 1e9, "GB"))
+    console.print(_table("Network, received per GPU and step", moved, 1e9, "GB"))
     seconds = sum(moved.values()) * 8 / (bandwidth * 1e9)
     print(f"peak: {peak_memory(shape, work) / GIB:.1f} GiB per GPU")
-    print(f"network: {seconds:.1f} s per step at {bandwidth:g} Gbit/s per GPU, when nothing overlaps")
+    print(f"network: {seconds:.1f} s per step at {bandwidth:g} Gbit/s per GPU, without overlap")
     if gpu_memory is not None:
         fits = peak_memory(shape, work) <= FITS * gpu_memory * GIB
         print(f"{'fits' if fits else 'does not fit'} in {gpu_memory:g} GiB with a tenth left free")

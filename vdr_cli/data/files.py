@@ -193,7 +193,7 @@ def _read_json(path: Path) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not valid JSON ({_problem(error)}); a .json file holds one list of objects, "
-            "a file with an object a line ends in .jsonl"
+            "a file with one object per line must end in .jsonl"
         ) from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of objects is needed")

@@ -99,7 +99,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program that comes with the model: it may raise anything
             raise ConfigError(
-                f"the chat template refuses a message of role {role} after the assistant's: {reason(error)}"
+                f"the chat template rejects a message of role {role} after the assistant's: {reason(error)}"
             ) from None
         thought = f"<think>\n{THOUGHT}\n</think>\n\n{SENTINEL}"
         with_thought = self._text([*start, {"role": "assistant", "content": thought}, said])

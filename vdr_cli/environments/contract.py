@@ -143,7 +143,7 @@ def _tool(where: str, function: Callable[..., Any], is_method: bool) -> Tool:
     if not inspect.getdoc(function):
         raise ConfigError(
             f"{what}: it has no docstring, which tells the model what it does; add one with an Args: section, or start "
-            "the name with an underscore if it is no tool"
+            "the name with an underscore if it is not a tool"
         )
     try:
         schema = get_json_schema(function)

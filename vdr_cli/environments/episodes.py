@@ -217,7 +217,7 @@ class ManyTurns:
             raise DataError(f"{where} returned {odd} on dataset row {prompt.row}; return text, or None")
         if any(each != text for each in said):
             raise DataError(
-                f"{where} said different things to episodes of dataset row {prompt.row}, and a group is compared with "
+                f"{where} gave different replies to episodes of dataset row {prompt.row}, and a group is compared with "
                 "itself: make it depend on the row's columns alone (a seed column)"
             )
         if not text:
@@ -265,7 +265,7 @@ class ManyTurns:
             for (row, (_, _, _, before)), now in zip(again, self.replies(turns), strict=True):
                 if now.ids != before:
                     raise DataError(
-                        f"rollout.environment {self.owner.contract.name}: it answered otherwise when the checkpoint's "
+                        f"rollout.environment {self.owner.contract.name}: it replied differently when the checkpoint's "
                         f"episode of dataset row {self._episodes[row].prompt.row} was played again; make it depend on "
                         "the row's columns alone (a seed column), or resume with rollout.ahead 0"
                     )

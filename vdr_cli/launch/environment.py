@@ -179,7 +179,7 @@ def travelling(environ: Mapping[str, str], env: Mapping[str, str]) -> dict[str, 
     for name, value in {**found, **sent}.items():
         if name not in env and not is_plain(value):
             raise ConfigError(
-                f"the environment variable {name} would travel to every host and has {_offending(value)!r} in it, "
+                f"the environment variable {name} would be sent to every host and has {_offending(value)!r} in it, "
                 f"{_ALLOWED}, or unset it"
             )
     return {**found, **checked(env)}

@@ -101,7 +101,7 @@ def _first_slots(hosts: Hosts, per_host: int) -> Hosts:
         if len(slots) < per_host:
             raise ConfigError(
                 f"launch.num_processes {per_host}: host {name} has {len(slots)} slot{'s' * (len(slots) != 1)}; "
-                "ask for fewer processes a host or exclude it"
+                "ask for fewer processes per host or exclude it"
             )
     return {name: slots[:per_host] for name, slots in hosts.items()}
 

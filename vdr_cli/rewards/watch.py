@@ -35,7 +35,7 @@ class RewardWatch:
             if self._seen == self._first == self._zeros[name]:
                 lines.append(
                     f"reward {name} was 0 for every completion of the first {_steps(self._first)}: a task that is too "
-                    "hard, a column that never fits, or an error that the function hides (look at completions/)"
+                    "hard, a column that never matches, or an error that the function hides (look at completions/)"
                 )
         return lines
 

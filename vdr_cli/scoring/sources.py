@@ -198,10 +198,10 @@ def _json_row(path: str, number: int, line: bytes) -> Row:
         return Row(path, number, None, "not valid JSON (nested too deep)")
     except ValueError as error:  # bad JSON, bad UTF-8, a number of more digits than Python reads
         if line.strip() in (b"{", b"["):
-            return Row(path, number, None, "JSON over several lines: give JSONL, one object a line")
+            return Row(path, number, None, "JSON over several lines: give JSONL, one object per line")
         return Row(path, number, None, f"not valid JSON ({error})")
     if isinstance(values, list):
-        return Row(path, number, None, "a JSON array: give JSONL, one object a line")
+        return Row(path, number, None, "a JSON array: give JSONL, one object per line")
     if not isinstance(values, dict):
         return Row(path, number, None, "not a JSON object")
     return Row(path, number, values)

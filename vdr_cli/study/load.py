@@ -235,8 +235,7 @@ def _check_tuning(study: Study, where: Any) -> None:
         raise ConfigError(f"{where('tuning', 'trials')}: every arm gets the same number of trials; here: {shown}")
     if shared := sorted(set(file.tuning.seeds) & set(file.seeds)):
         raise ConfigError(
-            f"{where('tuning', 'seeds')}: {shared[0]} is also a seed of record; tune on seeds that the result does not "
-            "use"
+            f"{where('tuning', 'seeds')}: {shared[0]} is also one of seeds; tune on seeds that the result does not use"
         )
     if repeated := _repeated(file.tuning.seeds):
         raise ConfigError(f"{where('tuning', 'seeds')}: {repeated[0]} is given twice; keep one")
@@ -277,7 +276,7 @@ def _check_schedules(study: Study, config: Config, arm: str, where: Any) -> None
         section, _, name = key.partition(".")
         if getattr(getattr(config, section), name, "constant") != "constant":
             raise ConfigError(
-                f"{where('arms', arm)}: {key} goes by steps, and the budget is not in steps; give base train.steps"
+                f"{where('arms', arm)}: {key} follows steps, and the budget is not in steps; set train.steps in base"
             )
 
 

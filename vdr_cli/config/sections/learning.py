@@ -229,7 +229,7 @@ class TrainConfig(Section):
     def _enough_samples(self) -> Self:
         if self.eval_k is not None and max(self.eval_k) > self.eval_samples:
             raise ValueError(
-                f"eval_k {','.join(map(str, self.eval_k))} needs eval_samples of {max(self.eval_k)} at least, not "
+                f"eval_k {','.join(map(str, self.eval_k))} needs eval_samples of at least {max(self.eval_k)}, not "
                 f"{self.eval_samples}: pass@k is computed from k or more completions"
             )
         return self

@@ -122,7 +122,7 @@ class RolloutConfig(Section):
             )
         if self.vllm.sleep and (self.vllm.python is None or self.ahead):
             raise ValueError(
-                "vllm.sleep is for a server that vdr starts, and that rests while the trainer updates: set "
+                "vllm.sleep needs a server that vdr starts and that is idle during the update: set "
                 "vllm.python, and ahead to 0"
             )
         if self.members and self.backend == "vllm":
