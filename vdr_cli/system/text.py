@@ -1,7 +1,8 @@
-"""Untrusted text made safe to show: the one owner of what a terminal or a page may receive.
+"""Text that people read: untrusted text made safe, values and exceptions on one line, the name that was meant.
 
-Model output may hold ANSI escapes, bidirectional overrides ("Trojan Source", CVE-2021-42574), NUL bytes
-or half of a surrogate pair. Each is replaced by a visible stand-in, so nothing is hidden or obeyed.
+`visible` alone decides what a terminal or a page may receive. Model output may hold ANSI escapes, bidirectional
+overrides ("Trojan Source", CVE-2021-42574), NUL bytes or half of a surrogate pair. Each is replaced by a
+visible stand-in, so nothing is hidden or obeyed.
 """
 
 from __future__ import annotations
