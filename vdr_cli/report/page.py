@@ -27,8 +27,8 @@ from vdr_cli.system.files import write_whole
 from vdr_cli.system.text import visible
 
 CHARTS_NOTE = (
-    "Bands: the lowest to the highest of the seeds; of held-out numbers of one run, the 95 % interval over prompts; "
-    "of a long run, the extremes of the steps that one point stands for."
+    "Bands: the range over seeds; for held-out numbers of a single run, the 95 % interval over prompts; for a long "
+    "run, the extremes of the steps behind each point."
 )
 QUANTILES = (0.5, 0.75, 0.9, 0.97)
 
