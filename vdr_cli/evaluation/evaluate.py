@@ -220,8 +220,7 @@ def _sample_chunk(
     completions = rollout.generate(model, request)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     texts = episodes.texts(range(len(repeated)), completions)
-    lengths = completions.completion_mask.sum(1)
-    ids = [row[:count].tolist() for row, count in zip(completions.completion_ids, lengths.tolist(), strict=True)]
+    ids = completions.completion_token_ids()
     given = repeated, texts, ids, timeout
     scores = compute_rewards(list(rewards), *given, environments=episodes.environments)  # (B, F)
     episodes.close()

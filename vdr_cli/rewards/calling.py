@@ -117,8 +117,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Completions) -> list[str] | list[Messages]:
     """Each completion as reward functions get it: a string, or one assistant message when the prompt is a chat."""
-    rows = zip(completions.completion_ids.tolist(), completions.completion_mask.sum(1).tolist(), strict=True)
-    texts = tokenizer.batch_decode([ids[:count] for ids, count in rows], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(completions.completion_token_ids(), skip_special_tokens=True)
     if any(not isinstance(prompt.value, str) for prompt in prompts):
         return [[{"role": "assistant", "content": text}] for text in texts]
     return texts  # type: ignore[no-any-return]

@@ -27,13 +27,17 @@ def answers_of(config: Config, rewards: Sequence[LoadedReward]) -> Answers:
         function = LoadedReward(given, 0.0, find_function(given, "bonus.answer"), role="bonus.answer")
 
         def by_function(batch: RewardedGroups) -> list[str]:
-            found = entries_of(function, batch.prompts, batch.texts, _ids(batch), config.rewards.timeout)
+            found = entries_of(
+                function, batch.prompts, batch.texts, batch.completions.completion_token_ids(), config.rewards.timeout
+            )
             return [str(answer) for answer in found]
 
         return by_function
 
     def by_class(batch: RewardedGroups) -> list[str]:
-        found = solution_classes(rewards, batch.prompts, batch.texts, _ids(batch), config.rewards.timeout)
+        found = solution_classes(
+            rewards, batch.prompts, batch.texts, batch.completions.completion_token_ids(), config.rewards.timeout
+        )
         return [name.strip() for name in found]
 
     return by_class
@@ -46,9 +50,3 @@ def answer_keys(batch: RewardedGroups, answers: Sequence[str]) -> list[int]:
         content = np.asarray(prompt.token_ids, dtype="<i8").tobytes() + b"|" + answer.encode(errors="surrogatepass")
         keys.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1)
     return keys
-
-
-def _ids(batch: RewardedGroups) -> list[list[int]]:
-    completions = batch.completions
-    rows = zip(completions.completion_ids, completions.completion_mask, strict=True)
-    return [ids[mask].tolist() for ids, mask in rows]

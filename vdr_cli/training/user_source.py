@@ -114,10 +114,7 @@ def _taken(given: str, function: Callable[..., Any]) -> set[str]:
 def _arguments(signals: Signals) -> dict[str, Any]:
     batch: RewardedGroups = signals.batch
     completions = batch.completions
-    ids = [
-        row[mask].tolist() for row, mask in zip(completions.completion_ids, completions.completion_mask, strict=True)
-    ]
-    lists = arguments_of(batch.prompts, batch.texts, ids)
+    lists = arguments_of(batch.prompts, batch.texts, completions.completion_token_ids())
     own = {name: lists.pop(name) for name in ("prompts", "completions", "completion_ids")}
     plain = {name: values for name, values in lists.items() if not any(isinstance(v, Undecoded) for v in values)}
     return {
