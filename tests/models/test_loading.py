@@ -37,7 +37,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
         (WEIGHTS, lambda path: path.write_bytes(path.read_bytes()[:9000]), load_causal_lm, "incomplete metadata"),
         (WEIGHTS, lambda path: path.write_bytes(b""), load_causal_lm, "header too small"),
         (WEIGHTS, lambda path: path.unlink(), load_causal_lm, "no file named model.safetensors"),
-        (WEIGHTS, without_a_weight, load_causal_lm, "1 weights are missing from its files (model.layers.1.mlp.up_proj"),
+        (WEIGHTS, without_a_weight, load_causal_lm, "its files lack 1 weight (model.layers.1.mlp.up_proj"),
         ("config.json", with_setting("vocab_size", 99), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "t5"), load_causal_lm, "cannot be loaded"),
         ("config.json", with_setting("model_type", "alien"), load_model_config, "model type `alien`"),

@@ -112,7 +112,7 @@ def _refuse_missing(name: str, info: dict[str, Any], kind: str) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
-            f"model {name}: {len(missing)} weights are missing from its files "
+            f"model {name}: its files lack {len(missing)} weight{'s' * (len(missing) > 1)} "
             f"({missing[0]}{', ...' * (len(missing) > 1)}); give a complete {kind}"
         )
 
