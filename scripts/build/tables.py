@@ -5,7 +5,7 @@ python scripts/build/tables.py --check   # exit 1 when one is out of date
 
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
 reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
-those of the study in docs/evidence/BED/record, with its contrasts and the number of seeds it is to have; tables of
+those of the study in docs/evidence/BED/record, with its contrasts and the values of the starting model; tables of
 several studies share the macros of evidence.jinja.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from vdr_cli.study.analysis import contrasts
+from vdr_cli.study.analysis import contrasts, start_value
 from vdr_cli.study.record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,8 @@ class Numbers(Environment):
 
 
 def number(value: float, digits: int) -> str:
-    """Fixed digits, thousands separated, with a minus sign."""
-    return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    """Fixed digits, thousands separated, with a minus sign unless all digits are 0."""
+    return f"{value:z,.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def interval(difference: Mapping[str, float], digits: int) -> str:
@@ -51,8 +51,8 @@ def interval(difference: Mapping[str, float], digits: int) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """The same with a plus sign where it is not negative."""
-    return f"{'+' * (value >= 0)}{number(value, digits)}"
+    """The same with a plus sign where it is positive."""
+    return f"{'+' * (round(value, digits) > 0)}{number(value, digits)}"
 
 
 def results() -> dict[str, Any]:
@@ -63,7 +63,11 @@ def results() -> dict[str, Any]:
         record, bed = read_record(path.parent), path.parents[1].name
         ends = json.loads(path.read_text(encoding="utf-8"))["results"][bed]
         pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
-        found[f"evidence_{bed}"] = {**ends, "contrasts": pairs, "seeds": len(record.study.file.seeds)}
+        found[f"evidence_{bed}"] = {
+            **ends,
+            "contrasts": pairs,
+            "start": {end: start_value(record, bed, end) for end in ends},
+        }
     return found
 
 
