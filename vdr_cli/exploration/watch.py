@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 STEPS_BEFORE_WARNING = 20
-"""Consecutive steps before a condition is reported."""
+"""Steps that a condition lasts before it is reported."""
 
 
 @dataclass
 class BonusWatch:
-    """Warns once when the bonus does nothing, and once when it outweighs the task, for many consecutive steps."""
+    """Warns once when the bonus has done nothing for many steps, and once when it has outweighed the task over as many.
+
+    Single steps swing: in a run whose policy the bonus ruined, it outweighed the task at every step only once no reward
+    was left, and on the mean of 20 steps 26 steps before that.
+    """
 
     quantity: str
     """The source's numbers, as a warning calls them."""
@@ -20,8 +25,8 @@ class BonusWatch:
     outweighed_after: int = STEPS_BEFORE_WARNING
     flat: int = 0
     """Consecutive steps so far without any spread."""
-    outweighed: int = 0
-    """Consecutive steps so far in which the bonus was larger than the task advantage."""
+    newest: deque[tuple[float, float]] = field(default_factory=deque)
+    """Mean absolute bonus and task advantage of the last `outweighed_after` steps."""
     warned: frozenset[str] = frozenset()
 
     def warning(self, spread: bool, bonus: float, task: float) -> str | None:
@@ -30,17 +35,24 @@ class BonusWatch:
         spread: the measures differ within some group. bonus, task: mean absolute values over the step.
         """
         self.flat = 0 if spread else self.flat + 1
-        self.outweighed = self.outweighed + 1 if bonus > task else 0
+        self.newest.append((bonus, task))
+        if len(self.newest) > self.outweighed_after:
+            self.newest.popleft()
         if self.flat >= self.flat_after and "flat" not in self.warned:
             self.warned |= {"flat"}
             return (
                 f"the {self.quantity} of the completions has not differed within any group for {self.flat} steps, so "
                 f"the bonus is 0: {self.cause}"
             )
-        if self.outweighed >= self.outweighed_after and "outweighed" not in self.warned:
+        if self._outweighs() and "outweighed" not in self.warned:
             self.warned |= {"outweighed"}
             return (
-                f"the bonus has been larger than the task advantage for {self.outweighed} steps: task rewards "
-                "are equal in most groups, or bonus.weight is too large; lower it or give it a schedule"
+                f"the bonus has been larger than the task advantage over the last {self.outweighed_after} steps: task "
+                "rewards are equal in most groups, or bonus.weight is too large; lower it or give it a schedule"
             )
         return None
+
+    def _outweighs(self) -> bool:
+        """True when the last steps are there and the bonus was larger on average."""
+        bonuses, tasks = zip(*self.newest, strict=True)
+        return len(self.newest) == self.outweighed_after and sum(bonuses) > sum(tasks)
