@@ -68,8 +68,8 @@ def test_the_tokenizer_is_the_base_models_unless_the_adapter_brings_one(tmp_path
     [
         ({"base_model_name_or_path": "./not/there"}, "the adapter's base model: model ./not/there: no such directory"),
         ({"base_model_name_or_path": None}, "names no base model"),
-        ({"use_dora": True}, "use_dora.* cannot add to its base model; merge it"),
-        ({"peft_type": "IA3"}, "IA3.* cannot add to its base model; merge it"),
+        ({"use_dora": True}, "vdr cannot add this adapter \\(use_dora\\) to its base model; merge it"),
+        ({"peft_type": "IA3"}, "vdr cannot add this adapter \\(IA3\\) to its base model; merge it"),
     ],
 )
 def test_what_cannot_be_added_is_refused_in_one_line(change: dict[str, object], message: str, tmp_path: Path) -> None:
