@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 STUDY = """\
 output: {folder}
 base:
-  train: {{prompts_per_step: 1, checkpoint_every: 15, keep_last: 1}}
+  train: {{prompts_per_step: 1, checkpoint_every: 9, keep_last: 1}}
   rollout.group_size: 4
   disagreement.members: 2
   engine.ds_config: zero1
@@ -35,7 +35,7 @@ arms:
   leave_one_out: {{disagreement.mode: none, grpo.advantage: leave_one_out}}
 control: grpo
 seeds: 3
-budget: {{steps: 40}}
+budget: {{steps: 28}}
 endpoint: pass@8
 evaluation: {{prompts: 12, samples: 16, start_samples: 32}}
 """
@@ -103,7 +103,7 @@ def in_training(call: Call, study: Path) -> psutil.Process | None:
         with suppress(psutil.NoSuchProcess):
             files = [Path(opened.path) for opened in process.open_files()]
         for file in files:
-            if file.suffix == ".lock" and 16 <= steps_of(study / file.relative_to(study / "work").with_suffix("")) < 36:
+            if file.suffix == ".lock" and 10 <= steps_of(study / file.relative_to(study / "work").with_suffix("")) < 24:
                 return process
     return None
 
