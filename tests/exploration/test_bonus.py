@@ -194,7 +194,15 @@ def test_watch_speaks_once_with_the_cause() -> None:
     assert said[2].startswith("the rmi of") and said[2].endswith("the bonus is 0: members that agree")
     said = [watch.warning(True, 2.0, 1.0) for _ in range(6)]
     (line,) = filter(None, said)
-    assert "bonus.weight" in line
+    assert "bonus.weight" in line and line.endswith(
+        "set bonus.gate to some_correct (no bonus in groups without a success)"
+    )
+
+
+def test_watch_does_not_advise_a_gate_where_there_is_one() -> None:
+    watch = BonusWatch("rmi", "members that agree", "some_correct", outweighed_after=1)
+    line = watch.warning(True, 2.0, 1.0)
+    assert line is not None and line.endswith("lower it or give it a schedule")
 
 
 def test_watch_compares_means_not_single_steps() -> None:

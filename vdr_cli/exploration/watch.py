@@ -21,6 +21,8 @@ class BonusWatch:
     """The source's numbers, as a warning calls them."""
     cause: str
     """The usual reason that they do not differ, and the settings that matter."""
+    gate: str = "all"
+    """bonus.gate: what to advise depends on it."""
     flat_after: int = STEPS_BEFORE_WARNING
     outweighed_after: int = STEPS_BEFORE_WARNING
     flat: int = 0
@@ -46,9 +48,12 @@ class BonusWatch:
             )
         if self._outweighs() and "outweighed" not in self.warned:
             self.warned |= {"outweighed"}
+            gate = ", give it a schedule, or set bonus.gate to some_correct (no bonus in groups without a success)"
+            cure = gate if self.gate == "all" else " or give it a schedule"
             return (
                 f"the bonus has been larger than the task advantage over the last {self.outweighed_after} steps: task "
-                "rewards are equal in most groups, or bonus.weight is too large; lower it or give it a schedule"
+                "rewards are equal in most groups, or bonus.weight is too large, and the bonus may lead the policy "
+                f"away from the task; lower it{cure}"
             )
         return None
 

@@ -290,7 +290,7 @@ def _bonus_watch(res: Resources) -> BonusWatch | None:
     if source is None:
         return None
     flat_after = min(STEPS_BEFORE_WARNING, config.train.steps)
-    return BonusWatch(source.quantity(config), source.flat(config), flat_after=flat_after)
+    return BonusWatch(source.quantity(config), source.flat(config), config.bonus.gate, flat_after)
 
 
 def refuse_other_rows(name: str, prompts: PromptSet) -> None:
