@@ -90,7 +90,7 @@ def test_help_and_reference_page_say_the_same(name: str, monkeypatch: pytest.Mon
 
 def test_an_option_is_what_its_setting_is() -> None:
     flag = Flag("--mode", "disagreement.mode", note="More of it.")
-    assert flag.help.startswith("Where members are compared")
+    assert flag.help.startswith("Positions at which members are compared")
     assert "More of it. One of none, per_token, end_of_sequence." in flag.help
     assert flag.help.endswith("[dim]\\[default: end_of_sequence][/dim]")
     assert "default" not in Flag("--mode", "disagreement.mode", default="none").help, "Typer shows that one"

@@ -267,7 +267,7 @@ def _keys(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _problem(error: Exception) -> str:
-    """Why the text is no JSON, and where."""
+    """The reason that the text is not JSON, with its place."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}" if error.lineno == 1 else f"{error.msg}, line {error.lineno}"
     return "too deeply nested" if isinstance(error, RecursionError) else "a number with too many digits"

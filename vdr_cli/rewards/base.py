@@ -71,7 +71,7 @@ class LoadedReward:
     is_model: bool = False
     """A reward model (model.py): called on the caller's thread, without a time limit, once all texts are there."""
     role: str = "reward"
-    """What errors call it, before its name."""
+    """The word for it in errors, before its name."""
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ from vdr_cli.samples import Actors, Completions, Conversation, Finished, Samplin
 
 
 def sampling_of(cfg: RolloutConfig) -> Sampling:
-    """How these settings sample."""
+    """The sampling parameters that these settings give."""
     return Sampling(
         max_new_tokens=cfg.completion_tokens,
         turn_tokens=cfg.max_new_tokens if cfg.takes_turns else None,

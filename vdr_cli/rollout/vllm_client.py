@@ -35,7 +35,7 @@ class Answer:
     logps: list[float]
     truncated: bool
     policy: list[bool] | None = None
-    """Which tokens were sampled; None: all of them."""
+    """True for tokens that were sampled; None: all of them."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Item:
     completion_ids: list[int]
     is_cut: bool
     policy: list[bool] | None = None
-    """Which of the completion's ids are the assistant's and measured; None: all of them."""
+    """True for the completion's ids that are the assistant's, and so measured; None: all of them."""
 
     @property
     def measured(self) -> int:

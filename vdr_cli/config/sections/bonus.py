@@ -82,25 +82,25 @@ class BonusConfig(Section):
     same for every source."""
 
     source: Annotated[str, Field(examples=list(SOURCES))] = "disagreement"
-    """What the bonus is computed from: disagreement, surprisal, entropy, counts, novelty, unlikeliness, value_heads,
+    """Source of the bonus: disagreement, surprisal, entropy, counts, novelty, unlikeliness, value_heads,
     noise, none (plain GRPO), or a function of your own, file.py:function. docs/exploration.md describes them."""
     weight: float | None = None
     """Weight of the bonus at the first step: λ (additive, plain, reward) or β (multiplicative, quality). Negative turns
     the bonus into a penalty. None: 0.1, except 1 for entropy and unlikeliness."""
     shape: Shape | None = None
-    """How the bonus enters the advantage; docs/exploration.md has the formulas. None: additive, except plain for
-    entropy and reward for unlikeliness."""
+    """Form in which the bonus enters the advantage; docs/exploration.md has the formulas. None: additive, except plain
+    for entropy and reward for unlikeliness."""
     scale: Literal["running", "initial", "none"] = "running"
-    """What the additive shape divides by. running: the running RMS of the deviation from the group mean. initial: its
+    """Divisor of the additive shape. running: the running RMS of the deviation from the group mean. initial: its
     RMS over the first scale_steps steps, so that the bonus fades as the source's values shrink. none: no division."""
     scale_steps: Positive = 20
     """With scale initial, the number of steps over which the RMS is taken."""
     gate: Literal["all", "incorrect", "correct", "some_correct", "zero_variance"] = "all"
-    """Which completions get a bonus. all: every completion; incorrect: the unsolved ones; correct: the solved ones;
+    """Completions that get a bonus. all: every completion; incorrect: the unsolved ones; correct: the solved ones;
     some_correct: those in groups with at least one solved completion; zero_variance: those in groups whose task rewards
     are all equal."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
-    """How the weight decays from `weight` to 0; constant: it does not decay."""
+    """Decay of the weight from `weight` to 0; constant: none."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of the run after which the weight is 0 (no effect with constant)."""
     clip: Annotated[float, Field(gt=0)] = 3.0

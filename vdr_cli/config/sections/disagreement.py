@@ -13,7 +13,7 @@ class DisagreementConfig(Section):
     """The ensemble (docs/disagreement.md), which bonus.source disagreement uses. `mode: none` turns the bonus off."""
 
     mode: Literal["none", "per_token", "end_of_sequence"] = "end_of_sequence"
-    """Where members are compared: nowhere, at every token, or at the position that predicts the last token."""
+    """Positions at which members are compared: none, every token, or the one that predicts the last token."""
     measure: Literal["bald", "rmi"] = "bald"
     """bald: mutual information between the next token and the weights. rmi: the contribution of the sampled token to
     it."""

@@ -46,13 +46,13 @@ class GrpoConfig(Section):
     kl_cov_weight: Annotated[float, Field(ge=0)] = 1.0
     """Loss kl_cov: weight of |log ratio| on those tokens."""
     advantage: Literal["group", "leave_one_out", "maxrl", "pass_at_k"] = "group"
-    """How a group's advantages are computed. group: deviation from the group mean, scaled by scale_rewards (GRPO).
+    """Estimator of a group's advantages. group: deviation from the group mean, scaled by scale_rewards (GRPO).
     leave_one_out: deviation from the mean of the others (RLOO). maxrl: deviation divided by the mean (MaxRL).
-    pass_at_k: what a completion adds to the best of pass_k completions."""
+    pass_at_k: the gain that a completion adds to the best of pass_k completions."""
     pass_k: Annotated[int, Field(ge=2)] = 4
     """k for advantage pass_at_k; at most rollout.group_size."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What advantages are divided by: the standard deviation of the group, that of the batch (the whole step), or
+    """Divisor of the advantages: the standard deviation of the group, that of the batch (the whole step), or
     nothing."""
     multi_reward: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
     """With several reward functions: compute advantages from the weighted sum of rewards (sum_then_normalise), or sum
@@ -63,7 +63,7 @@ class GrpoConfig(Section):
     """Schulman's estimator of the KL. k1: the log-ratio; k2: half its square; k3: the unbiased, non-negative
     estimator."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """Where the KL enters: added to the loss, or subtracted from the reward."""
+    """Place of the KL: added to the loss, or subtracted from the reward."""
     sync_reference_every: Positive | None = None
     """Steps between copies of the policy into the reference model. None: the reference never changes."""
     entropy_weight: float = 0.0
@@ -174,7 +174,7 @@ class TrainConfig(Section):
     """Muon's learning rate after the warm-up, on the same schedule; required with optimizer muon. A matrix of n rows
     moves by about this times sqrt(n) in Frobenius norm."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate decays from learning_rate to 0 at train.steps; constant: it does not decay."""
+    """Decay of the learning rate from learning_rate to 0 at train.steps; constant: none."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps over which the learning rate rises linearly to learning_rate."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)

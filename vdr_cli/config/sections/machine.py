@@ -19,14 +19,14 @@ class EngineConfig(Section):
     or members read it: with N, each rank keeps 1/N of a row's activations. It must divide the number of processes and
     the model's attention heads. 1: every rank holds whole rows."""
     gather: Literal["auto", "whole", "layer"] = "auto"
-    """How weights are gathered under ZeRO-3 for reading. whole: a full copy on every device during rollout and
+    """Unit in which ZeRO-3 gathers weights for reading. whole: a full copy on every device during rollout and
     disagreement. layer: one decoder layer at a time, for models whose full copy does not fit; vLLM then samples and
     receives the weights layer by layer. auto: layer on GPUs where a full copy would take most of the memory, otherwise
     whole."""
 
 
 class LaunchConfig(Section):
-    """How the ranks are started. These settings never change what a run computes."""
+    """Launch of the ranks. These settings never change what a run computes."""
 
     num_processes: Positive | None = None
     """Processes on this machine, or per host with a hostfile. None: one, or every slot of the hostfile."""
@@ -51,9 +51,9 @@ class LaunchConfig(Section):
     env: dict[str, str] = {}
     """Environment variables to set on every rank; integers are converted to strings."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
-    """How many times a run is restarted from its newest checkpoint after a fault."""
+    """Restarts from the newest checkpoint after a fault, at most."""
     drop_lost_hosts: bool = False
-    """When restarting, leave out hosts that do not answer and use fewer processes."""
+    """Leave out hosts that do not answer at a restart, and use fewer processes."""
     fault_timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds within which every process ends once a fault is noticed."""
     check_hosts: bool = True

@@ -20,8 +20,9 @@ class VllmConfig(Section):
     """Addresses of the servers; the prompts are split among them. With `python`: the one address on which vdr's server
     listens."""
     push: Literal["directory", "broadcast"] = "directory"
-    """How new weights reach the servers. directory: through files in `directory`. broadcast: sent to their workers,
-    over NCCL where trainer and servers have separate GPUs and over gloo otherwise; this needs no shared directory."""
+    """Way in which new weights reach the servers. directory: through files in `directory`. broadcast: sent to their
+    workers, over NCCL where trainer and servers have separate GPUs and over gloo otherwise; this needs no shared
+    directory."""
     directory: PathText | None = None
     """Directory through which weights are handed over; every server must see it under this path. None: vllm/ in the run
     directory."""
@@ -35,7 +36,7 @@ class VllmConfig(Section):
     request_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that the completions of one prompt may take."""
     retries: Annotated[int, Field(ge=0)] = 3
-    """How many times a request is retried when a server does not answer."""
+    """Retries of a request when a server does not answer."""
     tolerance: Annotated[float, Field(gt=0)] = 0.1
     """Largest allowed mean difference, in nats, between the server's and the trainer's log-probabilities after a
     push."""
@@ -43,7 +44,7 @@ class VllmConfig(Section):
 
 class RolloutConfig(Section):
     backend: Literal["transformers", "vllm"] = "transformers"
-    """What samples completions: the model in this process (transformers), or vLLM servers (vllm)."""
+    """Sampler of completions: the model in this process (transformers), or vLLM servers (vllm)."""
     group_size: Positive = 8
     """G, the number of completions per prompt."""
     max_new_tokens: Positive = 256
