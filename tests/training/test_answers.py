@@ -66,6 +66,16 @@ def test_a_function_of_the_users_that_hangs_is_named(tmp_path: Path) -> None:
         answers_of(quick, [])(batch_of([3, 14], 2))
 
 
+def test_a_function_of_the_users_may_need_a_main_thread(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Time limits by SIGALRM, as math_verify sets them."""
+    path = tmp_path / "timed.py"
+    path.write_text(
+        "import signal\ndef last(completions):\n    signal.alarm(0)\n    return [t[-1] for t in completions]\n"
+    )
+    assert answers_of(config_of(f"{path}:last"), [])(batch_of([3, 14], 2)) == ["3", "4"]
+    assert f"bonus.answer {path}:last needs the main thread (signal.alarm)" in caplog.text
+
+
 def test_keys_tell_prompts_and_answers_apart() -> None:
     batch = batch_of([0, 1, 1], 2)
     first, second, third = answer_keys(batch, ["a", "a", "a"])

@@ -209,7 +209,7 @@ def _moved(call: _Call, prompts: Sequence[Prompt], timeout: float) -> _Call:
             f"{reward.label} needs the main thread ({need}), and reward functions are called on others; name it in "
             "rewards.functions and set rewards.processes=1, which calls it on a main thread"
         ) from call.error
-    reward.own_process.start(reward.name, str(need))
+    reward.own_process.start(reward.label, str(need))
     again = _Call(reward, call.arguments)
     with ended_without_the_interpreter(timeout):
         _wait([again], prompts, timeout)

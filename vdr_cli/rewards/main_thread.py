@@ -81,14 +81,14 @@ class OwnProcess:
     def is_used(self) -> bool:
         return self._processes is not None
 
-    def start(self, reward: str, need: str) -> None:
-        """Start the process, unless it is there, and say why. reward: the function's name in messages."""
+    def start(self, label: str, need: str) -> None:
+        """Start the process, unless it is there, and say why. label: the function in messages."""
         with self._lock:
             if self._processes is None:
                 logger.warning(
-                    "reward %s needs the main thread (%s): it is called in a process of its own; "
-                    "rewards.processes=1 does so from the start",
-                    reward,
+                    "%s needs the main thread (%s): it is called in a process of its own; "
+                    "rewards.processes=1 does so from the start for reward functions",
+                    label,
                     need,
                 )
                 self._processes = RewardProcesses(1)

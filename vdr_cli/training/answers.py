@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from vdr_cli.config import Config
 from vdr_cli.rewards.base import LoadedReward
 from vdr_cli.rewards.classes import entries_of, solution_classes
 from vdr_cli.rewards.loading import find_function
+from vdr_cli.rewards.main_thread import OwnProcess, watch_signals
 from vdr_cli.training.batch import RewardedGroups
 
 Answers = Callable[[RewardedGroups], list[str]]
@@ -24,7 +26,11 @@ def answers_of(config: Config, rewards: Sequence[LoadedReward]) -> Answers:
     """
     if config.bonus.answer is not None:
         given = config.bonus.answer
-        function = LoadedReward(given, 0.0, find_function(given, "bonus.answer"), role="bonus.answer")
+        watch_signals()
+        user = find_function(given, "bonus.answer")
+        function = LoadedReward(
+            given, 0.0, user, own_process=OwnProcess(given), context=copy_context(), role="bonus.answer"
+        )
 
         def by_function(batch: RewardedGroups) -> list[str]:
             found = entries_of(
