@@ -230,7 +230,7 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
         return False
     if value is None:
         missing = "is null" if column in row else f"is missing; the row has {', '.join(row) or 'nothing'}"
-        raise DataError(f"{where}: {column} {missing}")
+        raise DataError(f"{where}: {column} {missing}; give it a value or remove the row")
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: {column} must be a string or a list of messages, not {shown_value(value)}")
     for number, message in enumerate(value):
