@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vdr_cli.config import Config
 from vdr_cli.config.messages import dotted_keys
@@ -31,6 +33,22 @@ def test_settings_in_code_spans_exist(page: Path) -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def examples(page: Path, language: str) -> list[str]:
+    """The page's code blocks in this language."""
+    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [textwrap.dedent(block) for block in blocks]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_examples_can_be_copied(page: Path) -> None:
+    for block in examples(page, "python"):
+        compile(block, str(page), "exec")
+    for block in examples(page, "yaml"):
+        yaml.safe_load(block)
+    for block in examples(page, "bash"):
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
