@@ -1,6 +1,6 @@
 """A bonus from independently trained models: what disagreement would pay with the most faithful members there are.
 
-    bonus.source: docs/evidence/screening/deep_ensemble.py:rmi
+    bonus.source: docs/evidence/screening/deep_ensemble.py:rmi (or :residual)
 
 Reads the eight starters that scripts/bench/validity.py compares with, from $DEEP_ENSEMBLE (directories 1 to 8).
 They stay as they are: unlike dropout members they do not follow the policy.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,23 @@ def rmi(prompts: list[str], ids: Tensor, masks: Tensor) -> Tensor:
     logps = member_logps(prompts, ids, masks)
     per_token = logps.logsumexp(0) - torch.tensor(float(len(logps))).log() - logps.mean(0)
     return torch.where(masks, per_token, 0.0).sum(1) / masks.sum(1)
+
+
+def residual(prompts: list[str], ids: Tensor, masks: Tensor, log_probs: Tensor, entropies: Tensor) -> Tensor:
+    """(B,) the part of `rmi` that log-probability, entropy and length do not explain.
+
+    It is what a least-squares fit on their deviations from the means of this step's groups leaves, in float64.
+    """
+    length = masks.sum(1).double()
+    means = [torch.where(masks, values, 0.0).double().sum(1) / length for values in (log_probs, entropies)]
+    groups = torch.tensor([n for n, (_, rows) in enumerate(groupby(prompts)) for _ in rows])
+    centred = [within(values, groups) for values in (rmi(prompts, ids, masks).double(), *means, length)]
+    explained = torch.stack(centred[1:], 1)
+    fit = torch.linalg.lstsq(explained, centred[0][:, None], driver="gelsd").solution
+    return centred[0] - (explained @ fit)[:, 0]
+
+
+def within(values: Tensor, groups: Tensor) -> Tensor:
+    """The values less the mean of their group."""
+    sums = torch.zeros(int(groups.max()) + 1, dtype=values.dtype).index_add(0, groups, values)
+    return values - (sums / groups.bincount())[groups]
