@@ -15,7 +15,7 @@ from vdr_cli import train
 from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.environments.episodes import OneTurn
 from vdr_cli.exploration.bonus import RunningRms
-from vdr_cli.training.batch import Advantages, RewardedGroups
+from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.opening import open_source
 from vdr_cli.training.state import LoopState
 
@@ -45,7 +45,7 @@ def test_stalled_groups_are_replaced_where_they_stood() -> None:
 
 def test_the_denominators_count_valid_tokens() -> None:
     mask = torch.tensor([[True, False, False], [True, True, False]])
-    totals = train.step_totals(Advantages(torch.zeros(2, 3), mask, torch.zeros(2)))
+    totals = train.step_totals(mask)
     assert (totals.completions, totals.tokens) == (2, 3)
 
 
@@ -83,7 +83,7 @@ def test_truncated_completions_train_unless_they_are_masked(masked: bool, counte
     res = resources(grpo={"mask_truncated": masked}, bonus={"source": "none"})
     batch = batch_of([0, 1, 2, 3], 3)  # the odd ones are truncated
     found = train.reward_head(res, LoopState(), batch, train.ReferenceLogps(), {})
-    assert found.mask.sum(1).tolist() == counted
+    assert found.inputs.mask.sum(1).tolist() == counted
 
 
 def test_long_completions_pay_the_overlong_penalty() -> None:

@@ -24,7 +24,9 @@ from vdr_cli.exploration.sources import Signals
 from vdr_cli.grpo import advantages as grpo_advantages
 from vdr_cli.grpo.estimators import ADVANTAGES
 from vdr_cli.grpo.losses import (
+    LossInputs,
     LossSettings,
+    PolicyOutputs,
     Totals,
     entropy_threshold,
     kl_penalised_rewards,
@@ -226,18 +228,15 @@ def reward_head(
     shaped, per_completion, bonus = task_advantages, None, None
     if res.source is not None:
         shaped, per_completion, bonus = add_bonus(res, state, batch, signals, rewards, task_advantages)
-    return Advantages(
+    inputs = LossInputs(
         advantages=(shaped if shaped.dim() == 2 else shaped[:, None]).expand(mask.shape),
         mask=mask,
-        task_advantages=task_advantages,
-        per_completion=per_completion,
-        bonus=bonus,
-        visits=signals.get("visits"),
-        ref_logps=logps.reference,
-        selected=logps.high_entropy,
         old_logps=logps.policy,
-        old_entropies=logps.entropy,
+        ref_logps=logps.reference,
+        sampler_logps=completions.sampler_logps,
+        selected=logps.high_entropy,
     )
+    return Advantages(inputs, task_advantages, per_completion, bonus, signals.get("visits"), logps.entropy)
 
 
 def add_bonus(
@@ -333,13 +332,12 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
     with res.timer.phase("update"):
         for rows in own_minibatches(cfg) * cfg.grpo.num_iterations:
             now = state.step + len(updates.refused)
-            totals, own = minibatch(cfg, batch, advantages, rows, now, engine.device)
+            totals, own = minibatch(cfg, batch.completions, advantages.inputs, rows, now, engine.device)
             micro_batches = shared_micro_batches(own, engine.sequence)
             for index, micro in enumerate(micro_batches):
                 logps, entropy = engine.forward(*micro.tokens, cfg.rollout.temperature, micro.policy_mask)
-                old_logps = updates.old_logps(micro, index, logps, entropy)
-                inputs = micro.inputs(logps, old_logps, entropy, engine.router_balance())
-                output = policy_loss(inputs, micro.weights, settings)
+                inputs = replace(micro.inputs, old_logps=updates.old_logps(micro, index, logps, entropy))
+                output = policy_loss(PolicyOutputs(logps, entropy, engine.router_balance()), inputs, settings)
                 engine.backward(output.loss, last=index == len(micro_batches) - 1)
                 updates.add(micro, output)
             updates.learning_rate = learning_rate_at(now, cfg.train)
@@ -361,27 +359,31 @@ def follow_entropy(state: LoopState, cfg: GrpoConfig, metrics: dict[str, float])
 
 
 def minibatch(
-    config: Config, batch: RewardedGroups, advantages: Advantages, rows: Tensor, step: int, device: torch.device
+    config: Config, completions: Completions, inputs: LossInputs, rows: Tensor, step: int, device: torch.device
 ) -> tuple[Totals, list[MicroBatch]]:
     """One optimizer step's denominators, and these rows of this rank as its micro-batches on the device. Collective.
 
     The weights hold the denominators of the whole step, so its loss is one weighted sum over micro-batches and ranks.
     """
-    part = advantages.select(rows)
-    totals = step_totals(part)
-    part = replace(part, covariant=covariant_tokens(config, part, rows, step))
+    own = inputs.map(lambda tensor: tensor[rows])
+    totals = step_totals(own.mask)
+    own = replace(own, covariant=covariant_tokens(config, own, rows, step))
     if not len(rows):  # this rank has no group of the minibatch: a row without valid tokens takes part for it
         rows = torch.zeros(1, dtype=torch.int64)
-        part = advantages.select(rows)
-        nothing = torch.zeros_like(part.mask)
-        part = replace(part, mask=nothing, covariant=nothing)
-    longest, size = config.rollout.completion_tokens, config.train.micro_batch_size
-    weights = token_weights(config.grpo.loss, part.mask, totals, longest)
-    entropy_weights = token_weights("dapo", part.mask, totals, longest)
-    return totals, micro_batches_of(batch.select(rows), part, weights, entropy_weights, size, device)
+        nothing = torch.zeros_like(inputs.mask[rows])
+        covariant = None if own.covariant is None else nothing
+        own = replace(inputs.map(lambda tensor: tensor[rows]), mask=nothing, covariant=covariant)
+    longest = config.rollout.completion_tokens
+    weights = token_weights(config.grpo.loss, own.mask, totals, longest)
+    entropy_weights = token_weights("dapo", own.mask, totals, longest)
+    own = replace(own, weights=weights, entropy_weights=entropy_weights)
+    return totals, micro_batches_of(completions.rows(rows), own, config.train.micro_batch_size, device)
 
 
-def step_totals(advantages: Advantages) -> Totals:
-    """The denominators of the whole optimizer step, over all ranks, before the first backward. Collective."""
-    completions, tokens = collectives.all_reduce_sum([len(advantages.mask), float(advantages.mask.sum())])
+def step_totals(mask: Tensor) -> Totals:
+    """The denominators of the whole optimizer step, over all ranks, before the first backward. Collective.
+
+    mask: (b, T) bool, the loss mask of this rank's rows of the step.
+    """
+    completions, tokens = collectives.all_reduce_sum([len(mask), float(mask.sum())])
     return Totals(completions=completions, tokens=tokens)

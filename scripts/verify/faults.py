@@ -93,8 +93,8 @@ LOOP = _of(
     (
         "the denominator counts padding",
         "train.py",
-        "float(advantages.mask.sum())])",
-        "float(advantages.mask.numel())])",
+        "float(mask.sum())])",
+        "float(mask.numel())])",
         "dapo",
     ),
     (
@@ -135,8 +135,8 @@ LOOP = _of(
     (
         "every iteration is its own old policy",
         "train.py",
-        "micro.inputs(logps, old_logps, entropy, engine.router_balance())",
-        "micro.inputs(logps, logps.detach(), entropy, engine.router_balance())",
+        "PolicyOutputs(logps, entropy, engine.router_balance()), inputs, settings)",
+        "PolicyOutputs(logps, entropy, engine.router_balance()), replace(inputs, old_logps=None), settings)",
         "dapo",
     ),
     (
@@ -262,9 +262,9 @@ AROUND = _of(
     ),
     (
         "the bonus does not reach the update",
-        "training/batch.py",
-        "advantages=cut(advantages.advantages),",
-        "advantages=cut(advantages.task_advantages[:, None].expand_as(advantages.advantages)),",
+        "train.py",
+        "minibatch(cfg, batch.completions, advantages.inputs, rows,",
+        "minibatch(cfg, batch.completions, replace(advantages.inputs, advantages=advantages.task_advantages), rows,",
         "members",
     ),
     (

@@ -24,7 +24,7 @@ from vdr_cli.exploration.novelty import novelty, sparse_projection
 from vdr_cli.exploration.sources import SOURCES, Numbers, Signals
 from vdr_cli.exploration.unlikeliness import shared_ranks, unlikeliness
 from vdr_cli.exploration.value_heads import Heads, gradient, value_heads
-from vdr_cli.grpo.losses import LossInputs, LossSettings, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, PolicyOutputs, policy_loss, token_weights
 from vdr_cli.samples import Completions, Prompt
 from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.state import LoopState
@@ -297,7 +297,7 @@ def advantages_of(config: Config, on: Signals, source: sources.Source | None = N
     given = {name: getattr(on, name) for name in get_args(sources.Need) if name in source.needs}
     found = train.reward_head(res, LoopState(), batch_with(on), train.ReferenceLogps(), given)
     assert found.bonus is not None
-    return found.advantages, found.bonus
+    return found.inputs.advantages, found.bonus
 
 
 def by_hand(config: Config, on: Signals) -> np.ndarray:
@@ -333,7 +333,7 @@ def test_the_advantage_and_its_gradient_through_the_loss(source: str) -> None:
     tokens = torch.zeros(len(MIXED), T, 1, dtype=torch.int64)
     logps = logits.log_softmax(-1).gather(2, tokens).squeeze(2)
     weights = token_weights("dapo", mask, train.Totals(len(MIXED), float(mask.sum())), T)
-    policy_loss(LossInputs(logps, advantages, mask), weights, LossSettings()).loss.backward()
+    policy_loss(PolicyOutputs(logps), LossInputs(advantages, mask, weights=weights), LossSettings()).loss.backward()
     p = torch.softmax(logits.detach().double(), -1).numpy()
     score = -p
     score[..., 0] += 1.0  # the gradient of log p(token 0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vdr_cli.grpo.covariance import covariances, drawn, highest
-from vdr_cli.grpo.losses import LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 
 N = 400
 
@@ -96,10 +96,13 @@ def test_value_and_gradient_of_a_whole_step(loss: str) -> None:
     logps = torch.tensor(old + log_ratio)[None].requires_grad_()
     mask = torch.ones(1, N, dtype=torch.bool)
     inputs = LossInputs(
-        logps, torch.tensor(advantages)[None], mask, old_logps=torch.tensor(old)[None], covariant=chosen[None]
+        torch.tensor(advantages)[None],
+        mask,
+        old_logps=torch.tensor(old)[None],
+        covariant=chosen[None],
+        weights=token_weights(loss, mask, Totals(1, N), N, torch.float64),
     )
-    weights = token_weights(loss, mask, Totals(1, N), N, torch.float64)
-    output = policy_loss(inputs, weights, LossSettings(loss=loss))
+    output = policy_loss(PolicyOutputs(logps), inputs, LossSettings(loss=loss))
     assert output.loss.item() == pytest.approx(value, rel=1e-12)
     assert torch.autograd.grad(output.loss, logps)[0][0].numpy() == pytest.approx(gradient, rel=1e-10, abs=1e-15)
     top, bottom = output.metrics["covariance/share"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.grpo.advantages import group_advantages
-from vdr_cli.grpo.losses import VARIANTS, LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import VARIANTS, LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 
 CONTEXTS, V, T, G, EOS = 2, 5, 2, 8, 4
 BEST = torch.tensor([[1, 3], [2, 0]])
@@ -39,9 +39,14 @@ def learned(cfg: LossSettings, steps: int = 30, micro_batches: int = 2) -> float
             optimizer.zero_grad()
             for part in torch.arange(len(context)).chunk(micro_batches):
                 logps = token_logps(theta, context[part], tokens[part])
-                inputs = LossInputs(logps=logps, advantages=advantages[part], mask=mask[part], old_logps=old[part])
-                inputs.covariant = torch.rand(logps.shape, generator=generator) < 0.1
-                policy_loss(inputs, token_weights(cfg.loss, mask[part], totals, T), cfg).loss.backward()
+                inputs = LossInputs(
+                    advantages[part],
+                    mask[part],
+                    old_logps=old[part],
+                    covariant=torch.rand(logps.shape, generator=generator) < 0.1,
+                    weights=token_weights(cfg.loss, mask[part], totals, T),
+                )
+                policy_loss(PolicyOutputs(logps), inputs, cfg).loss.backward()
             optimizer.step()
     probabilities = theta.detach().softmax(-1)
     return float(torch.stack([probabilities[c, range(T), BEST[c]].prod() for c in range(CONTEXTS)]).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +17,7 @@ from vdr_cli.grpo.losses import (
     LossInputs,
     LossOutput,
     LossSettings,
+    PolicyOutputs,
     Totals,
     entropy_threshold,
     kl_estimate,
@@ -138,27 +140,28 @@ def paper_loss(data: dict[str, np.ndarray], cfg: LossSettings, selected: np.ndar
 # ---- ours ----------------------------------------------------------------------------------------------------
 
 
-def tensors(data: dict[str, np.ndarray], dtype: torch.dtype, selected: np.ndarray | None = None) -> LossInputs:
+def tensors(
+    data: dict[str, np.ndarray], dtype: torch.dtype, selected: np.ndarray | None = None
+) -> tuple[PolicyOutputs, LossInputs]:
     flags = {"mask": data["mask"], "covariant": data["covariant"].astype(bool)}
     made = {name: torch.tensor(value).to(dtype) for name, value in data.items() if name not in flags}
-    made["logps"].requires_grad_()
-    made["entropy"].requires_grad_()
-    return LossInputs(
+    policy = PolicyOutputs(made.pop("logps").requires_grad_(), made.pop("entropy").requires_grad_())
+    inputs = LossInputs(
         **made,
         **{name: torch.tensor(value) for name, value in flags.items()},
         selected=None if selected is None else torch.tensor(selected),
     )
+    return policy, inputs
 
 
 def step_totals(mask: Tensor) -> Totals:
     return Totals(completions=len(mask), tokens=float(mask.sum()))
 
 
-def ours(inputs: LossInputs, cfg: LossSettings, totals: Totals | None = None) -> LossOutput:
-    totals = totals or step_totals(inputs.mask)
-    dtype = inputs.logps.dtype
-    inputs.entropy_weights = token_weights("dapo", inputs.mask, totals, T_MAX, dtype)
-    return policy_loss(inputs, token_weights(cfg.loss, inputs.mask, totals, T_MAX, dtype), cfg)
+def ours(policy: PolicyOutputs, inputs: LossInputs, cfg: LossSettings, totals: Totals | None = None) -> LossOutput:
+    totals, dtype = totals or step_totals(inputs.mask), policy.logps.dtype
+    weights, entropy_weights = (token_weights(loss, inputs.mask, totals, T_MAX, dtype) for loss in (cfg.loss, "dapo"))
+    return policy_loss(policy, replace(inputs, weights=weights, entropy_weights=entropy_weights), cfg)
 
 
 def check_against_paper(cfg: LossSettings, dtype: torch.dtype = torch.float64, selected: bool = False) -> None:
@@ -168,9 +171,9 @@ def check_against_paper(cfg: LossSettings, dtype: torch.dtype = torch.float64, s
         if dtype == torch.float32:
             data = {k: v.astype(np.float32).astype(np.float64) if v.dtype != bool else v for k, v in data.items()}
         chosen = data["entropy"] > 0.8 if selected else None
-        inputs = tensors(data, dtype, chosen)
-        loss = ours(inputs, cfg).loss
-        (gradient,) = torch.autograd.grad(loss, inputs.logps)
+        policy, inputs = tensors(data, dtype, chosen)
+        loss = ours(policy, inputs, cfg).loss
+        (gradient,) = torch.autograd.grad(loss, policy.logps)
         expected, expected_gradient = paper_loss(data, cfg, chosen)
         scale = max(abs(expected), 0.05)
         assert abs(loss.item() - expected) <= tolerance * scale
@@ -213,9 +216,9 @@ def test_only_selected_tokens_make_the_policy_term(loss: str) -> None:
 
 
 def test_entropy_bonus_raises_entropy() -> None:
-    inputs = tensors(make(), torch.float64)
-    loss = ours(inputs, LossSettings(entropy_weight=0.2)).loss
-    (gradient,) = torch.autograd.grad(loss, inputs.entropy)
+    policy, inputs = tensors(make(), torch.float64)
+    loss = ours(policy, inputs, LossSettings(entropy_weight=0.2)).loss
+    (gradient,) = torch.autograd.grad(loss, policy.entropy)
     expected = -0.2 * inputs.mask.double() / inputs.mask.sum()
     torch.testing.assert_close(gradient, expected)
 
@@ -225,8 +228,8 @@ def test_gspo_takes_an_advantage_per_token() -> None:
     data = make()
     data["old_logps"] = data["logps"] + 0.01
     data["advantages"] = np.random.default_rng(5).normal(size=(B, T))
-    inputs = tensors(data, torch.float64)
-    (gradient,) = torch.autograd.grad(ours(inputs, LossSettings(loss="gspo")).loss, inputs.logps)
+    policy, inputs = tensors(data, torch.float64)
+    (gradient,) = torch.autograd.grad(ours(policy, inputs, LossSettings(loss="gspo")).loss, policy.logps)
     lengths = data["mask"].sum(1, keepdims=True)
     expected = -np.exp(-0.01) * data["advantages"] * data["mask"] / lengths / B
     np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-10)
@@ -235,10 +238,9 @@ def test_gspo_takes_an_advantage_per_token() -> None:
 def test_on_policy_old_logps_may_be_left_out() -> None:
     data = make()
     data["old_logps"] = data["logps"]
-    inputs = tensors(data, torch.float64)
-    with_old = ours(inputs, LossSettings())
-    inputs.old_logps = None
-    without = ours(inputs, LossSettings())
+    policy, inputs = tensors(data, torch.float64)
+    with_old = ours(policy, inputs, LossSettings())
+    without = ours(policy, replace(inputs, old_logps=None), LossSettings())
     assert torch.equal(with_old.loss, without.loss)
     assert without.maxima["ratio/max"] == 1.0
 
@@ -255,10 +257,10 @@ def gradient_by_parts(data: dict[str, np.ndarray], cfg: LossSettings, parts: lis
     totals = step_totals(torch.tensor(data["mask"]))
     loss, gradient = 0.0, np.zeros(data["logps"].shape)
     for part in parts:
-        inputs = tensors(rows(data, part), torch.float64)
-        output = ours(inputs, cfg, totals)
+        policy, inputs = tensors(rows(data, part), torch.float64)
+        output = ours(policy, inputs, cfg, totals)
         loss += output.loss.item()
-        gradient[part] += torch.autograd.grad(output.loss, inputs.logps)[0].numpy()
+        gradient[part] += torch.autograd.grad(output.loss, policy.logps)[0].numpy()
     return loss, gradient
 
 
@@ -311,9 +313,9 @@ def test_order_does_not_matter(loss: str) -> None:
 def test_all_masked_is_exactly_zero(loss: str) -> None:
     data = make()
     data["mask"][:] = False
-    inputs = tensors(data, torch.float32)
-    output = ours(inputs, LossSettings(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0))
-    (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
+    policy, inputs = tensors(data, torch.float32)
+    output = ours(policy, inputs, LossSettings(loss=loss, beta=0.1, entropy_weight=0.1, importance_cap=2.0))
+    (gradient,) = torch.autograd.grad(output.loss, policy.logps)
     assert output.loss == 0
     assert (gradient == 0).all()
     assert all(torch.isfinite(part) for pair in output.metrics.values() for part in pair)
@@ -324,9 +326,9 @@ def test_zero_advantages_are_exactly_zero(loss: str) -> None:
     data = make()
     data["advantages"][:] = 0.0
     data["covariant"][:] = False
-    inputs = tensors(data, torch.float32)
-    output = ours(inputs, LossSettings(loss=loss))
-    (gradient,) = torch.autograd.grad(output.loss, inputs.logps)
+    policy, inputs = tensors(data, torch.float32)
+    output = ours(policy, inputs, LossSettings(loss=loss))
+    (gradient,) = torch.autograd.grad(output.loss, policy.logps)
     assert output.loss == 0
     assert (gradient == 0).all()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vdr_cli.exploration.bonus import shaped_advantages
 from vdr_cli.grpo.advantages import group_advantages
-from vdr_cli.grpo.losses import VARIANTS, LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import VARIANTS, LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 
 V, T, G, EOS = 3, 3, 2, 2
 WEIGHT, RMS = 0.7, 0.5
@@ -68,9 +68,9 @@ def group_gradients(loss: str, scale: str, weight: float = 0.0, clip: float = 3.
         logps = token_logps(theta)[group]
         totals = Totals(completions=G, tokens=float(mask[group].sum()))
         weights = token_weights(loss, mask[group], totals, T, torch.float64)
-        inputs = LossInputs(logps=logps, advantages=advantages(group, scale, weight, clip), mask=mask[group])
-        inputs.covariant = torch.zeros_like(mask[group])
-        output = policy_loss(inputs, weights, LossSettings(loss=loss))
+        nothing = torch.zeros_like(mask[group])
+        inputs = LossInputs(advantages(group, scale, weight, clip), mask[group], covariant=nothing, weights=weights)
+        output = policy_loss(PolicyOutputs(logps), inputs, LossSettings(loss=loss))
         gradients.append(torch.autograd.grad(output.loss, theta)[0].flatten())
         probabilities.append(logps.detach().sum().exp())
     return torch.stack(gradients), torch.stack(probabilities)

@@ -22,7 +22,7 @@ from vdr_cli.grpo.advantages import (
     normalised_sum,
     standardise,
 )
-from vdr_cli.grpo.losses import LossInputs, Totals, entropy_threshold, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, PolicyOutputs, Totals, entropy_threshold, policy_loss, token_weights
 
 trl = pytest.importorskip("trl.trainer.grpo_trainer")
 
@@ -111,17 +111,16 @@ def ours(d: dict[str, Tensor], cfg: GrpoConfig) -> tuple[Tensor, Tensor, dict[st
     if cfg.top_entropy_quantile < 1:
         selected = d["entropy"] >= entropy_threshold(d["entropy"][d["mask"]], cfg.top_entropy_quantile)
     inputs = LossInputs(
-        logps=logps,
         advantages=d["advantages"],
         mask=d["mask"],
         old_logps=d["old"],
-        entropy=d["entropy"],
         ref_logps=d["ref"],
         sampler_logps=d["sampler"] if cfg.importance_cap is not None else None,
         selected=selected,
+        weights=token_weights(cfg.loss, d["mask"], totals, T_MAX),
         entropy_weights=token_weights("dapo", d["mask"], totals, T_MAX),
     )
-    output = policy_loss(inputs, token_weights(cfg.loss, d["mask"], totals, T_MAX), cfg)
+    output = policy_loss(PolicyOutputs(logps, d["entropy"]), inputs, cfg)
     (gradient,) = torch.autograd.grad(output.loss, logps)
     metrics = {name: float(top / bottom) for name, (top, bottom) in output.metrics.items()}
     return output.loss.detach(), gradient, metrics

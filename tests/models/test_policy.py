@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vdr_cli.grpo.losses import LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 from vdr_cli.models.policy import (
     Policy,
     can_share_prompts,
@@ -253,14 +253,13 @@ def step_gradient(model: nn.Module, data: dict[str, Tensor], parts: list[list[in
         logps, entropy = Policy(model)(**tokens, temperature=0.9)
         mask = tokens["completion_mask"]
         inputs = LossInputs(
-            logps=logps,
             advantages=advantages[part],
             mask=mask,
             old_logps=logps.detach() - 0.05,
-            entropy=entropy,
+            weights=token_weights(loss, mask, totals, 6),
             entropy_weights=token_weights("dapo", mask, totals, 6),
         )
-        policy_loss(inputs, token_weights(loss, mask, totals, 6), cfg).loss.backward()
+        policy_loss(PolicyOutputs(logps, entropy), inputs, cfg).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vdr_cli.errors import ConfigError
-from vdr_cli.grpo.losses import LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.models.policy import Policy
 
@@ -118,10 +118,9 @@ def test_the_loss_weighs_a_micro_batch_by_its_tokens() -> None:
     totals = Totals(completions=4, tokens=24)
     weights = token_weights("dapo", mask, totals, 5)
     balance = torch.tensor(2.5, requires_grad=True)
-    inputs = LossInputs(
-        torch.zeros(2, 5), torch.zeros(2), mask, entropy_weights=weights, router_balance=balance, entropy=None
-    )
-    output = policy_loss(inputs, weights, LossSettings(router_aux_loss_coef=0.1))
+    policy = PolicyOutputs(torch.zeros(2, 5), router_balance=balance)
+    inputs = LossInputs(torch.zeros(2), mask, weights=weights, entropy_weights=weights)
+    output = policy_loss(policy, inputs, LossSettings(router_aux_loss_coef=0.1))
     assert float(output.loss.detach()) == pytest.approx(0.1 * 2.5 * 6 / 24)
     output.loss.backward()
     assert float(balance.grad) == pytest.approx(0.1 * 6 / 24)  # type: ignore[arg-type]

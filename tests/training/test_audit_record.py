@@ -15,6 +15,7 @@ from vdr_cli.audit.evaluation import expected
 from vdr_cli.audit.files import RunFiles
 from vdr_cli.config import Config
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.grpo.losses import LossInputs
 from vdr_cli.samples import Prompt
 from vdr_cli.training import audit_record
 from vdr_cli.training.batch import Advantages, Updates
@@ -55,7 +56,7 @@ def test_a_record_reads_back_as_it_was(tmp_path) -> None:
     for prompt in batch.prompts:
         prompt.columns.update({"gold": prompt.row * 1.5, "image": b"\x00"})
     values = torch.arange(16.0).view(4, 4)
-    advantages = Advantages(values, batch.completions.completion_mask, torch.arange(4.0))
+    advantages = Advantages(LossInputs(values, batch.completions.completion_mask), torch.arange(4.0))
     halves = [values[:2] * -1, values[2:] * -1, torch.zeros(1, 4)]  # the last: a rank's empty micro-batch
     updates = Updates(first_logps=halves, first_entropies=[half / 3 for half in halves], own=[True] * len(halves))
     run = a_run(tmp_path, audit_every=4)
@@ -89,7 +90,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on(tmp_path, capsys) -> None:
     run = a_run(tmp_path, audit_every=1)
     (tmp_path / "audit").touch()  # no directory can be made there
     batch = batch_of([0, 1], 2)
-    advantages = Advantages(torch.zeros(2, 2), batch.completions.completion_mask, torch.zeros(2))
+    advantages = Advantages(LossInputs(torch.zeros(2, 2), batch.completions.completion_mask), torch.zeros(2))
     zeros = [torch.zeros(2, 2)]
     audit_record.save(
         *run, batch, advantages, Updates(first_logps=zeros, first_entropies=zeros, own=[True] * len(zeros))

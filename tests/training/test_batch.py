@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from vdr_cli.grpo.losses import LossOutput
+from vdr_cli.grpo.losses import LossInputs, LossOutput
 from vdr_cli.samples import Completions, Prompt
 from vdr_cli.training.batch import (
-    Advantages,
     RewardedGroups,
     Updates,
     concatenate,
@@ -53,14 +52,13 @@ def test_selected_rows_keep_everything_of_theirs() -> None:
 def test_a_micro_batch_holds_its_rows_numbers() -> None:
     batch = batch_of([0, 1, 2, 3, 4], 5)
     advantages, weights = torch.arange(25.0).view(5, 5), torch.arange(25.0).view(5, 5) + 100
-    step = Advantages(advantages, batch.completions.completion_mask, torch.zeros(5))
-    first, second, third = micro_batches_of(batch, step, weights, weights + 100, 2, torch.device("cpu"))
+    inputs = LossInputs(advantages, batch.completions.completion_mask, weights=weights)
+    first, second, third = micro_batches_of(batch.completions, inputs, 2, torch.device("cpu"))
     assert second.tokens[2].tolist() == [[2] * 4, [3] * 4]  # without the column that is padding in both
-    assert torch.equal(second.advantages, advantages[2:4, :4]) and torch.equal(second.weights, weights[2:4, :4])
-    assert torch.equal(second.entropy_weights, weights[2:4, :4] + 100)
-    assert second.mask.tolist() == [[True, True, True, False], [True] * 4]
-    assert torch.equal(second.sampler_logps, batch.completions.sampler_logps[2:4, :4])
-    assert len(first.advantages) == 2 and len(third.advantages) == 1
+    assert torch.equal(second.inputs.advantages, advantages[2:4, :4])
+    assert torch.equal(second.inputs.weights, weights[2:4, :4]) and second.inputs.entropy_weights is None
+    assert second.inputs.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert len(first.inputs.mask) == 2 and len(third.inputs.mask) == 1
 
 
 def test_a_sequence_group_takes_part_in_everybodys_micro_batches() -> None:
@@ -69,8 +67,8 @@ def test_a_sequence_group_takes_part_in_everybodys_micro_batches() -> None:
     def parts(rows: list[int]) -> list[Any]:
         batch = batch_of(rows, 5)
         weights = torch.ones(len(rows), 5)
-        step = Advantages(weights, batch.completions.completion_mask, torch.zeros(len(rows)))
-        return micro_batches_of(batch, step, weights, weights, 1, torch.device("cpu"))
+        inputs = LossInputs(weights, batch.completions.completion_mask, weights=weights)
+        return micro_batches_of(batch.completions, inputs, 1, torch.device("cpu"))
 
     group: Any = SimpleNamespace(rank=1, gather_objects=lambda ours: [parts([7, 8]), ours])
     shared = shared_micro_batches(parts([3, 4]), group)
@@ -82,8 +80,8 @@ def test_a_sequence_group_takes_part_in_everybodys_micro_batches() -> None:
 def test_updates_add_up_pairs_and_keep_the_largest() -> None:
     updates = Updates()
     batch, weights = batch_of([0], 1), torch.ones(1, 1)
-    step = Advantages(weights, batch.completions.completion_mask, torch.zeros(1))
-    (micro,) = micro_batches_of(batch, step, weights, weights, 1, torch.device("cpu"))
+    inputs = LossInputs(weights, batch.completions.completion_mask, weights=weights)
+    (micro,) = micro_batches_of(batch.completions, inputs, 1, torch.device("cpu"))
     for loss, top, extreme in ((1.0, 3.0, -0.25), (2.0, 4.0, -0.5), (0.0, 0.0, math.nan)):
         pair, value = (torch.tensor(top), torch.tensor(2.0)), torch.tensor(extreme)
         updates.add(micro, LossOutput(torch.tensor(loss), {"x": pair}, {"z": value}, {"y": value}))

@@ -18,7 +18,7 @@ from vdr_cli.disagreement.masks import EnsembleSpec
 from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.exploration.bonus import group_deviation, reduce
 from vdr_cli.exploration.disagreement import token_credit
-from vdr_cli.grpo.losses import LossInputs, LossSettings, Totals, policy_loss, token_weights
+from vdr_cli.grpo.losses import LossInputs, LossSettings, PolicyOutputs, Totals, policy_loss, token_weights
 from vdr_cli.models.policy import completion_logps, completion_states, end_state, mean_state
 from vdr_cli.samples import Completions, last_token, pad_prompts
 
@@ -130,14 +130,13 @@ def test_loss_and_gradient_however_the_batch_is_split(loss: str, split: list[int
             ref_logps, _ = completion_logps(start, *tensors(part), TEMPERATURE, policy_mask=part.policy_mask)
         mask = part.policy_mask
         inputs = LossInputs(
-            logps=logps,
             advantages=torch.tensor(ADVANTAGES)[rows],
             mask=mask,
-            entropy=entropy,
             ref_logps=ref_logps,
+            weights=token_weights(loss, mask, totals, 12),
             entropy_weights=token_weights("dapo", mask, totals, 12),
         )
-        output = policy_loss(inputs, token_weights(loss, mask, totals, 12), settings)
+        output = policy_loss(PolicyOutputs(logps, entropy), inputs, settings)
         output.loss.backward()
         found += float(output.loss.detach())
         assert output.metrics["entropy"][1] == mask.sum()

@@ -8,7 +8,7 @@ they are split. docs/losses.md has the formulas side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -52,21 +52,33 @@ class LossSettings:
     """Cap of π_old/π_sampler; None: no correction."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch, on one device. None: the loss does not need it."""
+    """Numbers of some rows' tokens that stay as they are while the policy moves. None: the loss does not need them."""
 
-    logps: Tensor  # (B, T), with gradient
     advantages: Tensor  # (B,) or (B, T)
     mask: Tensor  # (B, T) bool, the loss mask
-    old_logps: Tensor | None = None  # (B, T); None: these are the policy's own, logps.detach()
-    entropy: Tensor | None = None  # (B, T), with gradient when it is rewarded
+    old_logps: Tensor | None = None
+    """(B, T) under the policy that the rollout began with; None: the policy has not moved since."""
     ref_logps: Tensor | None = None  # (B, T), of the reference model
     sampler_logps: Tensor | None = None  # (B, T), of the program that drew the tokens; NaN: unknown
     selected: Tensor | None = None  # (B, T) bool, tokens whose policy term counts; None: all
     covariant: Tensor | None = None  # (B, T) bool, tokens that clip_cov and kl_cov treat differently
+    weights: Tensor | None = None  # (B, T), of token_weights; `policy_loss` needs them
     entropy_weights: Tensor | None = None  # (B, T), token_weights("dapo", ...): mean over the step's tokens
-    router_balance: Tensor | None = None  # (), the micro-batch's load-balancing loss, with gradient
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LossInputs:
+        """The same with `function` applied to every tensor."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: function(value) for name, value in given.items() if value is not None})
+
+
+class PolicyOutputs(NamedTuple):
+    """One forward pass of the policy over these rows, with gradient."""
+
+    logps: Tensor  # (B, T)
+    entropy: Tensor | None = None  # (B, T), with gradient when it is rewarded
+    router_balance: Tensor | None = None  # (), the load-balancing loss of a mixture of experts
 
 
 @dataclass
@@ -263,18 +275,18 @@ def entropy_threshold(entropies: Tensor, share: float) -> float:
 # ---- the loss -------------------------------------------------------------------------------------------------
 
 
-def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> LossOutput:
+def policy_loss(policy: PolicyOutputs, inputs: LossInputs, settings: LossSettings) -> LossOutput:
     """Σ_{b,t} w · (policy term + β KL) − c · entropy + a · load balance, and its metrics.
 
-    weights: (B, T) from token_weights. Padding is replaced before it is weighed, so nothing there can spread.
+    Padding is replaced before it is weighed, so nothing there can spread.
     """
-    mask = inputs.mask.bool()
-    old_logps = inputs.logps.detach() if inputs.old_logps is None else inputs.old_logps
+    logps, mask = policy.logps, inputs.mask.bool()
+    old_logps = logps.detach() if inputs.old_logps is None else inputs.old_logps
     advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
     terms = Terms(
-        logps=_where(mask, inputs.logps),
-        log_ratio=_where(mask, inputs.logps - old_logps),
-        advantages=_where(mask, advantages.to(inputs.logps.dtype).expand_as(inputs.logps)),
+        logps=_where(mask, logps),
+        log_ratio=_where(mask, logps - old_logps),
+        advantages=_where(mask, advantages.to(logps.dtype).expand_as(logps)),
         mask=mask,
         covariant=inputs.covariant,
     )
@@ -286,22 +298,27 @@ def policy_loss(inputs: LossInputs, weights: Tensor, settings: LossSettings) -> 
         value = value * sampler_weights(old_logps, inputs.sampler_logps, mask, settings.importance_cap)
     if settings.beta != 0.0 and settings.kl_in == "loss":
         value = value + settings.beta * kl_estimate(
-            _where(mask, inputs.logps - _required(inputs.ref_logps, "ref_logps")), settings.kl
+            _where(mask, logps - _required(inputs.ref_logps, "ref_logps")), settings.kl
         )
-    loss = (weights * _where(mask, value)).sum()
+    loss = (_required(inputs.weights, "weights") * _where(mask, value)).sum()
     if settings.entropy_weight != 0.0:
-        bonus = _required(inputs.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
+        bonus = _required(policy.entropy, "entropy") * _required(inputs.entropy_weights, "entropy_weights")
         loss = loss - settings.entropy_weight * _where(mask, bonus).sum()
     if settings.router_aux_loss_coef != 0.0:  # weighted by the micro-batch's share of the step's tokens
         share = _required(inputs.entropy_weights, "entropy_weights").sum()
-        loss = loss + settings.router_aux_loss_coef * share * _required(inputs.router_balance, "router_balance")
-    means = _metrics(inputs, terms, token_loss, old_logps, settings)
+        loss = loss + settings.router_aux_loss_coef * share * _required(policy.router_balance, "router_balance")
+    means = _metrics(policy, inputs, terms, token_loss, old_logps, settings)
     return LossOutput(loss, means, *_extremes(inputs, terms, token_loss, old_logps, settings))
 
 
 @torch.no_grad()
 def _metrics(
-    inputs: LossInputs, terms: Terms, token_loss: TokenLoss, old_logps: Tensor, settings: LossSettings
+    policy: PolicyOutputs,
+    inputs: LossInputs,
+    terms: Terms,
+    token_loss: TokenLoss,
+    old_logps: Tensor,
+    settings: LossSettings,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Token means, as (sum, count) pairs; names as TRL's."""
     mask = terms.mask
@@ -314,12 +331,12 @@ def _metrics(
         metrics["clip_ratio/region_mean"] = ((low | high).sum().float(), count)
     if inputs.covariant is not None:
         metrics["covariance/share"] = ((inputs.covariant & mask).sum().float(), count)
-    if inputs.entropy is not None:
-        metrics["entropy"] = (_where(mask, inputs.entropy).sum(), count)
-    if inputs.router_balance is not None:
-        metrics["aux_loss"] = (inputs.router_balance * count, count)
+    if policy.entropy is not None:
+        metrics["entropy"] = (_where(mask, policy.entropy).sum(), count)
+    if policy.router_balance is not None:
+        metrics["aux_loss"] = (policy.router_balance * count, count)
     if inputs.ref_logps is not None:
-        kl = kl_estimate(_where(mask, inputs.logps - inputs.ref_logps), settings.kl)
+        kl = kl_estimate(_where(mask, policy.logps - inputs.ref_logps), settings.kl)
         metrics["kl"] = (_where(mask, kl).sum(), count)
     if inputs.sampler_logps is not None:
         known = mask & ~inputs.sampler_logps.isnan()
@@ -367,5 +384,5 @@ def _where(mask: Tensor, values: Tensor) -> Tensor:
 
 def _required(tensor: Tensor | None, name: str) -> Tensor:
     if tensor is None:
-        raise ValueError(f"the configured loss needs LossInputs.{name}")
+        raise ValueError(f"the configured loss needs {name}")
     return tensor

@@ -77,7 +77,7 @@ def save(
     columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     lost = sorted({name for names in columns.pop("lost") for name in names})
     numbers = _numbers(res, state) | {"lost_columns": lost, "ranks": [len(part["row"]) for part in parts]}
-    numbers["log_probs"] = "sampler_logps" if advantages.old_logps is None else "logps"
+    numbers["log_probs"] = "sampler_logps" if advantages.inputs.old_logps is None else "logps"
     try:
         _write(res.directory / "audit" / f"step_{state.step:06d}.parquet", columns, numbers)
     except MachineError as error:
@@ -171,7 +171,7 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         return rows + [None] * (count - len(rows))
 
     saved = [_as_json(prompt.columns) for prompt in batch.prompts]
-    bonus = advantages.bonus
+    bonus, inputs = advantages.bonus, advantages.inputs
     return {
         "row": [prompt.row for prompt in batch.prompts],
         "prompt": [json.dumps(prompt.value) for prompt in batch.prompts],
@@ -186,14 +186,14 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "rewards": batch.rewards.tolist(),
         "task_reward": batch.task_reward.tolist(),
         "task_advantage": advantages.task_advantages.tolist(),
-        "advantages": tokens(advantages.advantages),
+        "advantages": tokens(inputs.advantages),
         "reduced": [None] * count if advantages.per_completion is None else advantages.per_completion.tolist(),
         "measure_tokens": tokens(res.shown_measure()),
         "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
         "visits": [None] * count if advantages.visits is None else advantages.visits.tolist(),
-        "ref_logps": tokens(advantages.ref_logps),
-        "selected": tokens(advantages.selected),
-        "logps": _before_the_update(advantages.old_logps, updates.own_parts(updates.first_logps), lengths),
+        "ref_logps": tokens(inputs.ref_logps),
+        "selected": tokens(inputs.selected),
+        "logps": _before_the_update(inputs.old_logps, updates.own_parts(updates.first_logps), lengths),
         "entropies": _before_the_update(advantages.old_entropies, updates.own_parts(updates.first_entropies), lengths),
     }
 

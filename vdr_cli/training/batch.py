@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,10 +89,9 @@ def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Comple
 
 @dataclass(frozen=True)
 class Advantages:
-    """Factors of the log-probability gradient in the update, and where they came from."""
+    """The update's inputs for every token, and where the advantages came from."""
 
-    advantages: Tensor  # (B, T)
-    mask: Tensor  # (B, T) bool, tokens that give gradient
+    inputs: LossInputs  # (B, T), those of the rollout; weights and covariant tokens are an optimizer step's
     task_advantages: Tensor  # (B,)
     per_completion: Tensor | None = None
     """(B,) the source's number of each completion; None without a bonus."""
@@ -100,18 +99,8 @@ class Advantages:
     """(B,) or (B, T) as added to the advantage."""
     visits: Tensor | None = None
     """(B,) int64, times that the answer was given to the prompt, where the bonus counts them."""
-    ref_logps: Tensor | None = None  # (B, T)
-    selected: Tensor | None = None  # (B, T) bool
-    old_logps: Tensor | None = None
+    old_entropies: Tensor | None = None
     """(B, T) under the policy that the rollout began with; None: the update's first pass reads them."""
-    old_entropies: Tensor | None = None  # (B, T), likewise
-    covariant: Tensor | None = None
-    """(B, T) bool, tokens that losses clip_cov and kl_cov treat differently; of one optimizer step's rows."""
-
-    def select(self, rows: Tensor) -> Advantages:
-        """The rows with these indices, in that order."""
-        own = {entry.name: value[rows] for entry in fields(self) if (value := getattr(self, entry.name)) is not None}
-        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -121,63 +110,31 @@ class MicroBatch:
     tokens: tuple[Tensor, Tensor, Tensor, Tensor]
     """prompt ids and mask (b, P), completion ids and mask (b, T)."""
     policy_mask: Tensor  # (b, T) bool, tokens that the policy sampled
-    advantages: Tensor  # (b, T)
-    mask: Tensor  # (b, T) bool
-    weights: Tensor  # (b, T)
-    sampler_logps: Tensor  # (b, T)
-    ref_logps: Tensor | None  # (b, T)
-    selected: Tensor | None  # (b, T) bool
-    entropy_weights: Tensor  # (b, T)
-    old_logps: Tensor | None = None  # (b, T)
-    covariant: Tensor | None = None  # (b, T) bool
+    inputs: LossInputs  # (b, T)
     own: bool = True
     """False for rows of another rank, whose numbers that rank counts (engine.sequence_parallel)."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on this device."""
-        moved = {
-            each.name: value.to(device)
-            for each in fields(self)
-            if isinstance(value := getattr(self, each.name), Tensor)
-        }
-        tokens = tuple(tensor.to(device) for tensor in self.tokens)
-        return replace(self, tokens=tokens, **moved)  # type: ignore[arg-type]
 
-    def inputs(
-        self, logps: Tensor, old_logps: Tensor, entropy: Tensor, router_balance: Tensor | None = None
-    ) -> LossInputs:
-        return LossInputs(
-            logps=logps,
-            advantages=self.advantages,
-            mask=self.mask,
-            old_logps=old_logps,
-            entropy=entropy,
-            ref_logps=self.ref_logps,
-            sampler_logps=self.sampler_logps,
-            selected=self.selected,
-            covariant=self.covariant,
-            entropy_weights=self.entropy_weights,
-            router_balance=router_balance,
-        )
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device)
+
+        tokens = tuple(map(moved, self.tokens))
+        return replace(self, tokens=tokens, policy_mask=moved(self.policy_mask), inputs=self.inputs.map(moved))  # type: ignore[arg-type]
 
 
-def micro_batches_of(
-    batch: RewardedGroups,
-    advantages: Advantages,
-    weights: Tensor,
-    entropy_weights: Tensor,
-    size: int,
-    device: torch.device,
-) -> list[MicroBatch]:
+def micro_batches_of(completions: Completions, inputs: LossInputs, size: int, device: torch.device) -> list[MicroBatch]:
     """The rank's rows, `size` at a time. Collective: all ranks get the same number of micro-batches.
 
     ZeRO's collectives are matched backward by backward, so a rank with fewer rows ends with micro-batches of
     one row whose mask is empty and whose weights are 0.
     """
-    own = [slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
-    count = int(collectives.all_reduce_max([len(own)])[0])
-    parts = [_micro_batch(batch, advantages, weights, entropy_weights, rows, device) for rows in own]
-    return parts + [_emptied(parts[-1]) for _ in range(count - len(parts))]
+    count = len(inputs.mask)
+    own = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    parts = [_micro_batch(completions, inputs, rows, device) for rows in own]
+    missing = int(collectives.all_reduce_max([len(own)])[0]) - len(own)
+    return parts + [_emptied(parts[-1]) for _ in range(missing)]
 
 
 def shared_micro_batches(own: list[MicroBatch], sequence: SequenceGroup | None) -> list[MicroBatch]:
@@ -187,7 +144,7 @@ def shared_micro_batches(own: list[MicroBatch], sequence: SequenceGroup | None) 
     """
     if sequence is None:
         return own
-    device = own[0].mask.device
+    device = own[0].policy_mask.device
     everybody = sequence.gather_objects([micro.to(torch.device("cpu")) for micro in own])
     return [
         replace(micro.to(device), own=rank == sequence.rank)
@@ -196,44 +153,24 @@ def shared_micro_batches(own: list[MicroBatch], sequence: SequenceGroup | None) 
     ]
 
 
-def _micro_batch(
-    batch: RewardedGroups,
-    advantages: Advantages,
-    weights: Tensor,
-    entropy_weights: Tensor,
-    rows: slice,
-    device: torch.device,
-) -> MicroBatch:
-    completions = batch.completions.rows(rows).trimmed()
-    T = completions.completion_ids.shape[1]
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[rows, :T].to(device)
-
-    moved = to_device(completions, device)
+def _micro_batch(completions: Completions, inputs: LossInputs, rows: slice, device: torch.device) -> MicroBatch:
+    own = to_device(completions.rows(rows).trimmed(), device)
+    T = own.completion_ids.shape[1]
     return MicroBatch(
-        tokens=(moved.prompt_ids, moved.prompt_mask, moved.completion_ids, moved.completion_mask),
-        policy_mask=moved.policy_mask,
-        advantages=cut(advantages.advantages),
-        mask=cut(advantages.mask),
-        weights=cut(weights),
-        sampler_logps=moved.sampler_logps,
-        ref_logps=None if advantages.ref_logps is None else cut(advantages.ref_logps),
-        selected=None if advantages.selected is None else cut(advantages.selected),
-        entropy_weights=cut(entropy_weights),
-        old_logps=None if advantages.old_logps is None else cut(advantages.old_logps),
-        covariant=None if advantages.covariant is None else cut(advantages.covariant),
+        tokens=(own.prompt_ids, own.prompt_mask, own.completion_ids, own.completion_mask),
+        policy_mask=own.policy_mask,
+        inputs=inputs.map(lambda tensor: tensor[rows, :T].to(device)),
     )
 
 
 def _emptied(micro: MicroBatch) -> MicroBatch:
     """Its first row, with nothing valid in it."""
-    one = {entry.name: value[:1] for entry in fields(micro) if isinstance(value := getattr(micro, entry.name), Tensor)}
-    for name in ("policy_mask", "mask", "weights", "entropy_weights"):
-        one[name] = torch.zeros_like(one[name])
     prompt_ids, prompt_mask, completion_ids, completion_mask = (tensor[:1] for tensor in micro.tokens)
     tokens = prompt_ids, prompt_mask, completion_ids, torch.zeros_like(completion_mask)
-    return replace(micro, tokens=tokens, **one)  # type: ignore[arg-type]
+    inputs, nothing = micro.inputs.map(lambda tensor: tensor[:1]), torch.zeros_like(micro.policy_mask[:1])
+    weightless = torch.zeros_like(nothing, dtype=torch.float32)
+    inputs = replace(inputs, mask=nothing, weights=weightless, entropy_weights=weightless)
+    return MicroBatch(tokens, nothing, inputs)
 
 
 @dataclass
@@ -264,8 +201,8 @@ class Updates:
 
         They were read beforehand, or are those of this rollout's first pass, which this call then records.
         """
-        if micro.old_logps is not None:
-            return micro.old_logps
+        if micro.inputs.old_logps is not None:
+            return micro.inputs.old_logps
         if not self.refused:  # the first pass
             self.first_logps.append(logps.detach())
             self.first_entropies.append(entropy.detach())

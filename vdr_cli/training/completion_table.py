@@ -26,7 +26,7 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
         "completion_ids": completions.completion_token_ids(),
         "truncated": completions.truncated.tolist(),
         "reward": batch.task_reward.tolist(),
-        "advantage": _per_completion(advantages.advantages, completions.policy_mask).tolist(),
+        "advantage": _per_completion(advantages.inputs.advantages, completions.policy_mask).tolist(),
     }
     if batch.counts is not None:
         columns["policy_mask"] = _cut(completions.policy_mask, lengths)

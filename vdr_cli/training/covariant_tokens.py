@@ -8,12 +8,12 @@ from torch import Tensor
 from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.grpo.covariance import covariances, drawn, highest
+from vdr_cli.grpo.losses import LossInputs
 from vdr_cli.samples import Stream, completion_key, uniform_rows
-from vdr_cli.training.batch import Advantages
 from vdr_cli.training.minibatches import own_groups
 
 
-def covariant_tokens(config: Config, part: Advantages, rows: Tensor, step: int) -> Tensor | None:
+def covariant_tokens(config: Config, part: LossInputs, rows: Tensor, step: int) -> Tensor | None:
     """(b, T) bool: the tokens of one optimizer step that the loss singles out; None for other losses. Collective.
 
     part: this rank's rows of the step. rows: (b,) their places in this rank's share of the rollout. A token's random

@@ -64,22 +64,20 @@ def counted(function: Any) -> Any:
     return call
 
 
-def watched_loss(inputs: Any, weights: Any, cfg: Any) -> Any:
-    output = policy_loss(inputs, weights, cfg)
-    tensors = {name: value.detach() for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
-    calls.append({**tensors, "weights": weights, "loss": output.loss.detach()})
+def watched_loss(policy: Any, inputs: Any, cfg: Any) -> Any:
+    output = policy_loss(policy, inputs, cfg)
+    given = (policy._asdict() | vars(inputs)).items()
+    calls.append({name: value.detach() for name, value in given if value is not None} | {"loss": output.loss.detach()})
     if plant in ("nan", "inf") and collectives.rank() == collectives.world_size() - 1:
         output = dataclasses.replace(output, loss=output.loss * math.nan if plant == "nan" else output.loss + math.inf)
     return output
 
 
-def watched_micro_batches(batch: Any, advantages: Any, weights: Any, entropy_weights: Any, *rest: Any) -> list[Any]:
+def watched_micro_batches(completions: Any, inputs: Any, *rest: Any) -> list[Any]:
     if plant == "shuffled":
-        order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
-        batch, weights, entropy_weights = batch.select(order), weights[order], entropy_weights[order]
-        tensors = {name: value[order] for name, value in vars(advantages).items() if isinstance(value, torch.Tensor)}
-        advantages = dataclasses.replace(advantages, **tensors)
-    micro_batches = micro_batches_of(batch, advantages, weights, entropy_weights, *rest)
+        order = torch.randperm(len(inputs.mask), generator=torch.Generator().manual_seed(1))
+        completions, inputs = completions.rows(order), inputs.map(lambda tensor: tensor[order])
+    micro_batches = micro_batches_of(completions, inputs, *rest)
     return [widened(micro) for micro in micro_batches] if plant == "padded" else micro_batches
 
 
@@ -87,8 +85,8 @@ def widened(micro: Any) -> Any:
     """The micro-batch with three columns of padding before the prompts and two after the completions."""
     *prompt, ids, mask = micro.tokens
     tokens = (*(pad(part, (3, 0)) for part in prompt), pad(ids, (0, 2)), pad(mask, (0, 2)))
-    tensors = {name: pad(value, (0, 2)) for name, value in vars(micro).items() if isinstance(value, torch.Tensor)}
-    return dataclasses.replace(micro, **tensors, tokens=tokens)
+    inputs, policy_mask = micro.inputs.map(lambda tensor: pad(tensor, (0, 2))), pad(micro.policy_mask, (0, 2))
+    return dataclasses.replace(micro, tokens=tokens, policy_mask=policy_mask, inputs=inputs)
 
 
 def watched_mask(mask: Any, truncated: Any, mask_truncated: bool) -> Any:
