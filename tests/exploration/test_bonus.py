@@ -236,6 +236,7 @@ def test_a_negative_weight_is_the_opposite_bonus() -> None:
         ("incorrect", [False, True, True, True, False, False]),
         ("correct", [True, False, False, False, True, True]),
         ("some_correct", [True, True, False, False, True, True]),
+        ("nonzero_variance", [True, True, False, False, False, False]),
         ("zero_variance", [False, False, True, True, True, True]),
     ],
 )

@@ -53,8 +53,8 @@ def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: i
 def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> Tensor:
     """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide.
 
-    gate: all, incorrect, correct, some_correct (groups with a solved completion) or zero_variance (groups whose task
-    rewards are all equal). solved: (B,) bool.
+    gate: all, incorrect, correct, some_correct (groups with a solved completion), nonzero_variance (groups whose task
+    rewards differ) or zero_variance (groups whose task rewards are all equal). solved: (B,) bool.
     """
     solved = solved.bool()
     if gate == "incorrect":
@@ -63,8 +63,9 @@ def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> T
         return solved
     if gate == "some_correct":
         return solved.view(-1, group_size).any(1).repeat_interleave(group_size)
-    if gate == "zero_variance":
-        return zero_variance(task_rewards, group_size).repeat_interleave(group_size)
+    if gate in ("zero_variance", "nonzero_variance"):
+        equal = zero_variance(task_rewards, group_size).repeat_interleave(group_size)
+        return equal if gate == "zero_variance" else ~equal
     return torch.ones(len(task_rewards), dtype=torch.bool, device=task_rewards.device)
 
 
