@@ -18,7 +18,7 @@ from vdr_cli.config.load import computed_settings, validate
 from vdr_cli.config.paths import checked_path
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
-from vdr_cli.data.sources import check_data, check_options
+from vdr_cli.data.sources import check_data, check_options, has_no_splits
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.models.paths import resolve_model_path
@@ -77,12 +77,12 @@ def check_processes(config: Config, processes: int) -> None:
 
 
 def check_held_out(config: Config) -> None:
-    """One file has no splits, so held-out prompts need a place of their own."""
+    """Held-out prompts need a place of their own where the data have no splits."""
     name = config.data.name
-    if config.data.eval_name is None and not is_suite(name) and Path(name).is_file():
+    if config.data.eval_name is None and not is_suite(name) and has_no_splits(Path(name)):
         raise ConfigError(
-            f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} is one file without "
-            "splits; give data.eval_name, the file with the held-out prompts"
+            f"train.eval_every is {config.train.eval_every} but data.name {config.data.name} has no splits; give "
+            "data.eval_name, the held-out data"
         )
 
 

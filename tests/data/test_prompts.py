@@ -355,6 +355,15 @@ def test_splits(tmp_path, tokenizer):
             load_prompts(cfg, "train", tokenizer)
     with pytest.raises(ConfigError, match=r"give data\.eval_name"):
         load_prompts(DataConfig(name=str(file)), "eval", tokenizer)
+    Dataset.from_list([OK]).save_to_disk(str(tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"one has no splits; give data\.eval_name"):  # never the training rows
+        load_prompts(DataConfig(name=str(tmp_path / "one")), "eval", tokenizer)
+    with pytest.raises(ConfigError, match=r"data\.split dev: .*one has no splits"):
+        load_prompts(DataConfig(name=str(tmp_path / "one"), split="dev"), "train", tokenizer)
+    for arrow in (tmp_path / "one").glob("*.arrow"):
+        arrow.write_bytes(b"cut")
+    with pytest.raises(DataError, match="cannot be read as a saved data set"):
+        load_prompts(DataConfig(name=str(tmp_path / "one")), "train", tokenizer)
     held_out = write_jsonl(tmp_path / "h.jsonl", {"prompt": "h"})
     assert load_prompts(DataConfig(name=str(file), eval_name=str(held_out)), "eval", tokenizer)[0].value == "h"
 

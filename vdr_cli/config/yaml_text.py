@@ -64,8 +64,15 @@ class Document:
 
 
 def parse_value(text: str) -> Any:
-    """One YAML value, as typed after `--set key=`. Raises yaml.YAMLError."""
+    """One YAML value, as typed after `--set key=`. Raises yaml.YAMLError.
+
+    Text without quotes is taken as it was typed: YAML would read `after ####` as `after` and a comment, and join lines.
+    """
     try:
+        node = yaml.compose(text, Loader=_Loader)
+        is_plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+        if is_plain and not text.lstrip().startswith(("!", "&")) and text.strip() not in ("", node and node.value):
+            return text
         return yaml.load(text, Loader=_Loader)
     except (ValueError, RecursionError) as error:
         raise yaml.YAMLError(str(error)) from error

@@ -66,11 +66,11 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
         table = _bed(name, split, split_key)
     elif gym.is_suite(name):
         table = _suite(cfg, name, split, split_key)
-    elif path.is_file():
-        _check_whole_file(name, split, split_key, role, own_place)
-        table = read_file(path)
+    elif has_no_splits(path):
+        _check_split_left_out(name, split, split_key, role, own_place)
+        table = read_file(path) if path.is_file() else _dataset_table(name, _saved(path))
     elif path.is_dir():
-        table = _directory(cfg, name, split, split_key)
+        table = _directory(name, cfg.subset if name == cfg.name else None, split, split_key)
     else:
         table = _hub(name, cfg.subset if name == cfg.name else None, split, split_key)
     if len(table) == 0:
@@ -115,32 +115,43 @@ def _suite(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
     return Table(f"{name}[{split}]", rows, tuple(rows[0]))
 
 
-def _check_whole_file(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:
-    """A file is one split: any other than the default name cannot be meant, nor can training data be held out."""
+def has_no_splits(path: Path) -> bool:
+    """True for a file, and for a directory to which `datasets` saved one data set rather than a dictionary of them."""
+    return path.is_file() or (path / "state.json").is_file()
+
+
+def _check_split_left_out(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:
+    """Data without splits: any other than the default name cannot be meant, nor can training data be held out."""
     if role == "eval" and not own_place:
-        raise ConfigError(f"data.name {name} is one file without splits; give data.eval_name, the held-out file")
+        raise ConfigError(f"data.name {name} has no splits; give data.eval_name, the held-out data")
     default = DataConfig.model_fields["split" if role == "train" else "eval_split"].default
     if split not in (default, "train", "test"):
-        raise ConfigError(f"{split_key} {split}: {name} is one file without splits; leave {split_key} out")
+        raise ConfigError(f"{split_key} {split}: {name} has no splits; leave {split_key} out")
 
 
-def _directory(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
+def _directory(name: str, subset: str | None, split: str, split_key: str) -> Table:
     """A directory that `datasets` saved, or one with a file a split (train.jsonl, test.parquet, ...)."""
     path = Path(name)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        from datasets import DatasetDict, load_from_disk
-
-        loaded: Any = load_from_disk(str(path))
-        if isinstance(loaded, DatasetDict):
-            if split not in loaded:
-                raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(loaded)}")
-            loaded = loaded[split]
-        return _dataset_table(f"{name}[{split}]", loaded)
-    for suffix, ending in itertools.product(SUFFIXES, ENDINGS):
+    if (path / "dataset_dict.json").is_file():
+        loaded = _saved(path)
+        if split not in loaded:
+            raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(loaded)}")
+        return _dataset_table(f"{name}[{split}]", loaded[split])
+    for suffix, ending in itertools.product(SUFFIXES, ENDINGS) if subset is None else ():
         file = path / f"{split}{suffix}{ending}"
         if file.is_file():
             return read_file(file)
-    return _hub(name, None, split, split_key)
+    return _hub(name, subset, split, split_key)
+
+
+def _saved(path: Path) -> Any:
+    """What save_to_disk wrote. Raises DataError for a directory that is not whole."""
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except Exception as error:  # what Arrow, JSON and the file system raise
+        raise DataError(f"{path}: cannot be read as a saved data set ({reason(error)}); save it again") from None
 
 
 def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
