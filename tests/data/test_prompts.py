@@ -223,8 +223,8 @@ def test_bad_rows_are_named(tmp_path, tokenizer, lines, expected):
 
 def test_bad_files_of_other_kinds(tmp_path, tokenizer):
     for name, content, expected in [
-        ("a.json", "{}", "a list of objects is needed"),
-        ("b.json", '{"prompt": "a"}\n{"prompt": "b"}', "not valid JSON (Extra data, line 2)"),
+        ("a.json", '{"data": []}', "no column prompt; the columns are data"),
+        ("b.json", '[{"prompt": "a"}]\n{"prompt": "b"}', "not valid JSON (Extra data, line 2); give one list"),
         ("c.json", '[{"prompt": "a"}, 3]', "row 1: an object is needed"),
         ("a.csv", 'prompt,x\n"a\nb",1\nb\n', "a.csv row 1: 1 values, but the header has 2 columns"),
         ("b.csv", "prompt,prompt\na,1\n", "the column prompt appears more than once"),
@@ -242,6 +242,38 @@ def test_bad_files_of_other_kinds(tmp_path, tokenizer):
         (tmp_path / name).write_bytes(start + b'{"prompt": "\xe9"}\n')
         with pytest.raises(DataError, match="line 2001: not text in UTF-8"):
             load(tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("lines", [True, False])
+def test_both_forms_of_json_are_read_under_either_ending(tmp_path, tokenizer, name, lines):
+    """Dataset.to_json writes an object per line to a.json; json.dump of all rows often goes to a.jsonl."""
+    content = "\n".join(map(json.dumps, ROWS)) if lines else json.dumps(ROWS, indent=1)
+    (tmp_path / name).write_text("\ufeff\n" * (not lines) + content)
+    assert [(p.value, p.columns) for p in load(tmp_path / name, tokenizer)] == [
+        ("1+1=", {"answer": 2}),
+        ("2+3=", {"answer": 5}),
+    ]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_value_that_python_lacks_matters_only_to_whoever_asks(tmp_path, tokenizer, saved):
+    from datasets import Dataset
+
+    when = pa.array([0, 2**62], pa.timestamp("us"))  # a database's "infinity"
+    table = pa.table({"prompt": ["a", "b"], "when": when})
+    if saved:
+        Dataset(table).save_to_disk(str(tmp_path / "rows"))
+    else:
+        pq.write_table(table, tmp_path / "rows.parquet")
+    prompts = load(tmp_path / ("rows" if saved else "rows.parquet"), tokenizer)
+    assert [prompt.value for prompt in prompts] == ["a", "b"]
+    with pytest.raises(OverflowError):
+        prompts[1].columns["when"].decode()
+    broken = pa.array([b"a", b"\xff"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"prompt": broken}), tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match="row 1: prompt cannot be read"):
+        load(tmp_path / "broken.parquet", tokenizer)
 
 
 def test_csv_rows_of_any_size_and_prompts_that_are_numbers(tmp_path, tokenizer):
@@ -375,6 +407,29 @@ def test_chat_needs_a_template_and_system_needs_chat(tmp_path):
         load(chat, character_tokenizer(template=None))
     with pytest.raises(ConfigError, match="plain strings"):
         load(plain, character_tokenizer(), system_prompt="x")
+
+
+def test_messages_as_arrow_and_openai_write_them(tmp_path, tokenizer):
+    """Null keys, a turn that only calls tools, content in parts: as in a data set with tool calls that TRL reads."""
+    from datasets import Dataset
+
+    asks = {"role": "user", "content": "1+1"}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "+2"}]}
+    number = "{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% endif %}"
+    calling = character_tokenizer(template="{% for m in messages %}" + number + "{{ m.content }}|{% endfor %}")
+    for file in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        rows = [{"prompt": [asks, calls, {"role": "user", "content": "so"}]}, {"prompt": [asks]}]
+        if file.suffix == ".parquet":
+            Dataset.from_list(rows).to_parquet(file)
+        else:
+            write_jsonl(file, *rows)
+        assert [text(calling, prompt.token_ids) for prompt in load(file, calling)] == ["1+1|1|so|", "1+1|"]
+    (prompt,) = load(write_jsonl(tmp_path / "p.jsonl", {"prompt": [parts]}), tokenizer)
+    assert prompt.value == [{"role": "user", "content": "2+2"}]
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    with pytest.raises(DataError, match="message 0 of prompt has parts that are not text"):
+        load(write_jsonl(tmp_path / "i.jsonl", {"prompt": [image]}), tokenizer)
 
 
 def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):

@@ -79,7 +79,7 @@ def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
     rows = first_rows([Source(str(path), "jsonl")])
     assert [(row.number, row.error is None) for row in rows] == [(1, True), (3, False), (4, False), (5, False)]
     assert rows[1].place == f"{path} line 3"
-    assert rows[2].error == "a JSON array: give JSONL, one object per line"
+    assert rows[2].error == "a JSON array among objects: give one object per line"
     assert rows[3].error is not None
     for text, message in (
         ('{\n "prompt": "a"\n}', "JSON over several lines"),
@@ -140,7 +140,8 @@ def test_schema_of_parquet_inputs(tmp_path: Path) -> None:
     [
         (b"[" * 100_000, "nested too deep"),
         (b'{"prompt": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'[{"prompt": "a", "completion": "b"}]', "a JSON array: give JSONL"),
+        (b'[{"prompt": "a", "completion": "b"}', "give one list of objects, or one object per line"),
+        (b"[3]", "not a JSON object"),
         (b'{"prompt": "caf\xe9"}', "not valid JSON"),
     ],
 )
@@ -150,6 +151,25 @@ def test_lines_that_only_look_like_rows(tmp_path: Path, line: bytes, message: st
     (row,) = first_rows([Source(str(path), "jsonl")])
     assert row.error is not None
     assert message in row.error
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_list_of_objects_is_read_under_either_ending(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("\ufeff" + json.dumps(ROWS, indent=1))
+    windows = Windows(find_sources([str(tmp_path / name)], tmp_path / "spool"), lambda index: True)
+    rows = [row for window in windows for row in window.rows]
+    assert [row.values for row in rows] == ROWS
+    assert rows[1].place == f"{tmp_path / name} row 1"
+
+
+def test_cells_that_python_lacks_come_as_text_or_bytes(tmp_path: Path) -> None:
+    """A column that nobody asked for must not end the scoring."""
+    broken = pa.array([b"a", b"\xff"]).cast(pa.string(), safe=False)
+    when = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a", "b"], "when": when, "text": broken}), tmp_path / "a.parquet")
+    values = [row.values for row in first_rows([Source(str(tmp_path / "a.parquet"), "parquet")])]
+    assert [row["prompt"] for row in values if row] == ["a", "b"]
+    assert values[1] is not None and values[1]["text"] == b"\xff" and "out of range" in values[1]["when"]
 
 
 def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from vdr_cli.data.prompts import encode
 from vdr_cli.models.loading import load_tokenizer
 from vdr_cli.models.sizes import UsableLength
-from vdr_cli.scoring.cells import completion_value, ids_fit, prompt_value, value_at
+from vdr_cli.scoring.cells import RowError, completion_value, ids_fit, prompt_value, value_at
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.tokens import Tokeniser, continuation_ids
@@ -138,6 +139,30 @@ def test_layouts_of_other_tools() -> None:
     with pytest.raises(Exception, match="2 responses: choose one, --completion-column resps"):
         completion_value(several, Fields())
     assert completion_value(several, Fields(completion="resps.0.1")) == "b"
+
+
+MESSAGE = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        MESSAGE,  # choices.0.message of an OpenAI batch
+        [MESSAGE | {"content": [{"type": "text", "text": "a"}], "tool_calls": None}],
+        json.dumps([MESSAGE]),  # a CSV cell
+    ],
+)
+def test_messages_of_every_spelling_are_their_text(completion: Any) -> None:
+    values = {"prompt": "p", "response": {"body": {"choices": [{"message": completion}]}}}
+    assert completion_value(values, Fields(completion="response.body.choices.0.message")) == "a"
+
+
+def test_text_that_only_looks_like_messages_stays_text() -> None:
+    for text in ('[{"x": 1}]', '[{"role": "user", "content": "a"}]', '[{"'):
+        assert completion_value({"prompt": "p", "completion": text}, Fields()) == text
+    assert prompt_value({"prompt": '[{"x": 1}]', "completion": "a"}, Fields()) == '[{"x": 1}]'
+    with pytest.raises(RowError, match="completion must be text, not"):
+        completion_value({"prompt": "p", "completion": [MESSAGE | {"content": [{"type": "image"}]}]}, Fields())
 
 
 def test_paths_into_nested_columns() -> None:

@@ -8,8 +8,9 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,16 +62,41 @@ class ArrowRows:
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int, /) -> Row:
-        row: Row = self._table.slice(index, 1).to_pylist()[0]
-        return row
+        one = self._table.slice(index, 1)
+        names = one.column_names
+        return row_of(names, lambda: one.to_pylist()[0], lambda name: one.column(name)[0].as_py())
 
     def __iter__(self) -> Iterator[Row]:
+        first = 0
         for batch in self._table.to_batches():
-            yield from batch.to_pylist()
+            rows = range(first, first := first + batch.num_rows)
+            try:
+                yield from batch.to_pylist()
+            except (ValueError, OverflowError):
+                yield from map(self.__getitem__, rows)
 
     def select_columns(self, columns: list[str]) -> ArrowRows:
         """The same rows with only these columns."""
         return ArrowRows(self._table.select(columns))
+
+
+def row_of(columns: Sequence[str], whole: Callable[[], Row], cell: Callable[[str], Any]) -> Row:
+    """The row as `whole` gives it, or cell by cell where one has no counterpart in Python (a date in the year 10000).
+
+    That one is `Undecoded`: only whoever asks for its column gets the error.
+    """
+    try:
+        return whole()
+    except (ValueError, OverflowError):
+        from vdr_cli.samples import Undecoded  # brings torch, which the checks before the start do without
+
+        row = {}
+        for name in columns:
+            try:
+                row[name] = cell(name)
+            except (ValueError, OverflowError):
+                row[name] = Undecoded(partial(cell, name))
+        return row
 
 
 def read_file(path: Path) -> Table:
@@ -81,7 +107,7 @@ def read_file(path: Path) -> Table:
     without permission.
     """
     readers: dict[str, Callable[[Path], Table]] = {
-        ".jsonl": _read_jsonl,
+        ".jsonl": _read_json,
         ".json": _read_json,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
@@ -141,7 +167,7 @@ def _first_columns(path: Path) -> list[str]:
             if data_suffix(path) == ".csv":
                 return _csv_header(file)[0]
             lines = (line for line in file if not line.isspace())
-            first = json.loads(next(lines)) if data_suffix(path) == ".jsonl" else None
+            first = json.loads(next(lines))
     except (*BROKEN, ValueError, RecursionError, StopIteration, csv.Error):
         return []
     return list(first) if isinstance(first, dict) else []
@@ -186,17 +212,25 @@ def _read_jsonl(path: Path) -> Table:
 
 
 def _read_json(path: Path) -> Table:
+    """One list of objects, or an object per line: both are written under either ending."""
+    with _open_text(path) as file:
+        return _read_json_list(path) if is_json_list(file) else _read_jsonl(path)
+
+
+def is_json_list(lines: Iterable[str]) -> bool:
+    """True for JSON text that opens a list, false for one of objects."""
+    return next((line.lstrip()[0] for line in lines if not line.isspace()), "") == "["
+
+
+def _read_json_list(path: Path) -> Table:
     try:
         rows = json.loads(read_bytes(path).decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: not valid JSON ({_problem(error)}); a .json file holds one list of objects, "
-            "a file with one object per line must end in .jsonl"
+            f"{path}: not valid JSON ({_problem(error)}); give one list of objects, or one object per line"
         ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: a list of objects is needed")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f'{path} row {index}: an object is needed, such as {{"prompt": ...}}')

@@ -10,10 +10,11 @@ from typing import Any
 
 from vdr_cli.config import DataConfig
 from vdr_cli.data.files import Row, Table, no_column
+from vdr_cli.data.messages import plain_message, plain_messages
 from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models.sizes import language_part, largest, usable_length
-from vdr_cli.samples import Messages, Prompt
+from vdr_cli.samples import Messages, Prompt, Undecoded
 from vdr_cli.system.text import reason, shown_value
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ class PromptSet(Sequence[Prompt]):
         row = dict(self._table.rows[index])
         value = row.pop(self._prompt_column)
         if self.has_messages:
-            value = [{"role": "user", "content": value}] if isinstance(value, str) else value
-            value = with_system_prompt([dict(message) for message in value], self._system_prompt)
+            value = [{"role": "user", "content": value}] if isinstance(value, str) else plain_messages(value)
+            value = with_system_prompt(value, self._system_prompt)
         return Prompt(row=index, value=value, token_ids=self._tokens(index, value), columns=self._columns_of(row))
 
     def where(self, index: int) -> str:
@@ -223,6 +224,8 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
     """True for chat messages, False for a string."""
     value = row.get(column)
     where = table.where(index)
+    if isinstance(value, Undecoded):
+        value = _decoded(value, f"{where}: {column}")
     if isinstance(value, str):
         if not value:
             raise DataError(f"{where}: {column} is an empty string; remove the row")
@@ -234,14 +237,29 @@ def _kind(table: Table, index: int, row: Row, column: str) -> bool:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: {column} must be a string or a list of messages, not {shown_value(value)}")
     for number, message in enumerate(value):
-        usable = isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
-        if not usable:
-            raise DataError(f"{where}: message {number} of {column} needs role and content, not {shown_value(message)}")
-        if message["content"] is None:
-            raise DataError(f"{where}: message {number} of {column} has no content")
-        if isinstance(message["content"], str):
-            _check_text(message["content"], f"{where}: message {number} of {column}")
+        _check_message(message, f"{where}: message {number} of {column}")
     return True
+
+
+def _decoded(value: Undecoded, what: str) -> Any:
+    try:
+        return value.decode()
+    except Exception as error:  # decoders raise what they like
+        raise DataError(f"{what} cannot be read ({reason(error)}); fix or remove the row") from None
+
+
+def _check_message(message: Any, what: str) -> None:
+    """DataError when it is not a message of text. what: the message in errors."""
+    is_one = isinstance(message, dict) and isinstance(message.get("role"), str)
+    if not is_one or not ("content" in message or message.get("tool_calls")):
+        raise DataError(f"{what} needs role and content, not {shown_value(message)}")
+    content = plain_message(message).get("content")
+    if content is None:
+        raise DataError(f"{what} has no content")
+    if isinstance(content, list):
+        raise DataError(f"{what} has parts that are not text: {shown_value(content)}; the model reads text only")
+    if isinstance(content, str):
+        _check_text(content, what)
 
 
 def _check_text(text: str, what: str) -> None:

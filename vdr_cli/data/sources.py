@@ -16,7 +16,7 @@ from vdr_cli.beds.registry import BEDS, SPLITS
 from vdr_cli.config import DataConfig
 from vdr_cli.config.paths import checked_path, looks_like_path
 from vdr_cli.data.compression import ENDINGS, data_suffix
-from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file
+from vdr_cli.data.files import COMPRESSED, SUFFIXES, Row, Table, check_column, csv_delimiter, read_file, row_of
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.models.hub import settle_on_cache_if_away
 from vdr_cli.system.text import reason
@@ -200,21 +200,24 @@ def _text_options(name: str, subset: str | None, columns: Sequence[str]) -> dict
 
 
 class UndecodedRows:
-    """A `datasets` data set whose images, audio and video are decoded only where somebody asks for them."""
+    """A `datasets` data set whose images, audio, video and unreadable cells matter only to whoever asks for them."""
 
     def __init__(self, dataset: Any, media: Sequence[str]) -> None:
         """media: the columns that need decoding."""
         self._dataset, self._media = dataset, media
-        self._plain = dataset.remove_columns(list(media))
+        self._plain = dataset.remove_columns(list(media)) if media else dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int, /) -> Row:
-        row: Row = dict(self._plain[index]) if self._plain.column_names else {}
+        names = self._plain.column_names
+        row = row_of(names, lambda: dict(self._plain[index]), partial(self._cell, index)) if names else {}
+        if not self._media:
+            return row
         from vdr_cli.samples import Undecoded  # brings torch, which the checks before the start do without
 
-        return row | {name: Undecoded(partial(self._decoded, index, name)) for name in self._media}
+        return row | {name: Undecoded(partial(self._cell, index, name)) for name in self._media}
 
     def select_columns(self, columns: list[str]) -> Any:
         """The same rows with only these columns."""
@@ -222,7 +225,8 @@ class UndecodedRows:
             return [{name: row[name] for name in columns} for row in (self[index] for index in range(len(self)))]
         return self._plain.select_columns(columns)
 
-    def _decoded(self, index: int, name: str) -> Any:
+    def _cell(self, index: int, name: str) -> Any:
+        """One cell, decoded."""
         return self._dataset.select_columns([name])[index][name]
 
 
@@ -231,4 +235,4 @@ def _dataset_table(name: str, loaded: Any) -> Table:
 
     columns = tuple(loaded.column_names)
     media = [column for column in columns if require_decoding(loaded.features[column])]
-    return Table(name, UndecodedRows(loaded, media) if media else loaded, columns)
+    return Table(name, UndecodedRows(loaded, media), columns)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from vdr_cli.data.messages import plain_messages
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
+from vdr_cli.system.text import shown_value
 
 MESSAGES = "messages"
 """Column of a whole conversation, for rows without a completion."""
@@ -31,11 +33,9 @@ def prompt_value(values: dict[str, Any], fields: Fields) -> str | list[dict[str,
         found = value_at(arguments, "gen_args_0.arg_0") if isinstance(arguments, dict) else value_at(arguments, "0.0")
     if found is None:
         raise RowError(_missing(fields.prompt, values, "--prompt-column"))
-    if isinstance(found, str) and found.startswith('[{"'):  # messages in a CSV cell or lm-eval's chat prompts
-        found = json_or(found, found)
-    if isinstance(found, str):
-        return found
     messages = _messages(found)
+    if isinstance(found, str):
+        return messages or found
     if not messages:
         raise RowError(f"{fields.prompt} must be a string or a list of messages with role and content")
     return messages
@@ -55,14 +55,18 @@ def completion_value(values: dict[str, Any], fields: Fields) -> str | list[dict[
         found = responses[0]
     if found is None:
         raise RowError(_missing(fields.completion, values, "--completion-column"))
-    if isinstance(found, str):
+    messages = _messages([found] if isinstance(found, dict) else found)
+    is_assistant = bool(messages) and messages[0]["role"] == "assistant"
+    if isinstance(found, str) and not is_assistant:
         return found
-    messages = _messages(found)
-    if len(messages) == 1 and not messages[0].get("tool_calls"):
-        return str(messages[0]["content"])
-    if not messages or messages[0]["role"] != "assistant":
+    if not messages or (len(messages) > 1 and not is_assistant):
         raise RowError(f"{fields.completion} must be a string or messages, the first of them the assistant's")
-    return messages
+    if len(messages) > 1 or messages[0].get("tool_calls"):
+        return messages
+    text = messages[0]["content"]
+    if not isinstance(text, str):
+        raise RowError(f"{fields.completion} must be text, not {shown_value(text)}")
+    return text
 
 
 def whole_conversation(
@@ -175,15 +179,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """The messages, columns that are null left out; none when one of them has no role or nothing to say."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        return []
-    messages = [{name: part for name, part in message.items() if part is not None} for message in value]
-    for message in messages:
-        if message.get("tool_calls"):
-            message.setdefault("content", "")
-    usable = all(isinstance(message.get("role"), str) and "content" in message for message in messages)
-    return messages if usable else []
+    """The messages, also those that a CSV cell spells; none when one of them has no role or nothing to say."""
+    messages = plain_messages(json_or(value, None) if isinstance(value, str) and value.startswith('[{"') else value)
+    usable = all(isinstance(message.get("role"), str) and "content" in message for message in messages or [])
+    return messages if messages and usable else []
 
 
 def _missing(name: str, values: dict[str, Any], flag: str) -> str:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vdr_cli.data.compression import BROKEN, data_suffix, is_compressed, open_bytes
-from vdr_cli.data.files import csv_delimiter
+from vdr_cli.data.files import csv_delimiter, is_json_list
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.system.text import is_text
 
@@ -57,14 +57,14 @@ class Row:
     """One input row: its values, or why it cannot be used."""
 
     source: str
-    number: int  # line of the file from 1 (JSONL, CSV), row from 0 (Parquet)
+    number: int  # line of the file from 1 (JSONL, CSV), row from 0 (Parquet, a JSON list)
     values: dict[str, Any] | None
     error: str | None = None
+    unit: str = "line"
 
     @property
     def place(self) -> str:
-        unit = "row" if self.source.endswith(".parquet") else "line"
-        return f"{shown_path(self.source)} {unit} {self.number}"
+        return f"{shown_path(self.source)} {self.unit} {self.number}"
 
 
 def shown_path(path: str) -> str:
@@ -182,6 +182,32 @@ def _expand(given: str) -> list[Path]:
 Reader = Iterator[tuple[Callable[[], Row], float]]
 
 
+def _json(source: Source) -> Reader:
+    """An object per line, or one list of objects: both are written under either ending."""
+    with _opened(source) as (data, _):
+        is_list = is_json_list(io.TextIOWrapper(data, encoding="utf-8-sig", errors="replace"))
+    yield from (_json_list if is_list else _jsonl)(source)
+
+
+def _json_list(source: Source) -> Reader:
+    with _opened(source) as (data, _):
+        content = data.read()
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        why = _not_json(error) + "; give one list of objects, or one object per line"
+        yield lambda: Row(source.path, 0, None, why, "row"), 1.0
+        return
+    for number, values in enumerate(rows):
+        yield partial(_listed_row, source.path, number, values), (number + 1) / len(rows)
+
+
+def _listed_row(path: str, number: int, values: Any) -> Row:
+    if not isinstance(values, dict):
+        return Row(path, number, None, "not a JSON object", "row")
+    return Row(path, number, values, unit="row")
+
+
 def _jsonl(source: Source) -> Reader:
     size = max(source.size, 1)
     with _opened(source) as (lines, raw):
@@ -194,17 +220,20 @@ def _jsonl(source: Source) -> Reader:
 def _json_row(path: str, number: int, line: bytes) -> Row:
     try:
         values = json.loads(line.decode("utf-8-sig"))
-    except RecursionError:
-        return Row(path, number, None, "not valid JSON (nested too deep)")
-    except ValueError as error:  # bad JSON, bad UTF-8, a number of more digits than Python reads
-        if line.strip() in (b"{", b"["):
-            return Row(path, number, None, "JSON over several lines: give JSONL, one object per line")
-        return Row(path, number, None, f"not valid JSON ({error})")
+    except (ValueError, RecursionError) as error:
+        if line.strip() == b"{":
+            return Row(path, number, None, "JSON over several lines: give one object per line, or one list of objects")
+        return Row(path, number, None, _not_json(error))
     if isinstance(values, list):
-        return Row(path, number, None, "a JSON array: give JSONL, one object per line")
+        return Row(path, number, None, "a JSON array among objects: give one object per line")
     if not isinstance(values, dict):
         return Row(path, number, None, "not a JSON object")
     return Row(path, number, values)
+
+
+def _not_json(error: Exception) -> str:
+    """error: bad JSON, bad UTF-8, a number of more digits than Python reads, or too deep a nesting."""
+    return f"not valid JSON ({'nested too deep' if isinstance(error, RecursionError) else error})"
 
 
 def _csv(source: Source) -> Reader:
@@ -249,12 +278,27 @@ class _Parsed:
 
     def __getitem__(self, at: int) -> dict[str, Any]:
         if self._rows is None:
-            self._rows = self._batch.to_pylist()
+            try:
+                self._rows = self._batch.to_pylist()
+            except (ValueError, OverflowError):
+                columns = [_cells(column) for column in self._batch.columns]
+                self._rows = [
+                    dict(zip(self._batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)
+                ]
         return self._rows[at]
 
 
+def _cells(column: pa.Array) -> list[Any]:
+    """The cells; as text where Python has no such value (a date beyond the year 9999), text not in UTF-8 as bytes."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except (ValueError, OverflowError):
+        as_bytes = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        return column.cast(pa.binary() if as_bytes else pa.string()).to_pylist()  # type: ignore[no-any-return]
+
+
 def _parquet_row(path: str, number: int, parsed: _Parsed, at: int) -> Row:
-    return Row(path, number, parsed[at])
+    return Row(path, number, parsed[at], unit="row")
 
 
 def _parquet(path: str) -> pq.ParquetFile:
@@ -276,4 +320,4 @@ def _opened(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raise DataError(f"{source.path}: cannot be {what} ({getattr(error, 'strerror', None) or error})") from error
 
 
-_readers: dict[str, Callable[[Source], Reader]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet_rows}
+_readers: dict[str, Callable[[Source], Reader]] = {"jsonl": _json, "csv": _csv, "parquet": _parquet_rows}
