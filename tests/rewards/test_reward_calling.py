@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vdr_cli.errors import DataError
+from vdr_cli.rewards import base
 from vdr_cli.rewards.base import LoadedReward, TrainerState
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.samples import Prompt, Undecoded
@@ -252,6 +253,40 @@ def test_trainer_state_as_in_trl():
     result = compute_rewards(loaded, prompts(), TEXTS, IDS, 5.0, TrainerState(3, 12))
     assert result.squeeze(1).tolist() == [0.25] * 4
     assert failure(curriculum).startswith("reward curriculum raised on dataset row 7: ZeroDivisionError")
+
+
+def test_arguments_of_trl_in_every_place(caplog):
+    """TRL passes trainer_state, log_extra and log_metric to all; a function that loops over its columns works too."""
+    base._warn_once.cache_clear()
+
+    def required(completions, log_extra, log_metric, **_):
+        log_extra("length", [len(text) for text in completions])
+        log_metric("mean", 1.0)
+        return [1.0] * len(completions)
+
+    def looked_up(completions, **kwargs):
+        kwargs["log_metric"]("step", kwargs["trainer_state"].global_step)
+        return [kwargs.get("trainer_state").global_step for _ in completions]
+
+    class Judge:
+        def __call__(self, completions, **kwargs):
+            return [kwargs["trainer_state"].global_step] * len(completions)
+
+    def plain(completions, **columns):
+        return [float(all(len(values) == len(completions) for values in columns.values()))] * len(completions)
+
+    for function, wanted in (
+        (required, 1),
+        (looked_up, 3),
+        (Judge(), 3),
+        (functools.partial(looked_up), 3),
+        (plain, 1),
+    ):
+        loaded = [LoadedReward("f", 1.0, function)]
+        assert loaded[0].required_columns() == []
+        result = compute_rewards(loaded, prompts(), TEXTS, IDS, 5.0, TrainerState(3, 12))
+        assert result.squeeze(1).tolist() == [wanted] * 4
+    assert "log_extra and log_metric record nothing here" in caplog.text
 
 
 def test_hanging_function_is_named():

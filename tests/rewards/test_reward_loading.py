@@ -156,6 +156,8 @@ def test_built_in_values():
     assert BUILT_IN["countdown"](["1+2*3", "1+2*3"], numbers=["1 2 3", [1, 2, 3]], target=["7", 8]) == [1.0, 0.0]
     message = [{"role": "assistant", "content": " 42\n"}]
     assert BUILT_IN["exact_match"]([message, "42", "4 2"], answer=[42, "42 ", "42"]) == [1.0, 1.0, 0.0]
+    found = BUILT_IN["exact_match"](["42", "42.0", "0.5", "42"], answer=[42.0, 42.0, 0.5, "42.0"])
+    assert found == [1.0, 1.0, 1.0, 0.0]  # pandas' floats, and a text that says what it says
 
 
 def test_math_verify_values():

@@ -4,26 +4,33 @@
 
 Every argument is a list with one entry a completion. Completions are strings, or one assistant
 message in a list when the prompts are chats. Columns are the dataset's, repeated for each
-completion. None leaves a completion out of this function's share of the reward. A function with
-a parameter `trainer_state` gets the state of the run, as in TRL. With rollout.environment or
-rollout.tools completions are lists of messages, and a function with a parameter `environments`
-gets the instance of each completion.
+completion. None leaves a completion out of this function's share of the reward. As in TRL, a
+function may also take `trainer_state`, the state of the run, and `log_extra` and `log_metric`,
+which record nothing here. With rollout.environment or rollout.tools completions are lists of
+messages, and a function with a parameter `environments` gets the instance of each completion.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextvars import Context
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Protocol
 
 from vdr_cli.config.sections.rewards import Extract
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.answers import answer_in
 
-PROVIDED = ("prompts", "completions", "completion_ids", "trainer_state", "environments")
+logger = logging.getLogger(__name__)
+
+NOT_LISTS = ("trainer_state", "log_extra", "log_metric")
+"""Provided arguments without an entry per completion."""
+PROVIDED = ("prompts", "completions", "completion_ids", "environments", *NOT_LISTS)
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,19 @@ class LoadedReward:
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
 
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the function has a parameter for; with **columns also the data's other columns."""
+        """The arguments that the function has a parameter for; with **columns also the data's other columns.
+
+        **columns holds lists alone, as functions that loop over it expect, and of NOT_LISTS what the function looks up.
+        """
         names, takes_all = self._named(), self._takes_all()
+        arguments = {"log_extra": unrecorded, "log_metric": unrecorded, **arguments}
         if self.extract != "whole" and "completions" in arguments:
             answers = [answer_in(completion_text(each), self.extract) for each in arguments["completions"]]
             arguments = {**arguments, "completions": answers}
         return {
-            name: value for name, value in arguments.items() if name in names or (takes_all and name != "trainer_state")
+            name: value
+            for name, value in arguments.items()
+            if name in names or (takes_all and (name not in NOT_LISTS or _looks_up(self.function, name)))
         }
 
     def asks_for(self, name: str) -> bool:
@@ -143,6 +156,29 @@ def check_columns(loaded: Iterable[LoadedReward], columns: Iterable[str]) -> Non
 def completion_text(completion: Any) -> str:
     """The text of a completion, whether it came as a string or as an assistant message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def unrecorded(*_: Any, **__: Any) -> None:
+    """TRL's log_extra and log_metric; the first call of a process warns."""
+    _warn_once()
+
+
+@functools.cache
+def _warn_once() -> None:
+    logger.warning("log_extra and log_metric record nothing here: only rewards are kept")
+
+
+def _looks_up(function: Callable[..., Any], name: str) -> bool:
+    """True when the function's code holds the name as text: `kwargs["trainer_state"]`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    code = getattr(function, "__code__", None) or getattr(getattr(function, "__call__", None), "__code__", None)  # noqa: B004
+    return isinstance(code, CodeType) and _holds(code, name)
+
+
+def _holds(code: CodeType, text: str) -> bool:
+    return any(each == text or (isinstance(each, CodeType) and _holds(each, text)) for each in code.co_consts)
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -14,11 +14,19 @@ from vdr_cli.rewards.base import completion_text
 
 
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1 where the completion is the column `answer`, white space at the ends aside, else 0."""
+    """1 where the completion is the column `answer`, white space at the ends aside, else 0.
+
+    A whole number that the data hold as a float is found in both spellings: pandas writes 42.0 beside an empty cell.
+    """
     return [
-        float(completion is not None and completion_text(completion).strip() == str(expected).strip())
+        float(completion is not None and completion_text(completion).strip() in _spellings(expected))
         for completion, expected in zip(completions, answer, strict=True)
     ]
+
+
+def _spellings(answer: Any) -> tuple[str, ...]:
+    whole = (str(int(answer)),) if isinstance(answer, float) and answer.is_integer() else ()
+    return (str(answer).strip(), *whole)
 
 
 exact_match.judges_answers = True  # type: ignore[attr-defined]
