@@ -138,6 +138,9 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     assert (
         capsys.readouterr().err == "vdr: error: runs/a/x: No space left on device; free some space and run it again\n"
     )
+    monkeypatch.setattr(train, "config_from", raising(OSError(30, "Read-only file system", "runs/a/x")))
+    assert app.run(["train"]) == 4
+    assert "runs/a/x: Read-only file system; get the permission, or choose another place" in capsys.readouterr().err
     monkeypatch.setattr(train, "config_from", raising(OSError(5, "Input/output error")))
     with pytest.raises(OSError):
         app.run(["train"])

@@ -24,14 +24,17 @@ def test_an_unread_section_is_refused() -> None:
 
 
 def test_a_file_that_could_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checks.check_writable_file(str(tmp_path / "new.json"), "--json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checks.writable_file("~/new.json", "--json") == str(tmp_path / "new.json")  # as in --json=~/new.json
+    with pytest.raises(ConfigError, match=r"--json .*no such user"):
+        checks.writable_file("~nosuchuser/new.json", "--json")
     with pytest.raises(ConfigError, match="a directory; give a file"):
-        checks.check_writable_file(str(tmp_path), "--json")
+        checks.writable_file(str(tmp_path), "--json")
     with pytest.raises(ConfigError, match="no directory"):
-        checks.check_writable_file(str(tmp_path / "none" / "new.json"), "--json")
+        checks.writable_file(str(tmp_path / "none" / "new.json"), "--json")
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(MachineError, match=r"--json .*: no permission to write in"):
-        checks.check_writable_file(str(tmp_path / "new.json"), "--json")
+        checks.writable_file(str(tmp_path / "new.json"), "--json")
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:

@@ -17,7 +17,7 @@ import typer
 
 from vdr_cli.cli import app, doctor, plan, score, train
 from vdr_cli.cli import eval as eval_command
-from vdr_cli.cli.options import LAUNCH, Flag, panel, parameter_name
+from vdr_cli.cli.options import LAUNCH, Flag, panel, parameter_name, reward_settings
 from vdr_cli.config.described import setting
 
 FROZEN = Path(__file__).with_name("options.txt")
@@ -102,3 +102,16 @@ def test_an_option_is_what_its_setting_is() -> None:
 
 if __name__ == "__main__":
     FROZEN.write_text("\n".join(options()) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("length", {"name": "length"}),
+        ("r.py:f=0.5", {"name": "r.py:f", "weight": 0.5}),
+        ("runs/lr=0.1/r.py:f", {"name": "runs/lr=0.1/r.py:f"}),
+        ("runs/lr=0.1/r.py:f=2", {"name": "runs/lr=0.1/r.py:f", "weight": 2.0}),
+    ],
+)
+def test_a_reward_with_or_without_a_weight(typed: str, wanted: dict[str, object]) -> None:
+    assert reward_settings([typed]) == [wanted]

@@ -79,7 +79,9 @@ def test_yaml_means_what_it_says(write):
     assert config.observe.live == "off" and config.train.learning_rate == 1e-5 and config.model.name == "no"
 
 
-@pytest.mark.parametrize("typed", ["The answer comes after ####.", "# Task", "One line.\n\nAnother.", "'quoted # text'"])
+@pytest.mark.parametrize(
+    "typed", ["The answer comes after ####.", "# Task", "One line.\n\nAnother.", "'quoted # text'"]
+)
 def test_text_after_set_is_taken_as_it_was_typed(typed: str):
     """To YAML a blank and # begin a comment: the prompt would end there without a word."""
     config = load_config(None, [f"data.system_prompt={typed}", "data.as_chat=true"])

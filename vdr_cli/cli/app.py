@@ -40,7 +40,11 @@ COMMANDS: dict[str, Any] = {
 
 INTERRUPTED = 130
 USAGE = 2
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED_WRITES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run it again"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the permission, or choose another place"),
+}
+"""Errors of the file system, and what to do."""
 
 LOCAL_RANK = re.compile(r"^--local[-_]rank(=.*)?$")
 
@@ -122,8 +126,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            _say(error, f"{error.filename or 'output'}: {error.strerror}; free some space and run it again")
+        if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
+            _say(error, f"{error.filename or 'output'}: {error.strerror}; {REFUSED_WRITES[error.errno]}")
             return MachineError.exit_code
         # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
         if not hasattr(error, "format_message"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vdr_cli.cli.checks import check_writable_file
+from vdr_cli.cli.checks import writable_file
 from vdr_cli.errors import ConfigError
 from vdr_cli.system.imports import importing
 
@@ -53,7 +53,7 @@ def command(
     Train with observe.audit_every to audit more than the first step.
     """
     if json_file is not None:
-        check_writable_file(json_file, "--json")
+        json_file = writable_file(json_file, "--json")
     numbers = None if steps is None else _numbers(steps)
 
     from rich.console import Console

@@ -27,15 +27,25 @@ def refuse_unread(overrides: Sequence[str] | None, sections: Sequence[str], name
             raise ConfigError(f"--set {override}: {name} does not read {section}; it reads {', '.join(sections)}")
 
 
-def check_writable_file(path: str, flag: str) -> None:
-    """Check that the file's directory exists and is writable. Raises ConfigError or MachineError."""
-    parent = Path(path).expanduser().absolute().parent
-    if Path(path).expanduser().is_dir():
+def writable_file(path: str, flag: str) -> str:
+    """The file, a leading ~ replaced by the home directory: shells leave it in `--json=~/a.json`.
+
+    Raises ConfigError or MachineError when its directory does not exist or is not writable.
+    """
+    from vdr_cli.config.paths import path_text
+
+    try:
+        file = Path(path_text(path))
+    except ValueError as error:
+        raise ConfigError(f"{flag} {error}") from None
+    parent = file.absolute().parent
+    if file.is_dir():
         raise ConfigError(f"{flag} {path}: a directory; give a file")
     if not parent.is_dir():
         raise ConfigError(f"{flag} {path}: no directory {parent}; make it first")
     if not os.access(parent, os.W_OK):
         raise MachineError(f"{flag} {path}: no permission to write in {parent}")
+    return str(file)
 
 
 def check_package(module: str, package: str, flag: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.checks import check_writable_file, refuse_unread
+from vdr_cli.cli.checks import refuse_unread, writable_file
 from vdr_cli.cli.options import (
     LAUNCH_FLAGS,
     Flag,
@@ -104,8 +104,7 @@ def command(
         raise ConfigError("--greedy and --temperature cannot be combined; give one")
     config = checked_config(models, typed.also("--reward", "rewards.functions", reward_settings(reward)), overrides)
     ks = numbers(k, "--k")
-    files = Files(json_file, markdown, save)
-    files.check()
+    files = Files.checked(json_file, markdown, save)
 
     def evaluate() -> None:
         with importing():
@@ -189,13 +188,14 @@ class Files:
     completions: str | None
     """Parquet."""
 
-    def check(self) -> None:
+    @classmethod
+    def checked(cls, numbers: str | None, tables: str | None, completions: str | None) -> Files:
         """Raises ConfigError or MachineError for a file that could not be written."""
-        for file, flag in ((self.numbers, "--json"), (self.tables, "--markdown"), (self.completions, "--save")):
-            if file is not None:
-                check_writable_file(file, flag)
-        if self.completions is not None and not self.completions.endswith(".parquet"):
-            raise ConfigError(f"--save {self.completions}: the completions are written as Parquet; give FILE.parquet")
+        given = (numbers, "--json"), (tables, "--markdown"), (completions, "--save")
+        files = cls(*(file if file is None else writable_file(file, flag) for file, flag in given))
+        if completions is not None and not completions.endswith(".parquet"):
+            raise ConfigError(f"--save {completions}: the completions are written as Parquet; give FILE.parquet")
+        return files
 
     def write(self, results: Sequence[EvalResult]) -> None:
         """Print the tables and write the files, on rank 0."""

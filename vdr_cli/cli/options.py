@@ -181,7 +181,7 @@ def reward_settings(given: Sequence[str] | None) -> list[dict[str, Any]] | None:
     functions: list[dict[str, Any]] = []
     for text in given:
         name, equals, weight = text.rpartition("=")
-        if not equals:
+        if not equals or ":" in weight or "/" in weight:  # no weight: the last = is part of the path
             functions.append({"name": text})
             continue
         try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vdr_cli.cli.checks import check_package, check_writable_file
+from vdr_cli.cli.checks import check_package, writable_file
 from vdr_cli.errors import ConfigError
 
 EXAMPLES = (
@@ -50,7 +50,7 @@ def command(
     if members < 0 or members == 1:
         raise ConfigError(f"--members {members}: disagreement needs at least 2; 0: not measured")
     if output is not None:
-        check_writable_file(output, "-o")
+        output = writable_file(output, "-o")
     if png is not None:
         check_package("matplotlib", "matplotlib", "--png")
 

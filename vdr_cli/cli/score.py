@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.checks import check_writable_file, one_of
+from vdr_cli.cli.checks import one_of, writable_file
 from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, RewardOption, Typed, launch_from, panel, reward_settings, takes
 from vdr_cli.cli.ranks import is_first, on_ranks
 from vdr_cli.errors import ConfigError
@@ -113,7 +113,7 @@ def command(
     """Score saved completions: likelihood, entropy, and how far the dropout members disagree (nats)."""
     rewards = rewards_from(reward)
     request = replace(
-        request_from(typed, inputs, output or default_output(inputs)),
+        request_from(typed, inputs, writable_file(output or default_output(inputs), "-o")),
         rewards=rewards,
         seed=seed,
         tokens=tokens,
@@ -130,7 +130,6 @@ def command(
         "filter": filter_name,
     }
     request = replace(request, fields=replace(request.fields, **columns))  # type: ignore[arg-type]
-    check_writable_file(request.output, "-o")
 
     def score() -> None:
         result = score_with_progress(request)
@@ -218,8 +217,8 @@ class ProgressLines:
 
 def default_output(inputs: Sequence[str]) -> str:
     """FILE.scored.<kind> beside the first file; scores.parquet in a directory."""
-    first = Path(inputs[0])
-    if inputs[0] == "-" or any(mark in inputs[0] for mark in "*?["):
+    first = Path(inputs[0]).expanduser()
+    if inputs[0] == "-" or (any(mark in inputs[0] for mark in "*?[") and not first.exists()):
         raise ConfigError(f"-o is needed: {inputs[0]} does not say where the scores should go")
     if first.is_dir():
         return str(first / "scores.parquet")
