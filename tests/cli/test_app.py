@@ -146,6 +146,18 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
         app.run(["train"])
 
 
+def test_a_terminal_that_is_not_utf8():
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "vdr_cli", "train", "--dry-run", "--output", "runs/\u03bb"],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\\u03bb" in done.stdout
+
+
 def test_the_module_is_the_command():
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(

@@ -392,6 +392,10 @@ def test_splits(tmp_path, tokenizer):
         load_prompts(DataConfig(name=str(tmp_path / "one")), "eval", tokenizer)
     with pytest.raises(ConfigError, match=r"data\.split dev: .*one has no splits"):
         load_prompts(DataConfig(name=str(tmp_path / "one"), split="dev"), "train", tokenizer)
+    shown = Dataset.from_list([OK | {"n": 1}]).with_format("numpy", columns=["n"])
+    shown.save_to_disk(str(tmp_path / "formatted"))
+    prompt = load(tmp_path / "formatted", tokenizer)[0]
+    assert (prompt.value, type(prompt.columns["n"])) == (OK["prompt"], int)
     for arrow in (tmp_path / "one").glob("*.arrow"):
         arrow.write_bytes(b"cut")
     with pytest.raises(DataError, match="cannot be read as a saved data set"):

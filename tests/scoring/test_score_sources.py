@@ -96,6 +96,15 @@ def test_rows_know_their_place_and_what_is_wrong(tmp_path: Path) -> None:
     assert pq_rows[0].place == f"{tmp_path / 'a.parquet'} row 0"
 
 
+def test_inputs_that_hold_no_rows_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"saved by save_to_disk; write it with Dataset\.to_parquet"):
+        find_sources([str(tmp_path)], tmp_path / "spool")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match=r"- \(stdin\) is closed"):
+        find_sources(["-"], tmp_path / "spool")
+
+
 def test_globs_run_directories_and_what_is_not_there(tmp_path: Path) -> None:
     completions = tmp_path / "run" / "completions"
     completions.mkdir(parents=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import sys
@@ -139,10 +140,18 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
+    print_what_the_terminal_lacks_as_escapes()
     code = run(sys.argv[1:])
     if "RANK" in os.environ:
         leave(code)
     sys.exit(code)
+
+
+def print_what_the_terminal_lacks_as_escapes() -> None:
+    """In a locale that is not UTF-8 a Greek letter is printed as \\u03bb, where it would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:

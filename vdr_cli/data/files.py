@@ -63,8 +63,7 @@ class ArrowRows:
 
     def __getitem__(self, index: int, /) -> Row:
         one = self._table.slice(index, 1)
-        names = one.column_names
-        return row_of(names, lambda: one.to_pylist()[0], lambda name: one.column(name)[0].as_py())
+        return row_of(one.column_names, lambda: one.to_pylist()[0], partial(_first_cell, one))
 
     def __iter__(self) -> Iterator[Row]:
         first = 0
@@ -78,6 +77,10 @@ class ArrowRows:
     def select_columns(self, columns: list[str]) -> ArrowRows:
         """The same rows with only these columns."""
         return ArrowRows(self._table.select(columns))
+
+
+def _first_cell(table: Any, name: str) -> Any:
+    return table.column(name)[0].as_py()
 
 
 def row_of(columns: Sequence[str], whole: Callable[[], Row], cell: Callable[[str], Any]) -> Row:

@@ -85,8 +85,8 @@ class PromptSet(Sequence[Prompt]):
         row = dict(self._table.rows[index])
         value = row.pop(self._prompt_column)
         if self.has_messages:
-            value = [{"role": "user", "content": value}] if isinstance(value, str) else plain_messages(value)
-            value = with_system_prompt(value, self._system_prompt)
+            messages: Any = [{"role": "user", "content": value}] if isinstance(value, str) else plain_messages(value)
+            value = with_system_prompt(messages, self._system_prompt)
         return Prompt(row=index, value=value, token_ids=self._tokens(index, value), columns=self._columns_of(row))
 
     def where(self, index: int) -> str:

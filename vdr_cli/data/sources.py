@@ -233,6 +233,7 @@ class UndecodedRows:
 def _dataset_table(name: str, loaded: Any) -> Table:
     from datasets.features.features import require_decoding
 
+    loaded = loaded.with_format(None)  # one that was saved with it makes tensors of lists, and hides columns
     columns = tuple(loaded.column_names)
     media = [column for column in columns if require_decoding(loaded.features[column])]
     return Table(name, UndecodedRows(loaded, media), columns)

@@ -121,9 +121,8 @@ def check_name(given: str, key: str = "rewards.functions") -> tuple[str, str]:
         if given in BUILT_IN:
             return "", given
         hint = did_you_mean(given, BUILT_IN, f"the built-in ones are {', '.join(BUILT_IN)}.")
-        raise ConfigError(
-            f"{key}: no built-in {given or 'without a name'}; {hint} Or give module:function or file.py:function"
-        )
+        forms = "module:function, file.py:function or, for a reward model, model:PATH"
+        raise ConfigError(f"{key}: no built-in {given or 'without a name'}; {hint} Or give {forms}")
     if not place or not attribute:
         raise ConfigError(f"{key}: {given} must be module:function or file.py:function")
     if not place.endswith(".py"):

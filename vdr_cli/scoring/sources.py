@@ -88,6 +88,8 @@ def find_sources(inputs: Sequence[str], spool: Path) -> list[Source]:
     sources: list[Source] = []
     for given in inputs:
         if given == STDIN:
+            if sys.stdin is None:
+                raise ConfigError("- (stdin) is closed; pipe JSONL into it, or give a file")
             with spool.open("wb") as file:
                 shutil.copyfileobj(sys.stdin.buffer, file)
             sources.append(Source(str(spool), "jsonl"))
@@ -158,6 +160,8 @@ def input_schema(sources: Sequence[Source]) -> pa.Schema | None:
 def _expand(given: str) -> list[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            raise ConfigError(f"{given}: saved by save_to_disk; write it with Dataset.to_parquet and give that file")
         folder = path / "completions" if (path / "completions").is_dir() else path
         names = ("step_*.parquet", "completions_*.parquet", "samples_*.jsonl")  # ours, TRL's, lm-eval's
         found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
