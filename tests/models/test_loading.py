@@ -77,3 +77,16 @@ def test_a_completion_ends_at_every_end_token_of_generation_config_and_tokenizer
     assert eos_token_ids(model, tokenizer) == [1, 5, 7]
     model.generation_config.eos_token_id = 6
     assert eos_token_ids(model, tokenizer) == [1, 6]
+
+
+def test_a_pad_token_outside_the_models_vocabulary_is_not_used(tmp_path: Path) -> None:
+    """As the fine-tunes of Llama 2 have it, which added one and did not resize the embeddings."""
+    folder = tmp_path / "model"
+    shutil.copytree(BEDS["starter"].model_path, folder)
+    tokenizer = load_tokenizer(str(folder))
+    vocabulary = load_model_config(str(folder)).vocab_size
+    tokenizer.add_tokens([f"<{n}>" for n in range(vocabulary - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == vocabulary
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).pad_token_id == tokenizer.eos_token_id

@@ -12,7 +12,8 @@ from vdr_cli.config import Config
 from vdr_cli.engine.build import reads_packed
 from vdr_cli.models.limits import PACKED_TOKENS
 from vdr_cli.models.packed_rows import packed_rows
-from vdr_cli.models.policy import Policy, completion_hidden, silence_dropout
+from vdr_cli.models.policy import Policy, completion_hidden
+from vdr_cli.models.train_mode import silence_dropout
 
 PROMPTS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10], [0, 11, 12, 13], [0, 0, 0, 14]])
 COMPLETIONS = torch.tensor([[20, 21, 22], [23, 0, 0], [0, 0, 0], [24, 25, 0]])

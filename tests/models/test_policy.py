@@ -18,8 +18,8 @@ from vdr_cli.models.policy import (
     distinct_prompts,
     end_state,
     mean_state,
-    silence_dropout,
 )
+from vdr_cli.models.train_mode import silence_dropout
 
 V = 41
 SMALL = {

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tests.disagreement.conftest import tiny_model
 from tests.models.test_policy import ARCHITECTURES, batch, groups, tiny
-from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.models.policy import Policy
 from vdr_cli.models.prompt_tree import can_read_trees, layout_of, pack
+from vdr_cli.models.train_mode import silence_dropout
 
 TREELESS = {"gemma2", "falcon"}
 """Windows; attention that transformers does not exchange."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from transformers import Gemma3Config, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import Gemma3Config, GPT2Config, LlamaConfig, MptConfig, Phi3Config, Qwen2Config
 
 from vdr_cli.models.sizes import language_part, largest, usable_length
 
@@ -32,6 +32,7 @@ def rope(kind: str, **more: float) -> dict[str, object]:
     [
         (GPT2Config(n_positions=96), 96),
         (Qwen2Config(max_position_embeddings=64), 64),
+        (MptConfig(max_seq_len=48), 48),  # beyond it there are no attention biases
         (LlamaConfig(max_position_embeddings=64, rope_parameters=rope("linear", factor=4.0)), 256),
         # Qwen2.5's YaRN stretches the length in the file; gpt-oss's is stretched already
         (

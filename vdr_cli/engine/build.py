@@ -24,9 +24,10 @@ from vdr_cli.models.anatomy import decoder_layers, output_head
 from vdr_cli.models.limits import MOST_OF_MEMORY, PACKED_TOKENS, TREE_TOKENS
 from vdr_cli.models.loading import load_for_training, load_model_config, resolve_dtype
 from vdr_cli.models.packed_rows import can_read_packed
-from vdr_cli.models.policy import Policy, silence_dropout
+from vdr_cli.models.policy import Policy
 from vdr_cli.models.prompt_tree import can_read_trees
 from vdr_cli.models.sizes import language_part, largest
+from vdr_cli.models.train_mode import silence_dropout
 
 
 def build_engine(config: Config, device: torch.device, universal: bool = False) -> Engine:

@@ -100,7 +100,9 @@ def _evaluate_named(
     """Load one model and evaluate it. Its environments are closed whatever happens."""
     from vdr_cli.data.prompts import Limits
     from vdr_cli.models import loading
+    from vdr_cli.models.anatomy import check_head
     from vdr_cli.models.independence import check_independence
+    from vdr_cli.rollout.check import check_sampling
     from vdr_cli.rollout.transformers_backend import TransformersRollout
 
     named = name, request.model.revision, request.model.trust_remote_code
@@ -110,7 +112,9 @@ def _evaluate_named(
     )
     prompts = _prompts_of(tokenizer, limits, request, evaluation, contract)
     model = loading.load_causal_lm(name, loading.resolve_dtype(request.model.dtype), *named[1:], device)
+    check_head(model)
     check_independence(model)
+    check_sampling(model, request.rollout.cuda_graphs)
     if evaluation.ensemble is not None:
         check_members(model, evaluation.ensemble)
     eos_ids = loading.eos_token_ids(model, tokenizer)

@@ -18,6 +18,7 @@ from vdr_cli.models.adapters import Gather, add_adapter
 from vdr_cli.models.cpu_linear import with_cpu_linears
 from vdr_cli.models.hub import settle_on_cache_if_away
 from vdr_cli.models.paths import adapter_directory, resolve_model_path
+from vdr_cli.models.sizes import language_part, largest
 from vdr_cli.models.tied_head import untied_if_files_are
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +34,10 @@ def resolve_dtype(dtype: str) -> torch.dtype:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer, left-padding, with a pad token (EOS stands in when it has none)."""
+    """The model's tokenizer, left-padding, with a pad token.
+
+    EOS stands in where it has none, or one that was added without resizing the model's embeddings.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_model_path(name)
@@ -43,14 +47,21 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     tokenizer = _load(AutoTokenizer, name, path, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.vocab_size < 2:  # transformers makes one without words where files are missing
         raise ConfigError(f"model {name}: its files include no tokenizer; save one with the weights")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
+    entries = largest(language_part(load_model_config(name, revision, trust_remote_code)), "vocab_size")
+    if not _is_entry(tokenizer.pad_token_id, entries):
+        if not _is_entry(tokenizer.eos_token_id, entries):
             raise ConfigError(
-                f"model {name}: its tokenizer has neither a pad nor an EOS token; set one in the tokenizer"
+                f"model {name}: its tokenizer has neither a pad nor an EOS token in the model's vocabulary; set one "
+                "in the tokenizer"
             )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _is_entry(token: int | None, entries: int | None) -> bool:
+    """True for a token of a vocabulary with so many entries; None: their number is not known."""
+    return token is not None and (entries is None or token < entries)
 
 
 def load_model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

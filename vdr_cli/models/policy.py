@@ -22,10 +22,6 @@ from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
 from vdr_cli.models.routing import Routers
 from vdr_cli.samples import last_token
 
-NOISE_NAMES = ("drop", "jitter")
-"""Parts of the names of float attributes that add noise in train mode: attn_pdrop, hidden_dropout, layerdrop,
-router_jitter_noise ..."""
-
 
 class HeadLogps(nn.Module):
     """The LM head applied in chunks. It owns no parameter: the engine registers the head's weight as its external
@@ -220,26 +216,3 @@ def _at_wanted_tokens(
     empty = logps.new_zeros(mask.shape)
     keep = valid.to(logps.dtype)
     return empty.masked_scatter(sent, logps) * keep, empty.masked_scatter(sent, entropy) * keep
-
-
-def silence_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, so that train mode computes what eval mode does.
-
-    The policy loss runs in train mode because Hugging Face gradient checkpointing is off in eval mode, and
-    dropout there would make the ratio of unchanged weights differ from 1. Dropout modules get p = 0. Modules
-    that call F.dropout themselves keep the probability as a float attribute (attention_dropout, OPT's dropout
-    and layerdrop, Mixtral's jitter_noise) or read it from their config (Falcon), so floats of such
-    names are set to 0 on modules and configs; an exported config.json therefore says 0 as well.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        _zero_noise(module)
-        if hasattr(module, "config"):
-            _zero_noise(module.config)
-
-
-def _zero_noise(holder: object) -> None:
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and any(part in name for part in NOISE_NAMES):
-            setattr(holder, name, 0.0)

@@ -13,6 +13,9 @@ from typing import Any
 INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
 """Names of the MLP's inner width."""
 
+LENGTHS = ("max_position_embeddings", "max_seq_len")
+"""Names of the longest sequence."""
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -52,7 +55,7 @@ def usable_length(config: Any) -> UsableLength | None:
     beside it, and cached keys on the length at which they were made, so they are used up to that point only.
     """
     text = language_part(config)
-    longest = largest(text, "max_position_embeddings")
+    longest = largest(text, *LENGTHS)
     if longest is None or longest <= 0:
         return None
     scaled = longest

@@ -3,7 +3,7 @@
 Two layouts stand behind transformers' cache protocol. `SharedPromptLayer` keeps each prompt once and only the
 completions' own tokens per row; attention then reads a prompt once for its whole group. `ExpandedLayer` copies
 the prompt into every row, for whatever attention the model brings along. Layers of other kinds (sliding
-windows, ...) stay transformers' own.
+windows, linear attention, ...) stay transformers' own.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ class ExpandedLayer(DynamicLayer):
         self._show(rows, end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        rows, length = indices.shape[0], self.keys.shape[-2]
-        _move(self.keys, indices)
-        _move(self.values, indices)
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order. beam_idx: (r,) transformers' name for row numbers."""
+        rows, length = beam_idx.shape[0], self.keys.shape[-2]
+        _move(self.keys, beam_idx)
+        _move(self.values, beam_idx)
         self._show(rows, length)
 
 
@@ -187,12 +188,12 @@ class DecodeCache:
             elif type(layer) is DynamicLayer and layer.is_initialized:
                 cache.layers[index] = ExpandedLayer(layer.keys, layer.values, owner, P + new_tokens)
             else:
-                layer.batch_select_indices(owner)
+                layer.reorder_cache(owner)  # which every kind of layer has: it picks any number of rows
 
     def select(self, indices: Tensor) -> None:
         """Keep these rows, in this order; a row that stays where it is costs nothing."""
         if not self.shared:
-            self.cache.batch_select_indices(indices)
+            self.cache.reorder_cache(indices)
             return
         layers: list[SharedPromptLayer] = self.cache.layers
         grouping = Grouping(layers[0].grouping.owner[indices], layers[0].grouping.prompts)
@@ -217,12 +218,14 @@ def _can_share(model: nn.Module, cache: Cache) -> bool:
 def has_plain_attention(model: nn.Module, cache: Cache) -> bool:
     """Plain full attention in every layer, through transformers' exchangeable attention function.
 
-    Without position ids the positions are in the mask (ALiBi), which such a function does not read.
+    Without position ids the positions are in the mask (ALiBi), which such a function does not read. Latent attention
+    (DeepSeek's) keeps factors of keys and values in the cache, which the model expands before attention.
     """
     return (
         "position_ids" in inspect.signature(backbone(model).forward).parameters
         and bool(getattr(model, "_supports_attention_backend", False))
         and text_config(model)._attn_implementation == "sdpa"
+        and getattr(text_config(model), "kv_lora_rank", None) is None
         and all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
     )
 

@@ -22,6 +22,7 @@ from vdr_cli.disagreement.reader import EnsembleReader, MeasureRequest
 from vdr_cli.engine import collectives
 from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.launch.joining import join_processes
+from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype
 from vdr_cli.models.paths import resolve_model_path
@@ -132,6 +133,7 @@ class Scorer:
             raise ConfigError(f"--append-eos: the tokenizer of {request.model} has no EOS token")
         dtype = resolve_dtype(request.dtype)
         model = load_causal_lm(request.model, dtype, request.revision, request.trust_remote_code, device)
+        check_head(model)
         check_independence(model)
         tokeniser = Tokeniser(
             tokenizer=tokenizer,

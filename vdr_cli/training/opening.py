@@ -43,12 +43,14 @@ from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_model_config, load_tokenizer
 from vdr_cli.models.paths import adapter_directory
+from vdr_cli.models.train_mode import check_train_mode
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.rewards.model import check_templates
 from vdr_cli.rewards.watch import RewardWatch
 from vdr_cli.rollout.base import Rollout, sampling_of
 from vdr_cli.rollout.build import open_rollout
+from vdr_cli.rollout.check import check_sampling
 from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
@@ -228,7 +230,7 @@ def _load(
     spec = EnsembleSpec(**config.disagreement.member_settings, seed=seed)
     members = spec if config.needs_ensemble else None
     engine = build_engine(config, device, universal=universal)
-    _check_model(engine, spec if config.needs_ensemble or config.rollout.members else None)
+    _check_model(engine, config, spec if config.needs_ensemble or config.rollout.members else None)
     _prepare_directory(directory, config, fresh)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
     if inputs.environments is not None:
@@ -262,11 +264,14 @@ def _load(
     )
 
 
-def _check_model(engine: Engine, members: EnsembleSpec | None) -> None:
-    """Raise ConfigError when the model lacks the modules that the run needs. Collective."""
+def _check_model(engine: Engine, config: Config, members: EnsembleSpec | None) -> None:
+    """Raise ConfigError when the model lacks modules that the run needs, or they compute something else. Collective."""
     with engine.gathered_model() as model, collectives.agreed():
         check_head(model)
+        check_train_mode(model)
         check_independence(model)
+        if config.rollout.backend == "transformers":
+            check_sampling(model, config.rollout.cuda_graphs)
         if members is not None:
             with ensemble(model, members, step=0, members=[0]):  # refuses a last_k beyond the model's layers
                 pass
