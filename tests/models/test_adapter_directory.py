@@ -69,6 +69,8 @@ def test_the_tokenizer_is_the_base_models_unless_the_adapter_brings_one(tmp_path
         ({"base_model_name_or_path": "./not/there"}, "the adapter's base model: model ./not/there: no such directory"),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"use_dora": True}, "vdr cannot add this adapter \\(use_dora\\) to its base model; merge it"),
+        ({"init_lora_weights": "pissa_niter_4"}, "cannot add this adapter \\(init_lora_weights pissa_niter_4\\)"),
+        ({"alora_invocation_tokens": [3]}, "cannot add this adapter \\(alora_invocation_tokens\\)"),
         ({"peft_type": "IA3"}, "vdr cannot add this adapter \\(IA3\\) to its base model; merge it"),
     ],
 )

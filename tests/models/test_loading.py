@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from vdr_cli.beds.registry import BEDS
+from vdr_cli.config import ModelConfig
 from vdr_cli.errors import ConfigError
-from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_model_config, load_tokenizer
+from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_for_training, load_model_config, load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -39,7 +41,7 @@ def with_setting(name: str, value: object) -> Callable[[Path], None]:
         (WEIGHTS, lambda path: path.unlink(), load_causal_lm, "no file named model.safetensors"),
         (WEIGHTS, without_a_weight, load_causal_lm, "its files lack 1 weight (model.layers.1.mlp.up_proj"),
         ("config.json", with_setting("vocab_size", 99), load_causal_lm, "cannot be loaded"),
-        ("config.json", with_setting("model_type", "t5"), load_causal_lm, "cannot be loaded"),
+        ("config.json", with_setting("model_type", "t5"), load_causal_lm, "t5 is an encoder-decoder"),
         ("config.json", with_setting("model_type", "alien"), load_model_config, "model type `alien`"),
         ("config.json", with_setting("hidden_size", "big"), load_causal_lm, "cannot be loaded"),
         ("config.json", lambda path: path.write_text("{"), load_model_config, "not a valid JSON file"),
@@ -56,6 +58,18 @@ def test_spoilt_files(tmp_path: Path, file, spoil, load, expected) -> None:
         load(str(folder))
     message = str(caught.value)
     assert message.startswith(f"model {folder}: ") and expected in message and "\n" not in message
+
+
+def test_what_is_no_decoder_or_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    small = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    config = transformers.BartConfig(**small, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
+    with pytest.raises(ConfigError, match=r"bart is an encoder-decoder; give a decoder-only"):
+        load_causal_lm(str(tmp_path / "bart"))
+    shutil.copytree(BEDS["starter"].model_path, tmp_path / "fp8")
+    with_setting("quantization_config", {"quant_method": "fp8"})(tmp_path / "fp8" / "config.json")
+    with pytest.raises(ConfigError, match=r"its weights are quantized .* cannot be trained"):
+        load_for_training(ModelConfig(name=str(tmp_path / "fp8")), torch.float32)
 
 
 def test_names_that_no_path_can_have() -> None:

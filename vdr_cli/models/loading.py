@@ -86,8 +86,15 @@ def load_causal_lm(
 def load_for_training(config: ModelConfig, dtype: torch.dtype, gather: Gather | None = None) -> Any:
     """The policy's causal LM. Under a live HfDeepSpeedConfig each rank receives only its shard.
 
-    gather: makes partitioned parameters whole where an adapter is added to them.
+    gather: makes partitioned parameters whole where an adapter is added to them. Raises ConfigError for quantized
+    weights.
     """
+    found = load_model_config(config.name, config.revision, config.trust_remote_code)
+    if getattr(found, "quantization_config", None):
+        raise ConfigError(
+            f"model {config.name}: its weights are quantized (quantization_config in its config.json) and cannot be "
+            "trained; give the checkpoint in bfloat16 or float32 that they were made from"
+        )
     return _load_weights(config.name, dtype, config.revision, config.trust_remote_code, gather)
 
 
@@ -96,12 +103,16 @@ def _load_weights(
 ) -> Any:
     """The causal LM, with its adapter where `name` is one.
 
-    Raises ConfigError when the files lack weights: transformers would draw them at random.
+    Raises ConfigError when the files lack weights, which transformers would draw at random, and for an encoder-decoder.
     """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
     config = load_model_config(name, revision, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):  # transformers would load the decoder and leave out what it reads
+        raise ConfigError(
+            f"model {name}: {config.model_type} is an encoder-decoder; give a decoder-only language model"
+        )
     own = {"config": config} if untied_if_files_are(config, path, revision) else {}
     model, info = _load(
         AutoModelForCausalLM,

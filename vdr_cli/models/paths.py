@@ -12,6 +12,20 @@ from vdr_cli.errors import ConfigError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+MORE_THAN_A_PRODUCT = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "layer_replication",
+)
+"""PEFT's settings of adapters that are not W + scale · B A with one scale, at every token."""
+
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights whose adapters belong to a base model with other weights than its files hold."""
+
 
 def resolve_model_path(name: str, key: str = "model") -> str:
     """The directory with the model's config.json and weights, or the hub id unchanged.
@@ -55,7 +69,9 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"model {directory}: {ADAPTER_CONFIG} cannot be read ({error})") from error
     if not base:
         raise ConfigError(f"model {directory}: {ADAPTER_CONFIG} names no base model; set base_model_name_or_path in it")
-    special = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if settings.get(name)]
+    special = [name for name in MORE_THAN_A_PRODUCT if settings.get(name)]
+    if str(settings.get("init_lora_weights")).lower().startswith(INITS_THAT_CHANGE_THE_BASE):
+        special.append(f"init_lora_weights {settings['init_lora_weights']}")
     if kind != "LORA" or special:
         raise ConfigError(
             f"model {directory}: vdr cannot add this adapter ({special[0] if special else kind}) to its base model; "

@@ -135,7 +135,7 @@ class RewardModel:
         device = next(model.parameters()).device
         text = model.config.get_text_config()
         pads = text.pad_token_id, self.tokenizer.pad_token_id, NO_PAD
-        pad = next(each for each in pads if each is not None)
+        pad = next(each for each in pads if each is not None and each < text.vocab_size)
         text.pad_token_id = model.config.pad_token_id = pad
         found = [math.nan] * len(rows)
         most = BATCH_TOKENS.get(device.type, JUDGED_TOKENS)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
-
 from vdr_cli.data.prompts import encode, without_extra_ends
 from vdr_cli.models.sizes import UsableLength
 from vdr_cli.scoring.cells import (
@@ -27,7 +25,7 @@ from vdr_cli.scoring.cells import (
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.turns import turn_ids
-from vdr_cli.system.text import is_text
+from vdr_cli.system.text import is_text, reason
 
 ANCHORS = ("\n", ".", "a")
 """Texts whose last token rarely merges with what follows."""
@@ -152,8 +150,8 @@ class Tokeniser:
             raise RowError("the prompt is chat messages and the tokenizer has no chat template: give a string")
         try:
             return encode(self.tokenizer, messages, tools)  # type: ignore[arg-type]
-        except (TemplateError, ValueError, TypeError) as error:
-            raise RowError(f"the chat template refuses the messages: {error}") from error
+        except Exception as error:  # a template is a program that comes with the model: it may raise anything
+            raise RowError(f"the chat template refuses the messages: {reason(error)}") from error
 
     def _completions(self, texts: list[str]) -> list[list[int]]:
         if not texts:

@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from vdr_cli.environments.between_turns import SENTINEL, BetweenTurns, ChatTemplate, PlainText
-from vdr_cli.errors import ConfigError
 from vdr_cli.scoring.cells import RowError
-from vdr_cli.system.text import is_text
+from vdr_cli.system.text import is_text, reason
 
 AsIds = Any
 """A function from texts that follow something to their token ids."""
@@ -79,8 +76,8 @@ def _between(
 def _placed(between: BetweenTurns, prompt: Any, replies: list[dict[str, Any]]) -> list[int]:
     try:
         return between.ids(prompt, replies, -1)
-    except (ConfigError, TemplateError, ValueError, TypeError) as error:
-        raise RowError(f"the chat template refuses the messages: {error}") from error
+    except Exception as error:  # a template is a program that comes with the model: it may raise anything
+        raise RowError(f"the chat template refuses the messages: {reason(error)}") from error
 
 
 def _text(between: BetweenTurns, before: list[dict[str, Any]], said: dict[str, Any]) -> str:
@@ -93,8 +90,8 @@ def _text(between: BetweenTurns, before: list[dict[str, Any]], said: dict[str, A
         opened = between.written(before, opened=True)
         whole = between.written([*before, said], opened=False)
         ending = between.written([*before, {"role": "assistant", "content": SENTINEL}], opened=False)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise RowError(f"the chat template refuses the messages: {error}") from error
+    except Exception as error:
+        raise RowError(f"the chat template refuses the messages: {reason(error)}") from error
     if not whole.startswith(opened):
         raise RowError("the chat template rewrites what stands before a tool call: give token ids and policy_mask")
     return whole[len(opened) :].removesuffix(ending.rpartition(SENTINEL)[2])
