@@ -10,6 +10,7 @@ import pytest
 
 from vdr_cli.cli import app
 from vdr_cli.cli.comparison import as_markdown, show
+from vdr_cli.cli.eval import Files
 
 
 def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,25 @@ def test_one_line_and_exit_code_two(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vdr: error:")]
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+class Result:
+    """An evaluation of nothing."""
+
+    def record(self) -> dict[str, object]:
+        return {"model": "a"}
+
+    values = draws = dict
+
+
+def test_a_reader_that_goes_costs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("vdr_cli.cli.comparison.show", gone)
+    with pytest.raises(BrokenPipeError):
+        Files(str(tmp_path / "n.json"), None, None).write([Result()])  # type: ignore[list-item]
+    assert json.loads((tmp_path / "n.json").read_text())["models"] == [{"model": "a"}]
 
 
 def test_pictures_need_an_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:

@@ -256,6 +256,19 @@ def test_both_forms_of_json_are_read_under_either_ending(tmp_path, tokenizer, na
     ]
 
 
+def test_json_in_a_directory_says_what_the_file_says(tmp_path, tokenizer, monkeypatch):
+    """`datasets` makes datetimes of dates and 42.0 of 42 beside 0.5; objects with keys of their own are no media."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [
+        {"prompt": "a", "answer": "2024-01-01", "number": 42, "when": {"at": ["2024-01-01"]}, "odd": [{"x": 1}]},
+        {"prompt": "b", "answer": "2023-05-06", "number": 0.5, "when": {"at": []}, "odd": [{"y": "q"}]},
+    ]
+    (tmp_path / "d").mkdir()
+    write_jsonl(tmp_path / "d" / "train-00000.jsonl", *rows)
+    prompts = load(tmp_path / "d", tokenizer)
+    assert [repr({"prompt": prompt.value, **prompt.columns}) for prompt in prompts] == list(map(repr, rows))
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_value_that_python_lacks_matters_only_to_whoever_asks(tmp_path, tokenizer, saved):
     from datasets import Dataset

@@ -198,17 +198,29 @@ class Files:
         return files
 
     def write(self, results: Sequence[EvalResult]) -> None:
-        """Print the tables and write the files, on rank 0."""
-        from vdr_cli.cli.comparison import as_markdown, show
+        """Write the files, then print the tables, on rank 0: a reader that goes (`| head`) ends the command.
+
+        The tables are printed even if a file cannot be written.
+        """
+        from vdr_cli.cli.comparison import show
         from vdr_cli.evaluation.result import paired_differences
-        from vdr_cli.scoring.parts import plain
-        from vdr_cli.system.files import write_whole
 
         records = [result.record() for result in results]
         differences = paired_differences(results)
         if not is_first():
             return
-        show(records, differences)
+        try:
+            self._save(results, records, differences)
+        finally:
+            show(records, differences)
+
+    def _save(
+        self, results: Sequence[EvalResult], records: list[dict[str, Any]], differences: list[dict[str, Any]]
+    ) -> None:
+        from vdr_cli.cli.comparison import as_markdown
+        from vdr_cli.scoring.parts import plain
+        from vdr_cli.system.files import write_whole
+
         if self.numbers is not None:
             written = plain({"models": records, "differences": differences})  # no NaN: JSON has none
             write_whole(Path(self.numbers), json.dumps(written, indent=2, allow_nan=False) + "\n")

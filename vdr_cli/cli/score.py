@@ -188,7 +188,7 @@ def score_with_progress(request: ScoreRequest) -> ScoreResult:
 
     if not is_first():
         return run_score(request)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return run_score(request, ProgressLines())
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("scoring", total=1.0)

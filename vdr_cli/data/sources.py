@@ -162,7 +162,7 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
 
     try:
         loaded: Any = load_dataset(name, subset, split=split)
-        options = _text_options(name, subset, loaded.column_names)
+        options = _text_options(name, subset, loaded.features)
         if options:
             loaded = load_dataset(name, subset, split=split, **options)
     except ValueError as error:
@@ -180,23 +180,55 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
     return _dataset_table(f"{name}[{split}]", loaded)
 
 
-def _text_options(name: str, subset: str | None, columns: Sequence[str]) -> dict[str, Any]:
-    """Options under which `datasets` reads every cell of a CSV file as text; none for other data.
+def _text_options(name: str, subset: str | None, features: Any) -> dict[str, Any]:
+    """Options under which `datasets` gives what a CSV or JSON file says; none where it does so anyway.
 
-    Left alone, it reads CSV through pandas, which makes 7 of 007. A data set whose card says the types keeps them.
+    Left alone, it makes 7 of a CSV cell 007, and a datetime of a JSON text "2024-01-01". A data set whose card says the
+    types keeps them. features: as they were guessed.
     """
-    from datasets import Features, Value, load_dataset_builder
+    from datasets import load_dataset_builder
     from datasets.load import dataset_module_factory
     from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
 
-    if not isinstance(load_dataset_builder(name, subset), Csv):
+    builder = load_dataset_builder(name, subset)
+    if not isinstance(builder, Csv | Json):
         return {}
     cards = dataset_module_factory(name).dataset_infos or {}
     if any(card.features is not None for card in cards.values()):
         return {}
+    return _csv_options(list(features)) if isinstance(builder, Csv) else _json_options(features)
+
+
+def _csv_options(columns: list[str]) -> dict[str, Any]:
+    from datasets import Features, Value
+
     mark = csv_delimiter(columns[0]) if len(columns) == 1 else ","
     names = next(csv.reader([columns[0]], delimiter=mark)) if len(columns) == 1 else columns
     return {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False, "sep": mark}
+
+
+def _json_options(features: Any) -> dict[str, Any]:
+    """JSON has no times: whatever was taken for one is text. And 42 beside 0.5 is a whole number, not 42.0.
+
+    No options before the version of `datasets` that has Json.
+    """
+    import datasets
+
+    as_json = getattr(datasets, "Json", None)
+    if as_json is None:
+        return {}
+
+    def kept(feature: Any, *guessed: str) -> Any:
+        if isinstance(feature, dict):
+            return {name: kept(inner, "timestamp") for name, inner in feature.items()}
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            return type(feature)(kept(feature.feature, "timestamp"))
+        is_guess = isinstance(feature, datasets.Value) and feature.dtype.startswith(guessed)
+        return as_json() if is_guess else feature
+
+    changed = {name: kept(feature, "timestamp", "float") for name, feature in features.items()}
+    return {} if changed == dict(features) else {"features": datasets.Features(changed)}
 
 
 class UndecodedRows:
@@ -231,9 +263,17 @@ class UndecodedRows:
 
 
 def _dataset_table(name: str, loaded: Any) -> Table:
-    from datasets.features.features import require_decoding
-
     loaded = loaded.with_format(None)  # one that was saved with it makes tensors of lists, and hides columns
     columns = tuple(loaded.column_names)
-    media = [column for column in columns if require_decoding(loaded.features[column])]
+    media = [column for column in columns if _is_media(loaded.features[column])]
     return Table(name, UndecodedRows(loaded, media), columns)
+
+
+def _is_media(feature: Any) -> bool:
+    """True for a column with images, audio or the like, which `datasets` decodes from bytes; it also decodes Json."""
+    from datasets.features.features import require_decoding
+
+    inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    if any(each is not None for each in inner):
+        return any(map(_is_media, inner))
+    return type(feature).__name__ != "Json" and require_decoding(feature)
