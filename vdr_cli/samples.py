@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -34,6 +35,14 @@ class Prompt:
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column of the row; `Undecoded` where it is an image, audio or video."""
+
+
+def own_copy(value: Any) -> Any:
+    """A cell as a user's code may keep and change it: a list or an object is a copy.
+
+    The completions of a group come from one row. In TRL each has a row of its own, and an environment may play on it.
+    """
+    return copy.deepcopy(value) if isinstance(value, list | dict) else value
 
 
 @dataclass(frozen=True)

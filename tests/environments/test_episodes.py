@@ -110,6 +110,18 @@ def test_episodes_are_played_again_from_their_turns(tmp_path: Path) -> None:
     own.close()
 
 
+def test_every_episode_plays_on_a_board_of_its_own(tmp_path: Path) -> None:
+    """The episodes of a group come from one row; an environment keeps what it got from it, and changes it."""
+    board = "self.board = columns['board']; self.board.append(len(self.board))"
+    own = environments(tmp_path, GAME.replace("self.secret = secret", board))
+    (row,) = prompts(own.tokenizer)[:1]
+    row.columns["board"] = [0]
+    episodes = own.begin([row], 2)
+    assert [each.board for each in episodes.environments or []] == [[0, 1], [0, 1]]
+    assert row.columns["board"] == [0]
+    own.close()
+
+
 def test_limits_end_an_episode_as_truncated(tmp_path: Path) -> None:
     own = environments(tmp_path, GAME, max_turns=2)
     episodes = own.begin(prompts(own.tokenizer), 1)

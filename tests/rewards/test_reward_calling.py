@@ -289,6 +289,24 @@ def test_arguments_of_trl_in_every_place(caplog):
     assert "log_extra and log_metric record nothing here" in caplog.text
 
 
+def test_a_function_may_change_what_it_gets():
+    """Completions of a group come from one row, and each has its own copy of it, as in TRL; so has every later step."""
+    row = Prompt(3, [{"role": "user", "content": "q"}], [0], {"tests": [1, 2], "info": {"kind": "x"}})
+    texts = [[{"role": "assistant", "content": "a"}] for _ in range(2)]
+
+    def changes(prompts, completions, tests, info, **_):
+        for prompt, completion, about in zip(prompts, completions, info, strict=True):
+            prompt.extend(completion)
+            completion[0]["content"] = about.pop("kind")
+        return [each.pop() + len(prompt) for each, prompt in zip(tests, prompts, strict=True)]
+
+    for _ in range(2):
+        found = compute_rewards([LoadedReward("changes", 1.0, changes)], [row, row], texts, [[1], [1]], 5.0)
+        assert found.squeeze(1).tolist() == [4.0, 4.0]
+    assert row.columns == {"tests": [1, 2], "info": {"kind": "x"}} and len(row.value) == 1
+    assert texts[0][0]["content"] == "a"
+
+
 def test_hanging_function_is_named():
     returned = []
 

@@ -158,6 +158,7 @@ def test_built_in_values():
     assert BUILT_IN["exact_match"]([message, "42", "4 2"], answer=[42, "42 ", "42"]) == [1.0, 1.0, 0.0]
     found = BUILT_IN["exact_match"](["42", "42.0", "0.5", "42"], answer=[42.0, 42.0, 0.5, "42.0"])
     assert found == [1.0, 1.0, 1.0, 0.0]  # pandas' floats, and a text that says what it says
+    assert BUILT_IN["exact_match"](["None", "b", "c"], answer=[None, ["a", "b"], ["a", "b"]]) == [None, 1.0, 0.0]
 
 
 def test_math_verify_values():

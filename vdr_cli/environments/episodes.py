@@ -19,7 +19,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.rewards.calling import completion_texts
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
-from vdr_cli.samples import Completions, Conversation, Messages, Prompt, Reply, Turn, Undecoded
+from vdr_cli.samples import Completions, Conversation, Messages, Prompt, Reply, Turn, Undecoded, own_copy
 
 logger = logging.getLogger(__name__)
 
@@ -368,9 +368,9 @@ def _made(owner: Environments, cls: Callable[[], Any]) -> Any:
 
 
 def _reset_arguments(episode: _Episode) -> dict[str, Any]:
-    """The row's columns and its prompt, as far as reset has parameters for them."""
+    """The row's columns and its prompt, as far as reset has parameters for them, for this episode to change."""
     columns = {"prompt": episode.prompt.value, **episode.prompt.columns}
-    plain = {name: value for name, value in columns.items() if not isinstance(value, Undecoded)}
+    plain = {name: own_copy(value) for name, value in columns.items() if not isinstance(value, Undecoded)}
     parameters = inspect.signature(episode.environment.reset).parameters
     if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return plain

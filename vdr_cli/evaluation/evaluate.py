@@ -299,9 +299,11 @@ def _text_measures(result: EvalResult, request: EvalRequest) -> dict[str, NDArra
             measures[f"distinct-{n}"] = np.array([distinct(texts, n) for texts in result.texts])
         measures["self_bleu"] = np.array([self_bleu(texts) for texts in result.texts])
     if request.reference is not None:
-        references = [str(prompt.columns[request.reference]) for prompt in result.prompts]
+        references = [prompt.columns[request.reference] for prompt in result.prompts]
         pairs = zip(result.texts, references, strict=True)
-        measures["rouge_l"] = np.array([float(np.mean(rouge_l(texts, reference))) for texts, reference in pairs])
+        measures["rouge_l"] = np.array(
+            [np.nan if text is None else float(np.mean(rouge_l(texts, str(text)))) for texts, text in pairs]
+        )
     return measures
 
 

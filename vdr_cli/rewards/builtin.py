@@ -13,20 +13,25 @@ from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import completion_text
 
 
-def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float]:
-    """1 where the completion is the column `answer`, white space at the ends aside, else 0.
+def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+    """1 where the completion is the column `answer`, white space at the ends aside, else 0; None without an answer.
 
-    A whole number that the data hold as a float is found in both spellings: pandas writes 42.0 beside an empty cell.
+    A list of answers is matched by any of them. A whole number that the data hold as a float is found in both
+    spellings: pandas writes 42.0 beside an empty cell.
     """
     return [
-        float(completion is not None and completion_text(completion).strip() in _spellings(expected))
+        None
+        if expected is None
+        else float(completion is not None and completion_text(completion).strip() in _spellings(expected))
         for completion, expected in zip(completions, answer, strict=True)
     ]
 
 
-def _spellings(answer: Any) -> tuple[str, ...]:
-    whole = (str(int(answer)),) if isinstance(answer, float) and answer.is_integer() else ()
-    return (str(answer).strip(), *whole)
+def _spellings(answer: Any) -> list[str]:
+    if isinstance(answer, list):
+        return [spelling for each in answer for spelling in _spellings(each)]
+    whole = [str(int(answer))] if isinstance(answer, float) and answer.is_integer() else []
+    return [str(answer).strip(), *whole]
 
 
 exact_match.judges_answers = True  # type: ignore[attr-defined]
@@ -47,14 +52,15 @@ def length(completions: list[Any], target_length: list[float] | None = None, **_
 def math_verify(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
     """1 where the completion's final expression equals the column `answer` as mathematics, else 0.
 
-    An `answer` that cannot be parsed gives None: nothing can be compared with it.
+    An `answer` that is missing or cannot be parsed gives None: nothing can be compared with it.
     """
     from math_verify import parse, verify
 
     scores: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
         # Their time limits are signals, which only the main thread may set; ours is rewards.timeout.
-        gold = parse(str(expected), parsing_timeout=None) or parse(f"${expected}$", parsing_timeout=None)
+        texts = () if expected is None else (str(expected), f"${expected}$")
+        gold = next(filter(None, (parse(text, parsing_timeout=None) for text in texts)), None)
         if not gold:
             scores.append(None)
             continue

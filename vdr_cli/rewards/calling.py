@@ -24,7 +24,7 @@ from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rewards.main_thread import need_of, noticing_attempts
-from vdr_cli.samples import Completions, Messages, Prompt, Undecoded
+from vdr_cli.samples import Completions, Messages, Prompt, Undecoded, own_copy
 
 LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
@@ -263,12 +263,12 @@ def arguments_of(
     completions: Sequence[str] | Sequence[Messages],
     completion_ids: Sequence[Sequence[int]],
 ) -> dict[str, list[Any]]:
-    """Everything that a reward function may take, one list entry a completion."""
+    """Everything that a reward function may take, one list entry a completion, which it may change."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns if name not in PROVIDED)
-    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    columns = {name: [own_copy(prompt.columns.get(name)) for prompt in prompts] for name in names}
     return {
-        "prompts": [prompt.value for prompt in prompts],
-        "completions": list(completions),
+        "prompts": [own_copy(prompt.value) for prompt in prompts],
+        "completions": [own_copy(completion) for completion in completions],
         "completion_ids": [list(ids) for ids in completion_ids],
         **columns,
     }
