@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from vdr_cli.cli.plan import find_shape
 from vdr_cli.errors import ConfigError
 from vdr_cli.planning.resources import (
     copy_of_weights,
@@ -57,6 +58,25 @@ def test_parameters_are_counted_exactly(tied: bool) -> None:
 @pytest.mark.parametrize(("name", "billions"), [("0.5B", 0.494), ("7B", 7.616), ("32B", 32.764), ("70B", 70.554)])
 def test_sizes_are_the_published_ones(name: str, billions: float) -> None:
     assert SIZES[name].parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_experts_and_ties_under_every_name() -> None:
+    config = config_of(SMALL)
+    assert shape_of(config | {"n_routed_experts": 8, "moe_intermediate_size": 32}).experts == 8
+    assert shape_of(config | {"num_experts": None, "num_local_experts": 4}).experts == 4
+    del config["tie_word_embeddings"]  # as in the files of GPT-2 and Gemma
+    assert shape_of(config).tied
+
+
+SIZE_IN_WORDS = '{"hidden_size": "big", "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}'
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", SIZE_IN_WORDS])
+def test_a_config_of_anything_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        find_shape(str(tmp_path))
+    assert str(refused.value).startswith(f"--model {tmp_path}: ") and "\n" not in str(refused.value)
 
 
 def test_a_config_without_layers_is_refused() -> None:

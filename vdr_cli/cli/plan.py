@@ -86,7 +86,10 @@ def find_shape(name: str, setting: str = "--model ") -> Shape:
 
     if name in SIZES:
         return SIZES[name]
-    return shape_of(_config_json(name, setting))
+    try:
+        return shape_of(_config_json(name, setting))
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # a file of anything
+        raise ConfigError(f"{setting}{name}: its config.json cannot be used ({first_line(error)})") from None
 
 
 def work_of(config: Config, gpus: int, prompt_tokens: int) -> Work:

@@ -10,6 +10,7 @@ from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import MachineError
 from vdr_cli.models.adapters import merged, with_its_base
 from vdr_cli.system.files import replacing
+from vdr_cli.system.text import reason
 
 
 def export_model(engine: Engine, tokenizer: Any, folder: Path, adapter: Path | None = None) -> None:
@@ -29,5 +30,5 @@ def _write(model: Any, folder: Path, tokenizer: Any, **how: Any) -> None:
         with replacing(folder) as partial:
             model.save_pretrained(partial, **how)
             tokenizer.save_pretrained(partial)
-    except OSError as fault:
-        raise MachineError(f"model could not be written to {folder}: {fault}") from fault
+    except (OSError, RuntimeError, ValueError) as fault:  # transformers refuses layers that share tensors, for one
+        raise MachineError(f"model could not be written to {folder}: {reason(fault)}") from fault

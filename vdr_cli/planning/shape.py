@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vdr_cli.errors import ConfigError
+from vdr_cli.models.sizes import EXPERT_COUNTS
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         kv_heads=int(inner.get("num_key_value_heads") or heads),
         head_dim=int(inner.get("head_dim") or hidden // heads),
         vocabulary=int(found["vocabulary"]),  # type: ignore[arg-type]
-        tied=bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", False))),
-        experts=int(inner.get("num_experts") or inner.get("num_local_experts") or 1),
+        # transformers 4 left the key out of the files of tied models (GPT-2, Gemma) and wrote it for all others
+        tied=bool(config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))),
+        experts=int(next((inner[key] for key in EXPERT_COUNTS if inner.get(key)), 1)),
         attention_bias=bool(bias),
     )

@@ -330,7 +330,7 @@ class _Decoder:
         if mask is not None:
             arguments["attention_mask"] = mask.long()
         out = self.model(input_ids=ids, **arguments)
-        return out.logits[:, -1].float()
+        return out[0][:, -1].float()
 
     def _sample(self, logits: Tensor, rows: Tensor, tokens: Tensor, t: int) -> tuple[Tensor, Tensor]:
         scores = self.processors(self._context(rows, tokens, t), logits) if len(self.processors) else logits
