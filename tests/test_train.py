@@ -31,9 +31,9 @@ def bonus_of(
     """The bonus that is added to advantages of 0."""
     task, state = torch.zeros(len(batch)), LoopState(step=step, rms=rms or RunningRms())
     signals = {"measure": torch.tensor(measure)}
-    advantages, per_completion, bonus = train.add_bonus(res, state, batch, signals, batch.task_reward, task)
-    assert torch.equal(advantages, bonus) and per_completion.tolist() == measure
-    return bonus
+    advantages, bonus = train.add_bonus(res, state, batch, signals, batch.task_reward, task)
+    assert torch.equal(advantages, bonus.added) and bonus.per_completion.tolist() == measure
+    return bonus.added
 
 
 def test_stalled_groups_are_replaced_where_they_stood() -> None:

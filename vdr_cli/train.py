@@ -39,6 +39,7 @@ from vdr_cli.samples import Completions, Stream, completion_key
 from vdr_cli.training import audit_record
 from vdr_cli.training.batch import (
     Advantages,
+    Bonus,
     MicroBatch,
     RewardedGroups,
     Updates,
@@ -225,9 +226,9 @@ def reward_head(
     mask = loss_mask(completions.policy_mask, completions.truncated, res.config.grpo.mask_truncated)
     rewards = rewards_less_kl(res.config.grpo, batch, logps)
     task_advantages = group_relative(res.config, res.reward_weights(), batch.rewards, rewards)
-    shaped, per_completion, bonus = task_advantages, None, None
+    shaped, bonus = task_advantages, None
     if res.source is not None:
-        shaped, per_completion, bonus = add_bonus(res, state, batch, signals, rewards, task_advantages)
+        shaped, bonus = add_bonus(res, state, batch, signals, rewards, task_advantages)
     inputs = LossInputs(
         advantages=(shaped if shaped.dim() == 2 else shaped[:, None]).expand(mask.shape),
         mask=mask,
@@ -236,7 +237,7 @@ def reward_head(
         sampler_logps=completions.sampler_logps,
         selected=logps.high_entropy,
     )
-    return Advantages(inputs, task_advantages, per_completion, bonus, signals.get("visits"), logps.entropy)
+    return Advantages(inputs, task_advantages, bonus, signals.get("visits"), logps.entropy)
 
 
 def add_bonus(
@@ -246,8 +247,8 @@ def add_bonus(
     signals: dict[str, Any],
     rewards: Tensor,
     task_advantages: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(advantages with the bonus, the source's number per completion (B,), the bonus). Collective; updates state.rms.
+) -> tuple[Tensor, Bonus]:
+    """(advantages with the bonus (B,) or (B, T), the bonus). Collective; updates state.rms.
 
     source -> b -> permutation -> gate -> shape -> weight
     """
@@ -268,12 +269,12 @@ def add_bonus(
     if cfg.effective_shape == "reward":
         shaped = bonuses.shaped_rewards(rewards, b, gate, weight, G)
         advantages = group_relative(res.config, res.reward_weights(), batch.rewards, shaped)
-        return advantages, found.per_completion, advantages - task_advantages
+        return advantages, Bonus(found.per_completion, gate, advantages - task_advantages)
     scale = bonus_scale(res.config, state.rms, b, token_mask)
-    advantages, bonus = bonuses.shaped_advantages(
+    advantages, added = bonuses.shaped_advantages(
         cfg.effective_shape, task_advantages, rewards, b, gate, G, weight, cfg.clip, scale, token_mask
     )
-    return advantages, found.per_completion, bonus
+    return advantages, Bonus(found.per_completion, gate, added)
 
 
 def bonus_scale(config: Config, rms: bonuses.RunningRms, b: Tensor, token_mask: Tensor | None) -> float:

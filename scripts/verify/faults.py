@@ -277,8 +277,8 @@ AROUND = _of(
     (
         "the bonus column doubled",
         "training/completion_table.py",
-        "_per_completion(advantages.bonus, completions.policy_mask)",
-        "_per_completion(2 * advantages.bonus, completions.policy_mask)",
+        "_per_completion(advantages.bonus.added, completions.policy_mask)",
+        "_per_completion(2 * advantages.bonus.added, completions.policy_mask)",
         "members",
     ),
     (

@@ -59,7 +59,8 @@ def test_gates():
     task = np.array([1.0, 0.0, 0.5, 0.5])
     assert bonus.open_gate("incorrect", task, 1.0, 2).tolist() == [False, True, True, True]
     assert bonus.open_gate("zero_variance", task, 1.0, 2).tolist() == [False, False, True, True]
-    assert bonus.open_gate("nonzero_variance", task, 1.0, 2).tolist() == [True, True, False, False]
+    assert bonus.open_gate("not_failed", task, 1.0, 2).tolist() == [True, True, False, False]
+    assert bonus.open_gate("not_failed", task, 0.5, 2).all()
     assert bonus.open_gate("all", task, 1.0, 2).all()
 
 

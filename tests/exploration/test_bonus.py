@@ -189,26 +189,36 @@ def test_additive_sums_to_zero_and_commutes_with_permutation(values: list[float]
 
 def test_watch_speaks_once_with_the_cause() -> None:
     watch = BonusWatch("rmi", "members that agree", flat_after=3, outweighed_after=3)
-    said = [watch.warning(False, 0.0, 1.0) for _ in range(6)]
+    said = [watch.warning(False, True, 0.0, 1.0) for _ in range(6)]
     assert [line is not None for line in said] == [False, False, True, False, False, False]
     assert said[2].startswith("the rmi of") and said[2].endswith("the bonus is 0: members that agree")
-    said = [watch.warning(True, 2.0, 1.0) for _ in range(6)]
+    said = [watch.warning(True, True, 2.0, 1.0) for _ in range(6)]
     (line,) = filter(None, said)
     assert "bonus.weight" in line and line.endswith(
-        "set bonus.gate to some_correct (no bonus in groups without a success)"
+        "set bonus.gate to not_failed (no bonus in groups where nothing succeeded)"
     )
 
 
 def test_watch_does_not_advise_a_gate_where_there_is_one() -> None:
     watch = BonusWatch("rmi", "members that agree", "some_correct", outweighed_after=1)
-    line = watch.warning(True, 2.0, 1.0)
+    line = watch.warning(True, True, 2.0, 1.0)
     assert line is not None and line.endswith("lower it or give it a schedule")
+
+
+def test_watch_names_the_reason_of_a_gate_that_stays_closed() -> None:
+    watch = BonusWatch("rmi", "members that agree", "some_correct", flat_after=3)
+    said = [watch.warning(True, is_open, 0.0, 1.0) for is_open in (False, False, True, False, False, False, False)]
+    (line,) = filter(None, said)
+    assert said[5] == line and line == (
+        "bonus.gate some_correct has been closed for all completions for 3 steps, so the bonus is 0: no completion "
+        "reached rewards.solved_at"
+    )
 
 
 def test_watch_compares_means_not_single_steps() -> None:
     watch = BonusWatch("rmi", "members that agree", outweighed_after=4)
     tasks = [1.0, 0.0, 0.3, 0.0, 0.3, 0.0, 1.0]  # a lucky group now and then
-    said = [watch.warning(True, 0.2, task) for task in tasks]
+    said = [watch.warning(True, True, 0.2, task) for task in tasks]
     assert [line is not None for line in said] == [False, False, False, False, True, False, False]
 
 
@@ -236,13 +246,19 @@ def test_a_negative_weight_is_the_opposite_bonus() -> None:
         ("incorrect", [False, True, True, True, False, False]),
         ("correct", [True, False, False, False, True, True]),
         ("some_correct", [True, True, False, False, True, True]),
-        ("nonzero_variance", [True, True, False, False, False, False]),
+        ("not_failed", [True, True, False, False, True, True]),
         ("zero_variance", [False, False, True, True, True, True]),
     ],
 )
 def test_gates_by_the_task_reward(gate: str, expected: list[bool]) -> None:
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     assert bonus.gated(gate, rewards, rewards >= 1.0, 2).tolist() == expected
+
+
+def test_a_group_has_not_failed_where_rewards_differ_whatever_counts_as_solved() -> None:
+    rewards = torch.tensor([0.2, 0.1, 0.3, 0.3])
+    assert bonus.gated("not_failed", rewards, rewards >= 1.0, 2).tolist() == [True, True, False, False]
+    assert not bonus.gated("some_correct", rewards, rewards >= 1.0, 2).any()
 
 
 def test_the_initial_scale_is_the_rms_of_the_first_steps_and_stays() -> None:

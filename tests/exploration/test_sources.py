@@ -68,7 +68,12 @@ def signals_of(rewards: list[float], seed: int = 0) -> Signals:
 def config_of(source: str, **bonus: Any) -> Config:
     mode = {"disagreement": {"mode": "end_of_sequence"}}
     return Config.model_validate(
-        {"model": {"name": "m"}, "rollout": {"group_size": G}, "bonus": {"source": source, **bonus}, **mode}
+        {
+            "model": {"name": "m"},
+            "rollout": {"group_size": G},
+            "bonus": {"source": source, "gate": "all", **bonus},
+            **mode,
+        }
     )
 
 
@@ -297,7 +302,7 @@ def advantages_of(config: Config, on: Signals, source: sources.Source | None = N
     given = {name: getattr(on, name) for name in get_args(sources.Need) if name in source.needs}
     found = train.reward_head(res, LoopState(), batch_with(on), train.ReferenceLogps(), given)
     assert found.bonus is not None
-    return found.inputs.advantages, found.bonus
+    return found.inputs.advantages, found.bonus.added
 
 
 def by_hand(config: Config, on: Signals) -> np.ndarray:

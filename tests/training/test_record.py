@@ -14,7 +14,7 @@ from vdr_cli.config import Config
 from vdr_cli.engine.engine import StepResult
 from vdr_cli.grpo.losses import LossInputs, Totals
 from vdr_cli.training import record
-from vdr_cli.training.batch import Advantages, Updates
+from vdr_cli.training.batch import Advantages, Bonus, Updates
 from vdr_cli.training.completion_table import completion_columns, shown_group
 from vdr_cli.training.opening import open_source
 from vdr_cli.training.timing import PhaseTimer
@@ -31,12 +31,17 @@ def resources(**sections: Any) -> Any:
     return SimpleNamespace(config=config, source=open_source(config), **parts)
 
 
+def bonus_of(per_completion: torch.Tensor, added: torch.Tensor) -> Bonus:
+    """With a gate that is open for the first half of the completions."""
+    return Bonus(per_completion, torch.arange(len(per_completion)) < len(per_completion) / 2, added)
+
+
 def test_completions_hold_the_bonus_as_it_was_added() -> None:
     res = resources(disagreement={"mode": "per_token"})
     batch = batch_of([0, 1], 2)
     mask = batch.completions.completion_mask  # one token, then two
     bonus = torch.tensor([[0.5, 7.0], [0.2, 0.4]])
-    advantages = Advantages(LossInputs(bonus * 2, mask), torch.zeros(2), torch.tensor([1.0, 2.0]), bonus)
+    advantages = Advantages(LossInputs(bonus * 2, mask), torch.zeros(2), bonus_of(torch.tensor([1.0, 2.0]), bonus))
     columns = completion_columns(res, batch, advantages)
     assert columns["bonus"] == pytest.approx([0.5, 0.3])
     assert columns["advantage"] == pytest.approx([1.0, 0.6])
@@ -56,7 +61,7 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
     updates.maxima["clip_ratio/high_max"] = -math.inf  # nothing to count
     for _ in range(2):
         updates.end_step(Totals(completions=4.0, tokens=7.0), StepResult(2.0, refused=False))
-    advantages = Advantages(LossInputs(bonus, mask), task, per_completion, bonus)
+    advantages = Advantages(LossInputs(bonus, mask), task, bonus_of(per_completion, bonus))
     found = record.step_metrics(res, batch, advantages, updates)
     expected = {
         "loss": 1.5,
@@ -66,6 +71,7 @@ def test_a_steps_numbers_count_valid_tokens_and_every_iteration_once() -> None:
         "advantage_abs": 0.5,
         "disagreement/bonus_abs": 2.0 / 7,
         "disagreement/groups_with_spread": 0.5,
+        "disagreement/gate_open": 0.5,
         "completions/min_length": 1.0,
         "completions/max_length": 3.0,
         "step_tokens": 7.0,
@@ -89,7 +95,9 @@ def test_a_group_is_shown_unless_its_tokens_are_still_to_be_measured(source: str
     res.tokenizer = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
     batch = batch_of([0, 1], 2)
     zeros = torch.zeros(2)
-    advantages = Advantages(LossInputs(torch.zeros(2, 2), batch.completions.completion_mask), zeros, zeros, zeros)
+    advantages = Advantages(
+        LossInputs(torch.zeros(2, 2), batch.completions.completion_mask), zeros, bonus_of(zeros, zeros)
+    )
     samples = shown_group(res, batch, advantages)
     assert (samples is not None) is shown
     if samples is not None:

@@ -66,12 +66,13 @@ def test_distinct_completions_of_a_group() -> None:
 
 def test_disagreement_in_groups() -> None:
     reduced, bonus = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([-0.5, 0.5, 0.0, 0.0])
-    found = ratios(bonus_pairs("disagreement", reduced, bonus, torch.tensor([True, False]), 2))
+    found = ratios(bonus_pairs("disagreement", reduced, bonus, torch.tensor([True, False]), reduced > 1.0, 2))
     assert found == pytest.approx(
         {
             "disagreement/mean": 2.0,
             "disagreement/group_std": math.sqrt(2.0) / 2,
             "disagreement/groups_with_spread": 0.5,
+            "disagreement/gate_open": 0.75,
             "disagreement/bonus_abs": 0.25,
         }
     )

@@ -96,8 +96,8 @@ def open_gate(gate: str, task_reward: Array, solved_at: float, G: int) -> Flags:
         return np.repeat((task_reward >= solved_at).reshape(-1, G).any(1), G)
     if gate == "zero_variance":
         return np.repeat(stalled(task_reward, G), G)
-    if gate == "nonzero_variance":
-        return np.repeat(~stalled(task_reward, G), G)
+    if gate == "not_failed":
+        return np.repeat(~stalled(task_reward, G) | (task_reward >= solved_at).reshape(-1, G).any(1), G)
     return np.ones(len(task_reward), dtype=bool)
 
 

@@ -116,12 +116,14 @@ def _of_lengths(record: Record, G: int) -> dict[str, float]:
 def _of_bonus(record: Record, cfg: Config) -> dict[str, float]:
     G, reduced = cfg.rollout.group_size, record.numbers("reduced")
     every = np.ones((len(record), 1), dtype=bool)
+    gate = bonus.open_gate(cfg.bonus.gate, record.numbers("task_reward"), cfg.rewards.solved_at, G)
     added = np.abs(record.tokens("bonus")[record.policy] if _per_token(record) else record.numbers("bonus"))
     prefix = "disagreement" if cfg.bonus_source == "disagreement" else "bonus"
     return {
         f"{prefix}/mean": _mean(reduced),
         f"{prefix}/group_std": _mean(reduced.reshape(-1, G).std(1, ddof=1)),
         f"{prefix}/groups_with_spread": _mean(bonus.spread(reduced[:, None], every, G)),
+        f"{prefix}/gate_open": _mean(gate),
         f"{prefix}/bonus_abs": _mean(added),
     }
 

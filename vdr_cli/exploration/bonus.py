@@ -53,20 +53,22 @@ def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: i
 def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> Tensor:
     """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide.
 
-    gate: all, incorrect, correct, some_correct (groups with a solved completion), nonzero_variance (groups whose task
-    rewards differ) or zero_variance (groups whose task rewards are all equal). solved: (B,) bool.
+    gate: all, not_failed (all but groups whose task rewards are all equal and of which none is solved), some_correct
+    (groups with a solved completion), correct, incorrect or zero_variance (groups whose task rewards are all equal).
+    solved: (B,) bool. Raises KeyError for another name.
     """
     solved = solved.bool()
-    if gate == "incorrect":
-        return ~solved
-    if gate == "correct":
-        return solved
-    if gate == "some_correct":
-        return solved.view(-1, group_size).any(1).repeat_interleave(group_size)
-    if gate in ("zero_variance", "nonzero_variance"):
-        equal = zero_variance(task_rewards, group_size).repeat_interleave(group_size)
-        return equal if gate == "zero_variance" else ~equal
-    return torch.ones(len(task_rewards), dtype=torch.bool, device=task_rewards.device)
+    equal = zero_variance(task_rewards, group_size).repeat_interleave(group_size)
+    some_correct = solved.view(-1, group_size).any(1).repeat_interleave(group_size)
+    open_where = {
+        "all": torch.ones_like(solved),
+        "not_failed": some_correct | ~equal,
+        "some_correct": some_correct,
+        "correct": solved,
+        "incorrect": ~solved,
+        "zero_variance": equal,
+    }
+    return open_where[gate]
 
 
 def permuted(b: Tensor, keys: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:

@@ -8,6 +8,16 @@ from dataclasses import dataclass, field
 STEPS_BEFORE_WARNING = 20
 """Steps that a condition lasts before it is reported."""
 
+UNSOLVED = "no completion reached rewards.solved_at"
+CLOSED = {
+    "not_failed": f"task rewards were equal in every group, and {UNSOLVED}",
+    "some_correct": UNSOLVED,
+    "correct": UNSOLVED,
+    "incorrect": "every completion reached rewards.solved_at",
+    "zero_variance": "task rewards differed in every group",
+}
+"""Gate to the reason that it is closed for every completion; gate all never is."""
+
 
 @dataclass
 class BonusWatch:
@@ -22,21 +32,25 @@ class BonusWatch:
     cause: str
     """The usual reason that they do not differ, and the settings that matter."""
     gate: str = "all"
-    """bonus.gate: what to advise depends on it."""
+    """bonus.gate: causes and advice depend on it."""
     flat_after: int = STEPS_BEFORE_WARNING
     outweighed_after: int = STEPS_BEFORE_WARNING
     flat: int = 0
     """Consecutive steps so far without any spread."""
+    closed: int = 0
+    """Consecutive steps so far in which the gate was closed for every completion."""
     newest: deque[tuple[float, float]] = field(default_factory=deque)
     """Mean absolute bonus and task advantage of the last `outweighed_after` steps."""
     warned: frozenset[str] = frozenset()
 
-    def warning(self, spread: bool, bonus: float, task: float) -> str | None:
+    def warning(self, spread: bool, is_open: bool, bonus: float, task: float) -> str | None:
         """Count one step; the warning that is due, or None.
 
-        spread: the measures differ within some group. bonus, task: mean absolute values over the step.
+        spread: the measures differ within some group. is_open: the gate lets some completion's bonus through. bonus,
+        task: mean absolute values over the step.
         """
         self.flat = 0 if spread else self.flat + 1
+        self.closed = 0 if is_open else self.closed + 1
         self.newest.append((bonus, task))
         if len(self.newest) > self.outweighed_after:
             self.newest.popleft()
@@ -46,9 +60,15 @@ class BonusWatch:
                 f"the {self.quantity} of the completions has not differed within any group for {self.flat} steps, so "
                 f"the bonus is 0: {self.cause}"
             )
+        if self.closed >= self.flat_after and "closed" not in self.warned:
+            self.warned |= {"closed"}
+            return (
+                f"bonus.gate {self.gate} has been closed for all completions for {self.closed} steps, so the bonus is "
+                f"0: {CLOSED[self.gate]}"
+            )
         if self._outweighs() and "outweighed" not in self.warned:
             self.warned |= {"outweighed"}
-            gate = ", give it a schedule, or set bonus.gate to some_correct (no bonus in groups without a success)"
+            gate = ", give it a schedule, or set bonus.gate to not_failed (no bonus in groups where nothing succeeded)"
             cure = gate if self.gate == "all" else " or give it a schedule"
             return (
                 f"the bonus has been larger than the task advantage over the last {self.outweighed_after} steps: task "

@@ -172,6 +172,7 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
 
     saved = [_as_json(prompt.columns) for prompt in batch.prompts]
     bonus, inputs = advantages.bonus, advantages.inputs
+    added = None if bonus is None else bonus.added
     return {
         "row": [prompt.row for prompt in batch.prompts],
         "prompt": [json.dumps(prompt.value) for prompt in batch.prompts],
@@ -187,9 +188,9 @@ def _columns(res: Resources, batch: RewardedGroups, advantages: Advantages, upda
         "task_reward": batch.task_reward.tolist(),
         "task_advantage": advantages.task_advantages.tolist(),
         "advantages": tokens(inputs.advantages),
-        "reduced": [None] * count if advantages.per_completion is None else advantages.per_completion.tolist(),
+        "reduced": [None] * count if bonus is None else bonus.per_completion.tolist(),
         "measure_tokens": tokens(res.shown_measure()),
-        "bonus": tokens(bonus) if bonus is None or bonus.dim() == 2 else bonus.tolist(),
+        "bonus": tokens(added) if added is None or added.dim() == 2 else added.tolist(),
         "visits": [None] * count if advantages.visits is None else advantages.visits.tolist(),
         "ref_logps": tokens(inputs.ref_logps),
         "selected": tokens(inputs.selected),

@@ -88,15 +88,22 @@ def concatenate_completions(parts: Sequence[Completions], pad_id: int) -> Comple
 
 
 @dataclass(frozen=True)
+class Bonus:
+    """The bonus of a rank's completions, and what it was made from."""
+
+    per_completion: Tensor  # (B,) the source's number of each completion
+    gate: Tensor  # (B,) bool, completions that get a bonus
+    added: Tensor
+    """(B,) or (B, T) as added to the advantage; 0 where the gate is closed."""
+
+
+@dataclass(frozen=True)
 class Advantages:
     """The update's inputs for every token, and where the advantages came from."""
 
     inputs: LossInputs  # (B, T), those of the rollout; weights and covariant tokens are an optimizer step's
     task_advantages: Tensor  # (B,)
-    per_completion: Tensor | None = None
-    """(B,) the source's number of each completion; None without a bonus."""
-    bonus: Tensor | None = None
-    """(B,) or (B, T) as added to the advantage."""
+    bonus: Bonus | None = None
     visits: Tensor | None = None
     """(B,) int64, times that the answer was given to the prompt, where the bonus counts them."""
     old_entropies: Tensor | None = None

@@ -34,9 +34,9 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
     for index, reward in enumerate(res.rewards):
         columns[f"rewards/{reward.name}"] = batch.rewards[:, index].tolist()
     measure = res.source.quantity(res.config) if res.source else ""
-    if advantages.per_completion is not None and advantages.bonus is not None:
-        columns["bonus"] = _per_completion(advantages.bonus, completions.policy_mask).tolist()
-        columns[measure] = advantages.per_completion.tolist()
+    if advantages.bonus is not None:
+        columns["bonus"] = _per_completion(advantages.bonus.added, completions.policy_mask).tolist()
+        columns[measure] = advantages.bonus.per_completion.tolist()
     if (by_token := res.shown_measure()) is not None:
         measured = _cut(by_token, lengths[: len(by_token)])
         columns[f"{measure}_tokens"] = measured + [None] * (len(lengths) - len(measured))
@@ -48,7 +48,7 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
 
     None where it was not measured token by token and an earlier group that was is still shown.
     """
-    per_completion, measured = advantages.per_completion, res.shown_measure()
+    bonus, measured = advantages.bonus, res.shown_measure()
     measures = res.config.needs_ensemble
     if measures and measured is None and res.config.observe.completions_every:
         return None
@@ -56,8 +56,8 @@ def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -
     for row in range(min(res.config.rollout.group_size, SHOWN_COMPLETIONS)):
         ids = batch.completions.completion_ids[row, batch.completions.completion_mask[row]].tolist()
         heat = measured[row, : len(ids)].tolist() if measured is not None else [0.0] * len(ids)
-        if measures and measured is None and per_completion is not None and ids:
-            heat[-1] = float(per_completion[row])  # end_of_sequence: at the last token, which is the policy's
+        if measures and measured is None and bonus is not None and ids:
+            heat[-1] = float(bonus.per_completion[row])  # end_of_sequence: at the last token, which is the policy's
         prompt = batch.prompts[row].value
         samples.append(
             Sample(

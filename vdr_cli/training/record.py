@@ -66,11 +66,11 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
     pairs |= distinct_pairs(batch.texts, G)
     if batch.counts is not None and res.environments is not None:
         pairs |= turn_pairs(batch.counts, bool(res.environments.contract.tools))
-    if advantages.per_completion is not None and advantages.bonus is not None:
-        bonus = advantages.bonus
-        added = bonus if bonus.dim() == 1 else bonus[batch.completions.policy_mask]
-        spread = has_spread(advantages.per_completion, G)
-        pairs |= bonus_pairs(bonus_prefix(res.config), advantages.per_completion, added, spread, G)
+    if advantages.bonus is not None:
+        added, of_completion = advantages.bonus.added, advantages.bonus.per_completion
+        added = added if added.dim() == 1 else added[batch.completions.policy_mask]
+        spread, gate = has_spread(of_completion, G), advantages.bonus.gate
+        pairs |= bonus_pairs(bonus_prefix(res.config), of_completion, added, spread, gate, G)
     pairs["solved"] = (float((batch.task_reward >= res.config.rewards.solved_at).sum()), float(len(batch)))
     pairs["advantage_abs"] = (float(advantages.task_advantages.abs().sum()), float(len(batch)))
     return pairs

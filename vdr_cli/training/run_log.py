@@ -150,8 +150,8 @@ def sampler_warning(config: Config, step: int, metrics: dict[str, float]) -> str
 def bonus_warning(watch: BonusWatch, metrics: dict[str, float]) -> str | None:
     """A warning once the bonus has not acted, or has acted too much, for a while; None while all is well."""
     of_bonus = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith(PREFIXES)}
-    spread = of_bonus.get("groups_with_spread", 0.0) > 0
+    spread, is_open = (of_bonus.get(name, 0.0) > 0 for name in ("groups_with_spread", "gate_open"))
     bonus, task = of_bonus.get("bonus_abs"), metrics.get("advantage_abs")
     if bonus is None or task is None:  # the step's numbers are not finite: its refusal is reported instead
         return None
-    return watch.warning(spread, bonus, task)
+    return watch.warning(spread, is_open, bonus, task)

@@ -78,12 +78,15 @@ def turn_pairs(counts: Sequence[Counts], has_tools: bool) -> Pairs:
     }
 
 
-def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, group_size: int) -> Pairs:
-    """reduced (B,): the source's numbers; bonus as added (B,), or (N,) of the valid tokens; spread (groups,)."""
+def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, gate: Tensor, group_size: int) -> Pairs:
+    """reduced (B,): the source's numbers; bonus as added (B,), or (N,) of the valid tokens; spread (groups,) bool;
+    gate (B,) bool.
+    """
     return {
         f"{prefix}/mean": _sum_and_count(reduced),
         f"{prefix}/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),
         f"{prefix}/groups_with_spread": (float(spread.sum()), float(len(spread))),
+        f"{prefix}/gate_open": (float(gate.sum()), float(len(gate))),
         f"{prefix}/bonus_abs": _sum_and_count(bonus.abs()),
     }
 

@@ -95,10 +95,11 @@ class BonusConfig(Section):
     RMS over the first scale_steps steps, so that the bonus fades as the source's values shrink. none: no division."""
     scale_steps: Positive = 20
     """With scale initial, the number of steps over which the RMS is taken."""
-    gate: Literal["all", "incorrect", "correct", "some_correct", "nonzero_variance", "zero_variance"] = "all"
-    """Completions that get a bonus. all: every completion; incorrect: the unsolved ones; correct: the solved ones;
-    some_correct: those in groups with at least one solved completion; nonzero_variance: those in groups whose task
-    rewards differ; zero_variance: those in groups whose task rewards are all equal."""
+    gate: Literal["all", "not_failed", "some_correct", "correct", "incorrect", "zero_variance"] = "not_failed"
+    """Completions that get a bonus. all: every completion; not_failed: all but those of failed groups, where task
+    rewards are all equal and none is solved, so that nothing opposes the bonus; some_correct: those in groups with at
+    least one solved completion; correct: the solved ones; incorrect: the unsolved ones; zero_variance: those in groups
+    whose task rewards are all equal."""
     schedule: Literal["constant", "linear", "cosine", "staircase"] = "constant"
     """Decay of the weight from `weight` to 0; constant: none."""
     schedule_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
