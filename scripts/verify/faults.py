@@ -284,8 +284,8 @@ AROUND = _of(
     (
         "the mean bonus counts padding",
         "training/record.py",
-        "bonus[batch.completions.policy_mask]",
-        "bonus",
+        "added[batch.completions.policy_mask]",
+        "added",
         "credit",
     ),
     (
@@ -467,8 +467,8 @@ BONUS = _of(
     (
         "the gate pays solved completions",
         "exploration/bonus.py",
-        "return ~solved",
-        "return solved  # those",
+        '"incorrect": ~solved',
+        '"incorrect": solved',
         "epochs",
     ),
     (
