@@ -145,7 +145,7 @@ def _directory(name: str, subset: str | None, split: str, split_key: str) -> Tab
 
 
 def _saved(path: Path) -> Any:
-    """What save_to_disk wrote. Raises DataError for a directory that is not whole."""
+    """The dataset that save_to_disk wrote. Raises DataError for a directory that is not whole."""
     from datasets import load_from_disk
 
     try:
