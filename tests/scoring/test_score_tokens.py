@@ -150,6 +150,7 @@ MESSAGE = {"role": "assistant", "content": "a"}
         MESSAGE,  # choices.0.message of an OpenAI batch
         [MESSAGE | {"content": [{"type": "text", "text": "a"}], "tool_calls": None}],
         json.dumps([MESSAGE]),  # a CSV cell
+        json.dumps(MESSAGE),
     ],
 )
 def test_messages_of_every_spelling_are_their_text(completion: Any) -> None:
@@ -158,7 +159,7 @@ def test_messages_of_every_spelling_are_their_text(completion: Any) -> None:
 
 
 def test_text_that_only_looks_like_messages_stays_text() -> None:
-    for text in ('[{"x": 1}]', '[{"role": "user", "content": "a"}]', '[{"'):
+    for text in ('[{"x": 1}]', '{"role": 1}', '[{"role": "user", "content": "a"}]', '[{"'):
         assert completion_value({"prompt": "p", "completion": text}, Fields()) == text
     assert prompt_value({"prompt": '[{"x": 1}]', "completion": "a"}, Fields()) == '[{"x": 1}]'
     with pytest.raises(RowError, match="completion must be text, not"):

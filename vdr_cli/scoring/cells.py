@@ -55,7 +55,7 @@ def completion_value(values: dict[str, Any], fields: Fields) -> str | list[dict[
         found = responses[0]
     if found is None:
         raise RowError(_missing(fields.completion, values, "--completion-column"))
-    messages = _messages([found] if isinstance(found, dict) else found)
+    messages = _messages(found)
     is_assistant = bool(messages) and messages[0]["role"] == "assistant"
     if isinstance(found, str) and not is_assistant:
         return found
@@ -179,8 +179,10 @@ def _parsed(value: Any) -> Any:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """The messages, also those that a CSV cell spells; none when one of them has no role or nothing to say."""
-    messages = plain_messages(json_or(value, None) if isinstance(value, str) and value.startswith('[{"') else value)
+    """The messages, or the one, also those that a CSV cell spells; none when one has no role or nothing to say."""
+    if isinstance(value, str) and value.startswith(('[{"', '{"')):
+        value = json_or(value, None)
+    messages = plain_messages([value] if isinstance(value, dict) else value)
     usable = all(isinstance(message.get("role"), str) and "content" in message for message in messages or [])
     return messages if messages and usable else []
 
