@@ -19,6 +19,9 @@ from vdr_cli.study.analysis import Curve, Row, analysed, curves
 from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
+EVIDENCE = ROOT / "docs" / "evidence"
+BEDS = ("starter", "countdown4", "routes")
+"""In the order of the preregistration."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
 OURS, PLACEBO = "end_of_sequence", "end_of_sequence_permuted"
@@ -94,7 +97,10 @@ def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "directories", nargs="*", type=Path, default=sorted((ROOT / "docs" / "evidence").glob("*/record"))
+        "directories",
+        nargs="*",
+        type=Path,
+        default=[path for bed in BEDS if (path := EVIDENCE / bed / "record").is_dir()],
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "evidence.png")
     arguments = parser.parse_args()

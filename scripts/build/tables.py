@@ -5,8 +5,8 @@ python scripts/build/tables.py --check   # exit 1 when one is out of date
 
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
 reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
-those of the study in docs/evidence/BED/record, with its contrasts and the values of the starting model; tables of
-several studies share the macros of evidence.jinja.
+those of the study in docs/evidence/BED/record, with its contrasts and the values of the starting model, `screening_BED`
+likewise of docs/evidence/screening/BED; tables of several studies share the macros of evidence.jinja.
 """
 
 from __future__ import annotations
@@ -59,16 +59,17 @@ def results() -> dict[str, Any]:
     """The results of each file, by the name that templates use."""
     files = {path.stem.replace("-", "_"): path for path in BENCHMARKS.glob("*.json")}
     found = {name: json.loads(path.read_text(encoding="utf-8"))["results"] for name, path in files.items()}
-    for path in EVIDENCE.glob("*/record/study.json"):
-        record, bed = read_record(path.parent), path.parents[1].name
-        ends = json.loads(path.read_text(encoding="utf-8"))["results"][bed]
-        pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
-        found[f"evidence_{bed}"] = {
-            **ends,
-            "contrasts": pairs,
-            "start": {end: start_value(record, bed, end) for end in ends},
-        }
-    return found
+    found |= {f"evidence_{path.parent.name}": study(path, path.parent.name) for path in EVIDENCE.glob("*/record")}
+    screened = (path.parent for path in EVIDENCE.glob("screening/*/study.json"))
+    return found | {f"screening_{path.name}": study(path, path.name) for path in screened}
+
+
+def study(directory: Path, bed: str) -> dict[str, Any]:
+    """The results of an archived study on this bed, its contrasts, and the values of the starting model."""
+    record = read_record(directory)
+    ends = json.loads((directory / "study.json").read_text(encoding="utf-8"))["results"][bed]
+    pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
+    return {**ends, "contrasts": pairs, "start": {end: start_value(record, bed, end) for end in ends}}
 
 
 def table(name: str) -> str:
