@@ -449,6 +449,15 @@ def test_messages_as_arrow_and_openai_write_them(tmp_path, tokenizer):
         load(write_jsonl(tmp_path / "i.jsonl", {"prompt": [image]}), tokenizer)
 
 
+def test_messages_written_as_text_are_noticed(tmp_path, tokenizer, caplog):
+    """A data set of chats saved as CSV."""
+    load(write_jsonl(tmp_path / "a.jsonl", {"prompt": "[{1}]"}), tokenizer)
+    assert not caplog.records
+    (tmp_path / "a.csv").write_text("""prompt\n"[{'role': 'user', 'content': 'hi'}]"\n""")
+    load(tmp_path / "a.csv", tokenizer)
+    assert "a.csv row 0: prompt is messages written as text" in caplog.text
+
+
 def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "tool", "content": "a"}]})
     with pytest.raises(VdrError, match="line 1: the chat template refuses the messages: no tools here"):

@@ -148,6 +148,8 @@ class PromptSet(Sequence[Prompt]):
             raise DataError(
                 f"{table.where(odd)}: prompts must be all strings or all messages; {table.where(0)} differs"
             )
+        if not kinds[0]:
+            _warn_of_written_messages(str(_prompts_only(table, column)[0][column]), f"{table.where(0)}: {column}")
         has_messages = kinds[0] or self._as_chat
         if self._system_prompt is not None and not has_messages:
             raise ConfigError(
@@ -260,6 +262,12 @@ def _check_message(message: Any, what: str) -> None:
         raise DataError(f"{what} has parts that are not text: {shown_value(content)}; the model reads text only")
     if isinstance(content, str):
         _check_text(content, what)
+
+
+def _warn_of_written_messages(text: str, what: str) -> None:
+    """A data set of chats that was saved as CSV has text in the place of lists."""
+    if text.startswith("[{") and "role" in text and "content" in text:
+        logger.warning("%s is messages written as text, and read as text; give lists, in JSONL or Parquet", what)
 
 
 def _check_text(text: str, what: str) -> None:
