@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,16 +115,32 @@ def _text(tokenizer: Any, ids: list[int], prompt: Any) -> Any:
 
 
 def _encoded(tokenizer: Any, prompt: Any, cfg: Config) -> list[int]:
-    """A prompt's tokens: a string as the tokenizer has it without an EOS at its end, a chat by its template."""
+    """A prompt's tokens: a string as the tokenizer has it, without the EOS that it adds, and without the BOS that it
+    adds before the string's own; a chat by its template."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
-        if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        bos, eos = (tokenizer.bos_token_id, tokenizer.bos_token), (tokenizer.eos_token_id, tokenizer.eos_token)
+        if _adds(ids[::-1], prompt.endswith, *eos, free=0):
             ids = ids[:-1]
+        if _adds(ids, prompt.startswith, *bos, free=1):
+            ids = ids[1:]
     else:
         begun = prompt[-1]["role"] == "assistant"
         how = {"add_generation_prompt": not begun, "continue_final_message": begun}
         ids = list(tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, **how)["input_ids"])
     return ids[-cfg.data.max_prompt_tokens :] if cfg.data.max_prompt_tokens else ids
+
+
+def _adds(ids: list[int], borders: Callable[[str], bool], token: int | None, text: str | None, free: int) -> bool:
+    """True if the row begins with more of this token than the prompt's text has, `free` of them aside.
+
+    borders: whether the prompt begins, or ends, with a text. ids: from that side.
+    """
+    if token is None:
+        return False
+    number = next((n for n, each in enumerate(ids) if each != token), len(ids))
+    written = next(n for n in range(len(ids) + 1) if not borders(str(text) * (n + 1)))
+    return number > max(written, free)
 
 
 def _ends(judge: Judge, record: Record, cfg: Config, models: Models) -> list[Line]:

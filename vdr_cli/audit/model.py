@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,25 @@ from vdr_cli.errors import ConfigError
 Array = NDArray[np.float64]
 Ids = Sequence[int]
 
+ADAPTER = "adapter_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD_TOKENS = 2**15
 """Tokens of one forward, all rows together."""
 
 
+def adapter_of(name: str) -> Path | None:
+    """The directory of the saved adapter that a model's name is; None: it is no adapter."""
+    path = Path(name).expanduser()
+    return path if (path / ADAPTER).is_file() and not (path / "config.json").is_file() else None
+
+
 def place_of(name: str) -> str:
-    """The place of a model's files: a bed's directory, a directory, a run's model/, else the hub id itself."""
+    """The place of a model's files: a bed's directory, a directory, a run's model/, an adapter's base, else the hub id
+    itself."""
     if name in BEDS:
         return str(BEDS[name].model_path)
+    if (adapter := adapter_of(name)) is not None:
+        return place_of(json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"])
     for candidate in (Path(name).expanduser(), Path(name).expanduser() / "model"):
         if (candidate / "config.json").is_file():
             return str(candidate)
@@ -46,6 +57,8 @@ def load_start(cfg: ModelConfig, dtype: str, seed: int) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(f"model {cfg.name}: cannot be loaded ({reason}); the audit needs the start model") from error
+    if (adapter := adapter_of(cfg.name)) is not None:
+        model = _peft().PeftModel.from_pretrained(model, adapter).merge_and_unload()
     if cfg.lora is not None:
         model = _with_adapters(model, cfg, seed)
     return model.double().eval()
@@ -53,10 +66,7 @@ def load_start(cfg: ModelConfig, dtype: str, seed: int) -> Any:
 
 def _with_adapters(model: nn.Module, cfg: ModelConfig, seed: int) -> Any:
     """PEFT's adapters, A drawn under the run's seed and B 0."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("model.lora: the audit needs PEFT (extra lora)") from error
+    peft = _peft()
     assert cfg.lora is not None
     settings: dict[str, Any] = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha, "target_modules": cfg.lora.targets}
     with torch.random.fork_rng(devices=[]):
@@ -65,12 +75,22 @@ def _with_adapters(model: nn.Module, cfg: ModelConfig, seed: int) -> Any:
         return peft.get_peft_model(model, lora, autocast_adapter_dtype=False)  # type: ignore[arg-type]
 
 
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("the model has an adapter: the audit needs PEFT (extra lora)") from error
+    return peft
+
+
 def load_tokenizer(cfg: ModelConfig) -> Any:
-    """The model's tokenizer."""
+    """The model's tokenizer; an adapter may bring its own."""
     from transformers import AutoTokenizer
 
+    adapter = adapter_of(cfg.name)
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     return AutoTokenizer.from_pretrained(
-        place_of(cfg.name), revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        str(adapter) if own else place_of(cfg.name), revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
     )
 
 
