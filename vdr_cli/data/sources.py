@@ -162,7 +162,7 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
 
     try:
         loaded: Any = load_dataset(name, subset, split=split)
-        options = _text_options(name, subset, loaded.features)
+        options = _text_options(name, subset, loaded)
         if options:
             loaded = load_dataset(name, subset, split=split, **options)
     except ValueError as error:
@@ -180,11 +180,11 @@ def _hub(name: str, subset: str | None, split: str, split_key: str) -> Table:
     return _dataset_table(f"{name}[{split}]", loaded)
 
 
-def _text_options(name: str, subset: str | None, features: Any) -> dict[str, Any]:
+def _text_options(name: str, subset: str | None, loaded: Any) -> dict[str, Any]:
     """Options under which `datasets` gives what a CSV or JSON file says; none where it does so anyway.
 
     Left alone, it makes 7 of a CSV cell 007, and a datetime of a JSON text "2024-01-01". A data set whose card says the
-    types keeps them. features: as they were guessed.
+    types keeps them. loaded: the data under guessed types.
     """
     from datasets import load_dataset_builder
     from datasets.load import dataset_module_factory
@@ -197,7 +197,7 @@ def _text_options(name: str, subset: str | None, features: Any) -> dict[str, Any
     cards = dataset_module_factory(name).dataset_infos or {}
     if any(card.features is not None for card in cards.values()):
         return {}
-    return _csv_options(list(features)) if isinstance(builder, Csv) else _json_options(features)
+    return _csv_options(loaded.column_names) if isinstance(builder, Csv) else _json_options(loaded)
 
 
 def _csv_options(columns: list[str]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _csv_options(columns: list[str]) -> dict[str, Any]:
     return {"features": Features(dict.fromkeys(names, Value("string"))), "keep_default_na": False, "sep": mark}
 
 
-def _json_options(features: Any) -> dict[str, Any]:
+def _json_options(loaded: Any) -> dict[str, Any]:
     """JSON has no times: whatever was taken for one is text. And 42 beside 0.5 is a whole number, not 42.0.
 
     No options before the version of `datasets` that has Json.
@@ -219,16 +219,25 @@ def _json_options(features: Any) -> dict[str, Any]:
     if as_json is None:
         return {}
 
-    def kept(feature: Any, *guessed: str) -> Any:
+    def kept(feature: Any) -> Any:
         if isinstance(feature, dict):
-            return {name: kept(inner, "timestamp") for name, inner in feature.items()}
+            return {name: kept(inner) for name, inner in feature.items()}
         if isinstance(feature, datasets.List | datasets.LargeList):
-            return type(feature)(kept(feature.feature, "timestamp"))
-        is_guess = isinstance(feature, datasets.Value) and feature.dtype.startswith(guessed)
-        return as_json() if is_guess else feature
+            return type(feature)(kept(feature.feature))
+        is_time = isinstance(feature, datasets.Value) and feature.dtype.startswith("timestamp")
+        return as_json() if is_time else feature
 
-    changed = {name: kept(feature, "timestamp", "float") for name, feature in features.items()}
-    return {} if changed == dict(features) else {"features": datasets.Features(changed)}
+    features = dict(loaded.features)
+    whole = {name: as_json() for name in features if _has_whole_floats(loaded, name)}
+    changed = {name: kept(feature) for name, feature in features.items()} | whole
+    return {} if changed == features else {"features": datasets.Features(changed)}
+
+
+def _has_whole_floats(loaded: Any, name: str) -> bool:
+    from pyarrow import compute, types
+
+    column = loaded.data.column(name)
+    return types.is_floating(column.type) and bool(compute.any(compute.equal(compute.floor(column), column)).as_py())
 
 
 class UndecodedRows:
