@@ -46,3 +46,8 @@ def test_one_that_is_not_known_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_model_that_reads_padding_is_found() -> None:
     with pytest.raises(ConfigError, match="RwkvForCausalLM gives a row other numbers"):
         check_independence(tiny("rwkv"))
+
+
+def test_a_model_that_sees_later_tokens_is_found() -> None:
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel lets a token see later ones .* give a causal"):
+        check_independence(tiny("bert"))

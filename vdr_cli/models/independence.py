@@ -1,4 +1,7 @@
-"""A row's numbers must not depend on the rows beside it: sampling, members and the update batch it differently."""
+"""A token's numbers must depend on the tokens before it alone, and on no other row.
+
+Sampling, members and the update batch rows differently, and the log-probability of a token that was seen says nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,11 @@ HALF_TOLERANCE = 0.2
 
 @torch.no_grad()
 def check_independence(model: nn.Module) -> None:
-    """Compare a short row's logits alone and beside a row as long as the model reads; ConfigError if they differ.
+    """Compare a short row's logits alone, followed by other tokens, and beside a row as long as the model reads.
 
-    The guard for models whose forward depends on the longest row of a call in a way that `usable_length` does not
-    know. Half-precision mixtures of experts are passed over: rounding may send a token to another expert.
+    ConfigError if they differ: the guard for models that see later tokens (encoders, diffusion models), and for those
+    whose forward depends on the longest row of a call in a way that `usable_length` does not know. Half-precision
+    mixtures of experts are passed over: rounding may send a token to another expert.
     """
     dtype = output_head(model).weight.dtype
     if dtype not in TOLERANCE and has_experts(model):
@@ -37,15 +41,34 @@ def check_independence(model: nn.Module) -> None:
     longest = cap if length is None else min(length.tokens, cap)
     if longest <= SHORT:
         return
-    alone, beside = _last_logits(model, SHORT, SHORT), _last_logits(model, longest, SHORT)
-    used = used_entries(alone)
-    difference = float((alone - beside)[used].abs().max() / alone[used].abs().max().clamp_min(1e-6))
-    if not difference <= TOLERANCE.get(dtype, HALF_TOLERANCE):
+    kind, alone = type(unwrapped(model)).__name__, _last_logits(model, SHORT, SHORT)
+    tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+    if not (difference := _difference(alone, _followed_logits(model, min(2 * SHORT, longest)))) <= tolerance:
         raise ConfigError(
-            f"model: {type(unwrapped(model)).__name__} gives a row other numbers when batched with one of {longest} "
-            f"tokens (logits differ by {difference:.1%} of the largest): its positions or its padding depend on the "
-            "longest row, so that sampling and training would disagree; use a model that reads each row by itself"
+            f"model: {kind} lets a token see later ones (logits differ by {difference:.1%} of the largest when "
+            "others follow): it does not predict from left to right; give a causal language model"
         )
+    if not (difference := _difference(alone, _last_logits(model, longest, SHORT))) <= tolerance:
+        raise ConfigError(
+            f"model: {kind} gives a row other numbers when batched with one of {longest} tokens (logits differ by "
+            f"{difference:.1%} of the largest): its positions or its padding depend on the longest row, so that "
+            "sampling and training would disagree; use a model that reads each row by itself"
+        )
+
+
+def _difference(logits: Tensor, other: Tensor) -> float:
+    """Largest difference of (V,) logits, as a share of the largest of the first."""
+    used = used_entries(logits)
+    return float((logits - other)[used].abs().max() / logits[used].abs().max().clamp_min(1e-6))
+
+
+def _followed_logits(model: nn.Module, width: int) -> Tensor:
+    """(V,) float32 logits after the same SHORT tokens where others follow, `width` in all."""
+    head = output_head(model)
+    ids = torch.arange(width, device=head.weight.device)[None] % head.weight.shape[0]
+    mask = torch.ones_like(ids)
+    hidden = backbone(model)(input_ids=ids, **forward_arguments(model, mask, position_ids(mask)))[0]
+    return head.logits(hidden[0, SHORT - 1]).float()
 
 
 def _last_logits(model: nn.Module, width: int, length: int) -> Tensor:
