@@ -178,7 +178,7 @@ def test_a_conversation_in_which_the_policy_says_nothing_is_empty(tmp_path: Path
         ({"prompt_ids": [3], "completion_ids": [4, 5], "policy_mask": [1]}, "policy_mask must be a list of 2 booleans"),
         (
             {"prompt": "1:", "completion": [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]},
-            "a plain string does not allow",
+            "has tool_calls, which needs a chat template: give the prompt as messages",
         ),
     ],
 )
@@ -237,3 +237,18 @@ def test_calls_as_objects_are_written_by_the_template() -> None:
     text = tokenizer.decode(own)
     assert text.startswith("<tool_call>{") and text.endswith("</tool_call><|im_end|>red")
     assert len(own) < len(item.completion_ids)
+
+
+def test_thoughts_beside_the_answer_are_written_by_the_template() -> None:
+    """TRL's logs of thinking models: without the thought another text would be measured."""
+    tokenizer = tokenizer_of("qwen2.5")
+    said, thought = "{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    tokenizer.chat_template = TEMPLATES["qwen2.5"].replace(f"{said}<|im_end|>", f"{thought}{said}<|im_end|>")
+    tokeniser = Tokeniser(tokenizer, Fields(), len(tokenizer), None, False, None, eos_ids=(tokenizer.eos_token_id,))
+    answer = [{"role": "assistant", "reasoning_content": "why", "content": "red", "tool_calls": None}]
+    row = Row("f.jsonl", 1, {"prompt": [{"role": "user", "content": "q"}], "completion": answer})
+    (item,) = tokeniser.items([row])
+    assert tokenizer.decode(item.completion_ids) == "<think>why</think>red"
+    plain = Row("f.jsonl", 2, {"prompt": "q", "completion": answer})
+    assert tokeniser.items([plain]) == []
+    assert plain.error is not None and "has reasoning_content, which needs a chat template" in plain.error

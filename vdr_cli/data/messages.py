@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")
+"""Parts of an assistant's message that only a chat template can put into words."""
+
 
 def plain_messages(value: Any) -> list[dict[str, Any]] | None:
     """The messages in a cell; None when it is not a list of objects."""

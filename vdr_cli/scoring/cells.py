@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from vdr_cli.data.messages import plain_messages
+from vdr_cli.data.messages import BESIDE_CONTENT, plain_messages
 from vdr_cli.scoring.request import Fields
 from vdr_cli.scoring.sources import Row
 from vdr_cli.system.text import shown_value
@@ -61,7 +61,7 @@ def completion_value(values: dict[str, Any], fields: Fields) -> str | list[dict[
         return found
     if not messages or (len(messages) > 1 and not is_assistant):
         raise RowError(f"{fields.completion} must be a string or messages, the first of them the assistant's")
-    if len(messages) > 1 or messages[0].get("tool_calls"):
+    if len(messages) > 1 or any(messages[0].get(part) for part in BESIDE_CONTENT):
         return messages
     text = messages[0]["content"]
     if not isinstance(text, str):

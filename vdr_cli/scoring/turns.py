@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vdr_cli.data.messages import BESIDE_CONTENT
 from vdr_cli.environments.between_turns import SENTINEL, BetweenTurns, ChatTemplate, PlainText
 from vdr_cli.scoring.cells import RowError
 from vdr_cli.system.text import is_text, reason
@@ -81,11 +82,12 @@ def _placed(between: BetweenTurns, prompt: Any, replies: list[dict[str, Any]]) -
 
 
 def _text(between: BetweenTurns, before: list[dict[str, Any]], said: dict[str, Any]) -> str:
-    """The words of a turn: its content, or what the template makes of its calls."""
-    if not said.get("tool_calls"):
+    """The words of a turn: its content, or what the template makes of its calls and thoughts."""
+    part = next((part for part in BESIDE_CONTENT if said.get(part)), None)
+    if part is None:
         return str(said["content"])
     if not isinstance(between, ChatTemplate):
-        raise RowError("the assistant calls tools, which a prompt that is a plain string does not allow: give messages")
+        raise RowError(f"the assistant's message has {part}, which needs a chat template: give the prompt as messages")
     try:
         opened = between.written(before, opened=True)
         whole = between.written([*before, said], opened=False)
