@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vdr_cli.config import GrpoConfig
 from vdr_cli.grpo.advantages import Moments, group_advantages
-from vdr_cli.grpo.losses import VARIANTS, entropy_threshold
+from vdr_cli.grpo.losses import VARIANTS, PolicyOutputs, entropy_threshold
 
 SHAPES = {
     "plain": {"temperature": 1.0},
@@ -90,12 +90,10 @@ def test_losses(device: torch.device, loss: str) -> None:
             data = {k: v.astype(np.float32).astype(np.float64) if v.dtype != bool else v for k, v in data.items()}
             if cfg.importance_cap is None:
                 del data["sampler_logps"]
-            inputs = paper.tensors(data, torch.float32)
-            for name, value in vars(inputs).items():
-                if isinstance(value, Tensor):
-                    setattr(inputs, name, value.detach().to(device).requires_grad_(value.requires_grad))
-            loss_found = paper.ours(inputs, cfg).loss
-            (gradient,) = torch.autograd.grad(loss_found, inputs.logps)
+            policy, inputs = paper.tensors(data, torch.float32)
+            policy = PolicyOutputs(*(each.detach().to(device).requires_grad_() for each in policy[:2]))
+            loss_found = paper.ours(policy, inputs.map(lambda tensor: tensor.to(device)), cfg).loss
+            (gradient,) = torch.autograd.grad(loss_found, policy.logps)
             found = loss_found.detach()
             expected, expected_gradient = paper.paper_loss(data, cfg)
             assert found.device.type == device.type

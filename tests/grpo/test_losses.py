@@ -353,7 +353,7 @@ def test_metrics_are_sums_that_add_up() -> None:
         "ratio/mean": ratio[mask].mean(),
         "sampling/sampling_logp_difference/mean": gap.mean(),
     }
-    outputs = [ours(tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 3), slice(3, B))]
+    outputs = [ours(*tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 3), slice(3, B))]
     for name, value in expected.items():
         numerator = sum(float(output.metrics[name][0]) for output in outputs)
         denominator = sum(float(output.metrics[name][1]) for output in outputs)
@@ -375,7 +375,7 @@ def test_extremes_look_at_valid_tokens_alone() -> None:
     ratio = np.exp(data["logps"] - data["old_logps"])
     shares = [(ratio[b][mask[b]] < 0.8).mean() for b in range(B) if mask[b].any()]
     weight = np.exp(data["old_logps"] - data["sampler_logps"])[mask]
-    outputs = [ours(tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 2), slice(2, 3), slice(3, B))]
+    outputs = [ours(*tensors(rows(data, part), torch.float64), cfg) for part in (slice(0, 2), slice(2, 3), slice(3, B))]
 
     def largest(name: str) -> float:
         return max(float(output.maxima[name]) for output in outputs)

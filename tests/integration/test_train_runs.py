@@ -94,12 +94,21 @@ def test_a_run_leaves_what_the_design_names(train, read, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("mode", "moves"), [("none", False), ("end_of_sequence", True), ("per_token", True)]
-)  # fmt: skip
-def test_equal_rewards_move_the_policy_only_with_the_bonus(train, read, tmp_path: Path, mode, moves) -> None:
+    ("mode", "gate", "moves"),
+    [
+        ("none", "all", False),
+        ("end_of_sequence", "all", True),
+        ("per_token", "all", True),
+        ("per_token", "not_failed", False),
+    ],
+)
+def test_equal_rewards_move_the_policy_only_with_a_bonus_that_is_let_through(
+    train, read, tmp_path: Path, mode, gate, moves
+) -> None:
     (tmp_path / "flat.py").write_text("def flat(completions, **_):\n    return [0.5] * len(completions)\n")
     settings = {
         "disagreement.mode": mode,
+        "bonus.gate": gate,
         "rewards.functions": [{"name": f"{tmp_path}/flat.py:flat"}],
         "train.steps": 1,
     }
