@@ -59,14 +59,15 @@ def results() -> dict[str, Any]:
     """The results of each file, by the name that templates use."""
     files = {path.stem.replace("-", "_"): path for path in BENCHMARKS.glob("*.json")}
     found = {name: json.loads(path.read_text(encoding="utf-8"))["results"] for name, path in files.items()}
-    found |= {f"evidence_{path.parent.name}": study(path, path.parent.name) for path in EVIDENCE.glob("*/record")}
+    found |= {f"evidence_{path.parent.name.replace('-', '_')}": study(path) for path in EVIDENCE.glob("*/record")}
     screened = (path.parent for path in EVIDENCE.glob("screening/*/study.json"))
-    return found | {f"screening_{path.name}": study(path, path.name) for path in screened}
+    return found | {f"screening_{path.name}": study(path) for path in screened}
 
 
-def study(directory: Path, bed: str) -> dict[str, Any]:
-    """The results of an archived study on this bed, its contrasts, and the values of the starting model."""
+def study(directory: Path) -> dict[str, Any]:
+    """The results of an archived study of one bed, its contrasts, and the values of the starting model."""
     record = read_record(directory)
+    (bed,) = record.study.beds
     ends = json.loads((directory / "study.json").read_text(encoding="utf-8"))["results"][bed]
     pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
     return {**ends, "contrasts": pairs, "start": {end: start_value(record, bed, end) for end in ends}}
