@@ -69,6 +69,15 @@ def test_a_reward_that_reaches_solved_at_is_solved() -> None:
     assert bonus[0] != 0 and bonus[1:].tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("rollout", "given", "cap"), [({}, None, None), ({"members": True}, None, 2.0), ({"members": True}, 1.5, 1.5)]
+)
+def test_completions_of_members_are_corrected_even_if_nothing_is_set(rollout, given, cap) -> None:
+    config = Config.model_validate({"rollout": rollout, "grpo": {"importance_cap": given, "loss": "sapo"}})
+    settings = train.loss_settings(config)
+    assert (settings.importance_cap, settings.loss) == (cap, "sapo")
+
+
 def test_the_kl_comes_off_the_reward_beta_times() -> None:
     cfg = GrpoConfig(beta=0.5, kl="k1", kl_in="reward")
     batch = batch_of([0, 1], 2)  # one token, then two

@@ -8,7 +8,7 @@ training/ holds what surrounds it: opening and resuming a run, its state, metric
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,10 +53,13 @@ from vdr_cli.training.minibatches import own_minibatches, read_old_logps
 from vdr_cli.training.opening import open_run
 from vdr_cli.training.pending_rollout import PendingRollout, reward_stream
 from vdr_cli.training.reading import PolicyLogps, needs_policy, read_for_bonus, read_logps
-from vdr_cli.training.record import step_metrics
 from vdr_cli.training.refusals import stop_if_refused_too_often
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.state import LoopState
+from vdr_cli.training.step_metrics import step_metrics
+
+CORRECTION_CAP = 2.0
+"""grpo.importance_cap with rollout.ahead and rollout.members, unless it is given."""
 
 
 def train(config: Config, resume: str | None = None) -> int:
@@ -326,7 +329,7 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
     reads it; with several it was read beforehand.
     """
     cfg, engine = res.config, res.engine
-    settings = LossSettings(**cfg.loss_settings)
+    settings = loss_settings(cfg)
     if cfg.grpo.entropy_target is not None:
         settings = replace(settings, entropy_weight=state.entropy.weight(cfg.grpo.entropy_target))
     updates = Updates(entropy_weight=settings.entropy_weight)
@@ -344,6 +347,16 @@ def update(res: Resources, state: LoopState, batch: RewardedGroups, advantages: 
             updates.learning_rate = learning_rate_at(now, cfg.train)
             updates.end_step(totals, engine.step(updates.learning_rate))
     return updates
+
+
+def loss_settings(config: Config) -> LossSettings:
+    """The loss's numbers and names from the settings of those names.
+
+    Completions of older weights or of members are corrected (`importance_cap`) even if nothing is set.
+    """
+    settings = LossSettings(**{each.name: getattr(config.grpo, each.name) for each in fields(LossSettings)})
+    others = config.rollout.ahead or config.rollout.members
+    return replace(settings, importance_cap=CORRECTION_CAP) if others and settings.importance_cap is None else settings
 
 
 def spent(metrics: dict[str, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import yaml
 
 from vdr_cli.config import Config, ObserveConfig
 from vdr_cli.data.completions import write_completions
-from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.metrics_writer import MetricsWriter
 
 HOSTILE = [
     "<script>window.hacked=1</script>",

@@ -10,7 +10,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.schema import ObserveConfig
 from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.rewards.watch import RewardWatch
-from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.metrics_writer import MetricsWriter
 from vdr_cli.training.run_log import RunLog, counters, sampler_warning
 from vdr_cli.training.state import LoopState
 

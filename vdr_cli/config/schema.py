@@ -23,7 +23,6 @@ from vdr_cli.config.sections.rewards import RewardFunction, RewardsConfig
 from vdr_cli.config.sections.rollout import RolloutConfig, VllmConfig
 
 __all__ = [
-    "CORRECTION_CAP",
     "BonusConfig",
     "Config",
     "DataConfig",
@@ -41,9 +40,6 @@ __all__ = [
     "TrainConfig",
     "VllmConfig",
 ]
-
-CORRECTION_CAP = 2.0
-"""grpo.importance_cap with rollout.ahead and rollout.members, unless it is given."""
 
 
 class Config(Section):
@@ -63,19 +59,6 @@ class Config(Section):
     @classmethod
     def _on_its_recipe(cls, given: Any) -> Any:
         return on_recipe(with_moved_keys(given)) if isinstance(given, Mapping) else given
-
-    @property
-    def loss_settings(self) -> dict[str, Any]:
-        """The numbers and names of the loss, by the fields of `grpo.losses.LossSettings`.
-
-        Completions of older weights or of members are corrected (`importance_cap`) even if nothing is set.
-        """
-        kept = "loss epsilon_low epsilon_high delta sapo_temperature_positive sapo_temperature_negative"
-        names = f"{kept} kl_cov_weight beta kl kl_in entropy_weight router_aux_loss_coef importance_cap".split()
-        found = {name: getattr(self.grpo, name) for name in names}
-        if (self.rollout.ahead or self.rollout.members) and found["importance_cap"] is None:
-            found["importance_cap"] = CORRECTION_CAP
-        return found
 
     @property
     def bonus_source(self) -> str:

@@ -59,7 +59,7 @@ from vdr_cli.training.checkpointer import Checkpointer, new_state
 from vdr_cli.training.closing import closing_lines
 from vdr_cli.training.end_states import EndStateKeeper
 from vdr_cli.training.live import LiveView
-from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.metrics_writer import MetricsWriter
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
 from vdr_cli.training.state import LoopState

@@ -18,7 +18,7 @@ from vdr_cli.rewards.watch import NO_REWARD, RewardWatch
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.completion_table import completion_columns, shown_group
 from vdr_cli.training.live import LiveView
-from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.metrics_writer import MetricsWriter
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.state import LoopState
 

@@ -1,110 +1,117 @@
-"""A step's numbers under TRL's names, as (numerator, denominator) pairs that add up over ranks.
-
-Pure: tensors in, plain numbers out. The loop sums the pairs over all ranks and divides once.
-"""
+"""A step's metrics, over all ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from statistics import mean
 
-import torch
-from torch import Tensor
+from vdr_cli.config import Config
+from vdr_cli.engine import collectives
+from vdr_cli.exploration.bonus import has_spread
+from vdr_cli.grpo.advantages import zero_variance
+from vdr_cli.training import speed
+from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
+from vdr_cli.training.metric_pairs import (
+    Pairs,
+    bonus_pairs,
+    completion_pairs,
+    distinct_pairs,
+    length_extremes,
+    ratios,
+    reward_pairs,
+    turn_pairs,
+)
+from vdr_cli.training.resources import Resources
 
-from vdr_cli.environments.episodes import Counts
 
-Pairs = dict[str, tuple[float, float]]
-
-
-def reward_pairs(
-    rewards: Tensor, task_reward: Tensor, zero_variance: Tensor, group_size: int, names: Sequence[str]
-) -> Pairs:
-    """rewards (B, F) with NaN where a function was silent, task_reward (B,), zero_variance (groups,) bool."""
-    groups = task_reward.view(-1, group_size)
-    pairs: Pairs = {
-        "reward": _sum_and_count(task_reward),
-        "reward_std": _sum_and_count(_nan_std(groups)),
-        "frac_reward_zero_std": (float(zero_variance.sum()), float(len(zero_variance))),
+def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, updates: Updates) -> dict[str, float]:
+    """The step's numbers over all ranks. Collective."""
+    seconds = res.timer.take()
+    lengths = batch.completions.policy_mask.sum(1)
+    sums = {
+        "loss": updates.loss,
+        "step_tokens": float(lengths.sum()),
+        "prompt_tokens": float(batch.completions.prompt_mask[:: res.config.rollout.group_size].sum()),
     }
-    for index, name in enumerate(names):
-        pairs[f"rewards/{name}/mean"] = _sum_and_count(rewards[:, index])
-        pairs[f"rewards/{name}/std"] = _sum_and_count(_nan_std(rewards[:, index].view(-1, group_size)))
+    pairs = own_pairs(res, batch, advantages) | updates.pairs
+    summed = sum_pairs(pairs | {name: (value, 0.0) for name, value in sums.items()})
+    loss, step_tokens, prompt_tokens = (summed.pop(name)[0] for name in sums)
+    least, most = length_extremes(lengths, batch.completions.truncated)
+    times = {f"time/{name}": value for name, value in seconds.items()}
+    metrics = ratios(summed) | extremes(least | updates.minima, most | updates.maxima | times)
+    metrics["step_time"] = metrics.pop("time/step")
+    if res.config.grpo.entropy_target is not None:
+        metrics["entropy_coef"] = updates.entropy_weight
+    metrics |= speed_metrics(res, metrics, step_tokens, prompt_tokens)
+    return metrics | {
+        "loss": loss / res.config.grpo.updates_per_rollout,
+        "grad_norm": updates.grad_norm,
+        "learning_rate": updates.learning_rate,
+        "refused_steps": float(sum(updates.refused)),
+        "denominator/completions": mean(totals.completions for totals in updates.totals),
+        "denominator/tokens": mean(totals.tokens for totals in updates.totals),
+        "step_tokens": step_tokens,
+        "step_prompt_tokens": prompt_tokens * res.config.rollout.group_size,
+        "tokens_per_second": step_tokens / metrics["step_time"],
+    }
+
+
+def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> Pairs:
+    """This rank's share of every mean of the step."""
+    G = res.config.rollout.group_size
+    stalled = zero_variance(batch.task_reward, G)
+    names = [reward.name for reward in res.rewards]
+    pairs: Pairs = reward_pairs(batch.rewards, batch.task_reward, stalled, G, names)
+    pairs |= completion_pairs(batch.completions.policy_mask, batch.completions.truncated)
+    pairs |= distinct_pairs(batch.texts, G)
+    if batch.counts is not None and res.environments is not None:
+        pairs |= turn_pairs(batch.counts, bool(res.environments.contract.tools))
+    if advantages.bonus is not None:
+        added, of_completion = advantages.bonus.added, advantages.bonus.per_completion
+        added = added if added.dim() == 1 else added[batch.completions.policy_mask]
+        spread, gate = has_spread(of_completion, G), advantages.bonus.gate
+        pairs |= bonus_pairs(bonus_prefix(res.config), of_completion, added, spread, gate, G)
+    pairs["solved"] = (float((batch.task_reward >= res.config.rewards.solved_at).sum()), float(len(batch)))
+    pairs["advantage_abs"] = (float(advantages.task_advantages.abs().sum()), float(len(batch)))
     return pairs
 
 
-def completion_pairs(policy_mask: Tensor, truncated: Tensor) -> Pairs:
-    """policy_mask (B, T) bool, truncated (B,) bool."""
-    lengths = policy_mask.sum(1).float()
-    return {
-        "completions/mean_length": _sum_and_count(lengths),
-        "completions/mean_terminated_length": _sum_and_count(lengths[~truncated]),
-        "completions/clipped_ratio": (float(truncated.sum()), float(len(truncated))),
-    }
+def bonus_prefix(config: Config) -> str:
+    """Prefix of the names of the bonus's metrics."""
+    return "disagreement" if config.bonus_source == "disagreement" else "bonus"
 
 
-def length_extremes(lengths: Tensor, truncated: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """Smallest and largest of lengths (B,), and of those that ended; ±inf where none did. truncated (B,) bool."""
-    ended = lengths[~truncated]
-    least = {
-        "completions/min_length": float(lengths.min()),
-        "completions/min_terminated_length": float(ended.min()) if len(ended) else math.inf,
-    }
-    most = {
-        "completions/max_length": float(lengths.max()),
-        "completions/max_terminated_length": float(ended.max()) if len(ended) else -math.inf,
-    }
-    return least, most
+def speed_metrics(res: Resources, metrics: dict[str, float], completions: float, prompts: float) -> dict[str, float]:
+    """Tokens per second and share of the step of each phase; on a GPU also the share of its arithmetic (MFU).
 
-
-def distinct_pairs(texts: Sequence[object], group_size: int) -> Pairs:
-    """The number of different completions that a group has. texts: B strings, or B lists of one assistant message."""
-    plain = [str(text) for text in texts]
-    groups = [plain[start : start + group_size] for start in range(0, len(plain), group_size)]
-    return {"completions/distinct": (float(sum(len(set(group)) for group in groups)), float(len(groups)))}
-
-
-def turn_pairs(counts: Sequence[Counts], has_tools: bool) -> Pairs:
-    """counts: (B,) of episodes."""
-    B, calls = float(len(counts)), float(sum(each.calls for each in counts))
-    turns = float(sum(each.turns for each in counts))
-    if not has_tools:
-        return {"episodes/mean_turns": (turns, B)}
-    return {
-        "episodes/mean_turns": (turns, B),
-        "tools/cut_in_call": (float(sum(each.cut_in_call for each in counts)), B),
-        "tools/call_frequency": (calls, B),
-        "tools/failure_frequency": (float(sum(each.failures for each in counts)), calls),
-        "tools/unreadable_frequency": (float(sum(each.unreadable for each in counts)), turns),
-    }
-
-
-def bonus_pairs(prefix: str, reduced: Tensor, bonus: Tensor, spread: Tensor, gate: Tensor, group_size: int) -> Pairs:
-    """reduced (B,): the source's numbers; bonus as added (B,), or (N,) of the valid tokens; spread (groups,) bool;
-    gate (B,) bool.
+    completions, prompts: tokens over all ranks, a group's prompt counted once.
     """
-    return {
-        f"{prefix}/mean": _sum_and_count(reduced),
-        f"{prefix}/group_std": _sum_and_count(reduced.view(-1, group_size).std(1)),
-        f"{prefix}/groups_with_spread": (float(spread.sum()), float(len(spread))),
-        f"{prefix}/gate_open": (float(gate.sum()), float(len(gate))),
-        f"{prefix}/bonus_abs": _sum_and_count(bonus.abs()),
-    }
+    seconds = {name.removeprefix("time/"): value for name, value in metrics.items() if name.startswith("time/")}
+    passes = {name: float(res.config.grpo.num_iterations) if name == "update" else 1.0 for name in speed.WORKING}
+    found = speed.speeds(seconds, metrics["step_time"], {name: n * completions for name, n in passes.items()})
+    peak = res.engine.peak_flops()
+    if peak is None:
+        return found
+    through = {name: n * (completions + prompts) for name, n in passes.items()}
+    return found | speed.utilisation(
+        res.engine.num_matrix_parameters, not res.engine.has_frozen, through, seconds, peak * collectives.world_size()
+    )
 
 
-def ratios(pairs: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Numerator over denominator; a metric that nothing contributed to is left out."""
-    return {name: top / bottom for name, (top, bottom) in pairs.items() if bottom}
+def sum_pairs(pairs: Pairs) -> Pairs:
+    """Both halves of every pair summed over all ranks, in one collective; every rank has the same names."""
+    names = sorted(pairs)
+    flat = collectives.all_reduce_sum([number for name in names for number in pairs[name]])
+    return {name: (flat[2 * index], flat[2 * index + 1]) for index, name in enumerate(names)}
 
 
-def _sum_and_count(values: Tensor) -> tuple[float, float]:
-    known = values[~values.isnan()]
-    return float(known.double().sum()), float(known.numel())
+def extremes(minima: dict[str, float], maxima: dict[str, float]) -> dict[str, float]:
+    """The smallest and the largest of every value over all ranks, in one collective; every rank has the same names.
 
-
-def _nan_std(groups: Tensor) -> Tensor:
-    """Standard deviation (ddof 1) of each row's known values; NaN when there are fewer than two."""
-    known = ~groups.isnan()
-    count = known.sum(1)
-    mean = torch.nansum(groups, 1) / count.clamp(min=1)
-    squares = torch.where(known, (groups - mean[:, None]) ** 2, 0.0).sum(1)
-    return torch.where(count > 1, (squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)
+    A name without a finite value on any rank is left out.
+    """
+    lowest, highest = sorted(minima), sorted(maxima)
+    signed = [-minima[name] for name in lowest] + [maxima[name] for name in highest]
+    found = collectives.all_reduce_max(signed)
+    values = [-value for value in found[: len(lowest)]] + found[len(lowest) :]
+    return {name: value for name, value in zip(lowest + highest, values, strict=True) if math.isfinite(value)}

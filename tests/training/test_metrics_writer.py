@@ -9,7 +9,7 @@ import pytest
 from vdr_cli.config import ObserveConfig
 from vdr_cli.data.metrics import read_metrics
 from vdr_cli.errors import ConfigError, DataError, MachineError
-from vdr_cli.training.metrics import MetricsWriter
+from vdr_cli.training.metrics_writer import MetricsWriter
 
 PLAIN = ObserveConfig(tensorboard=False)
 
