@@ -21,7 +21,7 @@ import typer.core
 from vdr_cli import __version__
 from vdr_cli.cli import audit, doctor, plan, recipes, report, score, study, train
 from vdr_cli.cli import eval as eval_command
-from vdr_cli.cli.peers import with_hint
+from vdr_cli.cli.trl_flags import with_hint
 from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.system.processes import end_process
 from vdr_cli.system.text import visible

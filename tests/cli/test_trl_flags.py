@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vdr_cli.cli import train
-from vdr_cli.cli.peers import NAMES, with_hint
+from vdr_cli.cli.trl_flags import NAMES, with_hint
 from vdr_cli.config.load import load_config
 
 
