@@ -53,8 +53,13 @@ def test_files_by_step_and_removal_on_resume(tmp_path: Path) -> None:
     for step in (20, 10, 5):
         write_completions(tmp_path / "completions", step, ROWS)
     assert [int(path.stem[5:]) for path in completion_files(tmp_path)] == [5, 10, 20]
+    write_completions(tmp_path / "completions", 1_000_000, ROWS)
+    copy = tmp_path / "completions" / "step_000020 (copy).parquet"
+    copy.write_bytes(b"of a user")
+    assert [int(path.stem[5:]) for path in completion_files(tmp_path)] == [5, 10, 20, 1_000_000]
     remove_after(tmp_path, 10)
     assert [int(path.stem[5:]) for path in completion_files(tmp_path / "completions")] == [5, 10]
+    assert copy.exists()
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:

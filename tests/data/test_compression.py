@@ -33,9 +33,12 @@ def test_the_data_are_the_same_in_every_packing(ending: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz"])
 def test_a_damaged_file_raises_what_readers_expect(ending: str, tmp_path: Path) -> None:
-    torn, wrong = tmp_path / f"torn{ending}", tmp_path / f"wrong{ending}"
-    torn.write_bytes(PACKED[ending](TEXT)[:-9])
+    torn, wrong, flipped = (tmp_path / f"{name}{ending}" for name in ("torn", "wrong", "flipped"))
+    packed = bytearray(PACKED[ending](TEXT))
+    torn.write_bytes(packed[:-9])
     wrong.write_bytes(b"no archive")
-    for path in (torn, wrong):
+    packed[10:30] = bytes(255 - byte for byte in packed[10:30])  # gzip's header has ten bytes: its data are wrong
+    flipped.write_bytes(packed)
+    for path in (torn, wrong, flipped):
         with pytest.raises(compression.BROKEN):
             compression.read_bytes(path)

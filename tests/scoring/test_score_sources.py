@@ -11,6 +11,7 @@ import pytest
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.scoring import sources
+from vdr_cli.scoring.parts import Layout, Parts
 from vdr_cli.scoring.sources import Source, Windows, find_sources, first_rows, input_schema
 
 ROWS = [{"prompt": f"p{index}", "completion": f"c{index}"} for index in range(10)]
@@ -133,6 +134,43 @@ def test_broken_and_empty_files(tmp_path: Path) -> None:
         (tmp_path / f"e.{suffix}").write_text("")
         with pytest.raises(DataError, match="no rows"):
             first_rows([Source(str(tmp_path / f"e.{suffix}"), suffix)])
+
+
+def test_a_parquet_file_with_damaged_rows_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"prompt": [f"{number * 7919 % 1000}" for number in range(1000)]})
+    pq.write_table(rows, path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[200:400] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: not a readable Parquet file"):
+        list(Windows([Source(str(path), "parquet")], lambda index: True))
+
+
+def test_a_column_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    pq.write_table(pa.table([["a"], ["b"]], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+    for kind in ("csv", "parquet"):
+        with pytest.raises(DataError, match=rf"a\.{kind}: the column prompt appears more than once; rename one"):
+            first_rows([Source(str(tmp_path / f"a.{kind}"), kind)])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_scores_in_a_directory_are_no_input_of_the_next_scoring(tmp_path: Path, kind: str) -> None:
+    save(tmp_path / "a.jsonl")
+    parts = Parts(str(tmp_path / f"scores.{kind}"), {})
+    layout = Layout(("prompt",), pa.schema([("prompt", pa.string())]))
+    parts.begin()
+    parts.write(0, [{"prompt": "a"}], {}, layout)
+    parts.join(1, layout, {})
+    found = find_sources([str(tmp_path)], tmp_path / "spool")
+    assert [Path(source.path).name for source in found] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.jsonl", "a\nb.jsonl", "x" * 300])
+def test_names_that_no_file_can_have_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="FILE"):
+        find_sources([name], tmp_path / "spool")
 
 
 def test_schema_of_parquet_inputs(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ def test_truncate_drops_later_and_torn_lines(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, PLAIN) as writer:
         for step in range(1, 6):
             writer.log(step, {"reward": step})
-    with (tmp_path / "metrics.jsonl").open("a") as torn:
-        torn.write('{"step": 3, "rew')
+    with (tmp_path / "metrics.jsonl").open("ab") as torn:
+        torn.write(b'{"step": 3, "\xff\n{"step": 3, "\xc3')  # the half of a character
     with MetricsWriter(tmp_path, PLAIN) as writer:
         writer.truncate(3)
         writer.log(4, {"reward": 40.0})
@@ -46,9 +46,10 @@ def test_reading_leaves_out_a_torn_end_and_names_a_bad_line(tmp_path: Path) -> N
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2')
     assert len(list(read_metrics(path))) == 1
-    path.write_text('{"step": 1, "a": 1}\nrubbish\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
-        list(read_metrics(path))
+    for rubbish in (b"rubbish", b"\xff", b"9" * 5000):
+        path.write_bytes(b'{"step": 1, "a": 1}\n' + rubbish + b"\n")
+        with pytest.raises(DataError, match=r"metrics.jsonl:2"):
+            list(read_metrics(path))
 
 
 def test_tensorboard_purges_what_a_resumed_run_writes_again(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ class RunFiles:
 
     def _numbers(self, kind: str) -> list[int]:
         files = (self.path / "audit").glob(f"{kind}_*.parquet")
-        return sorted(int(file.stem.removeprefix(f"{kind}_")) for file in files)
+        numbers = [file.stem.removeprefix(f"{kind}_") for file in files]
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def record(self, step: int, kind: Literal["step", "eval"] = "step") -> Record:
         """The record of one step, or of the evaluation after it. DataError when it cannot be read."""
@@ -158,12 +159,13 @@ def _metrics(file: Path) -> dict[int, dict[str, float]]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; the run has no metrics to audit")
     found: dict[int, dict[str, float]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             step = int(entry.pop("step"))
         except (ValueError, KeyError, AttributeError):
-            if number == len(file.read_text(encoding="utf-8").splitlines()):
+            if number == len(lines):
                 continue  # a killed process's last line
             raise DataError(f"{file}:{number}: not a line of metrics") from None
         known = {name: math.nan if value is None else float(value) for name, value in entry.items()}

@@ -59,13 +59,19 @@ def completion_files(directory: str | Path) -> list[Path]:
     folder = Path(directory)
     if (folder / "completions").is_dir():
         folder = folder / "completions"
-    return sorted(folder.glob("step_*.parquet"))
+    return list(numbered_files(folder, "step").values())
+
+
+def numbered_files(folder: Path, kind: str) -> dict[int, Path]:
+    """The files KIND_<number>.parquet in order, by number. Copies that somebody made under other names are left out."""
+    named = {path.stem.removeprefix(f"{kind}_"): path for path in folder.glob(f"{kind}_*.parquet")}
+    return dict(sorted((int(number), path) for number, path in named.items() if number.isdecimal()))
 
 
 def remove_after(directory: str | Path, step: int) -> None:
     """Delete the files of later steps: a resumed run writes them again."""
-    for path in completion_files(directory):
-        if int(path.stem.removeprefix("step_")) > step:
+    for number, path in numbered_files(Path(directory) / "completions", "step").items():
+        if number > step:
             path.unlink()
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
-BROKEN = (gzip.BadGzipFile, lzma.LZMAError, EOFError, OSError)
+BROKEN = (zlib.error, lzma.LZMAError, EOFError, OSError)
 """Errors that reading a damaged compressed file raises."""
 
 
@@ -42,7 +43,7 @@ def open_bytes(path: Path) -> tuple[IO[bytes], IO[bytes]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All of the data. Raises OSError, EOFError or LZMAError when the file is damaged."""
+    """All of the data. Raises one of BROKEN when the file is damaged."""
     data, raw = open_bytes(path)
     with raw, data:
         return data.read()

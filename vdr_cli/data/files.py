@@ -131,11 +131,16 @@ def read_file(path: Path) -> Table:
         raise DataError(f"{path}: cannot be decompressed ({reason(error)})") from None
     if len(table) == 0:
         raise DataError(f"{path}: no rows")
-    twice = next((name for name in table.columns if table.columns.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}: the column {twice} appears more than once; rename one")
+    refuse_repeated(path, table.columns)
     with path.open("rb") as file:
         return replace(table, digest=hashlib.file_digest(file, "blake2b").hexdigest()[:32])
+
+
+def refuse_repeated(path: Path, columns: Sequence[str]) -> None:
+    """Raise DataError when two columns of a file have one name: a row could hold only one of them."""
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: the column {twice} appears more than once; rename one")
 
 
 def check_column(path: Path, column: str) -> None:

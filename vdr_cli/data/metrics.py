@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
     """The lines of a metrics.jsonl, null as NaN. A torn last line (a killed process) is left out."""
     path = Path(path)
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             record = parse_line(line)
             if record is None and line.endswith("\n"):
@@ -32,6 +32,6 @@ def parse_line(line: str) -> dict[str, Any] | None:
     """One line's numbers; None when the line is torn or not one of metrics."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

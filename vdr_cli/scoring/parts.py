@@ -133,7 +133,7 @@ def read_metadata(output: Path) -> dict[str, Any] | None:
         else:
             text = metadata_path(output).read_text(encoding="utf-8")
         loaded = json.loads(text)
-    except (OSError, KeyError, ValueError, pa.ArrowInvalid):
+    except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
     return loaded if isinstance(loaded, dict) else None
 

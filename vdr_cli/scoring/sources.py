@@ -23,9 +23,11 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vdr_cli.config.paths import checked_path
 from vdr_cli.data.compression import BROKEN, data_suffix, is_compressed, open_bytes
-from vdr_cli.data.files import csv_delimiter, is_json_list
+from vdr_cli.data.files import csv_delimiter, is_json_list, refuse_repeated
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.scoring.parts import read_metadata
 from vdr_cli.system.text import is_text
 
 WINDOW_ROWS = 1024
@@ -150,7 +152,10 @@ def input_schema(sources: Sequence[Source]) -> pa.Schema | None:
     """The common schema of Parquet inputs; None when there are others."""
     if any(source.format != "parquet" for source in sources):
         return None
-    schemas = [_parquet(source.path).schema_arrow.remove_metadata() for source in sources]
+    schemas = []
+    for source in sources:
+        with _parquet(source.path) as file:
+            schemas.append(file.schema_arrow.remove_metadata())
     try:
         return pa.unify_schemas(schemas)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -158,16 +163,14 @@ def input_schema(sources: Sequence[Source]) -> pa.Schema | None:
 
 
 def _expand(given: str) -> list[Path]:
-    path = Path(given).expanduser()
+    path = checked_path(given, "FILE")
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             raise ConfigError(f"{given}: saved by save_to_disk; write it with Dataset.to_parquet and give that file")
         folder = path / "completions" if (path / "completions").is_dir() else path
         names = ("step_*.parquet", "completions_*.parquet", "samples_*.jsonl")  # ours, TRL's, lm-eval's
         found = next(filter(None, (sorted(folder.glob(name)) for name in names)), [])
-        found = found or sorted(
-            file for file in folder.iterdir() if data_suffix(file) in FORMATS and not file.name.endswith(BESIDE)
-        )
+        found = found or sorted(file for file in folder.iterdir() if _is_input(file))
         found = found or sorted(folder.glob("*/samples_*.jsonl"))  # --output_path of lm-eval: a folder for each model
         if len({file.parent for file in found}) > 1:
             models = ", ".join(sorted({file.parent.name for file in found}))
@@ -181,6 +184,11 @@ def _expand(given: str) -> list[Path]:
     if not matches:
         raise ConfigError(f"{given}: no such file, and nothing matches it")
     return matches
+
+
+def _is_input(file: Path) -> bool:
+    """True for a data file in a directory, false for scores and what stands beside them."""
+    return data_suffix(file) in FORMATS and not file.name.endswith(BESIDE) and read_metadata(file) is None
 
 
 Reader = Iterator[tuple[Callable[[], Row], float]]
@@ -250,6 +258,7 @@ def _csv(source: Source) -> Reader:
         header = next(reader, None)
         if header is None:
             return
+        refuse_repeated(Path(source.path), header)
         for values in itertools.filterfalse(lambda row: not row, reader):
             yield partial(_csv_row, source.path, reader.line_num, header, values), min(raw.tell() / size, 1.0)
 
@@ -263,14 +272,14 @@ def _csv_row(path: str, number: int, header: list[str], values: list[str]) -> Ro
 
 
 def _parquet_rows(source: Source) -> Reader:
-    file = _parquet(source.path)
-    total = max(file.metadata.num_rows, 1)
-    number = 0
-    for batch in file.iter_batches(batch_size=WINDOW_ROWS):
-        parsed = _Parsed(batch)
-        for at in range(batch.num_rows):
-            yield partial(_parquet_row, source.path, number, parsed, at), (number + 1) / total
-            number += 1
+    with _parquet(source.path) as file:
+        total = max(file.metadata.num_rows, 1)
+        number = 0
+        for batch in file.iter_batches(batch_size=WINDOW_ROWS):
+            parsed = _Parsed(batch)
+            for at in range(batch.num_rows):
+                yield partial(_parquet_row, source.path, number, parsed, at), (number + 1) / total
+                number += 1
 
 
 class _Parsed:
@@ -305,10 +314,14 @@ def _parquet_row(path: str, number: int, parsed: _Parsed, at: int) -> Row:
     return Row(path, number, parsed[at], unit="row")
 
 
-def _parquet(path: str) -> pq.ParquetFile:
+@contextmanager
+def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """The open file. Raises DataError when it is damaged, at its end or at the rows that are being read."""
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            refuse_repeated(Path(path), file.schema_arrow.names)
+            yield file
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from vdr_cli.config import Config
-from vdr_cli.data.completions import write_table
+from vdr_cli.data.completions import numbered_files, write_table
 from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
 from vdr_cli.evaluation.result import EvalResult
@@ -132,8 +132,8 @@ def _as_given(text: str, prompt: Any) -> Any:
 def remove_from(directory: Path, step: int) -> None:
     """Delete the records of this step and later ones, and of later evaluations: a resumed run writes them again."""
     for kind, first in (("step", step), ("eval", step + 1 if step else 0)):
-        for path in (directory / "audit").glob(f"{kind}_*.parquet"):
-            if int(path.stem.removeprefix(f"{kind}_")) >= first:
+        for number, path in numbered_files(directory / "audit", kind).items():
+            if number >= first:
                 path.unlink()
 
 

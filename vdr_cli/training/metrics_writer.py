@@ -130,7 +130,7 @@ def _finite(value: float) -> float | None:
 def _keep_through(path: Path, step: int) -> None:
     with (
         replacing(path) as partial,
-        path.open(encoding="utf-8") as lines,
+        path.open(encoding="utf-8", errors="replace") as lines,
         partial.open("w", encoding="utf-8") as kept,
     ):
         for line in lines:
