@@ -45,10 +45,43 @@ def test_a_run_is_checked_before_torch_is_imported():
 def test_a_rank_completes_its_environment_before_torch_is_imported():
     code = (
         "import os, sys\nos.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='2')\n"
+        "os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')\n"
         "from vdr_cli.cli import app, training\n"
         "training.prepare_process = lambda launch: sys.exit(7 if 'torch' in sys.modules else 8)\napp.run(['train'])"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 8
+
+
+def test_a_rank_left_in_the_environment_silences_no_error(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert app.run(["train", "--set", "train.stpes=1"]) == 2
+    assert "train.stpes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert app.run(["train"]) == 2
+    assert "the environment has RANK and WORLD_SIZE but no LOCAL_RANK; unset" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert app.run(["train", "--dry-run"]) == 4
+    assert capsys.readouterr().err == "vdr: error: the working directory is not there any more; cd to one that is\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--dry-run", "--output"], ["train", "--dry-run", "--resume"], ["train", "--data"], ["report"],
+        ["train", "--ds-config"], ["eval"], ["score", "--model", "starter"], ["score", "a.jsonl", "--model"], ["audit"],
+    ],
+)  # fmt: skip
+def test_a_path_longer_than_any_file_system_takes(arguments, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = [*arguments, "/".join(["a" * 200] * 25)] + (["--output", "o"] if "--resume" in arguments else [])
+    assert app.run(given) in (2, 4)
+    said = capsys.readouterr().err
+    assert "File name too long; give a shorter path" in said and len(said) < 400
 
 
 @pytest.mark.parametrize("name", list(app.COMMANDS))
@@ -111,7 +144,9 @@ def test_our_errors_are_one_untouched_line(error, code, monkeypatch, capsys):
 
 def test_only_rank_zero_speaks(monkeypatch, capsys):
     monkeypatch.setattr(train, "config_from", raising(ConfigError("no")))
-    monkeypatch.setenv("RANK", "1")
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     assert app.run(["train"]) == 2
     assert capsys.readouterr().err == ""
 

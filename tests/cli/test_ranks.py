@@ -27,8 +27,19 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+def become_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_alone_the_work_is_done_here(events: list[str]) -> None:
-    assert ranks.is_first()
+    ranks.on_ranks(LaunchConfig(), ["eval"], lambda: events.append("work"))
+    assert events == ["work"]
+
+
+def test_a_variable_that_a_launcher_left_makes_no_rank(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
     ranks.on_ranks(LaunchConfig(), ["eval"], lambda: events.append("work"))
     assert events == ["work"]
 
@@ -40,16 +51,13 @@ def test_several_processes_are_started_with_the_same_arguments(events: list[str]
 
 
 def test_a_rank_prepares_itself_before_the_work(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not ranks.is_first()
+    become_rank(monkeypatch, 1)
     ranks.on_ranks(LaunchConfig(num_processes=2), ["eval"], lambda: events.append("work"))
     assert events == ["prepare", "work", "end None"]
 
 
 def test_a_rank_that_fails_tells_the_others(events: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    become_rank(monkeypatch, 0)
 
     def fail() -> None:
         raise ValueError("no")

@@ -128,14 +128,18 @@ def test_extras_are_looked_for_before_anything_starts(started, monkeypatch, caps
     assert "model.lora needs peft: pip install peft" in capsys.readouterr().err
 
 
+def become_rank(monkeypatch, rank, size):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+
+
 def test_a_rank_trains(started, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    become_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(training, "_agreed_output", lambda config, resume: config)
     assert app.run(["train", "--num-processes", "2", "--output", "o"]) == 0
     assert started["config"].train.output == "o" and "launched" not in started
-    monkeypatch.setenv("WORLD_SIZE", "9")
-    monkeypatch.setenv("RANK", "0")
+    become_rank(monkeypatch, 0, 9)
     assert app.run(["train"]) == 2
     assert "prompts_per_step 8 is below 9 processes" in capsys.readouterr().err
 
@@ -144,8 +148,7 @@ def test_ranks_agree_on_the_directory(started, monkeypatch, capsys):
     from vdr_cli.engine import collectives, processes
 
     said: list = []
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    become_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(processes, "start_distributed", lambda: None)
     monkeypatch.setattr(collectives, "is_main", lambda: said == ["main"])
     monkeypatch.setattr(collectives, "broadcast_object", lambda own: "runs/of-rank-0")

@@ -21,7 +21,9 @@ def test_alone_there_is_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_rank_joins_and_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     connected: list[tuple[int, int]] = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "start_distributed", lambda: torch.device("cuda:3"))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(collectives, "rank", lambda: 1)

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.launch.node import orphans_only
+import pytest
+
+from vdr_cli.launch.node import orphans_only, show_own_gpus
 
 
 def test_handlers_act_only_without_the_parent() -> None:
@@ -27,6 +29,38 @@ def test_handlers_act_only_without_the_parent() -> None:
         if parent == os.getppid():
             assert heard == [signal.SIGUSR1]
     assert heard == [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize(
+    ("visible", "slots", "shown"),
+    [
+        ("2,3", [0, 1], "2,3"),
+        ("4,5,6,7", [1, 3], "5,7"),
+        ("GPU-8a", [0], "GPU-8a"),
+        ("", [0, 1], ""),
+        ("7", [0, 1], "7"),
+    ],
+)
+def test_ranks_see_the_gpus_that_the_launcher_sees(
+    visible: str, slots: list[int], shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environ: dict[str, str] = {}
+    show_own_gpus(environ, slots)
+    assert environ == {"CUDA_VISIBLE_DEVICES": shown}
+
+
+@pytest.mark.parametrize("given", ["", "2,3"])
+def test_the_launcher_hands_down_what_the_user_hides(given: str, tmp_path: Path) -> None:
+    from vdr_cli.launch.commands import Target, node_command
+    from vdr_cli.launch.environment import free_port
+
+    (tmp_path / "rank.py").write_text("import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'])")
+    command = node_command(Target(()), {"localhost": [0]}, 0, "127.0.0.1", free_port())
+    command[command.index("--module") :] = [str(tmp_path / "rank.py")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": given}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"sees {given[:1]}\n" in ended.stdout
 
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -74,6 +74,24 @@ def test_silence_has_a_cure(silence: str, cure: str) -> None:
     assert cure in problem.cure
 
 
+def test_every_file_that_differs_is_named() -> None:
+    files = {"/a": "1 byte", "/b": "2 bytes"}
+    theirs = Answer({**FACTS, "files": dict.fromkeys(files, "3 bytes"), "shared": {}})
+    problems = compare("h2", theirs, {**FACTS, "files": files}, 2, Question(tuple(files)))
+    assert [problem.what for problem in problems] == [
+        "/a differs (3 bytes, here 1 byte)",
+        "/b differs (3 bytes, here 2 bytes)",
+    ]
+
+
+def test_a_picked_slot_needs_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "ask", lambda *_: Answer({**FACTS, "files": {}, "shared": {}}))
+    monkeypatch.setattr(preflight.probe, "host_facts", lambda _: FACTS)
+    assert examine(LaunchConfig(), {"h2": [0, 1]}, Question())[1] == []
+    (problem,) = examine(LaunchConfig(), {"h2": [2]}, Question())[1]
+    assert problem.what == "3 slots but 2 GPUs"
+
+
 def test_this_machine_answers_the_probe(tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("{}\n")

@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -23,8 +24,9 @@ from vdr_cli.cli import audit, doctor, plan, recipes, report, score, study, trai
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.cli.trl_flags import with_hint
 from vdr_cli.errors import MachineError, VdrError
+from vdr_cli.launch.rank import is_first
 from vdr_cli.system.processes import end_process
-from vdr_cli.system.text import visible
+from vdr_cli.system.text import shortened, visible
 
 COMMANDS: dict[str, Any] = {
     "train": train,
@@ -41,11 +43,13 @@ COMMANDS: dict[str, Any] = {
 
 INTERRUPTED = 130
 USAGE = 2
-REFUSED_WRITES = {
+REFUSED_FILES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run it again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the permission, or choose another place"),
+    errno.ENAMETOOLONG: "give a shorter path",
 }
 """Errors of the file system, and what to do."""
+LONGEST_SHOWN = 200  # characters of a path in such an error
 
 LOCAL_RANK = re.compile(r"^--local[-_]rank(=.*)?$")
 
@@ -120,6 +124,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line (without the program's name); the exit code."""
     given = without_local_rank(arguments) or ["--help"]
     try:
+        _check_directory()
         result = build_app()(args=given, prog_name="vdr", standalone_mode=False, obj=tuple(given))
     except VdrError as error:
         _say(error, str(error))
@@ -127,8 +132,9 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
-            _say(error, f"{error.filename or 'output'}: {error.strerror}; {REFUSED_WRITES[error.errno]}")
+        if isinstance(error, OSError) and error.errno in REFUSED_FILES:
+            file = shortened(str(error.filename or "output"), LONGEST_SHOWN)
+            _say(error, f"{file}: {error.strerror}; {REFUSED_FILES[error.errno]}")
             return MachineError.exit_code
         # click's own usage errors; Typer may carry its own copy of click, so they are known by what they can do.
         if not hasattr(error, "format_message"):
@@ -166,11 +172,19 @@ def leave(code: int) -> NoReturn:
     end_process(code)
 
 
+def _check_directory() -> None:
+    """Raise MachineError in a shell whose directory was deleted: no relative path leads anywhere."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise MachineError("the working directory is not there any more; cd to one that is") from None
+
+
 def _say(error: Exception, message: str) -> None:
     """The one line, from rank 0 when there are several."""
     if os.environ.get("VDR_TRACEBACK") == "1":
         traceback.print_exception(error)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         text = " ".join(line.strip() for line in message.splitlines())
         print(f"vdr: error: {visible(text)}", file=sys.stderr, flush=True)
 

@@ -22,8 +22,9 @@ from vdr_cli.cli.options import (
     run_config_of,
     takes,
 )
-from vdr_cli.cli.ranks import is_first, on_ranks
+from vdr_cli.cli.ranks import on_ranks
 from vdr_cli.errors import ConfigError
+from vdr_cli.launch.rank import is_first
 from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:

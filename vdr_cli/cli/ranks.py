@@ -12,19 +12,15 @@ if TYPE_CHECKING:
     from vdr_cli.config import LaunchConfig
 
 
-def is_first() -> bool:
-    """True in the process that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def on_ranks(launch: LaunchConfig, arguments: Sequence[str], work: Callable[[], None]) -> None:
     """Do the work here, as the rank that a launcher made of this process, or on ranks started with these arguments."""
     from vdr_cli.launch import reexec, watchdog
     from vdr_cli.launch.environment import prepare_process, translated
+    from vdr_cli.launch.rank import processes_started
 
     if reexec.wants_ranks(launch):
         raise typer.Exit(reexec.launch(launch, list(arguments)))
-    if int({**os.environ, **translated(os.environ)}.get("WORLD_SIZE", 1)) == 1:
+    if processes_started({**os.environ, **translated(os.environ)}) == 1:
         work()
         return
     prepare_process(launch)  # before torch is imported: it reads its number of threads once

@@ -6,15 +6,15 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vdr_cli.cli.checks import one_of, writable_file
 from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, RewardOption, Typed, launch_from, panel, reward_settings, takes
-from vdr_cli.cli.ranks import is_first, on_ranks
+from vdr_cli.cli.ranks import on_ranks
 from vdr_cli.errors import ConfigError
+from vdr_cli.launch.rank import is_first
 from vdr_cli.system.imports import importing
 
 if TYPE_CHECKING:
@@ -217,7 +217,9 @@ class ProgressLines:
 
 def default_output(inputs: Sequence[str]) -> str:
     """FILE.scored.<kind> beside the first file; scores.parquet in a directory."""
-    first = Path(inputs[0]).expanduser()
+    from vdr_cli.config.paths import checked_path
+
+    first = checked_path(inputs[0], "FILE")
     if inputs[0] == "-" or (any(mark in inputs[0] for mark in "*?[") and not first.exists()):
         raise ConfigError(f"-o is needed: {inputs[0]} does not say where the scores should go")
     if first.is_dir():

@@ -10,8 +10,9 @@ from vdr_cli.checks import check_before_start, check_output, check_processes, de
 from vdr_cli.config import Config
 from vdr_cli.config.load import dump_config, dump_given, with_output
 from vdr_cli.errors import ConfigError
-from vdr_cli.launch.environment import is_rank, prepare_process, translated
+from vdr_cli.launch.environment import prepare_process, translated
 from vdr_cli.launch.preflight import question_for
+from vdr_cli.launch.rank import is_rank, processes_started
 from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, world_size
 from vdr_cli.planning.batches import batch_plan
 from vdr_cli.system import stopping
@@ -28,7 +29,7 @@ def start(
     several = wants_ranks(config.launch)
     environ = {**os.environ, **translated(os.environ)}
     if is_rank(environ) and not several and not dry_run:
-        check_processes(config, int(environ["WORLD_SIZE"]))
+        check_processes(config, processes_started(environ))
         return _train(_agreed_output(config, resume), resume)
     processes = world_size(config.launch)
     check_processes(config, processes)

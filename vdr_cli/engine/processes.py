@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
+from collections.abc import Mapping
 
 import torch
 
@@ -21,8 +23,11 @@ from vdr_cli.system.text import first_line
 def start_distributed() -> torch.device:
     """Join the process group and choose this rank's device. The launcher's environment must be set.
 
-    In a group already: stay. Raises MachineError when rank 0 cannot listen, or cannot be reached.
+    In a group already: stay. Raises MachineError when rank 0 cannot listen, or cannot be reached, and when this host
+    has more ranks than GPUs.
     """
+    if torch.cuda.is_available():
+        _check_gpus(os.environ, torch.cuda.device_count())
     if not torch.distributed.is_initialized():
         atexit.register(leave_process_group)
     if not torch.cuda.is_available():
@@ -36,6 +41,16 @@ def start_distributed() -> torch.device:
         return device
     keep_to_one_thread_each()
     return torch.device("cpu")
+
+
+def _check_gpus(environ: Mapping[str, str], gpus: int) -> None:
+    """Every rank of a host finds this out alone, before it waits for the others."""
+    ranks = int(environ.get("LOCAL_SIZE") or environ.get("LOCAL_WORLD_SIZE") or int(environ["LOCAL_RANK"]) + 1)
+    if ranks > gpus:
+        raise MachineError(
+            f"host {socket.gethostname()}: {ranks} processes but {gpus} GPU{'s' * (gpus != 1)}; start one process for "
+            "each GPU (--num-processes), or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
 
 
 def _join_group() -> None:

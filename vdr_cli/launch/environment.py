@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import ancestors, watchdog
+from vdr_cli.launch.rank import is_rank, processes_started
 
 DEFAULT_PORT = 29500
 TRAVELLING = (
@@ -38,11 +39,6 @@ STAYS_HERE = ("DS_ENV_FILE", ancestors.SUPERVISOR, ancestors.OVER_SSH)
 _SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _VALUE = re.compile(r"[A-Za-z0-9_@+=:,./ -]*")
-
-
-def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """True when a launcher started this process as one of several."""
-    return "RANK" in environ and "WORLD_SIZE" in environ
 
 
 def translated(environ: Mapping[str, str]) -> dict[str, str]:
@@ -113,11 +109,14 @@ def become_single_rank() -> None:
 
 
 def prepare_process(launch: LaunchConfig) -> None:
-    """Complete a rank's environment, before torch is imported: launch.env, who it is, its threads, its watchdog."""
+    """Complete a rank's environment, before torch is imported: launch.env, who it is, its threads, its watchdog.
+
+    Raises ConfigError when a variable of the environment makes no sense.
+    """
     os.environ.update(checked(launch.env))
     os.environ.update(translated(os.environ))
     become_single_rank()
-    if os.environ["WORLD_SIZE"] != "1":
+    if processes_started() > 1:
         watchdog.begin(os.environ.get("VDR_RUN_DIRECTORY"), launch.fault_timeout)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(os.environ)))
 

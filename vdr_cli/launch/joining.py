@@ -7,11 +7,12 @@ import os
 import torch
 
 from vdr_cli.engine import collectives
+from vdr_cli.launch.rank import processes_started
 
 
 def join_processes(device: str) -> torch.device:
     """Join the process group when a launcher started us. device: auto is this process's accelerator, else the CPU."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+    if processes_started() > 1 and not torch.distributed.is_initialized():
         from vdr_cli.engine.processes import start_distributed
         from vdr_cli.launch import watchdog
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vdr_cli.launch.rank import GPU_DEVICES, gpu_names
 from vdr_cli.system.imports import importing
 
 Install = Callable[..., Any]
@@ -30,6 +31,15 @@ def orphans_only(install: Install, parent: int) -> Install:
     return chosen
 
 
+def show_own_gpus(environ: dict[str, str], slots: Sequence[int]) -> None:
+    """Give the ranks of these slots their GPUs: slot i is the i-th one that this process may use.
+
+    DeepSpeed would number all GPUs of the host, and so bring back those that CUDA_VISIBLE_DEVICES hides.
+    """
+    shown = gpu_names(os.environ[GPU_DEVICES])
+    environ[GPU_DEVICES] = ",".join(shown[slot] for slot in slots if slot < len(shown))
+
+
 def main() -> None:
     """Run the launcher with this process's arguments."""
     with importing():
@@ -37,6 +47,8 @@ def main() -> None:
 
     launch = deepspeed_import.module("launcher.launch")
     launch.signal.signal = orphans_only(signal.signal, os.getppid())
+    if GPU_DEVICES in os.environ:
+        launch.get_accelerator().set_visible_devices_envs = show_own_gpus
     launch.main()
 
 

@@ -98,7 +98,7 @@ def examine(launch: LaunchConfig, hosts: Hosts, question: Question) -> tuple[dic
             for number, host in enumerate(hosts)
         }
         answers = {host: answer.result() for host, answer in pending.items()}
-    problems = [found for host in hosts for found in compare(host, answers[host], ours, len(hosts[host]), question)]
+    problems = [found for host in hosts for found in compare(host, answers[host], ours, max(hosts[host]) + 1, question)]
     return answers, problems
 
 
@@ -148,7 +148,7 @@ def ask(launch: LaunchConfig, host: str, request: Mapping[str, Any]) -> Answer:
 
 
 def compare(host: str, answer: Answer, ours: Mapping[str, Any], slots: int, question: Question) -> list[Problem]:
-    """Everything about one host that would make the run fail or differ. Pure."""
+    """Everything about one host that would make the run fail or differ. slots: up to the highest one used. Pure."""
     if answer.silence:
         return [Problem(host, f"no answer over ssh: {answer.silence}", _ssh_cure(host, answer.silence))]
     facts = answer.facts
@@ -183,8 +183,8 @@ def _files(host: str, facts: Mapping[str, Any], ours: Mapping[str, Any], questio
         if facts["files"][path] is None:
             yield Problem(host, f"{path} is not there", "copy it, or put it on a shared file system")
         elif facts["files"][path] != ours["files"][path]:
-            theirs, ours = facts["files"][path], ours["files"][path]
-            yield Problem(host, f"{path} differs ({theirs}, here {ours})", "copy it again")
+            difference = f"{facts['files'][path]}, here {ours['files'][path]}"
+            yield Problem(host, f"{path} differs ({difference})", "copy it again")
     for path, seen in facts["shared"].items():
         if not seen:
             yield Problem(

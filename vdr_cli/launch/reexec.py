@@ -18,13 +18,13 @@ from vdr_cli.launch.environment import (
     checked,
     environment_file_text,
     free_port,
-    is_rank,
     slurm_hosts,
     translated,
     travelling,
 )
 from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_hostfile, select
 from vdr_cli.launch.preflight import Question, check_hosts, meeting_of, reachable_hosts
+from vdr_cli.launch.rank import is_rank
 from vdr_cli.launch.supervisor import Plan, supervise
 
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"

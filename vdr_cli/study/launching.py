@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from vdr_cli.launch.environment import single_process
+from vdr_cli.launch.rank import GPU_DEVICES, gpu_names
 from vdr_cli.system import processes
-
-GPU_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class Process(Protocol):
@@ -67,7 +66,7 @@ def environment_of(slot: int, slots: int, ranks: int, environ: Mapping[str, str]
 def visible_gpus(environ: Mapping[str, str], dev: Path = Path("/dev")) -> list[str]:
     """The GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."""
     if GPU_DEVICES in environ:
-        return [name for name in environ[GPU_DEVICES].split(",") if name.strip() not in ("", "-1")]
+        return gpu_names(environ[GPU_DEVICES])
     count = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in dev.iterdir())
     return [str(index) for index in range(count)]
 
