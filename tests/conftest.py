@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -88,6 +89,38 @@ def vdr() -> Run:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(**more))
 
     return run
+
+
+ONLY_WRITER = """
+import sys
+from pathlib import Path
+from vdr_cli.checks import only_writer
+from vdr_cli.errors import ConfigError
+try:
+    with only_writer(Path(sys.argv[1])):
+        print("writing", flush=True)
+        sys.stdin.read()
+except ConfigError:
+    print("refused", flush=True)
+"""
+
+
+@pytest.fixture
+def writer_elsewhere() -> Callable[..., AbstractContextManager[None]]:
+    """writer_elsewhere(run, refused=False): another process holds the run directory, or is refused it, meanwhile."""
+
+    @contextmanager
+    def writing(run: Path, refused: bool = False) -> Iterator[None]:
+        command = [sys.executable, "-c", ONLY_WRITER, str(run)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                assert process.stdout.readline().strip() == ("refused" if refused else "writing")
+                yield
+            finally:
+                process.kill()
+
+    return writing
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ CHANGEABLE_ON_RESUME = {
     "data.eval_split",
 }
 """Settings that a resumed run may change: how long, how often, in which pieces; never what a step computes."""
+
+
+LOCK = ".lock"
+"""File in a run directory that is locked by the process that writes there."""
 
 
 def default_output() -> str:
@@ -93,6 +99,8 @@ def check_resume(config: Config, resume: str | None) -> None:
     path = checked_path(str(resume), "--resume").absolute()
     if not path.is_dir():
         raise ConfigError(f"--resume {resume}: no such checkpoint directory; give its path, or auto for the newest one")
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"--resume {resume}: a run directory; give --output {resume} --resume auto")
     theirs = path.parent.parent / "config.yaml"
     if theirs.is_file():
         changed = differing_keys(_computed_by(theirs), computed_settings(config))
@@ -155,8 +163,11 @@ def check_output(config: Config, resume: str | None) -> None:
     if not earlier.is_file():
         _refuse_leftovers(directory, resume)
         return
-    changed = differing_keys(_computed_by(earlier), computed_settings(config))
-    hard = [key for key in changed if key not in CHANGEABLE_ON_RESUME or _balances(config, key)]
+    if (directory / LOCK).exists():
+        with only_writer(directory):  # tried, and let go again
+            pass
+    theirs = _computed_by(earlier)
+    changed, hard = differing_keys(theirs, computed_settings(config)), changed_for_good(theirs, config)
     if resume is None:
         whose = f"another run ({_few(changed)})" if changed else "this run already"
         help_text = "give another --output" if hard else "continue it with --resume auto, or give another --output"
@@ -165,6 +176,44 @@ def check_output(config: Config, resume: str | None) -> None:
         raise ConfigError(
             f"train.output {directory} holds a run with other settings ({_few(hard)}); resume with those in "
             f"{earlier}, or give another --output"
+        )
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keep other processes from writing this run until the block, or this process, ends.
+
+    Raises ConfigError when one writes there. A file system without locks lets everybody in.
+    """
+    with (directory / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by what we fork
+        except (BlockingIOError, PermissionError):
+            raise ConfigError(
+                f"train.output {directory}: another process is writing this run; wait for it, end it, or give another "
+                "--output"
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
+def changed_for_good(theirs: Mapping[str, Any], config: Config) -> list[str]:
+    """Keys in which a run's settings so far differ from these, and which a resumed run may not change."""
+    changed = differing_keys(theirs, computed_settings(config))
+    return [key for key in changed if key not in CHANGEABLE_ON_RESUME or _balances(config, key)]
+
+
+def refuse_other_settings_of(checkpoint: Path, tree: Mapping[str, Any], config: Config) -> None:
+    """Raise ConfigError when a checkpoint of this run was written with settings (a tree) that must not change.
+
+    The run's config.yaml, which is compared before the start, may have been edited since, or lost.
+    """
+    changed = changed_for_good(_computed_from(tree), config)
+    if changed:
+        raise ConfigError(
+            f"--resume {checkpoint}: {_few(changed)} in what it was written with; resume with the same settings, or "
+            "start a new run with another --output"
         )
 
 
@@ -198,9 +247,16 @@ def _refuse_leftovers(directory: Path, resume: str | None) -> None:
 def _computed_by(path: Path) -> Mapping[str, Any]:
     """The settings in a run's config.yaml; a file that is not one counts as another run's."""
     try:
-        tree = parse_document(path.read_text(encoding="utf-8"), str(path)).tree
-        return computed_settings(validate(tree))
+        return _computed_from(parse_document(path.read_text(encoding="utf-8"), str(path)).tree)
     except (OSError, UnicodeDecodeError, VdrError, yaml.YAMLError):
+        return {}
+
+
+def _computed_from(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a tree, complete; none where it is not one of this version."""
+    try:
+        return computed_settings(validate(dict(tree)))
+    except VdrError:
         return {}
 
 

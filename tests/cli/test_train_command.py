@@ -214,6 +214,22 @@ def test_directory_of_another_run(started, capsys):
     assert "holds another run" in capsys.readouterr().err
 
 
+def test_a_run_that_another_process_writes(started, capsys, writer_elsewhere):
+    directory = finished_run("o", seen=started)
+    with writer_elsewhere(directory):
+        for more in ((), ("--resume", "auto"), ("--resume", "auto", "--num-processes", "2")):
+            assert app.run(["train", "--output", "o", *more]) == 2
+            assert "train.output o: another process is writing this run; wait for it" in capsys.readouterr().err
+    assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0
+
+
+def test_a_run_directory_is_no_checkpoint(started, capsys):
+    finished_run("o", "--seed", "9", seen=started)
+    for more in ((), ("--output", "o")):
+        assert app.run(["train", "--resume", "o", *more]) == 2
+        assert "--resume o: a run directory; give --output o --resume auto" in capsys.readouterr().err
+
+
 def test_resume_takes_the_runs_own_settings(started, capsys):
     directory = finished_run("o", "--seed", "9", "--members", "3", seen=started)
     assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0

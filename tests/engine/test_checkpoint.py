@@ -94,6 +94,13 @@ def test_what_a_conversion_left_makes_no_checkpoint_faulty(written: Path) -> Non
     assert checkpoints.find_fault(folder) is None
 
 
+def test_hidden_files_of_a_file_manager_or_nfs_make_no_checkpoint_faulty(written: Path) -> None:
+    folder = written / "step_000002"
+    for name in (".DS_Store", "engine/.nfs0000000000a1b2c3"):
+        (folder / name).write_bytes(b"not ours")
+    assert checkpoints.find_fault(folder) is None
+
+
 def test_nothing_complete_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert checkpoints.newest_complete(tmp_path / "none") == (None, [])
     (tmp_path / "step_000001").mkdir()

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from vdr_cli.config.load import config_hash, load_config
+from vdr_cli.config.load import computed_settings, load_config
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.exploration.sources import SOURCES
 from vdr_cli.training import checkpointer as module
-from vdr_cli.training.checkpointer import Checkpointer
+from vdr_cli.training.checkpointer import MEMORY, Checkpointer, refuse_other_run
 from vdr_cli.training.state import LoopState
 
 
@@ -53,7 +55,8 @@ def test_a_step_is_saved_once(events: list[tuple[Any, ...]], tmp_path: Path) -> 
     checkpointer.save(state)
     (name, step, content), pruned = events
     assert (name, step) == ("save", 4) and pruned == ("prune", 3, None)
-    assert content == {"loop": state.saved(), "config_hash": config_hash(res.config), "data": "rows"}
+    settings = computed_settings(res.config)
+    assert content == {"loop": state.saved(), "settings": settings, "source": "disagreement", "data": "rows"}
 
 
 def test_the_best_checkpoint_is_kept(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -110,8 +113,44 @@ def test_another_runs_checkpoint_is_written_again_here(events: list[tuple[Any, .
     assert [event[0] for event in events] == ["load", "aside", "save", "prune"]
 
 
-def test_changed_data_are_refused_before_anything_is_loaded(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+def test_changed_data_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step_000004"
     with pytest.raises(ConfigError, match=r"--resume .*step_000004: data.name starter has changed since"):
-        Checkpointer(resources(tmp_path), print).restore(found(path, 4, "other rows"))
-    assert events == []
+        refuse_other_run(found(path, 4, "other rows"), resources(tmp_path).config, "rows", tmp_path)
+
+
+def test_a_checkpoint_knows_the_settings_that_its_run_may_not_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands in config.yaml by now. A new version's new settings have their defaults."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = found(Path("checkpoints/step_000004"), 4, "rows")
+    checkpoint.state["settings"] = computed_settings(resources(tmp_path).config)
+    del checkpoint.state["settings"]["train"]["max_grad_norm"]
+
+    def resumed(*overrides: str, directory: Path = tmp_path) -> None:
+        refuse_other_run(checkpoint, resources(tmp_path, *overrides).config, "rows", directory)
+
+    resumed("train.steps=20", "train.checkpoint_every=3", "observe.report=false")
+    resumed("train.learning_rate=0.5", directory=tmp_path / "another run's")
+    with pytest.raises(ConfigError, match=r"step_000004: grpo.loss, train.learning_rate differ in what it was written"):
+        resumed("train.learning_rate=0.5", "grpo.loss=dr_grpo")
+    del checkpoint.state["settings"]
+    resumed("train.learning_rate=0.5")  # written by an earlier version
+
+
+def test_what_another_source_remembers_is_not_ours(events: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    path = tmp_path / "other" / "step_000004"
+    path.mkdir(parents=True)
+    visits = SOURCES["counts"].memory(load_config())
+    assert visits is not None
+    visits.take([7])
+    visits.commit()
+    torch.save(visits.state_dict(), path / MEMORY)
+    checkpoint = found(path, 4, "rows")
+    for theirs, ours, known in (("counts", "counts", True), ("value_heads", "counts", False)):
+        res = resources(tmp_path, f"bonus.source={ours}")
+        res.source = SOURCES[ours]
+        checkpoint.state["source"] = theirs
+        memory = Checkpointer(res, print).restore(checkpoint).memory
+        assert memory is not None and (len(memory.state_dict()["keys"]) == 1) is known

@@ -23,9 +23,9 @@ def start(
     config: Config, resume: str | None, dry_run: bool, arguments: Sequence[str], all_settings: bool = False
 ) -> int:
     """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
+    check_before_start(config, resume)
     if resume is not None and config.train.output is None:
         raise ConfigError("--resume needs --output, the run directory to continue")
-    check_before_start(config, resume)
     several = wants_ranks(config.launch)
     environ = {**os.environ, **translated(os.environ)}
     if is_rank(environ) and not several and not dry_run:

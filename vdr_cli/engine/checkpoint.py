@@ -233,8 +233,12 @@ def _failures_kept(ds_engine: Any) -> Iterator[list[Exception]]:
 
 
 def _files_in(path: Path) -> dict[str, Path]:
-    """Every file of a checkpoint by its name in it, without the manifest and what a conversion left."""
-    files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+    """Every file of a checkpoint by its name in it, without the manifest and what a conversion left.
+
+    Hidden files are not ours: file managers and NFS leave some.
+    """
+    found = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+    files = {str(file.relative_to(path)): file for file in found}
     own = {MANIFEST, LATEST_UNIVERSAL}
     return {name: file for name, file in files.items() if name not in own and not name.startswith(f"{UNIVERSAL_TAG}/")}
 

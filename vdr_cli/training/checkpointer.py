@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from vdr_cli.config.load import config_hash
+from vdr_cli.checks import refuse_other_settings_of
+from vdr_cli.config import Config
+from vdr_cli.config.load import computed_settings
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
 from vdr_cli.engine.reference import FrozenCopy
@@ -28,6 +30,25 @@ def new_state(resources: Resources) -> LoopState:
     """The state of a run that starts."""
     source = resources.source
     return LoopState(memory=source.memory(resources.config) if source else None)
+
+
+def refuse_other_run(found: checkpoints.Checkpoint, config: Config, rows: str, directory: Path) -> None:
+    """Raise ConfigError when a run in this directory, with these settings and rows (a digest), would not go on.
+
+    A checkpoint of another run may have other settings: check_resume says which. Collective.
+    """
+    with collectives.agreed():
+        if found.state.get("data", rows) != rows:
+            raise ConfigError(
+                f"--resume {found.path}: data.name {config.data.name} has changed since (other rows, or another "
+                "order); resume with the data as they were, or start a new run with another --output"
+            )
+        if "settings" in found.state and _is_in(directory / "checkpoints", found):
+            refuse_other_settings_of(found.path, found.state["settings"], config)
+
+
+def _is_in(folder: Path, found: checkpoints.Checkpoint) -> bool:
+    return found.path.resolve().parent == folder.resolve()
 
 
 class Checkpointer:
@@ -55,7 +76,12 @@ class Checkpointer:
             return
         watchdog.phase("checkpoint")
         cfg = self._resources.config
-        content = {"loop": state.saved(), "config_hash": config_hash(cfg), "data": self._resources.prompts.digest}
+        content = {
+            "loop": state.saved(),
+            "settings": computed_settings(cfg),
+            "source": cfg.bonus_source,
+            "data": self._resources.prompts.digest,
+        }
 
         def write_more(folder: Path) -> None:
             if isinstance(self._resources.reference, FrozenCopy):
@@ -83,33 +109,26 @@ class Checkpointer:
         """Load this checkpoint into the engine and the reference; the loop's state. None: a run from its start.
 
         Checkpoints of later steps are set aside: the run writes them again.
-        Raises ConfigError when the data have changed, MachineError when a rank does not see the same files, or they
-        cannot be converted.
+        Raises MachineError when a rank does not see the same files, or they cannot be converted.
         """
         state = new_state(self._resources)
         if found is not None:
-            self._refuse_other_data(found)
             checkpoints.load(self._resources.engine, found)
             if isinstance(self._resources.reference, FrozenCopy):
                 self._resources.reference.load(found.path)
             state = LoopState.restored(found.state["loop"], state.memory)
-            if state.memory is not None and (found.path / MEMORY).is_file():
+            if state.memory is not None and self._has_memory(found):
                 state.memory.load_state_dict(torch.load(found.path / MEMORY, weights_only=True))
             state.pending = self._pending(found.path, state.step)
-            self._saved_step = state.step if found.path.parent == self._folder else None
+            self._saved_step = state.step if _is_in(self._folder, found) else None
             self._note(f"resumed from {found.path}")
         checkpoints.set_aside(self._folder, after=state.step if found is not None else -1)
         return state
 
-    def _refuse_other_data(self, found: checkpoints.Checkpoint) -> None:
-        """Raise ConfigError when the rows are not those that the checkpoint's run was drawing from."""
-        res = self._resources
-        with collectives.agreed():
-            if found.state.get("data", res.prompts.digest) != res.prompts.digest:
-                raise ConfigError(
-                    f"--resume {found.path}: data.name {res.config.data.name} has changed since (other rows, or "
-                    "another order); resume with the data as they were, or start a new run with another --output"
-                )
+    def _has_memory(self, found: checkpoints.Checkpoint) -> bool:
+        """True when the checkpoint holds what our bonus's source remembers; another run's source may be another."""
+        ours = self._resources.config.bonus_source
+        return found.state.get("source", ours) == ours and (found.path / MEMORY).is_file()
 
     def _pending(self, folder: Path, step: int) -> pending_rollout.PendingRollout | None:
         """The groups that this checkpoint carries for the step it resumes at."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vdr_cli.checks import only_writer
 from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
 from vdr_cli.data.completions import remove_after
@@ -55,7 +56,7 @@ from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import audit_record
 from vdr_cli.training.answers import Answers, answers_of
-from vdr_cli.training.checkpointer import Checkpointer, new_state
+from vdr_cli.training.checkpointer import Checkpointer, new_state, refuse_other_run
 from vdr_cli.training.closing import closing_lines
 from vdr_cli.training.end_states import EndStateKeeper
 from vdr_cli.training.live import LiveView
@@ -155,6 +156,8 @@ def _open(
         if collectives.is_main() and directory.is_dir():  # how an earlier run ended is not how this one did
             outcome.clear(directory)
     found, passed_over = _choose_checkpoint(directory, resume)
+    if found is not None:
+        refuse_other_run(found, config, inputs.prompts.digest, directory)
     res = _load(config, directory, device, inputs, checkpoints.needs_conversion(found), resume is None, stack)
     log = _open_log(res, stack)
     log.note(f"run directory {directory}")
@@ -231,7 +234,7 @@ def _load(
     members = spec if config.needs_ensemble else None
     engine = build_engine(config, device, universal=universal)
     _check_model(engine, config, spec if config.needs_ensemble or config.rollout.members else None)
-    _prepare_directory(directory, config, fresh)
+    _prepare_directory(directory, config, fresh, stack)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
     if inputs.environments is not None:
         inputs.environments.end_with(eos_ids)
@@ -324,19 +327,27 @@ def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints
     if resume is None:
         return None, []
     if resume == "auto":
-        return checkpoints.newest_complete(directory / "checkpoints")
+        found, passed_over = checkpoints.newest_complete(directory / "checkpoints")
+        if found is None and passed_over:  # a start from scratch would write over all that the run recorded
+            raise MachineError(
+                f"--resume auto: no checkpoint of {directory} is complete: {passed_over[0]}; repair it, or give "
+                "another --output to start again"
+            )
+        return found, passed_over
     return checkpoints.open_checkpoint(Path(resume)), []
 
 
-def _prepare_directory(directory: Path, config: Config, fresh: bool) -> None:
-    """Create the directory with config.yaml. Collective.
+def _prepare_directory(directory: Path, config: Config, fresh: bool, stack: ExitStack) -> None:
+    """Create the directory with config.yaml, and hold it until the stack is closed. Collective.
 
-    fresh: raise ConfigError when another run has taken the directory in the meantime.
+    Raises ConfigError when another process writes there; with fresh, also when another run has taken the directory in
+    the meantime.
     """
     with _on_disk(directory):
         if not collectives.is_main():
             return
         directory.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(only_writer(directory))
         try:
             (create_whole if fresh else write_whole)(directory / "config.yaml", dump_run_record(config))
         except FileExistsError:

@@ -1,0 +1,38 @@
+"""What a run goes on from, and that it is alone in its directory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from vdr_cli.config.load import load_config
+from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.training.opening import _choose_checkpoint, _prepare_directory
+
+
+def test_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path) -> None:
+    """From its start the run would write over its metrics, completions and checkpoints."""
+    assert _choose_checkpoint(tmp_path, "auto") == (None, [])
+    (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
+    with pytest.raises(MachineError, match=r"no checkpoint of .* is complete: .*step_000002 passed over: manifest"):
+        _choose_checkpoint(tmp_path, "auto")
+    assert _choose_checkpoint(tmp_path, None) == (None, [])
+
+
+def test_a_directory_where_another_process_writes_is_left_alone(tmp_path: Path, writer_elsewhere) -> None:
+    config, run = load_config(), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("theirs")
+    with writer_elsewhere(run), ExitStack() as stack:
+        for fresh in (True, False):
+            with pytest.raises(ConfigError, match=f"train.output {run}: another process is writing this run"):
+                _prepare_directory(run, config, fresh, stack)
+        assert (run / "config.yaml").read_text() == "theirs"
+    with ExitStack() as stack:
+        _prepare_directory(run, config, False, stack)
+        with writer_elsewhere(run, refused=True):
+            assert (run / "config.yaml").read_text() != "theirs"
+    with writer_elsewhere(run):
+        pass
