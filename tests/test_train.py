@@ -15,6 +15,7 @@ from vdr_cli import train
 from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.environments.episodes import OneTurn
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.rewards.logs import Logs
 from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.opening import open_source
 from vdr_cli.training.state import LoopState
@@ -102,7 +103,7 @@ def test_long_completions_pay_the_overlong_penalty() -> None:
     batch = batch_of([0, 1, 2, 3], 3)
     pending = SimpleNamespace(
         wait=lambda: batch.completions,
-        rewards=SimpleNamespace(result=lambda: (batch.texts, batch.rewards)),
+        rewards=SimpleNamespace(result=lambda: (batch.texts, batch.rewards), logs=Logs()),
         episodes=OneTurn(None, batch.prompts[::2], 2),
         positions=[7, 9],
     )

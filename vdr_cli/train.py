@@ -173,7 +173,8 @@ def await_rollout(res: Resources, pending: PendingRollout) -> RewardedGroups:
     G = cfg.rollout.group_size
     prompts = [prompt for prompt in pending.episodes.prompts for _ in range(G)]
     positions = [position for position in pending.positions for _ in range(G)]
-    return RewardedGroups(prompts, completions, texts, rewards, task_reward, positions, pending.episodes.counts)
+    told = pending.episodes.counts, pending.rewards.logs
+    return RewardedGroups(prompts, completions, texts, rewards, task_reward, positions, *told)
 
 
 def replace_groups(

@@ -27,8 +27,9 @@ def completions(groups: list[int]) -> Completions:
     return Completions(prompts, prompts.bool(), ids, mask, torch.zeros(ids.shape), torch.zeros(len(ids)).bool())
 
 
-def stream(*functions: Any, timeout: float = 5.0) -> RewardStream:
-    loaded = [LoadedReward(getattr(f, "__name__", "f"), 1.0, f) for f in functions]
+def stream(*functions: Any, timeout: float = 5.0, loaded: list[LoadedReward] | None = None) -> RewardStream:
+    """loaded: functions that are loaded already."""
+    loaded = loaded or [LoadedReward(getattr(f, "__name__", "f"), 1.0, f) for f in functions]
 
     def texts_of(rows: list[int], given: Completions) -> list[str]:
         pairs = zip(rows, given.completion_ids[:, 0].tolist(), strict=True)

@@ -32,7 +32,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def answer(file: Path, name: str) -> tuple[Any, str | None]:
-    value, problem = pickle.loads(worker._answer(f"{file}:{name}", {"completions": ["a", "abc"]}))
+    value, problem, _ = pickle.loads(worker._answer(f"{file}:{name}", {"completions": ["a", "abc"]}))
     return value, problem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from tests.training.test_batch import batch_of
 from vdr_cli.config import Config
 from vdr_cli.engine.engine import StepResult
+from vdr_cli.errors import DataError
 from vdr_cli.grpo.losses import LossInputs, Totals
+from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rewards.logs import Logs
 from vdr_cli.training import step_metrics
 from vdr_cli.training.batch import Advantages, Bonus, Updates
 from vdr_cli.training.completion_table import completion_columns, shown_group
@@ -25,7 +29,7 @@ def resources(**sections: Any) -> Any:
     timer = PhaseTimer()
     with timer.phase("step"):
         pass
-    rewards = [SimpleNamespace(name="one", weight=1.0)]
+    rewards = [LoadedReward("one", 1.0, lambda **_: [])]
     engine = SimpleNamespace(peak_flops=lambda: None)
     parts = {"rewards": rewards, "timer": timer, "engine": engine, "shown_measure": lambda: None}
     return SimpleNamespace(config=config, source=open_source(config), **parts)
@@ -102,3 +106,25 @@ def test_a_group_is_shown_unless_its_tokens_are_still_to_be_measured(source: str
     assert (samples is not None) is shown
     if samples is not None:
         assert [list(sample.disagreement) for sample in samples] == [[0.0], [0.0, 0.0]]
+
+
+def test_what_functions_logged_is_in_the_line_and_in_the_table() -> None:
+    res = resources()
+    res.rewards = [LoadedReward("one", 1.0, lambda completions, log_metric: [])]
+    batch = batch_of([0, 1], 2)
+    batch = replace(batch, logs=Logs([{"text": "a"}, {"score": 0.5}], {"mine": (3.0, 2.0), "nothing": (math.nan, 1.0)}))
+    advantages = Advantages(LossInputs(torch.zeros(2, 2), batch.completions.completion_mask), torch.zeros(2))
+    found = step_metrics.logged_metrics(res, batch)
+    assert found["mine"] == 1.5 and math.isnan(found["nothing"])
+    columns = completion_columns(res, batch, advantages)
+    assert columns["text"] == ["a", None] and columns["score"] == [None, 0.5]
+
+
+@pytest.mark.parametrize("name", ["reward", "completion", "group", "rewards/one", "bald"])
+def test_a_logged_column_may_not_take_the_place_of_another(name: str) -> None:
+    res = resources(disagreement={"mode": "end_of_sequence"})
+    batch = replace(batch_of([0, 1], 2), logs=Logs([{name: 1}, {}]))
+    zeros = torch.zeros(2)
+    inputs = LossInputs(torch.zeros(2, 2), batch.completions.completion_mask)
+    with pytest.raises(DataError, match=f"log_extra: {name} is a column of completions/ already"):
+        completion_columns(res, batch, Advantages(inputs, zeros, bonus_of(zeros, zeros)))

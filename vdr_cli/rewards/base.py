@@ -5,8 +5,8 @@
 Every argument is a list with one entry a completion. Completions are strings, or one assistant
 message in a list when the prompts are chats. Columns are the dataset's, repeated for each
 completion. None leaves a completion out of this function's share of the reward. As in TRL, a
-function may also take `trainer_state`, the state of the run, and `log_extra` and `log_metric`,
-which record nothing here. With rollout.environment or rollout.tools completions are lists of
+function may also take `trainer_state`, the state of the run, and `log_extra` and `log_metric`
+(logs.py). With rollout.environment or rollout.tools completions are lists of
 messages, and a function with a parameter `environments` gets the instance of each completion.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Mapping, Set
 from contextvars import Context
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from typing import Any, Protocol
 from vdr_cli.config.sections.rewards import Extract
 from vdr_cli.errors import DataError
 from vdr_cli.rewards.answers import answer_in
-
-logger = logging.getLogger(__name__)
 
 NOT_LISTS = ("trainer_state", "log_extra", "log_metric")
 """Provided arguments without an entry per completion."""
@@ -95,16 +92,21 @@ class LoadedReward:
 
         **columns holds lists alone, as functions that loop over it expect, and of NOT_LISTS what the function looks up.
         """
-        names, takes_all = self._named(), self._takes_all()
         arguments = {"log_extra": unrecorded, "log_metric": unrecorded, **arguments}
         if self.extract != "whole" and "completions" in arguments:
             answers = [answer_in(completion_text(each), self.extract) for each in arguments["completions"]]
             arguments = {**arguments, "completions": answers}
-        return {
-            name: value
-            for name, value in arguments.items()
-            if name in names or (takes_all and (name not in NOT_LISTS or _looks_up(self.function, name)))
-        }
+        return {name: value for name, value in arguments.items() if self._takes(name)}
+
+    @property
+    def logs_metrics(self) -> bool:
+        """True when the function takes `log_metric`: it is then called once for a rank's whole batch, as in TRL."""
+        return not self.is_model and self._takes("log_metric")
+
+    def _takes(self, name: str) -> bool:
+        return name in self._named() or (
+            self._takes_all() and (name not in NOT_LISTS or _looks_up(self.function, name))
+        )
 
     def asks_for(self, name: str) -> bool:
         """True when the function has a parameter of this name."""
@@ -159,13 +161,7 @@ def completion_text(completion: Any) -> str:
 
 
 def unrecorded(*_: Any, **__: Any) -> None:
-    """TRL's log_extra and log_metric; the first call of a process warns."""
-    _warn_once()
-
-
-@functools.cache
-def _warn_once() -> None:
-    logger.warning("log_extra and log_metric record nothing here: only rewards are kept")
+    """Stands for TRL's log_extra and log_metric where nothing is recorded."""
 
 
 def _looks_up(function: Callable[..., Any], name: str) -> bool:

@@ -23,6 +23,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
+from vdr_cli.rewards.logs import CallLog
 from vdr_cli.rewards.main_thread import need_of, noticing_attempts
 from vdr_cli.samples import Completions, Messages, Prompt, Undecoded, own_copy
 
@@ -40,6 +41,8 @@ class _Call:
     error: BaseException | None = None
     done: threading.Event = field(default_factory=threading.Event)
 
+    log: CallLog = field(default_factory=CallLog)
+    """Record of its calls of log_extra and log_metric."""
     attempts: list[str] = field(default_factory=list)
     """Functions of `signal` that it called although only a main thread may."""
 
@@ -70,10 +73,14 @@ class _Call:
     def _count(self) -> int:
         return len(self.arguments["completions"])
 
+    def _accepted(self) -> dict[str, Any]:
+        recorders = {"log_extra": self.log.log_extra, "log_metric": self.log.log_metric}
+        return accepted_by(self.reward, self.arguments | recorders)
+
     def _run(self) -> None:
         try:
             with exit_is_an_error(), _thread_event_loop(), noticing_attempts() as self.attempts:
-                value = self._function(**accepted_by(self.reward, self.arguments))
+                value = self._function(**self._accepted())
                 if inspect.iscoroutine(value):  # a plain function around an async one
                     value = asyncio.run(_awaited(value))
                 self.value = listed(value, self._count)
@@ -84,7 +91,7 @@ class _Call:
     async def _await(self) -> None:
         try:
             with exit_is_an_error(), noticing_attempts() as self.attempts:
-                value = await self.reward.function(**accepted_by(self.reward, self.arguments))
+                value = await self.reward.function(**self._accepted())
                 self.value = listed(value, self._count)
         except BaseException as error:
             self.error = error
@@ -132,7 +139,21 @@ def compute_rewards(
     trainer_state: TrainerState = TrainerState(),  # noqa: B008 - frozen
     environments: Sequence[Any] | None = None,
 ) -> Tensor:
-    """Rewards of B completions by F functions, (B, F) float32; NaN where a function returned None.
+    """Rewards of B completions by F functions, (B, F) float32; what the functions log is dropped (rewards_and_logs)."""
+    given = prompts, completions, completion_ids, timeout, trainer_state, environments
+    return rewards_and_logs(loaded, *given)[0]
+
+
+def rewards_and_logs(
+    loaded: Sequence[LoadedReward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[str] | Sequence[Messages],
+    completion_ids: Sequence[Sequence[int]],
+    timeout: float,
+    trainer_state: TrainerState,
+    environments: Sequence[Any] | None,
+) -> tuple[Tensor, list[CallLog]]:
+    """Rewards of B completions by F functions, (B, F) float32, NaN where one returned None; and what each logged.
 
     prompts: one per completion. timeout: seconds for each function's call. environments: one per completion.
     Async functions are awaited together, the others run one after another, reward models on this thread and without
@@ -141,12 +162,14 @@ def compute_rewards(
     arguments = arguments_of(prompts, completions, completion_ids) | {"trainer_state": trainer_state}
     if environments is not None:
         arguments["environments"] = list(environments)
-    called = iter(call_all([reward for reward in loaded if not reward.is_model], arguments, prompts, timeout))
-    values = [reward.function(**arguments) if reward.is_model else next(called) for reward in loaded]
+    calls = iter(_call_all([reward for reward in loaded if not reward.is_model], arguments, prompts, timeout))
     rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
-    for column, (reward, value) in enumerate(zip(loaded, values, strict=True)):
-        rewards[:, column] = torch.tensor(_checked(reward, value, prompts), dtype=torch.float32)
-    return rewards
+    logs = []
+    for column, reward in enumerate(loaded):
+        call = _Call(reward, arguments, reward.function(**arguments)) if reward.is_model else next(calls)
+        rewards[:, column] = torch.tensor(_checked(reward, call.value, prompts), dtype=torch.float32)
+        logs.append(_checked_log(call, prompts))
+    return rewards, logs
 
 
 def call_all(
@@ -156,6 +179,12 @@ def call_all(
 
     arguments: as arguments_of makes them for these prompts, one per completion. timeout: seconds for each call.
     """
+    return [call.value for call in _call_all(loaded, arguments, prompts, timeout)]
+
+
+def _call_all(
+    loaded: Sequence[LoadedReward], arguments: dict[str, Any], prompts: Sequence[Prompt], timeout: float
+) -> list[_Call]:
     calls = [_Call(reward, arguments) for reward in loaded]
     for call in calls:
         if not call.reward.is_async:
@@ -165,7 +194,7 @@ def call_all(
     calls = [_moved(call, prompts, timeout) if call.needs_main_thread else call for call in calls]
     for call in calls:
         _raise_error(call, prompts, timeout)
-    return [call.value for call in calls]
+    return calls
 
 
 @contextmanager
@@ -288,6 +317,16 @@ def _checked(reward: LoadedReward, entries: Any, prompts: Sequence[Prompt]) -> l
             f"{_rows(prompts)}; it must return one per completion"
         )
     return [_number(reward, entry, prompt) for entry, prompt in zip(entries, prompts, strict=True)]
+
+
+def _checked_log(call: _Call, prompts: Sequence[Prompt]) -> CallLog:
+    for column, values in call.log.columns.items():
+        if len(values) != len(prompts):
+            raise DataError(
+                f"{call.reward.label} logged {len(values)} values of the column {column} for {len(prompts)} "
+                f"completions of dataset {_rows(prompts)}; log_extra takes one per completion"
+            )
+    return call.log
 
 
 def _number(reward: LoadedReward, entry: Any, prompt: Prompt) -> float:

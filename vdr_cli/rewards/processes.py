@@ -20,6 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from vdr_cli.rewards.base import LoadedReward
+from vdr_cli.rewards.logs import log_in
 
 EXIT_SECONDS = 5.0
 """Seconds between a worker's closed socket and its end."""
@@ -77,7 +78,9 @@ class _Worker:
         except Exception as error:
             raise RaisedThereError(f"its arguments cannot go to another process: {error}") from None
         self.connection.send_bytes(sent)
-        value, problem = pickle.loads(self.connection.recv_bytes())
+        value, problem, recorded = pickle.loads(self.connection.recv_bytes())
+        if recorded is not None and (log := log_in(arguments)) is not None:
+            log.take(recorded)
         if problem is not None:
             raise RaisedThereError(problem)
         return value

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vdr_cli.rewards.base import LoadedReward, TrainerState
-from vdr_cli.rewards.calling import compute_rewards
+from vdr_cli.rewards.calling import compute_rewards, rewards_and_logs
+from vdr_cli.rewards.logs import CallLog, Logs, logs_of
 from vdr_cli.samples import Completions, Messages, Prompt
 
 Texts = list[str] | list[Messages]
@@ -28,16 +29,21 @@ class _Part:
 
     rows: list[int]
     texts: Texts
-    found: list[tuple[list[int], Future[Tensor]]]
-    """Columns of the reward functions, and their rewards (b, columns)."""
+    ids: list[list[int]]
+    found: list[tuple[list[int], Future[tuple[Tensor, list[CallLog]]]]]
+    """Columns of the reward functions, and their rewards (b, columns) with what they logged."""
 
 
 class RewardStream:
     """Takes the groups of one batch as they finish, in any order and from any thread, and calls the functions on them.
 
-    A function sees whole groups, as many as were ready together; with processes, these shared out among them. The time
-    limit is each call's own. Reward models read all texts at the end, on the thread that asks for the result.
+    A function sees whole groups, as many as were ready together; with processes, these shared out among them. One that
+    logs metrics is called once, with the whole batch: how a batch is split must not change a metric. The time limit is
+    each call's own. Reward models read all texts at the end, on the thread that asks for the result.
     """
+
+    logs: Logs
+    """Log of the functions; set by `result`."""
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class RewardStream:
         lanes = ((plain, self._at_once), (awaited, AWAITED_TOGETHER))
         self._lanes = [(columns, _Lane(width)) for columns, width in lanes if columns]
         self._parts: list[_Part] = []
+        self._missing = len(prompts)
         self._lock = threading.Lock()
 
     def finished(self, groups: Sequence[int], completions: Completions) -> None:
@@ -70,34 +77,60 @@ class RewardStream:
             self._call(groups[first : first + share], completions.rows(slice(first * G, (first + share) * G)))
 
     def _call(self, groups: Sequence[int], completions: Completions) -> None:
-        prompts = [self.prompts[group] for group in groups for _ in range(self.group_size)]
         rows = [group * self.group_size + g for group in groups for g in range(self.group_size)]
         with self._lock:
             texts = self.texts_of(rows, completions)
+        part = self._begin(rows, texts, completions.completion_token_ids(), logs_metrics=False)
+        with self._lock:
+            self._parts.append(part)
+            self._missing -= len(groups)
+            is_last = self._missing == 0
+        if is_last and any(reward.logs_metrics for reward in self.loaded):
+            self._call_with_all()
+
+    def _call_with_all(self) -> None:
+        """Call the functions that log metrics on the whole batch, in its order."""
+        every = [one for part in self._parts for one in zip(part.rows, part.texts, part.ids, strict=True)]
+        every.sort(key=lambda one: one[0])
+        rows, texts, ids = ([one[index] for one in every] for index in range(3))
+        self._parts.append(self._begin(rows, texts, ids, logs_metrics=True))  # type: ignore[arg-type]
+
+    def _begin(self, rows: list[int], texts: Texts, ids: list[list[int]], logs_metrics: bool) -> _Part:
+        """Call the functions that log metrics, or the others, on these rows."""
+        prompts = [self.prompts[row // self.group_size] for row in rows]
         environments = None if self.environments is None else [self.environments[row] for row in rows]
         found = []
-        for columns, lane in self._lanes:
-            functions = [self.loaded[column] for column in columns]
-            given = prompts, texts, completions.completion_token_ids(), self.timeout, self.state, environments
-            future = lane.call(compute_rewards, functions, *given)
-            found.append((columns, future))
-        with self._lock:
-            self._parts.append(_Part(rows, texts, found))
+        for every, lane in self._lanes:
+            columns = [column for column in every if self.loaded[column].logs_metrics == logs_metrics]
+            if columns:
+                functions = [self.loaded[column] for column in columns]
+                given = prompts, texts, ids, self.timeout, self.state, environments
+                found.append((columns, lane.call(rewards_and_logs, functions, *given)))
+        return _Part(rows, texts, ids, found)
 
     def result(self) -> tuple[Texts, Tensor]:
-        """Texts and rewards (B, F) of the whole batch, once all calls have ended. Raises what a call raised."""
+        """Texts and rewards (B, F) of the whole batch, once all calls have ended; sets `logs`.
+
+        Raises what a call raised.
+        """
         count = len(self.prompts) * self.group_size
         texts: list[Any] = [None] * count
         rewards = torch.full((count, len(self.loaded)), torch.nan)
+        logged = []
         try:
             for part in sorted(self._parts, key=lambda part: part.rows[0]):
                 for columns, future in part.found:
-                    rewards[torch.tensor(part.rows)[:, None], torch.tensor(columns)] = future.result()
+                    found, logs = future.result()
+                    rewards[torch.tensor(part.rows)[:, None], torch.tensor(columns)] = found
+                    logged += [
+                        (self.loaded[column].label, part.rows, log) for column, log in zip(columns, logs, strict=True)
+                    ]
                 for row, text in zip(part.rows, part.texts, strict=True):
                     texts[row] = text
         finally:
             self.close()
         self._ask_models(texts, rewards)
+        self.logs = logs_of(logged, count)
         return texts, rewards
 
     def _ask_models(self, texts: list[Any], rewards: Tensor) -> None:

@@ -15,13 +15,17 @@ from typing import Any
 from vdr_cli.rewards.base import listed
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import find_function, one_line
+from vdr_cli.rewards.logs import log_in
 from vdr_cli.system.processes import end_with_parent
 
 MANY = 1_000_000  # answers of a function that is told of no completions
 
 
 def main() -> None:
-    """Answer (name, arguments) with (value, None) or (None, what went wrong) until the socket is closed."""
+    """Answer (name, arguments) until the socket is closed.
+
+    Answers are (value, None, what it logged) or (None, what went wrong, None).
+    """
     socket, parent = int(sys.argv[1]), int(sys.argv[2])
     end_with_parent(parent, signal.SIGKILL)  # whatever a function does, also inside C, it does not outlive the run
     with Connection(socket) as connection, contextlib.suppress(EOFError):
@@ -32,9 +36,10 @@ def main() -> None:
 
 def _answer(name: str, arguments: dict[str, Any]) -> bytes:
     try:
-        return pickle.dumps((_value(find_function(name), arguments), None))
+        value = _value(find_function(name), arguments)
+        return pickle.dumps((value, None, log_in(arguments)))
     except BaseException as error:  # SystemExit too: the run is told, not the process ended
-        return pickle.dumps((None, one_line(error)))
+        return pickle.dumps((None, one_line(error), None))
 
 
 def _value(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:

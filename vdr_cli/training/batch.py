@@ -15,6 +15,7 @@ from vdr_cli.engine.engine import StepResult
 from vdr_cli.engine.sequence import SequenceGroup
 from vdr_cli.environments.episodes import Counts
 from vdr_cli.grpo.losses import LossInputs, LossOutput, Totals
+from vdr_cli.rewards.logs import Logs, joined
 from vdr_cli.samples import Completions, Messages, Prompt, to_device
 
 
@@ -31,6 +32,8 @@ class RewardedGroups:
     positions: list[int]  # (B,) the prompt's place in the stream of training prompts
     counts: list[Counts] | None = None
     """(B,) turns and tool calls of each episode; None where a completion is one turn."""
+    logs: Logs = field(default_factory=Logs)
+    """Log of the reward functions. Its metrics count resampled groups too."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,6 +49,7 @@ class RewardedGroups:
             self.task_reward[rows],
             [self.positions[row] for row in chosen],
             None if self.counts is None else [self.counts[row] for row in chosen],
+            self.logs.select(chosen),
         )
 
 
@@ -59,6 +63,7 @@ def concatenate(batches: Sequence[RewardedGroups], pad_id: int) -> RewardedGroup
         torch.cat([batch.task_reward for batch in batches]),
         [position for batch in batches for position in batch.positions],
         None if batches[0].counts is None else [each for batch in batches for each in batch.counts or []],
+        joined(batch.logs for batch in batches),
     )
 
 

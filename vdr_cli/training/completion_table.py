@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor
 
 from vdr_cli.data.turns import shown_turns
+from vdr_cli.errors import DataError
+from vdr_cli.rewards.logs import OWN_COLUMNS
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.live import Sample
 from vdr_cli.training.resources import Resources
@@ -40,7 +43,15 @@ def completion_columns(res: Resources, batch: RewardedGroups, advantages: Advant
     if (by_token := res.shown_measure()) is not None:
         measured = _cut(by_token, lengths[: len(by_token)])
         columns[f"{measure}_tokens"] = measured + [None] * (len(lengths) - len(measured))
-    return columns
+    return columns | _logged_columns(batch, columns.keys() | OWN_COLUMNS)
+
+
+def _logged_columns(batch: RewardedGroups, own: Set[str]) -> dict[str, list[Any]]:
+    """Columns that reward functions logged, None where a completion has no value. own: names that they may not take."""
+    names = sorted({name for cells in batch.logs.cells for name in cells})
+    if taken := [name for name in names if name in own]:
+        raise DataError(f"log_extra: {taken[0]} is a column of completions/ already; choose another name")
+    return {name: [cells.get(name) for cells in batch.logs.cells] for name in names}
 
 
 def shown_group(res: Resources, batch: RewardedGroups, advantages: Advantages) -> list[Sample] | None:

@@ -80,7 +80,9 @@ class RunLog:
         """Record a step: its metrics, its completions if they are to be saved, a line on the terminal. Collective."""
         metrics = metrics | counters(state, len(res.prompts))
         if save_completions:
-            self._save_completions(completion_columns(res, batch, advantages), state.step, res)
+            with collectives.agreed():
+                own = completion_columns(res, batch, advantages)
+            self._save_completions(own, state.step, res)
         self._write(state.step, metrics)
         if self._view is not None:
             self._view.update(state.step, metrics, shown_group(res, batch, advantages))
@@ -109,7 +111,10 @@ class RunLog:
         parts = collectives.gather_objects(own)
         if self._writer is None:
             return
-        columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+        names = dict.fromkeys(name for part in parts for name in part)  # what a function logged need not be on all
+        columns = {
+            name: [value for part in parts for value in part.get(name, [None] * len(part["prompt"]))] for name in names
+        }
         columns["group"] = [row // res.config.rollout.group_size for row in range(len(columns["prompt"]))]
         try:
             write_completions(self._directory / "completions", step, columns)

@@ -9,6 +9,7 @@ from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.bonus import has_spread
 from vdr_cli.grpo.advantages import zero_variance
+from vdr_cli.rewards.logs import summed
 from vdr_cli.training import speed
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.metric_pairs import (
@@ -43,6 +44,7 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
     if res.config.grpo.entropy_target is not None:
         metrics["entropy_coef"] = updates.entropy_weight
     metrics |= speed_metrics(res, metrics, step_tokens, prompt_tokens)
+    metrics |= logged_metrics(res, batch)
     return metrics | {
         "loss": loss / res.config.grpo.updates_per_rollout,
         "grad_norm": updates.grad_norm,
@@ -54,6 +56,16 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
         "step_prompt_tokens": prompt_tokens * res.config.rollout.group_size,
         "tokens_per_second": step_tokens / metrics["step_time"],
     }
+
+
+def logged_metrics(res: Resources, batch: RewardedGroups) -> dict[str, float]:
+    """The means of what reward functions logged as metrics, over all values of all ranks. A NaN makes a mean NaN.
+
+    Collective if a function takes log_metric.
+    """
+    if not any(reward.logs_metrics for reward in res.rewards):
+        return {}
+    return ratios(summed(collectives.gather_objects(batch.logs.metrics)))
 
 
 def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> Pairs:

@@ -52,6 +52,17 @@ def flat(completions, **_):
 def digits(completions, **_):
     return [100.0 * sum(c.isdigit() for c in text) for text in completions]
 
+async def logs(completions, log_metric, log_extra, **_):
+    log_metric("mine/length", sum(map(len, completions)) / len(completions))
+    if len(completions) == 12:
+        log_metric("of_twelve", 3.0)
+        log_extra("twelve", completions)
+    return [0.0] * len(completions)
+
+def shows(completions, log_extra, **_):
+    log_extra("length", list(map(len, completions)))
+    return [float(c.count("1")) for c in completions]
+
 class Talk:
     def reset(self, target, **columns):
         self.turns, self.asked = target % 3, 0
@@ -79,6 +90,8 @@ def training_runs(folder: Path) -> list[Run]:
     ahead_turns |= {"rollout.max_turns": 3, "rollout.max_new_tokens": 4}
     flat = [{"name": f"{folder}/mine.py:flat"}]
     two = [{"name": "countdown"}, {"name": f"{folder}/mine.py:digits", "weight": 0.5}]
+    logging = [{"name": f"{folder}/mine.py:{name}"} for name in ("logs", "shows")]
+    ahead_logs = {**AHEAD, "train.steps": 3, "rewards.functions": logging}
     twice = {"train.steps": 2, "grpo.num_iterations": 2}
     return [
         ("plain", {}),
@@ -106,6 +119,8 @@ def training_runs(folder: Path) -> list[Run]:
         ("ahead@2", AHEAD),
         ("ahead_turns", ahead_turns),
         ("ahead_turns@2", ahead_turns),
+        ("ahead_logs", ahead_logs),
+        ("ahead_logs@2", ahead_logs),
         ("unmoved", {"train.steps": 3, "train.learning_rate": 1e-30}),
         ("normalised", {"grpo.multi_reward": "normalise_then_sum", "rewards.functions": two}),
         ("masked", {}, "masked"),
@@ -148,6 +163,20 @@ def test_episodes_played_ahead_are_played_again_by_a_resumed_run(left: Left) -> 
     table = left.table("ahead_turns", 3)
     assert table == left.table("ahead_turns_resumed", 3)
     assert max(table["turns"]) > 1 and max(table["rewards/Talk"]) > 0
+
+
+@pytest.mark.runs("ahead_logs", "ahead_logs_resumed")
+def test_what_reward_functions_log_is_of_all_ranks_and_the_same_after_a_resume(left: Left) -> None:
+    """One rank has 8 completions, the other 12: as in TRL a metric is the mean over calls, here one to a rank."""
+    assert_resumed(left, "ahead_logs", 2)
+    for line in left.metrics("ahead_logs")[1:]:
+        table = left.table("ahead_logs", line["step"])
+        assert table["length"] == [len(text) for text in table["completion"]]
+        assert table["twelve"] == [None] * 8 + table["completion"][8:]
+        of_ranks = [sum(lengths) / len(lengths) for lengths in (table["length"][:8], table["length"][8:])]
+        assert line["mine/length"] == pytest.approx(sum(of_ranks) / 2)
+        assert line["of_twelve"] == 3.0
+    assert left.table("ahead_logs", 3) == left.table("ahead_logs_resumed", 3)
 
 
 @pytest.mark.runs("ahead", "unmoved")
