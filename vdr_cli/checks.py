@@ -20,7 +20,7 @@ from vdr_cli.config.load import computed_settings, validate
 from vdr_cli.config.paths import checked_path
 from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import parse_document
-from vdr_cli.data.sources import check_data, check_options, has_no_splits
+from vdr_cli.data.sources import check_data, check_options, check_subset, has_no_splits
 from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.models.paths import resolve_model_path
@@ -68,6 +68,7 @@ def check_before_start(config: Config, resume: str | None) -> None:
         check_data(config.data.eval_name or config.data.name, "data.eval_name", config.data.prompt_column)
         check_held_out(config)
     check_options(config.data)
+    check_subset(config.data)
     read_ds_config(config.engine.ds_config)
     check_rewards(config)
     check_turns(config)

@@ -122,6 +122,15 @@ def test_eval_takes_the_settings_of_the_run(asked):
     assert request.rollout.max_new_tokens == 33 and request.rewards.solved_at == 0.5
 
 
+def test_eval_leaves_the_subset_and_options_of_the_runs_own_data_out_on_other_data(asked, capsys):
+    run = run_directory("r", "data.name=openai/gsm8k", "data.subset=main", "rewards.functions=[{name: length}]")
+    Path("d.jsonl").write_text('{"prompt": "a"}\n')
+    assert app.run(["eval", run]) == 0 and asked[-1].data.subset == "main"
+    assert app.run(["eval", run, "--data", "d.jsonl"]) == 0 and asked[-1].data.subset is None
+    assert app.run(["eval", run, "--data", "d.jsonl", "--set", "data.subset=main"]) == 2
+    assert "error: data.subset main: d.jsonl has no subsets; leave data.subset out" in capsys.readouterr().err
+
+
 def test_eval_shows_differences_and_names_as_text(capsys):
     records = [{"model": "[red]a", "prompts": 1, "samples": 1, "reward": 12.5, "entropy": None}]
     comparison.show(records, [{"model": "b", "minus": "[red]a", "reward": -0.5, "reward_low": -1.0, "reward_high": 0}])

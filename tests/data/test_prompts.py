@@ -385,12 +385,34 @@ def test_stretched_and_unknown_lengths():
     assert Limits.of(unknown, 1000).prompt_tokens is None
 
 
+@pytest.mark.parametrize("kind", ["file", "bed", "saved", "saved_splits", "directory"])
+def test_a_subset_of_data_without_subsets_is_refused(kind, tmp_path, tokenizer):
+    from datasets import Dataset, DatasetDict
+
+    rows, saved = Dataset.from_list([OK]), str(tmp_path / "data")
+    if kind == "saved":
+        rows.save_to_disk(saved)
+    elif kind == "saved_splits":
+        DatasetDict({"train": rows}).save_to_disk(saved)
+    elif kind == "directory":
+        (tmp_path / "data").mkdir()
+        write_jsonl(tmp_path / "data" / "train.jsonl", OK)
+    name = {"file": str(write_jsonl(tmp_path / "a.jsonl", OK)), "bed": "starter"}.get(kind, saved)
+    assert len(load_prompts(DataConfig(name=name), "train", tokenizer)) > 0
+    with pytest.raises(ConfigError, match=r"data\.subset main: ") as caught:
+        load_prompts(DataConfig(name=name, subset="main"), "train", tokenizer)
+    assert "\n" not in str(caught.value)
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", OK)  # no part of data.name
+    assert len(load_prompts(DataConfig(subset="main", eval_name=str(held_out)), "eval", tokenizer)) == 1
+
+
 def test_splits(tmp_path, tokenizer):
     from datasets import Dataset, DatasetDict
 
     file = write_jsonl(tmp_path / "a.jsonl", OK)
     cases: list[tuple[DataConfig, str]] = [
         (DataConfig(name=str(file), split="dev"), "data.split dev"),
+        (DataConfig(name=str(file), split="test"), "data.split test: .* has no splits; leave data.split out"),
         (DataConfig(name=str(tmp_path / "none.txt"), split="train"), "no such file"),
     ]
     DatasetDict({"train": Dataset.from_list([OK]), "val": Dataset.from_list([OK])}).save_to_disk(str(tmp_path / "d"))

@@ -122,7 +122,8 @@ def command(
 def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str] | None) -> Config:
     """The settings of the first run among the models, under what was typed. Raises ConfigError or DataError."""
     from vdr_cli.checks import check_rewards
-    from vdr_cli.data.sources import check_data, check_options
+    from vdr_cli.config import DataConfig
+    from vdr_cli.data.sources import check_data, check_options, check_subset
     from vdr_cli.models.paths import resolve_model_path
 
     for name in models:
@@ -133,12 +134,18 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     typed = typed.section("launch", inside=False)
     config = config_from(base, own, typed if base else typed.also("", "model.name", models[0]))
     given = typed["data.name"]
+    if given and base is not None:  # these belong to the run's own data
+        gone = [key for key in ("subset", "options") if not any(text.startswith(f"data.{key}") for text in own)]
+        data = config.data.model_copy(update={key: DataConfig.model_fields[key].default for key in gone})
+        config = config.model_copy(update={"data": data})
     check_data(
         given or config.data.eval_name or config.data.name,
         "--data" if given else "data.eval_name",
         config.data.prompt_column,
     )
     check_options(config.data)
+    if given or config.data.eval_name is None:
+        check_subset(config.data)
     check_rewards(config)
     return config
 

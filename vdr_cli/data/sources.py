@@ -61,6 +61,8 @@ def open_table(cfg: DataConfig, role: Role) -> Table:
     split = cfg.split if role == "train" else cfg.eval_split
     split_key = "data.split" if role == "train" else "data.eval_split"
     check_data(name, "data.eval_name" if own_place else "data.name")
+    if not own_place or name == cfg.name:
+        check_subset(cfg)
     path = Path(name)
     if name in BEDS:
         table = _bed(name, split, split_key)
@@ -98,6 +100,14 @@ def check_options(cfg: DataConfig) -> None:
         raise ConfigError(f"data.options.{unused[0]}: no such task in {' or '.join(suites)}; remove it")
 
 
+def check_subset(cfg: DataConfig) -> None:
+    """data.subset is given only for data that can have subsets. Raises ConfigError."""
+    path = Path(cfg.name)
+    one_kind = cfg.name in BEDS or gym.is_suite(cfg.name) or has_no_splits(path) or _has_saved_splits(path)
+    if cfg.subset is not None and one_kind:
+        raise ConfigError(f"data.subset {cfg.subset}: {cfg.name} has no subsets; leave data.subset out")
+
+
 def _suite(cfg: DataConfig, name: str, split: str, split_key: str) -> Table:
     if split not in SPLITS:
         raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(SPLITS)}")
@@ -120,19 +130,26 @@ def has_no_splits(path: Path) -> bool:
     return path.is_file() or (path / "state.json").is_file()
 
 
+def _has_saved_splits(path: Path) -> bool:
+    """True for a directory to which `datasets` saved a dictionary of data sets."""
+    return (path / "dataset_dict.json").is_file()
+
+
 def _check_split_left_out(name: str, split: str, split_key: str, role: Role, own_place: bool) -> None:
-    """Data without splits: any other than the default name cannot be meant, nor can training data be held out."""
+    """Data without splits: no name but the default or `train` (as `datasets` names a whole file) can be meant.
+
+    Nor can training data be held out.
+    """
     if role == "eval" and not own_place:
         raise ConfigError(f"data.name {name} has no splits; give data.eval_name, the held-out data")
-    default = DataConfig.model_fields["split" if role == "train" else "eval_split"].default
-    if split not in (default, "train", "test"):
+    if split not in ("train", DataConfig.model_fields["split" if role == "train" else "eval_split"].default):
         raise ConfigError(f"{split_key} {split}: {name} has no splits; leave {split_key} out")
 
 
 def _directory(name: str, subset: str | None, split: str, split_key: str) -> Table:
     """A directory that `datasets` saved, or one with a file a split (train.jsonl, test.parquet, ...)."""
     path = Path(name)
-    if (path / "dataset_dict.json").is_file():
+    if _has_saved_splits(path):
         loaded = _saved(path)
         if split not in loaded:
             raise ConfigError(f"{split_key} {split}: the splits of {name} are {', '.join(loaded)}")
