@@ -135,6 +135,19 @@ def test_limits_end_an_episode_as_truncated(tmp_path: Path) -> None:
     assert (episodes.environments or [])[1].guesses == ["3", "3"]  # the last turn counts
 
 
+def test_a_reply_with_a_token_that_the_model_lacks_is_one_line(tmp_path: Path) -> None:
+    own = environments(tmp_path, GAME.replace('" no, "', '"<new>"'))
+    entries = len(own.tokenizer)
+    own.tokenizer.add_tokens(["<new>"])
+    own.limits = Limits(vocabulary=entries)
+    episodes = own.begin(prompts(own.tokenizer), 1)
+    with pytest.raises(DataError, match=rf"the reply on dataset row 4: token {entries} of tokenizer .* outside"):
+        episodes.replies([turn(episodes, 0, "3")])
+    own.contract = environments(tmp_path, GAME.replace("self.secret = secret", "return '<new>'")).contract
+    with pytest.raises(DataError, match=rf"the opening of dataset row 4: token {entries} of tokenizer .* outside"):
+        own.begin(prompts(own.tokenizer), 1)
+
+
 def test_what_reset_says_ends_the_prompt(tmp_path: Path) -> None:
     body = GAME.replace("self.secret = secret", "return f'({columns[\"prompt\"]} {secret})'")
     own = environments(tmp_path, body)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,63 @@ def test_a_completion_ends_at_every_end_token_of_generation_config_and_tokenizer
     assert eos_token_ids(model, tokenizer) == [1, 5, 7]
     model.generation_config.eos_token_id = 6
     assert eos_token_ids(model, tokenizer) == [1, 6]
+
+
+def test_an_eos_token_outside_the_models_vocabulary_ends_nothing() -> None:
+    model, tokenizer = load_causal_lm("starter"), load_tokenizer("starter")
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    assert tokenizer.eos_token_id >= model.config.vocab_size
+    model.generation_config.eos_token_id = 6
+    assert eos_token_ids(model, tokenizer) == [6]
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ConfigError, match=r"EOS token \d+ is outside its vocabulary of \d+, so that no completion"):
+        eos_token_ids(model, tokenizer)
+
+
+class InPython(transformers.PreTrainedTokenizer):
+    """Characters, as a tokenizer in Python has them that looks ids up in a list."""
+
+    TOKENS = ("<pad>", "<eos>", *"0123456789+-*()= ")
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"pad_token": "<pad>", "eos_token": "<eos>", **settings})
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.TOKENS)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.TOKENS)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.TOKENS.index(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.TOKENS[index]
+
+    def save_vocabulary(self, *_: Any, **__: Any) -> tuple[str, ...]:
+        return ()
+
+
+@pytest.mark.parametrize(("entries", "refused"), [(19, False), (20, True), (64, True)])
+def test_a_tokenizer_in_python_must_decode_whatever_the_model_samples(
+    entries: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(BEDS["starter"].model_path, tmp_path / "model")
+    with_setting("vocab_size", entries)(tmp_path / "model" / "config.json")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: InPython())
+    assert len(InPython()) == 19
+    if not refused:
+        assert load_tokenizer(str(tmp_path / "model")).decode([18]) == " "
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(str(tmp_path / "model"))
+    message = str(caught.value)
+    assert f"model {tmp_path}/model: its tokenizer (InPython, 19 tokens) cannot decode token 19" in message
+    assert f"until it has {entries}" in message and "\n" not in message
 
 
 def test_a_pad_token_outside_the_models_vocabulary_is_not_used(tmp_path: Path) -> None:

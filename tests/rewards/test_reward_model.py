@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 
 from tests.tiny import character_tokenizer, tiny_qwen2_config
 from vdr_cli.config import RewardsConfig
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.rewards import model as reward_model
 from vdr_cli.rewards.base import TrainerState
 from vdr_cli.rewards.calling import compute_rewards
@@ -151,6 +151,12 @@ def test_a_stream_asks_models_for_all_texts_at_the_end(tmp_path):
     expected = rewards_of(path, [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, ["42", "6", "hello", ""])
     torch.testing.assert_close(found[:, 1], expected)
     assert [reward.name for reward in rewards] == ["length", tmp_path.name]
+
+
+def test_a_token_that_the_model_lacks_is_one_line(tmp_path):
+    path = saved(tmp_path, vocab_size=30)
+    with pytest.raises(DataError, match=rf"^reward {tmp_path.name}: token \d+ of tokenizer .* vocabulary of 30: use"):
+        rewards_of(path)
 
 
 def test_sizes_are_counted_without_weights(tmp_path):

@@ -126,6 +126,18 @@ def test_rows_that_cannot_be_used(tokenizer: Any, values: dict[str, Any], messag
     assert "\n" not in bad.error
 
 
+@pytest.mark.parametrize("values", [{"prompt": "1<new>", "completion": "1"}, {"prompt": "1", "completion": "<new>"}])
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_named(values: dict[str, Any]) -> None:
+    tokenizer = load_tokenizer("starter")
+    entries = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    bad, good = row(**values), row(prompt="1", completion="1")
+    assert [item.at for item in tokeniser(tokenizer, vocabulary=entries).items([bad, good])] == [1]
+    assert bad.error is not None
+    assert f"token {entries} of tokenizer " in bad.error and f"outside the model's vocabulary of {entries}" in bad.error
+    assert "resize" in bad.error and "\n" not in bad.error
+
+
 def test_layouts_of_other_tools() -> None:
     trl = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
     assert prompt_value(trl, Fields()) == trl["prompt"]

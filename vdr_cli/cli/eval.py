@@ -129,6 +129,7 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     for name in models:
         resolve_model_path(name, "MODEL")
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
+    refuse_training_data(overrides)
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if text not in launch_overrides(overrides)]
     typed = typed.section("launch", inside=False)
@@ -148,6 +149,14 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
         check_subset(config.data)
     check_rewards(config)
     return config
+
+
+def refuse_training_data(overrides: Sequence[str] | None) -> None:
+    """Refuse a --set of what only training prompts have: it would silently do nothing. Raises ConfigError."""
+    ways_out = {"data.split": "give --split", "data.shuffle": "it takes prompts in the order of the data"}
+    for override in overrides or ():
+        if (key := override.partition("=")[0].strip()) in ways_out:
+            raise ConfigError(f"--set {override}: vdr eval does not read {key}; {ways_out[key]}")
 
 
 def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:

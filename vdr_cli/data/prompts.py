@@ -13,7 +13,7 @@ from vdr_cli.data.files import Row, Table, no_column
 from vdr_cli.data.messages import plain_message, plain_messages
 from vdr_cli.data.sources import Role, open_table
 from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.models.sizes import language_part, largest, usable_length
+from vdr_cli.models.sizes import foreign_token, language_part, largest, usable_length
 from vdr_cli.samples import Messages, Prompt, Undecoded
 from vdr_cli.system.text import reason, shown_value
 
@@ -43,6 +43,11 @@ class Limits:
         if max_new_tokens >= length.tokens:
             raise ConfigError(f"{setting} {max_new_tokens}: the model reads {length}, prompt included; give less")
         return cls(length.tokens - max_new_tokens, vocabulary, length.why, setting)
+
+    def check_tokens(self, ids: Sequence[int], tokenizer: Any, where: str) -> None:
+        """Raise DataError when the model has no entry for one of them. where: opens the line."""
+        if foreign := foreign_token(ids, self.vocabulary, tokenizer):
+            raise DataError(f"{where}: {foreign}")
 
 
 class PromptSet(Sequence[Prompt]):
@@ -110,11 +115,7 @@ class PromptSet(Sequence[Prompt]):
     def _fitting(self, index: int, ids: list[int]) -> list[int]:
         """The tokens, if the model can read them and write its completion. DataError otherwise."""
         limits = self._limits
-        if limits.vocabulary is not None and max(ids) >= limits.vocabulary:
-            raise DataError(
-                f"{self.where(index)}: token {max(ids)} of the prompt is outside the model's vocabulary of "
-                f"{limits.vocabulary}: the tokenizer is not the model's"
-            )
+        limits.check_tokens(ids, self._tokenizer, self.where(index))
         if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
             raise DataError(
                 f"{self.where(index)}: the prompt has {len(ids)} tokens; the model's length leaves "

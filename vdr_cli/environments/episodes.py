@@ -224,6 +224,7 @@ class ManyTurns:
             return prompt
         value = _appended(prompt.value, text)
         ids = encode(self.owner.tokenizer, value, self.owner.contract.schemas)
+        self.owner.limits.check_tokens(ids, self.owner.tokenizer, f"the opening of dataset row {prompt.row}")
         most = self.owner.limits.prompt_tokens
         if most is not None and len(ids) > most:
             raise DataError(
@@ -339,6 +340,7 @@ class ManyTurns:
         if episode.counts.turns >= self.owner.cfg.max_turns:
             return Reply(None, truncated=True)
         ids = self.owner.between.ids(episode.prompt.value, said, turn.ids[-1])
+        self.owner.limits.check_tokens(ids, self.owner.tokenizer, f"the reply on dataset row {episode.prompt.row}")
         if len(ids) >= turn.room:
             return Reply(None, truncated=True)
         episode.messages += said

@@ -55,8 +55,23 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
                 "in the tokenizer"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    _check_decodes(tokenizer, name, entries)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _check_decodes(tokenizer: Any, name: str, entries: int | None) -> None:
+    """A model may sample every entry. Tokenizers in Python can fail on those that they have no token for."""
+    has = len(tokenizer)
+    for token in (has, entries - 1) if entries is not None and has < entries else ():
+        try:
+            tokenizer.decode([token])
+        except Exception as error:  # a tokenizer in Python may raise anything
+            raise ConfigError(
+                f"model {name}: its tokenizer ({type(tokenizer).__name__}, {has} tokens) cannot decode token "
+                f"{token}, which the model can sample ({type(error).__name__}); add tokens to it until it has "
+                f"{entries}, or resize the model's embeddings"
+            ) from error
 
 
 def _is_entry(token: int | None, entries: int | None) -> bool:
@@ -169,12 +184,22 @@ def load_classifier_tokenizer(name: str) -> Any:
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every token that ends a completion: the generation config's and the tokenizer's."""
+    """Every token that ends a completion: the generation config's and the tokenizer's.
+
+    Raises ConfigError when the model can sample none of them: every completion would be cut at the limit.
+    """
     found: list[int] = []
     generation = getattr(model, "generation_config", None)
     for value in (getattr(generation, "eos_token_id", None), tokenizer.eos_token_id):
         found += value if isinstance(value, list) else [] if value is None else [value]
-    return sorted(set(found))
+    entries = largest(language_part(model.config), "vocab_size")
+    usable = sorted({token for token in found if _is_entry(token, entries)})
+    if found and not usable:
+        raise ConfigError(
+            f"model {model.config.name_or_path}: EOS token {found[0]} is outside its vocabulary of {entries}, so that "
+            "no completion would end: resize the model's embeddings, or set another EOS token in the tokenizer"
+        )
+    return usable
 
 
 @contextmanager

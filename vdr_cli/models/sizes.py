@@ -6,7 +6,7 @@ a list with a value per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,21 @@ def largest(config: Any, *names: str) -> int | None:
         if numbers:
             return max(numbers)
     return None
+
+
+def foreign_token(ids: Iterable[int], vocabulary: int | None, tokenizer: Any) -> str | None:
+    """Names a token that the model has no entry for, and what to do about it; None where it has all.
+
+    vocabulary: the model's entries; None: not known.
+    """
+    highest = max(ids, default=-1)
+    if vocabulary is None or highest < vocabulary:
+        return None
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return (
+        f"token {highest} of tokenizer {name} is outside the model's vocabulary of {vocabulary}: use the model's own "
+        "tokenizer, or resize the model's embeddings (resize_token_embeddings) and save it"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models import loading
 from vdr_cli.models.limits import JUDGED_TOKENS
-from vdr_cli.models.sizes import usable_length
+from vdr_cli.models.sizes import foreign_token, language_part, largest, usable_length
 from vdr_cli.rewards.base import LoadedReward, completion_text
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,9 @@ class RewardModel:
     def _encoded(self, texts: list[str], plain: bool) -> list[list[int]]:
         """plain: with the tokenizer's own special tokens; a chat template brings them itself."""
         rows: list[list[int]] = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        entries = largest(language_part(self.config), "vocab_size")
+        if foreign := foreign_token((max(ids, default=-1) for ids in rows), entries, self.tokenizer):
+            raise DataError(f"reward {self.__name__}: {foreign}")
         limit = self.limit
         if limit is None or all(len(ids) <= limit for ids in rows):
             return rows

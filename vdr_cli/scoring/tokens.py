@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from vdr_cli.data.prompts import encode, without_extra_ends
-from vdr_cli.models.sizes import UsableLength
+from vdr_cli.models.sizes import UsableLength, foreign_token
 from vdr_cli.scoring.cells import (
     RowError,
     completion_value,
@@ -125,6 +125,8 @@ class Tokeniser:
     def _item(self, at: int, prompt_ids: list[int], completion_ids: list[int], policy: list[bool] | None) -> Item:
         if not prompt_ids:
             raise RowError("the prompt has no tokens: a completion needs something to follow")
+        if foreign := foreign_token(prompt_ids + completion_ids, self.vocabulary, self.tokenizer):
+            raise RowError(foreign)
         is_cut = False
         if self.max_tokens is not None:
             own = [at for at, is_own in enumerate(policy or [True] * len(completion_ids)) if is_own]
