@@ -36,6 +36,10 @@ def test_every_output_of_one_evaluation(tmp_path: Path, monkeypatch: pytest.Monk
         (["eval", "starter", "--data", "no.jsonl"], "--data no.jsonl: no such file"),
         (["eval", "starter", "--data", "owner/name"], "rewards.functions is empty"),
         (["eval", "starter", "--markdown", "no/t.md"], "no directory"),
+        (
+            ["eval", "starter", "--markdown", "a", "--json", "./a"],
+            "a is given for two of --json, --markdown",
+        ),
         (["eval", "starter", "--reference", "nothing", "--prompts", "1"], "--reference nothing"),
         (["report", "nowhere"], "no such run directory or file"),
         (["report", "."], "no metrics.jsonl"),

@@ -11,7 +11,7 @@ from vdr_cli.launch import preflight
 from vdr_cli.launch.arguments import decode, encode
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
 from vdr_cli.launch.preflight import Answer
-from vdr_cli.launch.reexec import hosts_of, make_plan, remaining
+from vdr_cli.launch.reexec import hosts_of, launch, make_plan, remaining
 
 ARGUMENTS = ("train", "--set", "rewards.functions=[{name: 'a;b $(x)'}]")
 
@@ -121,3 +121,14 @@ def test_a_restart_leaves_out_hosts_that_are_silent(monkeypatch: pytest.MonkeyPa
 def test_filters_without_hostfile_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"launch\.hostfile"):
         hosts_of(LaunchConfig(include="h1"))
+
+
+@pytest.mark.parametrize(("launcher", "program"), [("pdsh", "pdsh"), ("openmpi", "mpirun"), ("slurm", "srun")])
+def test_a_launcher_that_is_not_installed_is_named(
+    launcher: str, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    Path("hosts").write_text("h1 slots=1\nh2 slots=1\n")
+    with pytest.raises(MachineError, match=f"launch.launcher {launcher} needs {program}, which is not on the PATH"):
+        launch(LaunchConfig(hostfile="hosts", launcher=launcher), ["train"], "run")  # type: ignore[arg-type]

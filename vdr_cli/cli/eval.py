@@ -209,7 +209,11 @@ class Files:
     def checked(cls, numbers: str | None, tables: str | None, completions: str | None) -> Files:
         """Raises ConfigError or MachineError for a file that could not be written."""
         given = (numbers, "--json"), (tables, "--markdown"), (completions, "--save")
-        files = cls(*(file if file is None else writable_file(file, flag) for file, flag in given))
+        names = [file if file is None else writable_file(file, flag) for file, flag in given]
+        files = cls(*names)
+        own = [Path(name).resolve() for name in names if name is not None and not name.startswith("/dev/")]
+        if twice := [path for path in own if own.count(path) > 1]:
+            raise ConfigError(f"{twice[0]} is given for two of --json, --markdown and --save; give each its own file")
         if completions is not None and not completions.endswith(".parquet"):
             raise ConfigError(f"--save {completions}: the completions are written as Parquet; give FILE.parquet")
         return files

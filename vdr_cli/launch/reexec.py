@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from vdr_cli.launch.preflight import Question, check_hosts, meeting_of, reachabl
 from vdr_cli.launch.rank import is_rank
 from vdr_cli.launch.supervisor import Plan, supervise
 
+LAUNCHER_PROGRAMS = {"pdsh": ("pdsh",), "openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",)}
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
 
 
@@ -65,6 +67,8 @@ def launch(
     """
     place = Path(directory).absolute() if directory else None
     hosts = check_launch(launch, place)
+    if _node_rank(launch, hosts) is None:
+        _check_programs(launch)
     if launch.check_hosts and _node_rank(launch, hosts) is None and launch.launcher != "slurm":
         check_hosts(launch, hosts, question or Question(meeting=meeting_of(launch, hosts)))
     with tempfile.TemporaryDirectory(prefix="vdr-launch-") as scratch:
@@ -86,6 +90,16 @@ def check_launch(launch: LaunchConfig, directory: Path | None) -> Hosts:
         check_plain(launch, str(Path.cwd()), directory)
         travelling(os.environ, launch.env)
     return hosts
+
+
+def _check_programs(launch: LaunchConfig) -> None:
+    """Raise MachineError when this machine lacks a program that the launcher consists of."""
+    missing = [name for name in LAUNCHER_PROGRAMS[launch.launcher] if shutil.which(name) is None]
+    if missing:
+        raise MachineError(
+            f"launch.launcher {launch.launcher} needs {missing[0]}, which is not on the PATH; install it, choose "
+            "another --launcher, or start vdr on every host with --no-ssh"
+        )
 
 
 def remaining(launch: LaunchConfig, hosts: Hosts) -> tuple[LaunchConfig, Hosts]:
