@@ -26,6 +26,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
+    "shared_intermediate_size": 8,
     "ffn_dim": 24,
     "word_embed_proj_dim": 16,
     "n_embd": 16,
@@ -51,6 +52,7 @@ ARCHITECTURES = [
     "qwen2", "qwen3", "llama", "mistral", "gpt2", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt_neox",
     "mixtral", "qwen2_moe", "granite", "cohere2", "falcon", "bloom", "gpt_oss", "recurrent_gemma", "lfm2", "olmo2",
     "qwen3_moe", "olmoe", "stablelm", "starcoder2", "glm4", "deepseek_v3", "qwen3_next", "gptj", "nemotron_h",
+    "granitemoeshared",
 ]  # fmt: skip
 OWN = {
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},

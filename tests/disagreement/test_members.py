@@ -52,7 +52,7 @@ def by_hand(model: nn.Module, completions: Completions, spec: EnsembleSpec, step
     for member in range(spec.members):
         handles = []
         for number in range(first, len(layers)):
-            for site, block in zip(("attention", "mlp"), anatomy.residual_blocks(layers[number]), strict=False):
+            for site, block in zip(("attention", "mlp", "mlp"), anatomy.residual_blocks(layers[number]), strict=False):
                 mask = masks.member_mask(spec, step, member, number, site, width)
 
                 def multiply(module: nn.Module, arguments: object, output: object, mask: Tensor = mask) -> object:

@@ -193,7 +193,7 @@ def test_token_masks_are_applied_where_they_belong(tiny_model: Callable, ragged:
     )[0]
     handles = []
     for number, layer in enumerate(anatomy.decoder_layers(model)):
-        for site, block in zip(("attention", "mlp"), anatomy.residual_blocks(layer), strict=False):
+        for site, block in zip(("attention", "mlp", "mlp"), anatomy.residual_blocks(layer), strict=False):
             before = masks.token_mask(TOKEN, 1, member, number, site, prompt_key, len(prompt), 16)
             after = masks.token_mask(TOKEN, 1, member, number, site, key, len(answer) - 1, 16)
             mask = torch.cat([before, after])

@@ -124,7 +124,7 @@ def logits_by_hand(model: nn.Module, completions: Completions, spec: EnsembleSpe
     for member in range(members):
         handles = []
         for number in range(first, len(layers)) if spec else ():
-            for site, block in zip(("attention", "mlp"), anatomy.residual_blocks(layers[number]), strict=False):
+            for site, block in zip(("attention", "mlp", "mlp"), anatomy.residual_blocks(layers[number]), strict=False):
                 mask = masks.member_mask(spec, step, member, number, site, width).to(device).double()
 
                 def multiply(module: nn.Module, arguments: object, output: Any, mask: Tensor = mask) -> Any:

@@ -25,6 +25,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
+    "shared_intermediate_size": 8,
     "ffn_dim": 24,
     "word_embed_proj_dim": 16,
     "n_embd": 16,
@@ -45,6 +46,7 @@ SMALL = {
 ARCHITECTURES = [
     "qwen2", "qwen3", "llama", "mistral", "gpt2", "gemma", "gemma2", "phi", "phi3", "opt", "gpt_neox", "mixtral",
     "qwen2_moe", "granite", "cohere", "hyperclovax", "falcon", "bloom", "mpt", "biogpt", "llama4_text", "gpt_oss",
+    "granitemoeshared",
 ]  # fmt: skip
 
 
@@ -95,6 +97,13 @@ def test_branches_are_all_that_a_layer_adds(kind: str) -> None:
     assert len(seen) == 2 * len(layers)
     for entered, left in zip(seen[::2], seen[1::2], strict=True):
         torch.testing.assert_close(entered.reshape(left.shape), left)
+
+
+def test_the_soft_cap_of_recurrent_gemma_is_found_under_its_own_name() -> None:
+    model = tiny("recurrent_gemma")
+    model.config.logits_soft_cap = 0.05  # moves logits of this size
+    assert anatomy.output_head(model).softcap == 0.05
+    anatomy.check_head(model)
 
 
 def test_layers_run_in_order() -> None:

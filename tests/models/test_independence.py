@@ -51,3 +51,16 @@ def test_a_model_that_reads_padding_is_found() -> None:
 def test_a_model_that_sees_later_tokens_is_found() -> None:
     with pytest.raises(ConfigError, match=r"BertLMHeadModel lets a token see later ones .* give a causal"):
         check_independence(tiny("bert"))
+
+
+def test_a_model_that_trips_over_padded_rows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: object) -> object:
+        if len(input_ids) > 1:
+            raise ValueError("matC_old has wrong shape\nand more")
+        return (torch.zeros(1, input_ids.shape[1], model.config.hidden_size),)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM cannot read a row of 4 tokens beside one of \d+ \(matC"):
+        check_independence(model)

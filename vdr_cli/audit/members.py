@@ -18,7 +18,7 @@ from vdr_cli.config import Config
 Array = NDArray[np.float64]
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mixer")
-MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe", "fc2")
+MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn", "moe", "shared_mlp", "fc2")
 
 
 class CannotReadError(Exception):
@@ -71,6 +71,9 @@ def one_member(model: nn.Module, cfg: Config, mask_of: MaskOf) -> Iterator[None]
         attention = block_of(layers[number], blocks.get("attention"), ATTENTION)
         sites.append((number, "attention", attention))
         sites.append((number, "mlp", block_of(layers[number], blocks.get("mlp"), MLP)))
+        shared = getattr(layers[number], "shared_mlp", None)
+        if shared is not None and "mlp" not in blocks and shared is not sites[-1][2]:  # added to the experts' output
+            sites.append((number, "mlp", shared))
 
     def hook(layer: int, site: str) -> Callable[..., Any]:
         def multiply(module: nn.Module, arguments: object, output: Any) -> Any:

@@ -114,7 +114,8 @@ def sites(model: nn.Module, spec: EnsembleSpec) -> list[tuple[int, Site, nn.Modu
     layers = anatomy.decoder_layers(model)
     for number in range(first_layer(len(layers), spec), len(layers)):
         blocks = anatomy.residual_blocks(layers[number], spec.block_names)
-        found += [(number, site, block) for site, block in zip(SITES, blocks, strict=False)]  # one, in some models
+        # One block in some models; in others three, of which the last two are one branch and get one mask.
+        found += [(number, SITES[min(index, 1)], block) for index, block in enumerate(blocks)]
     return found
 
 

@@ -39,9 +39,13 @@ MLP_NAMES = (
     "ffn",
     "moe",
     "mlp_block",
+    "shared_mlp",
     "fc2",
 )
 """Names of the MLP or MoE block. fc2 last: OPT, BioGPT and XGLM keep both linear maps in the layer itself."""
+
+BESIDE_MLP = "shared_mlp"
+"""Name of an MLP whose output a layer adds to that of its experts (Granite MoE): the two are one branch."""
 
 OUTPUT_PROJECTIONS = ("dense", "dense_4h_to_h", "out_proj", "down_proj")
 """Last linear map of a block that adds the residual itself (Bloom, MPT): its output is the branch."""
@@ -127,8 +131,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def residual_blocks(layer: nn.Module, blocks: dict[str, str] | None = None) -> tuple[nn.Module, ...]:
     """The modules of a decoder layer whose outputs are its residual branches: (attention, MLP or MoE), or the only one.
 
-    A layer of Mamba 2 or Nemotron-H is one branch. blocks: names of the two when they are not found, {"attention": ...,
-    "mlp": ...}; dots reach inside. Raises ConfigError when one is not found.
+    Modules from the second on are parts of one branch: the layer adds up their outputs. A layer of Mamba 2 or
+    Nemotron-H is one branch. blocks: names of the two when they are not found, {"attention": ..., "mlp": ...}; dots
+    reach inside. Raises ConfigError when one is not found.
     """
     given = blocks or {}
     unknown = sorted(set(given) - {"attention", "mlp"})
@@ -137,7 +142,9 @@ def residual_blocks(layer: nn.Module, blocks: dict[str, str] | None = None) -> t
     attention = _block(layer, "attention", given.get("attention"), ATTENTION_NAMES)
     if not given and _is_only_branch(layer, attention):
         return (attention,)
-    return attention, _block(layer, "mlp", given.get("mlp"), MLP_NAMES)
+    mlp = _block(layer, "mlp", given.get("mlp"), MLP_NAMES)
+    beside = None if given.get("mlp") else _submodule(layer, BESIDE_MLP)
+    return (attention, mlp) if beside in (None, mlp) else (attention, mlp, beside)  # type: ignore[return-value]
 
 
 def _is_only_branch(layer: nn.Module, block: nn.Module) -> bool:
@@ -191,7 +198,8 @@ def output_head(model: nn.Module) -> Head:
     if hasattr(linear, "base_layer"):  # PEFT's: applied in chunks, the weight alone would leave the adapter out
         raise ConfigError("model.lora.targets: the LM head cannot have an adapter; leave it out of the list")
     config = text_config(model)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma 2; RecurrentGemma; xLSTM
+    softcap = next((cap for name in caps if (cap := getattr(config, name, None)) is not None), None)
     return Head(
         weight=linear.weight,
         bias=getattr(linear, "bias", None),

@@ -12,6 +12,7 @@ from vdr_cli.errors import ConfigError
 from vdr_cli.models.anatomy import backbone, forward_arguments, has_experts, output_head, position_ids, unwrapped
 from vdr_cli.models.head import used_entries
 from vdr_cli.models.sizes import usable_length
+from vdr_cli.system.text import first_line
 
 SHORT = 4
 """Tokens of the row that is compared."""
@@ -42,14 +43,25 @@ def check_independence(model: nn.Module) -> None:
     longest = cap if length is None else min(length.tokens, cap)
     if longest <= SHORT:
         return
-    kind, alone = type(unwrapped(model)).__name__, _last_logits(model, SHORT, SHORT)
+    kind = type(unwrapped(model)).__name__
+    try:
+        alone = _last_logits(model, SHORT, SHORT)
+        followed = _followed_logits(model, min(2 * SHORT, longest))
+        beside = _last_logits(model, longest, SHORT)
+    except Exception as error:  # whatever an unknown architecture trips over
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ConfigError(
+            f"model: {kind} cannot read a row of {SHORT} tokens beside one of {longest} ({first_line(error)}): it does "
+            "not take batches of padded rows; use a model that does"
+        ) from error
     tolerance = TOLERANCE if whole_precision else HALF_TOLERANCE
-    if not (difference := _difference(alone, _followed_logits(model, min(2 * SHORT, longest)))) <= tolerance:
+    if not (difference := _difference(alone, followed)) <= tolerance:
         raise ConfigError(
             f"model: {kind} lets a token see later ones (logits differ by {difference:.1%} of the largest when "
             "others follow): it does not predict from left to right; give a causal language model"
         )
-    if not (difference := _difference(alone, _last_logits(model, longest, SHORT))) <= tolerance:
+    if not (difference := _difference(alone, beside)) <= tolerance:
         raise ConfigError(
             f"model: {kind} gives a row other numbers when batched with one of {longest} tokens (logits differ by "
             f"{difference:.1%} of the largest): its positions or its padding depend on the longest row, so that "

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 
 from vdr_cli.config import ModelConfig
 from vdr_cli.errors import ConfigError, MachineError
@@ -183,7 +182,7 @@ def load_classifier_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: the generation config's and the tokenizer's.
 
     Raises ConfigError when the model can sample none of them: every completion would be cut at the limit.

@@ -53,7 +53,7 @@ def check_sampling(model: nn.Module, cuda_graphs: CudaGraphs) -> None:
         raise ConfigError(
             f"model: {kind} cannot be sampled token by token ({first_line(error)}): its code and "
             "transformers' key-value cache do not fit each other; use a version of it that runs with transformers' "
-            "generate, or another model"
+            "DynamicCache, rollout.backend vllm in vdr train, or another model"
         ) from error
     off = (read - c.sampler_logps).abs().sum(1) / c.completion_mask.sum(1)  # (B,) nats a token; padding is 0 in both
     tolerance = TOLERANCE if output_head(model).weight.dtype == torch.float32 else HALF_TOLERANCE
