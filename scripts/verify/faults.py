@@ -512,7 +512,7 @@ MEMBERS = _of(
         "members",
     ),
     ("a layer too few", "disagreement/hooks.py", "return count - last_k", "return count - last_k + 1", "last_k"),
-    ("the MLP is not masked", "disagreement/hooks.py", "zip(SITES, blocks,", "zip(SITES[:1], blocks,", "members"),
+    ("the MLP is not masked", "disagreement/hooks.py", "enumerate(blocks)]", "enumerate(blocks[:1])]", "members"),
     (
         "bald is a sum over members",
         "disagreement/information.py",
