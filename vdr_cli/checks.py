@@ -178,6 +178,13 @@ def check_output(config: Config, resume: str | None) -> None:
             f"train.output {directory} holds a run with other settings ({_few(hard)}); resume with those in "
             f"{earlier}, or give another --output"
         )
+    own = directory / "checkpoints"
+    is_own = resume == "auto" or checked_path(resume, "--resume").resolve().parent == own.resolve()
+    if not is_own and any(own.glob("step_*")):
+        raise ConfigError(
+            f"train.output {directory} holds a run with checkpoints, and --resume {resume} is not one of them; "
+            "continue it with --resume auto, or give another --output"
+        )
 
 
 @contextmanager

@@ -223,6 +223,21 @@ def test_a_run_that_another_process_writes(started, capsys, writer_elsewhere):
     assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0
 
 
+def test_a_run_is_not_written_over_by_another_ones_checkpoint(started, capsys):
+    """A command repeated after a crash would set aside what the first attempt had done."""
+    theirs = finished_run("a", seen=started) / "checkpoints" / "step_000002"
+    theirs.mkdir(parents=True)
+    directory = finished_run("o", seen=started)
+    resumed = ["train", "--output", "o", "--resume"]
+    assert app.run([*resumed, str(theirs)]) == 0  # nothing to lose yet
+    own = directory / "checkpoints" / "step_000004"
+    own.mkdir(parents=True)
+    assert app.run([*resumed, str(theirs)]) == 2
+    said = capsys.readouterr().err
+    assert "train.output o holds a run with checkpoints, and --resume a/checkpoints/step_000002 is not one" in said
+    assert app.run([*resumed, str(own.resolve())]) == app.run([*resumed, "auto"]) == 0
+
+
 def test_a_run_directory_is_no_checkpoint(started, capsys):
     finished_run("o", "--seed", "9", seen=started)
     for more in ((), ("--output", "o")):
@@ -230,13 +245,16 @@ def test_a_run_directory_is_no_checkpoint(started, capsys):
         assert "--resume o: a run directory; give --output o --resume auto" in capsys.readouterr().err
 
 
-def test_resume_takes_the_runs_own_settings(started, capsys):
+def test_resume_takes_the_runs_own_settings(started, capsys, monkeypatch):
     directory = finished_run("o", "--seed", "9", "--members", "3", seen=started)
     assert app.run(["train", "--output", "o", "--resume", "auto"]) == 0
     assert (started["config"].train.seed, started["config"].disagreement.members) == (9, 3)
     checkpoint = directory / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
     assert app.run(["train", "--resume", str(checkpoint)]) == 0
+    assert (started["config"].train.seed, started["config"].train.output) == (9, "o")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    assert app.run(["train", "--resume=~/o/checkpoints/step_000002"]) == 0  # which no shell expands
     assert (started["config"].train.seed, started["config"].train.output) == (9, "o")
     assert app.run(["train", "--resume", "o/checkpoints/step_000009"]) == 2
     assert "no such checkpoint directory" in capsys.readouterr().err

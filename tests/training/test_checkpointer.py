@@ -119,6 +119,14 @@ def test_changed_data_are_refused(tmp_path: Path) -> None:
         refuse_other_run(found(path, 4, "other rows"), resources(tmp_path).config, "rows", tmp_path)
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
+    """The run would end at once, with a model of more steps than were asked for."""
+    checkpoint = found(tmp_path / "step_000004", 4, "rows")
+    refuse_other_run(checkpoint, resources(tmp_path, "train.steps=4").config, "rows", tmp_path)
+    with pytest.raises(ConfigError, match=r"train.steps 3: .*step_000004 has done 4 steps already"):
+        refuse_other_run(checkpoint, resources(tmp_path, "train.steps=3").config, "rows", tmp_path)
+
+
 def test_a_checkpoint_knows_the_settings_that_its_run_may_not_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from vdr_cli.config.load import load_config
+from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.training.opening import _choose_checkpoint, _prepare_directory
 
@@ -19,6 +21,16 @@ def test_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path) -> Non
     with pytest.raises(MachineError, match=r"no checkpoint of .* is complete: .*step_000002 passed over: manifest"):
         _choose_checkpoint(tmp_path, "auto")
     assert _choose_checkpoint(tmp_path, None) == (None, [])
+
+
+def test_a_home_directory_that_the_shell_left_alone_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "step_000002"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": checkpoints._digests(checkpoint)}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, _ = _choose_checkpoint(tmp_path, "~/step_000002")
+    assert found is not None and found.path == checkpoint
 
 
 def test_a_directory_where_another_process_writes_is_left_alone(tmp_path: Path, writer_elsewhere) -> None:

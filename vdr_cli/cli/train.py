@@ -91,9 +91,11 @@ def command(
 
 def _run_of(resume: str | None) -> str | None:
     """The run directory of a checkpoint given by path: RUN/checkpoints/step_000100."""
-    if resume in (None, "auto"):
+    from vdr_cli.config.paths import checked_path
+
+    if resume is None or resume == "auto":
         return None
-    folder = Path(str(resume)).absolute().parent
+    folder = checked_path(resume, "--resume").absolute().parent
     return os.path.relpath(folder.parent) if folder.name == "checkpoints" else None
 
 

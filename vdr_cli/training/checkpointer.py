@@ -43,6 +43,12 @@ def refuse_other_run(found: checkpoints.Checkpoint, config: Config, rows: str, d
                 f"--resume {found.path}: data.name {config.data.name} has changed since (other rows, or another "
                 "order); resume with the data as they were, or start a new run with another --output"
             )
+        done = found.state["loop"]["step"]
+        if done > config.train.steps:
+            raise ConfigError(
+                f"train.steps {config.train.steps}: {found.path} has done {done} steps already, counted from its run's "
+                "start; give more, or resume from an earlier checkpoint"
+            )
         if "settings" in found.state and _is_in(directory / "checkpoints", found):
             refuse_other_settings_of(found.path, found.state["settings"], config)
 

@@ -16,6 +16,7 @@ import torch
 from vdr_cli.checks import only_writer
 from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
+from vdr_cli.config.paths import checked_path
 from vdr_cli.data.completions import remove_after
 from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
 from vdr_cli.disagreement.check import check_members
@@ -334,7 +335,7 @@ def _choose_checkpoint(directory: Path, resume: str | None) -> tuple[checkpoints
                 "another --output to start again"
             )
         return found, passed_over
-    return checkpoints.open_checkpoint(Path(resume)), []
+    return checkpoints.open_checkpoint(checked_path(resume, "--resume")), []
 
 
 def _prepare_directory(directory: Path, config: Config, fresh: bool, stack: ExitStack) -> None:
