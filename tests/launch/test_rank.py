@@ -1,4 +1,4 @@
-"""What the environment says about this process: its rank, and the GPUs it may use."""
+"""A process reads its rank, and the GPUs that it may use, from the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run goes on from, and that it is alone in its directory."""
+"""A run goes on from the right checkpoint, and is alone in its directory."""
 
 from __future__ import annotations
 
