@@ -2,8 +2,8 @@
 
     python scripts/build/evidence.py [--output docs/images/evidence.png] [DIRECTORY ...]
 
-A row per bed: pass@k of the control, of disagreement, of its placebo and of the rival with the best endpoint, and every
-arm's difference to the control. Bands and bars are 95 % intervals.
+A row per study: pass@k of the control, of disagreement, of its placebo and of the rival with the best endpoint, and
+every arm's difference to the control. Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-BEDS = ("starter", "countdown4", "routes")
-"""In the order of the preregistration."""
+STUDIES = ("starter", "countdown4", "countdown4-gated", "routes")
+"""In the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
 OURS, PLACEBO = "end_of_sequence", "end_of_sequence_permuted"
@@ -30,15 +30,15 @@ GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
 
 
 def figure(records: list[Record]) -> Figure:
-    """The picture of these studies, a bed per row."""
+    """The picture of these studies, a row for each bed."""
     beds = [
         (record, bed) for record in records for bed in record.study.beds if record.of(bed, record.study.file.control)
     ]
-    made = Figure(figsize=(11, 3.9 * len(beds)), layout="constrained")
+    made = Figure(figsize=(11, 3.5 * len(beds)), layout="constrained")
     axes = made.subplots(len(beds), 2, squeeze=False, width_ratios=(1.0, 1.15))
     for (record, bed), (left, right) in zip(beds, axes, strict=True):
         rows = analysed(record)[bed][record.study.file.endpoint]
-        draw_curves(left, bed, chosen_curves(record, rows, curves(record, bed)))
+        draw_curves(left, record.title, chosen_curves(record, rows, curves(record, bed)))
         draw_differences(right, record, rows)
     return made
 
@@ -57,14 +57,14 @@ def chosen_curves(record: Record, rows: dict[str, Row], found: dict[str, Curve])
     return [(arm.replace("_", " "), colour, found[arm]) for arm, colour in shown if arm in found]
 
 
-def draw_curves(axes: Any, bed: str, chosen: list[tuple[str, str, Curve]]) -> None:
+def draw_curves(axes: Any, study: str, chosen: list[tuple[str, str, Curve]]) -> None:
     for label, colour, curve in chosen:
         axes.plot(curve.k, curve.mean, color=colour, label=label, linewidth=1.8)
         axes.fill_between(curve.k, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen[0][2].k, [str(k) for k in chosen[0][2].k])
     axes.minorticks_off()
-    axes.set(title=f"{bed}: held-out problems solved by k samples", xlabel="k", ylabel="pass@k")
+    axes.set(title=f"{study}: held-out problems solved by k samples", xlabel="k", ylabel="pass@k")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.25)
 
@@ -91,6 +91,7 @@ def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
     axes.set(
         title=f"{file.endpoint} less {file.control}'s, {pairs} paired seeds", xlabel=f"difference of {file.endpoint}"
     )
+    axes.locator_params(axis="x", nbins=7)
     axes.grid(alpha=0.25, axis="x")
 
 
@@ -100,7 +101,7 @@ def main() -> None:
         "directories",
         nargs="*",
         type=Path,
-        default=[path for bed in BEDS if (path := EVIDENCE / bed / "record").is_dir()],
+        default=[path for name in STUDIES if (path := EVIDENCE / name / "record").is_dir()],
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "evidence.png")
     arguments = parser.parse_args()

@@ -2,6 +2,8 @@
 
 import pytest
 
+from vdr_cli.exploration.watch import EVIDENCE
+
 FLAT, LARGE = "has not differed within any group", "has been larger than the task advantage"
 
 
@@ -19,3 +21,4 @@ def test_said_once_with_the_cause(train, tmp_path, settings, said, cause) -> Non
     words = " ".join((ended.stdout + ended.stderr).split())
     assert [words.count(line) for line in (FLAT, LARGE)] == [int(line == said) for line in (FLAT, LARGE)]
     assert cause in words
+    assert words.count(EVIDENCE) == 1

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+EVIDENCE = "disagreement has not been shown to help (docs/evidence.md); --bonus none trains without it, in less time"
+"""Printed once, when a run begins that pays for disagreement."""
+
 STEPS_BEFORE_WARNING = 20
 """Steps that a condition lasts before it is reported."""
 

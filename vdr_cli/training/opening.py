@@ -37,7 +37,7 @@ from vdr_cli.environments.episodes import Environments
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.exploration.sources import SOURCES, Source
-from vdr_cli.exploration.watch import STEPS_BEFORE_WARNING, BonusWatch
+from vdr_cli.exploration.watch import EVIDENCE, STEPS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import environment_restored, prepare_process
 from vdr_cli.models.adapters import frozen_layers
@@ -175,6 +175,8 @@ def _open(
         if collectives.is_main():
             remove_after(directory, state.step)
             audit_record.remove_from(directory, state.step)
+    if state.step == 0 and config.bonus_source == "disagreement":
+        log.note(EVIDENCE)
     log.begin(config.train.steps, state.step)
     return Run(res, state, checkpointer, log, stop)
 
