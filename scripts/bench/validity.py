@@ -12,6 +12,11 @@ deep       Does it rank completions as an ensemble of independently trained mode
 wrong      Does it say more about being wrong than log-probability, entropy and length do? Partial rank correlations.
 visits     Is it lower for answers that training has visited more often, and more so than log-probability explains?
 trained    Does training make it fall more on prompts that were trained on than on held-out ones?
+
+The last two need a run. The first two alone, for a model that was trained with the members' masks:
+
+    python scripts/build/bed.py starter --dropout 0.1 --output dropped
+    python scripts/bench/validity.py dropped --deep deep/* --json benchmarks/validity-dropped.json
 """
 
 from __future__ import annotations
@@ -257,7 +262,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("model")
     parser.add_argument("--deep", nargs="+", required=True, metavar="MODEL", help="independently trained models")
-    parser.add_argument("--run", type=Path, required=True, help="a run of the model with observe.completions_every: 1")
+    parser.add_argument("--run", type=Path, help="a run of the model with observe.completions_every: 1")
     parser.add_argument("--groups", type=int, default=128)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=7)
@@ -276,16 +281,17 @@ def main() -> None:
     results: dict[str, Any] = {"models": len(models), "deep": deep(start, models, arguments.members)}
     results["wrong"] = {"dropout": wrongness(start, measured(start)),
                         "deep": wrongness(start, ensemble_scores(models, start.batch))}  # fmt: skip
-    after = {split: sampled(str(arguments.run), split) for split in SPLITS}
-    results["visits"] = visits(after["train"], measured(after["train"]), arguments.run)
-    before = {"train": sampled(arguments.model, "train"), "eval": start}
-    results["trained"] = {
-        split: {
-            when: {" ".join(column): float(values.mean()) for column, values in measured(one[split]).items()}
-            for when, one in (("before", before), ("after", after))
+    if arguments.run:
+        after = {split: sampled(str(arguments.run), split) for split in SPLITS}
+        results["visits"] = visits(after["train"], measured(after["train"]), arguments.run)
+        before = {"train": sampled(arguments.model, "train"), "eval": start}
+        results["trained"] = {
+            split: {
+                when: {" ".join(column): float(values.mean()) for column, values in measured(one[split]).items()}
+                for when, one in (("before", before), ("after", after))
+            }
+            for split in SPLITS
         }
-        for split in SPLITS
-    }
     for name, value in results.items():
         print(name, value, flush=True)
     write_results(arguments.json, results)

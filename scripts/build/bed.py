@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from vdr_cli.beds.registry import BEDS, Bed
+from vdr_cli.models.anatomy import decoder_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from harness import write_results
@@ -149,6 +150,21 @@ def fit(
             print(json.dumps(figures | measured()), flush=True)
 
 
+def drop(model: nn.Module, share: float) -> None:
+    """Mask the outputs of attention and MLP as dropout members do, a mask per row, wherever gradients are computed."""
+
+    def masked(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return output
+        hidden = output[0] if isinstance(output, tuple) else output
+        mask = nn.functional.dropout(hidden.new_ones(len(hidden), 1, hidden.shape[-1]), share)
+        return (hidden * mask, *output[1:]) if isinstance(output, tuple) else hidden * mask
+
+    for layer in decoder_layers(model):
+        for block in (layer.self_attn, layer.mlp):
+            block.register_forward_hook(masked)
+
+
 def pretrain(
     model: nn.Module, bed: Bed, plan: Pretraining, draw: Draw, seed: int, steps: int, right: float, peak: float
 ) -> None:
@@ -169,6 +185,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the seconds that it took here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dropout", type=float, default=0.0, help="train with the masks of dropout members")
     for name, default in vars(PRETRAINING["starter"]).items():
         if isinstance(default, (int, float)):
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help="default: the bed's")
@@ -181,6 +198,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     model = build_model(plan)
+    if arguments.dropout:
+        drop(model, arguments.dropout)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     pretrain(model, bed, plan, plan.learn, arguments.seed, plan.learn_steps, 1.0, plan.learn_lr)
     if plan.doubt_steps:

@@ -59,9 +59,9 @@ def results() -> dict[str, Any]:
     """The results of each file, by the name that templates use."""
     files = {path.stem.replace("-", "_"): path for path in BENCHMARKS.glob("*.json")}
     found = {name: json.loads(path.read_text(encoding="utf-8"))["results"] for name, path in files.items()}
-    found |= {f"evidence_{path.parent.name.replace('-', '_')}": study(path) for path in EVIDENCE.glob("*/record")}
-    screened = (path.parent for path in EVIDENCE.glob("screening/*/study.json"))
-    return found | {f"screening_{path.name}": study(path) for path in screened}
+    studies = {f"evidence_{path.parent.name}": path for path in EVIDENCE.glob("*/record")}
+    studies |= {f"screening_{path.parent.name}": path.parent for path in EVIDENCE.glob("screening/*/study.json")}
+    return found | {name.replace("-", "_"): study(path) for name, path in studies.items()}
 
 
 def study(directory: Path) -> dict[str, Any]:
