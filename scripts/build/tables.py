@@ -5,8 +5,8 @@ python scripts/build/tables.py --check   # exit 1 when one is out of date
 
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
 reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
-those of the study in docs/evidence/BED/record, with its contrasts and the values of the starting model, `screening_BED`
-likewise of docs/evidence/screening/BED; tables of several studies share the macros of evidence.jinja.
+those of the study in docs/evidence/BED/record, with what `study` adds to them, `screening_BED` likewise of
+docs/evidence/screening/BED; tables of several studies share the macros of evidence.jinja.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from vdr_cli.study.analysis import contrasts, start_value
-from vdr_cli.study.record import read_record
+from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -65,12 +66,39 @@ def results() -> dict[str, Any]:
 
 
 def study(directory: Path) -> dict[str, Any]:
-    """The results of an archived study of one bed, its contrasts, and the values of the starting model."""
+    """The results of an archived study of one bed, its contrasts, the values of the starting model, and for each arm
+    what the tuning chose and what `course` says."""
     record = read_record(directory)
     (bed,) = record.study.beds
     ends = json.loads((directory / "study.json").read_text(encoding="utf-8"))["results"][bed]
     pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
-    return {**ends, "contrasts": pairs, "start": {end: start_value(record, bed, end) for end in ends}}
+    start = {end: start_value(record, bed, end) for end in ends}
+    told = course(directory, record.study.file.control)
+    return {**ends, "contrasts": pairs, "start": start, "taken": taken(record), **told}
+
+
+def taken(record: Record) -> dict[str, str]:
+    """The settings that the tuning chose for each arm, like "weight 0.3"; nothing where there was none."""
+    tuning = record.study.file.tuning
+    trials = {trial["arm"]: trial["trial"] for trial in record.tuning if trial["taken"]}
+    chosen = {arm: tuning.trials[arm][trial] for arm, trial in trials.items()} if tuning else {}
+    return {
+        arm: ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in settings.items())
+        for arm, settings in chosen.items()
+    }
+
+
+def course(directory: Path, control: str) -> dict[str, dict[str, float]]:
+    """For each arm: seconds of a run's steps over the control's (medians of seeds), and the mean absolute bonus in the
+    first and last ten steps."""
+    runs = pq.read_table(directory / "metrics.parquet").to_pandas()
+    seconds = runs.groupby(["arm", "seed"])["step_time"].sum().groupby("arm").median()
+    found = {"time": (seconds / seconds[control]).to_dict()}
+    if "disagreement/bonus_abs" in runs:
+        last = runs["step"] > runs["step"].max() - 10
+        for name, rows in (("bonus_first", runs["step"] <= 10), ("bonus_last", last)):
+            found[name] = runs[rows].groupby("arm")["disagreement/bonus_abs"].mean().to_dict()
+    return found
 
 
 def table(name: str) -> str:

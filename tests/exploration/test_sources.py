@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.state import LoopState
 
 G, T, D = 4, 5, 6
+COMES_WITH = {"answers": "visits", "start_states": "projection", "states": "weights"}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exploration.md"
 
 
@@ -299,7 +300,8 @@ def advantages_of(config: Config, on: Signals, source: sources.Source | None = N
     """(advantages (B, T), the bonus), through the loop's own reward head."""
     source = source or SOURCES[config.bonus_source]
     res: Any = SimpleNamespace(config=config, source=source, reward_weights=lambda: torch.ones(1))
-    given = {name: getattr(on, name) for name in get_args(sources.Need) if name in source.needs}
+    names = {name for need in source.needs for name in (need, COMES_WITH.get(need, need))}
+    given = {name: getattr(on, name) for name in names}
     found = train.reward_head(res, LoopState(), batch_with(on), train.ReferenceLogps(), given)
     assert found.bonus is not None
     return found.inputs.advantages, found.bonus.added

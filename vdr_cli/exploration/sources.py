@@ -28,11 +28,8 @@ Need = Literal[
     "log_probs",
     "entropies",
     "answers",
-    "visits",
     "start_states",
-    "projection",
     "states",
-    "weights",
     "uniforms",
     "batch",
 ]
@@ -43,7 +40,8 @@ Need = Literal[
 class Signals:
     """A rank's completions as a source sees them: B rows, groups of `group_size` contiguous ones, on the CPU.
 
-    The fields below `task_advantages` are None unless the source's `needs` names them.
+    The fields below `task_advantages` are None unless the source's `needs` names them; visits come with answers, the
+    projection with start_states, and weights with states.
     """
 
     group_size: int
@@ -198,16 +196,16 @@ SOURCES = {
     ),
     "counts": simple(
         "counts",
-        {"answers", "visits"},
+        {"answers"},
         _counts,
         "groups whose answers are all equal, or all new (bonus.answer says what an answer is)",
         lambda config: counts.Visits(),
     ),
     "unlikeliness": simple("unlikeliness", {"log_probs"}, _unlikeliness, "no group has a solved completion"),
-    "novelty": simple("novelty", {"start_states", "projection"}, _novelty, "groups of equal completions"),
+    "novelty": simple("novelty", {"start_states"}, _novelty, "groups of equal completions"),
     "value_heads": simple(
         "value_heads",
-        {"states", "weights"},
+        {"states"},
         _value_heads,
         "groups of equal completions",
         lambda config: Heads(config.bonus.value_heads.learning_rate),

@@ -212,7 +212,7 @@ def _read_inputs(config: Config) -> _Inputs:
     if held_out is not None:
         check_columns(rewards, held_out.columns)
     source = open_source(config)
-    answers = answers_of(config, rewards) if source and source.needs & {"answers", "visits"} else None
+    answers = answers_of(config, rewards) if source and "answers" in source.needs else None
     return _Inputs(tokenizer, prompts, held_out, rewards, source, answers, environments)
 
 

@@ -35,11 +35,11 @@ def step_metrics(res: Resources, batch: RewardedGroups, advantages: Advantages, 
         "prompt_tokens": float(batch.completions.prompt_mask[:: res.config.rollout.group_size].sum()),
     }
     pairs = own_pairs(res, batch, advantages) | updates.pairs
-    summed = sum_pairs(pairs | {name: (value, 0.0) for name, value in sums.items()})
-    loss, step_tokens, prompt_tokens = (summed.pop(name)[0] for name in sums)
+    totals = sum_pairs(pairs | {name: (value, 0.0) for name, value in sums.items()})
+    loss, step_tokens, prompt_tokens = (totals.pop(name)[0] for name in sums)
     least, most = length_extremes(lengths, batch.completions.truncated)
     times = {f"time/{name}": value for name, value in seconds.items()}
-    metrics = ratios(summed) | extremes(least | updates.minima, most | updates.maxima | times)
+    metrics = ratios(totals) | extremes(least | updates.minima, most | updates.maxima | times)
     metrics["step_time"] = metrics.pop("time/step")
     if res.config.grpo.entropy_target is not None:
         metrics["entropy_coef"] = updates.entropy_weight
