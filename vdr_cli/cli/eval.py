@@ -129,7 +129,7 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     for name in models:
         resolve_model_path(name, "MODEL")
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
-    refuse_training_data(overrides)
+    refuse_unused_data(overrides, bool(typed["data.name"]))
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if text not in launch_overrides(overrides)]
     typed = typed.section("launch", inside=False)
@@ -151,12 +151,18 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     return config
 
 
-def refuse_training_data(overrides: Sequence[str] | None) -> None:
-    """Refuse a --set of what only training prompts have: it would silently do nothing. Raises ConfigError."""
+def refuse_unused_data(overrides: Sequence[str] | None, on_data: bool) -> None:
+    """Refuse a --set of data keys that would silently do nothing. Raises ConfigError.
+
+    on_data: --data names the prompts.
+    """
     ways_out = {"data.split": "give --split", "data.shuffle": "it takes prompts in the order of the data"}
+    if on_data:
+        ways_out["data.eval_name"] = "--data names the prompts already; give one of the two"
     for override in overrides or ():
         if (key := override.partition("=")[0].strip()) in ways_out:
-            raise ConfigError(f"--set {override}: vdr eval does not read {key}; {ways_out[key]}")
+            where = "vdr eval --data" if key == "data.eval_name" else "vdr eval"
+            raise ConfigError(f"--set {override}: {where} does not read {key}; {ways_out[key]}")
 
 
 def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:
