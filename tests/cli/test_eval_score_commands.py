@@ -196,7 +196,7 @@ def test_score_defaults(scored):
         (["eval", "starter", "--set", "data.split=test"], "vdr eval does not read data.split; give --split"),
         (
             ["eval", "starter", "--data", "starter", "--set", "data.eval_name=x.jsonl"],
-            "vdr eval --data does not read data.eval_name; --data names the prompts already",
+            "vdr eval does not read data.eval_name; --data names the prompts already",
         ),
         (["eval", "starter", "--set", "data.shuffle=true"], "vdr eval does not read data.shuffle; it takes prompts"),
         (["eval", "starter", "--json", "none/o.json"], "no directory"),

@@ -158,11 +158,10 @@ def refuse_unused_data(overrides: Sequence[str] | None, on_data: bool) -> None:
     """
     ways_out = {"data.split": "give --split", "data.shuffle": "it takes prompts in the order of the data"}
     if on_data:
-        ways_out["data.eval_name"] = "--data names the prompts already; give one of the two"
+        ways_out["data.eval_name"] = "--data names the prompts already, give one of the two"
     for override in overrides or ():
         if (key := override.partition("=")[0].strip()) in ways_out:
-            where = "vdr eval --data" if key == "data.eval_name" else "vdr eval"
-            raise ConfigError(f"--set {override}: {where} does not read {key}; {ways_out[key]}")
+            raise ConfigError(f"--set {override}: vdr eval does not read {key}; {ways_out[key]}")
 
 
 def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:
