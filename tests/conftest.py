@@ -94,7 +94,7 @@ def vdr() -> Run:
 ONLY_WRITER = """
 import sys
 from pathlib import Path
-from vdr_cli.checks import only_writer
+from vdr_cli.system.writers import only_writer
 from vdr_cli.errors import ConfigError
 try:
     with only_writer(Path(sys.argv[1])):

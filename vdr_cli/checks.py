@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from vdr_cli.engine.ds_config import read_ds_config
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.rewards.loading import check_name, check_reward
+from vdr_cli.system.writers import LOCK, only_writer
 
 CHANGEABLE_ON_RESUME = {
     "train.steps",
@@ -46,10 +45,6 @@ CHANGEABLE_ON_RESUME = {
     "data.eval_split",
 }
 """Settings that a resumed run may change: how long, how often, in which pieces; never what a step computes."""
-
-
-LOCK = ".lock"
-"""File in a run directory that is locked by the process that writes there."""
 
 
 def default_output() -> str:
@@ -185,25 +180,6 @@ def check_output(config: Config, resume: str | None) -> None:
             f"train.output {directory} holds a run with checkpoints, and --resume {resume} is not one of them; "
             "continue it with --resume auto, or give another --output"
         )
-
-
-@contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Keep other processes from writing this run until the block, or this process, ends.
-
-    Raises ConfigError when one writes there. A file system without locks lets everybody in.
-    """
-    with (directory / LOCK).open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by what we fork
-        except (BlockingIOError, PermissionError):
-            raise ConfigError(
-                f"train.output {directory}: another process is writing this run; wait for it, end it, or give another "
-                "--output"
-            ) from None
-        except OSError:
-            pass
-        yield
 
 
 def changed_for_good(theirs: Mapping[str, Any], config: Config) -> list[str]:

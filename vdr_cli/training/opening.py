@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from vdr_cli.checks import only_writer
 from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
 from vdr_cli.config.paths import checked_path
@@ -55,6 +54,7 @@ from vdr_cli.rollout.build import open_rollout
 from vdr_cli.rollout.check import check_sampling
 from vdr_cli.system.files import create_whole, write_whole
 from vdr_cli.system.stopping import StopSignal
+from vdr_cli.system.writers import only_writer
 from vdr_cli.training import audit_record
 from vdr_cli.training.answers import Answers, answers_of
 from vdr_cli.training.checkpointer import Checkpointer, new_state, refuse_other_run
