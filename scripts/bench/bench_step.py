@@ -130,7 +130,7 @@ def run_vdr(case: Case, folder: Path, model: str, steps: int, bonus: bool, ds_co
     clock = Clock()
     loop.collect = clock.timed("collect", loop.collect)
     loop.update = clock.timed("update", loop.update)
-    TransformersRollout.generate = clock.timed("rollout", TransformersRollout.generate)  # type: ignore[method-assign]
+    TransformersRollout.start = clock.timed("rollout", TransformersRollout.start)  # type: ignore[method-assign]
     output = Path(tempfile.mkdtemp(dir=folder))
     config = Config.model_validate(
         {
