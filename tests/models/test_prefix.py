@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from vdr_cli.models.prefix import PrefixCache, layers_stand_alone, shares_prompts
+from vdr_cli.models.prefix import PrefixCache, RepeatedPrompts, layers_stand_alone, shares_prompts
 
 HEADS, WIDTH, PROMPT, OWN = 2, 4, 3, 2
 
 
 def filled(prompts: int) -> PrefixCache:
-    cache = PrefixCache(layers=2)
+    cache = PrefixCache(2, RepeatedPrompts())
     for layer in range(2):
         keys = torch.randn(prompts, HEADS, PROMPT, WIDTH)
         cache.update(keys, -keys, layer)
-    cache.prompt_width = PROMPT
+    cache.prompts.width = PROMPT
     return cache
 
 
@@ -44,6 +46,19 @@ def test_the_prompt_stays_as_it_was_written() -> None:
         cache.update(torch.randn(4, HEADS, OWN, WIDTH), torch.randn(4, HEADS, OWN, WIDTH), 0)
     assert torch.equal(cache.layers[0].keys, before)
     assert cache.get_seq_length() == PROMPT
+
+
+def test_keys_leave_with_their_cache() -> None:
+    """Without the garbage collector, whose time nobody knows: a member's keys are as large as the batch."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = filled(prompts=1)
+        keys = weakref.ref(cache.layers[0].keys)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def model(**config: Any) -> nn.Module:

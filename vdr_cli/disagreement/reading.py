@@ -28,7 +28,7 @@ from vdr_cli.disagreement.lower_states import LowerStates
 from vdr_cli.disagreement.masks import EnsembleSpec, prompt_keys, row_keys
 from vdr_cli.models import anatomy
 from vdr_cli.models.packed_rows import packed_rows
-from vdr_cli.models.prefix import PrefixCache, shares_prompts
+from vdr_cli.models.prefix import PrefixCache, RepeatedPrompts, shares_prompts
 from vdr_cli.samples import Completions
 
 
@@ -220,12 +220,14 @@ class Reading:
         return attention
 
     def _new_cache(self) -> PrefixCache | None:
-        return PrefixCache(len(anatomy.decoder_layers(self.model))) if len(self.passes) == 2 else None
+        if len(self.passes) != 2:
+            return None
+        return PrefixCache(len(anatomy.decoder_layers(self.model)), RepeatedPrompts())
 
 
 def _prompt_is_read(cache: PrefixCache | None, each: Pass) -> None:
-    if cache is not None and cache.prompt_width is None:
-        cache.prompt_width = each.ids.shape[1]
+    if cache is not None and cache.prompts.width is None:
+        cache.prompts.width = each.ids.shape[1]
 
 
 def _gathered(at_prompt_end: Tensor, read: Tensor, batch: Batch) -> Tensor:

@@ -1,7 +1,8 @@
-"""Settings of a process on a CPU that keep its threads out of each other's way."""
+"""Settings of a process that trains on a CPU: its threads keep out of each other's way, its memory is used again."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import torch
@@ -18,6 +19,25 @@ GLOO_THREADS = 2
 
 COPY_SECONDS = 1.0
 """Seconds that a thread is held for the others, in case there are none."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's settings, from malloc.h."""
+
+KEPT_BYTES = 2**30
+"""Blocks up to this size are taken from memory that the process has freed, of which this much is kept."""
+
+
+def reuse_freed_memory() -> None:
+    """Have malloc keep what tensors leave, for the next ones. Without glibc nothing happens.
+
+    As it starts, glibc maps every large block anew and the system fills each of its pages with zeros: a pass of the
+    ensemble made 500,000 page faults, and an update spent a sixth of its time on them (66M parameters, 2 cores).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def keep_to_one_thread_each() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from vdr_cli.engine.cpu import keep_to_one_thread_each
+from vdr_cli.engine.cpu import keep_to_one_thread_each, reuse_freed_memory
 from vdr_cli.engine.deepspeed_import import deepspeed
 from vdr_cli.engine.determinism import fixed_kernels
 from vdr_cli.errors import MachineError
@@ -39,6 +39,7 @@ def start_distributed() -> torch.device:
         torch.cuda.set_device(device)
         fixed_kernels()
         return device
+    reuse_freed_memory()
     keep_to_one_thread_each()
     return torch.device("cpu")
 

@@ -17,7 +17,7 @@ from vdr_cli.models.anatomy import (
 from vdr_cli.models.head import Head
 from vdr_cli.models.logprobs import chunked_logps
 from vdr_cli.models.packed_rows import packed_completion_hidden
-from vdr_cli.models.prefix import PrefixCache, shares_prompts
+from vdr_cli.models.prefix import PrefixCache, RepeatedPrompts, shares_prompts
 from vdr_cli.models.prompt_tree import distinct_prompts, tree_completion_hidden
 from vdr_cli.models.routing import Routers
 from vdr_cli.samples import last_token
@@ -160,10 +160,11 @@ def shared_completion_hidden(
     Nothing is read off the last token, so it is passed over; a completion of one token is read in vain.
     """
     firsts, owner = distinct_prompts(prompt_ids, prompt_mask)
-    cache = SharedPromptCache(len(decoder_layers(causal_lm)))
-    prompts = prompt_mask[firsts]
-    at_prompts = _trunk(causal_lm, prompt_ids[firsts], prompts, position_ids(prompts), cache)
-    cache.give_to(owner, prompt_ids.shape[1])
+    prompts = OwnedPrompts(owner)
+    cache = PrefixCache(len(decoder_layers(causal_lm)), prompts)
+    first_mask = prompt_mask[firsts]
+    at_prompts = _trunk(causal_lm, prompt_ids[firsts], first_mask, position_ids(first_mask), cache)
+    prompts.width = prompt_ids.shape[1]
     T = completion_ids.shape[1]
     read = slice(0, max(T - 1, 1))
     mask = torch.cat([prompt_mask, completion_mask[:, read]], dim=1)
@@ -183,12 +184,13 @@ def can_share_prompts(causal_lm: nn.Module) -> bool:
     return shares_prompts(causal_lm) and not checkpointing
 
 
-class SharedPromptCache(PrefixCache):
-    """A PrefixCache for training: any prompt for any row, and nothing written in place."""
+class OwnedPrompts(RepeatedPrompts):
+    """Any prompt for any row, and nothing written in place: for training."""
 
-    def give_to(self, owner: Tensor, prompt_width: int) -> None:
-        """From now on rows are completions, of these prompts (B,)."""
-        self.owner, self.prompt_width = owner, prompt_width
+    def __init__(self, owner: Tensor) -> None:
+        """owner: (B,) int64, the prompt of each completion."""
+        super().__init__()
+        self.owner = owner
 
     def joined(self, name: str, prompt: Tensor, own: Tensor) -> Tensor:
         """(U, H, P, d) and (B, H, T, d) to (B, H, P + T, d)."""

@@ -13,35 +13,17 @@ KEY_VALUE_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_at
 """Entries of a configuration's layer_types that remember keys and values and nothing else."""
 
 
-class _PrefixLayer(DynamicLayer):
-    """Keeps the prompt's keys and values, hands them out in front of each completion's own."""
+class RepeatedPrompts:
+    """Prompts whose completions are next to each other: what the layers of a `PrefixCache` have in common.
 
-    def __init__(self, cache: PrefixCache) -> None:
-        super().__init__()
-        self.cache = cache
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.cache.prompt_width is None:
-            self.keys, self.values = key_states, value_states
-            self.is_initialized = True
-            return key_states, value_states
-        return self.cache.joined("keys", self.keys, key_states), self.cache.joined("values", self.values, value_states)
-
-    def get_seq_length(self) -> int:
-        return self.cache.prompt_width or 0
-
-
-class PrefixCache(Cache):
-    """A key-value cache that the prompt pass writes and completion passes only read.
-
-    Layers with a sliding window work too: they see all keys, and the mask that the model builds holds the window.
+    Layers refer to it and not to the cache: in a reference cycle keys and values would stay in memory until Python's
+    garbage collector runs.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.prompt_width: int | None = None
-        """None while prompts are read."""
-        self.scratch: dict[str, Tensor] = {}
-        super().__init__(layers=[_PrefixLayer(self) for _ in range(layers)])
+    def __init__(self) -> None:
+        self.width: int | None = None
+        """Tokens of the padded prompts; None while prompts are read."""
+        self._buffers: dict[str, Tensor] = {}
 
     def joined(self, name: str, prompt: Tensor, own: Tensor) -> Tensor:
         """(R, H, P, d) and (B, H, T, d) to (B, H, P + T, d), every prompt repeated over its B / R rows.
@@ -50,12 +32,42 @@ class PrefixCache(Cache):
         """
         rows, heads, length, width = own.shape
         shape = (rows, heads, prompt.shape[-2] + length, width)
-        kept = self.scratch.get(name)
+        kept = self._buffers.get(name)
         if kept is None or kept.shape != shape or kept.dtype != own.dtype:
-            kept = self.scratch[name] = own.new_empty(shape)
+            kept = self._buffers[name] = own.new_empty(shape)
         kept.view(prompt.shape[0], -1, *shape[1:])[..., : prompt.shape[-2], :] = prompt.unsqueeze(1)
         kept[..., prompt.shape[-2] :, :] = own
         return kept
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keeps the prompt's keys and values, hands them out in front of each completion's own."""
+
+    def __init__(self, prompts: RepeatedPrompts) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.prompts.width is None:
+            self.keys, self.values = key_states, value_states
+            self.is_initialized = True
+            return key_states, value_states
+        joined = self.prompts.joined
+        return joined("keys", self.keys, key_states), joined("values", self.values, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.prompts.width or 0
+
+
+class PrefixCache(Cache):
+    """A key-value cache that the prompt pass writes and completion passes only read, once `prompts.width` is set.
+
+    Layers with a sliding window work too: they see all keys, and the mask that the model builds holds the window.
+    """
+
+    def __init__(self, layers: int, prompts: RepeatedPrompts) -> None:
+        self.prompts = prompts
+        super().__init__(layers=[_PrefixLayer(prompts) for _ in range(layers)])
 
 
 def shares_prompts(model: nn.Module) -> bool:
