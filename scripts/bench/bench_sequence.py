@@ -95,8 +95,8 @@ def be_rank(folder: Path, rank: int, way: str, port: int, tokens: int) -> NoRetu
     code = 1
     try:
         torch.set_num_threads(1)
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system
         device = start_distributed()
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system
         model = {"name": str(folder), "dtype": "float32", "gradient_checkpointing": way == "checkpointed"}
         config = Config(model=model, rollout={"max_new_tokens": tokens}, engine={"sequence_parallel": ranks})
         build.PACKED_TOKENS = sys.maxsize if way == "masked" else tokens
