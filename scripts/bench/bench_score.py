@@ -26,6 +26,8 @@ from vdr_cli.scoring.sources import WINDOW_ROWS
 
 def main() -> None:
     arguments = parse()
+    if arguments.folder is not None:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         given, output = Path(folder) / "rows.jsonl", Path(folder) / "scores.jsonl"
         make_rows(given, arguments.rows, arguments.tokens)
