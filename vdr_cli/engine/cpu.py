@@ -31,7 +31,7 @@ KEPT_BYTES = 2**30
 def reuse_freed_memory() -> None:
     """Have malloc keep what tensors leave, for the next ones. Without glibc nothing happens.
 
-    As it starts, glibc maps every large block anew and the system fills each of its pages with zeros: a pass of the
+    By default glibc maps every large block anew, and the system fills each of its pages with zeros: a pass of the
     ensemble made 500,000 page faults, and an update spent a sixth of its time on them (66M parameters, 2 cores).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
