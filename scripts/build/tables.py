@@ -6,7 +6,8 @@ python scripts/build/tables.py --check   # exit 1 when one is out of date
 `<!-- table:NAME -->` and `<!-- /table -->` enclose a table. benchmarks/tables/NAME.md is its template in Jinja, which
 reads the `results` of each file by name, dashes as underscores: `{{ step_qwen2.ratio.step|n(2) }}`. `evidence_BED` is
 those of the study in docs/evidence/BED/record, with what `study` adds to them, `screening_BED` likewise of
-docs/evidence/screening/BED; tables of several studies share the macros of evidence.jinja.
+docs/evidence/screening/BED; tables of several studies share the macros of evidence.jinja. Where a template says in
+words what its numbers show, `{% set _ = claim(...) %}` fails as soon as they no longer do.
 """
 
 from __future__ import annotations
@@ -54,6 +55,22 @@ def interval(difference: Mapping[str, float], digits: int) -> str:
 def signed(value: float, digits: int) -> str:
     """The same with a plus sign where it is positive."""
     return f"{'+' * (round(value, digits) > 0)}{number(value, digits)}"
+
+
+def claim(holds: bool) -> None:
+    """Nothing, or ValueError: the numbers do not show what the template says in words."""
+    if not holds:
+        raise ValueError("a claim of the template does not hold any more; the line is in the traceback")
+
+
+def above(difference: Mapping[str, float]) -> bool:
+    """Its 95 % interval lies above 0."""
+    return difference["low"] > 0
+
+
+def below(difference: Mapping[str, float]) -> bool:
+    """Its 95 % interval lies below 0."""
+    return difference["high"] < 0
 
 
 def results() -> dict[str, Any]:
@@ -111,6 +128,8 @@ def table(name: str) -> str:
         autoescape=False,
     )
     environment.filters |= {"n": number, "signed": signed, "interval": interval}
+    environment.tests |= {"above": above, "below": below}
+    environment.globals["claim"] = claim
     return environment.get_template(f"{name}.md").render(results()).strip() + "\n"
 
 

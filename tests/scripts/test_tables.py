@@ -58,3 +58,13 @@ def test_numbers_are_written_for_readers(tables: dict[str, Any]) -> None:
         "0.12",
         "\N{MINUS SIGN}0.5",
     ]
+
+
+def test_words_that_the_numbers_no_longer_bear_out_are_an_error(
+    tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tables["results"]()
+    found["evidence_countdown4"]["pass@64"]["end_of_sequence"]["difference"]["verdict"] = "better"
+    monkeypatch.setitem(tables["table"].__globals__, "results", lambda: found)
+    with pytest.raises(ValueError, match="does not hold any more"):
+        tables["table"]("evidence-answer")

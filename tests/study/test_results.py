@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,14 @@ def test_curves_of_pass_at_k_and_of_learning(make_study: Make) -> None:
     assert series.y[0] == pytest.approx(np.mean([one.values["reward"][1] for one in own]))
     assert series.low is not None and series.low[0] < series.y[0]
     assert own[0].seconds == 20.0
+
+
+def test_the_interval_of_a_share_stays_between_0_and_1(make_study: Make) -> None:
+    study, directory = make_study(seeds=3, prompts=4)
+    record = record_of(study, directory)
+    runs = [replace(run, solved=[3 * (run.seed == 0)] * 4) for run in record.runs]
+    row = analysed(replace(record, runs=runs))["starter"]["pass@1"]["grpo"]
+    assert row.low == 0.0 < row.mean < row.high < 1.0
 
 
 def test_names_are_text_on_the_page(make_study: Make) -> None:

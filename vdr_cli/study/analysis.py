@@ -116,17 +116,22 @@ def curves(record: Record, bed: str) -> dict[str, Curve]:
 
 
 def _curve(means: Mapping[int, Mean]) -> Curve:
-    edges = [mean.interval() for mean in means.values()]
-    clipped = [(max(low, 0.0), min(high, 1.0)) if math.isfinite(low) else (low, high) for low, high in edges]
+    edges = [_share_interval(mean) for mean in means.values()]
     return Curve(
-        list(means), [mean.value for mean in means.values()], [low for low, _ in clipped], [high for _, high in clipped]
+        list(means), [mean.value for mean in means.values()], [low for low, _ in edges], [high for _, high in edges]
     )
+
+
+def _share_interval(mean: Mean) -> tuple[float, float]:
+    """The interval of a share, which lies between 0 and 1."""
+    low, high = mean.interval()
+    return (max(low, 0.0), min(high, 1.0)) if math.isfinite(low) else (low, high)
 
 
 def _row(record: Record, bed: str, arm: str, name: str) -> Row:
     own = _values(record, bed, arm, name)
     mean = _mean(list(own.values()))
-    low, high = mean.interval()
+    low, high = _share_interval(mean) if name.startswith("pass@") or name == "area" else mean.interval()
     return Row(len(own), mean.value, low, high, _scalars(own), _difference(record, bed, arm, name, own))
 
 
