@@ -51,12 +51,10 @@ class Cures:
     @classmethod
     def of(cls, config: Config) -> Cures:
         """The settings that are not in use yet."""
-        grpo, several = config.grpo, config.grpo.updates_per_rollout > 1
+        grpo = config.grpo
         entropy = "set grpo.entropy_target to about half of what it was at the start"
         if grpo.entropy_target is not None:
             entropy = f"raise grpo.entropy_max, which is {grpo.entropy_max:g}"
-        if several and not grpo.needs_covariance:
-            entropy += ", try grpo.loss kl_cov"
         resample = "" if grpo.resample_groups else ", or set grpo.resample_groups"
         varied = "set grpo.advantage to pass_at_k, which rewards answers that the group lacks"
         if grpo.advantage == "pass_at_k":
