@@ -2,7 +2,7 @@
 
     python scripts/build/evidence.py [--output docs/images/evidence.png] [DIRECTORY ...]
 
-A row per study: pass@k of the control, of disagreement, of its placebo and of the rival with the best endpoint, and
+A row per study: pass@k of the control, of disagreement, of a placebo and of the rival with the best endpoint, and
 every arm's difference to the control. Bands and bars are 95 % intervals.
 """
 
@@ -20,12 +20,13 @@ from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-STUDIES = ("starter", "countdown4", "countdown4-gated", "routes")
+STUDIES = ("starter", "countdown4", "countdown4-gated", "countdown4-reuse", "countdown4-confirm", "routes")
 """In the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
-OURS, PLACEBO = "end_of_sequence", "end_of_sequence_permuted"
-COLOURS = {"control": "#24292f", OURS: "#0969da", PLACEBO: "#8c959f", "rival": "#bc4c00"}
+OURS = {"end_of_sequence": "#0969da", "per_token_rmi": "#8250df"}
+PLACEBOS = ("end_of_sequence_permuted", "per_token_rmi_permuted")
+CONTROL, PLACEBO, RIVAL = "#24292f", "#8c959f", "#bc4c00"
 GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
 
 
@@ -34,7 +35,7 @@ def figure(records: list[Record]) -> Figure:
     beds = [
         (record, bed) for record in records for bed in record.study.beds if record.of(bed, record.study.file.control)
     ]
-    made = Figure(figsize=(11, 3.5 * len(beds)), layout="constrained")
+    made = Figure(figsize=(11, 3.0 * len(beds)), layout="constrained")
     axes = made.subplots(len(beds), 2, squeeze=False, width_ratios=(1.0, 1.15))
     for (record, bed), (left, right) in zip(beds, axes, strict=True):
         rows = analysed(record)[bed][record.study.file.endpoint]
@@ -49,11 +50,12 @@ def chosen_curves(record: Record, rows: dict[str, Row], found: dict[str, Curve])
     rivals = {
         arm: row.difference.value
         for arm, row in rows.items()
-        if row.difference and row.difference.n and not arm.startswith((OURS, "per_token")) and arm not in NO_RIVALS
+        if row.difference and row.difference.n and arm not in OURS and not any(word in arm for word in NO_RIVALS)
     }
-    shown = [(control, COLOURS["control"]), (OURS, COLOURS[OURS]), (PLACEBO, COLOURS[PLACEBO])]
+    placebos = [(arm, PLACEBO) for arm in PLACEBOS if arm in found][:1]
+    shown = [(control, CONTROL), *OURS.items(), *placebos]
     if rivals:
-        shown.append((max(rivals, key=lambda arm: rivals[arm]), COLOURS["rival"]))
+        shown.append((max(rivals, key=lambda arm: rivals[arm]), RIVAL))
     return [(arm.replace("_", " "), colour, found[arm]) for arm, colour in shown if arm in found]
 
 
@@ -65,7 +67,7 @@ def draw_curves(axes: Any, study: str, chosen: list[tuple[str, str, Curve]]) -> 
     axes.set_xticks(chosen[0][2].k, [str(k) for k in chosen[0][2].k])
     axes.minorticks_off()
     axes.set(title=f"{study}: held-out problems solved by k samples", xlabel="k", ylabel="pass@k")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.41), fontsize="small")
     axes.grid(alpha=0.25)
 
 
