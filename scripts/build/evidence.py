@@ -20,7 +20,7 @@ from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-STUDIES = ("starter", "countdown4", "countdown4-gated", "countdown4-reuse", "countdown4-confirm", "routes")
+STUDIES = ("starter", "countdown4", "countdown4-gated", "countdown4-confirm", "routes")
 """In the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
@@ -66,7 +66,7 @@ def draw_curves(axes: Any, study: str, chosen: list[tuple[str, str, Curve]]) -> 
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen[0][2].k, [str(k) for k in chosen[0][2].k])
     axes.minorticks_off()
-    axes.set(title=f"{study}: held-out problems solved by k samples", xlabel="k", ylabel="pass@k")
+    axes.set(title=f"{study}: problems solved by k samples", xlabel="k", ylabel="pass@k")
     axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.41), fontsize="small")
     axes.grid(alpha=0.25)
 
