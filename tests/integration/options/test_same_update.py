@@ -122,9 +122,10 @@ def test_the_update_is_the_same_however_it_is_computed(left: Left, loss: str, ho
 @pytest.mark.runs("minibatches_two", "minibatches_micro1", "minibatches_alone")
 @pytest.mark.parametrize("how", ["alone", "micro1"])
 def test_minibatches_are_the_same_on_any_number_of_ranks(left: Left, how: str) -> None:
+    """To rounding: Adam's several steps divide it by small second moments, to just above 1e-5 on some CPUs."""
     ours, plain = f"minibatches_{how}", "minibatches_two"
     assert left.distance(left.gradient(ours), left.gradient(plain)) <= 1e-5
-    assert left.distance(left.update(ours), left.update(plain)) <= 1e-5
+    assert left.distance(left.update(ours), left.update(plain)) <= 1e-4
 
 
 @pytest.mark.runs("muon_two", "muon_alone", "muon_two_resumed")
