@@ -1,79 +1,139 @@
-"""The figure of docs/evidence.md and README, from the studies of record in docs/evidence/*/record.
+"""The figures of README and docs/evidence.md, from the studies of record in docs/evidence/*/record.
 
-    python scripts/build/evidence.py [--output docs/images/evidence.png] [DIRECTORY ...]
+    python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
-A row per study: pass@k of the control, of disagreement, of a placebo and of the rival with the best endpoint, and
-every arm's difference to the control. Bands and bars are 95 % intervals.
+evidence.png has a panel per study: pass@k at the end, of the control, of disagreement, of a placebo and of the rival
+with the best endpoint; or, where the endpoint is no pass@k, the endpoint of these arms. differences.png has every
+arm's difference to the control. Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
 
 import argparse
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from vdr_cli.study.analysis import Curve, Row, analysed, curves
+from vdr_cli.study.analysis import Row, analysed, curves, start_value
 from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence"
-STUDIES = ("starter", "countdown4", "countdown4-gated", "countdown4-confirm", "routes")
-"""In the order of the page."""
+STUDIES = {
+    "starter": "starter",
+    "countdown4": "countdown4",
+    "routes": "routes",
+    "countdown4-gated": "countdown4, failed groups left out",
+    "countdown4-confirm": "countdown4, four updates per rollout",
+}
+"""Directory to title, in the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
 OURS = {"end_of_sequence": "#0969da", "per_token_rmi": "#8250df"}
 PLACEBOS = ("end_of_sequence_permuted", "per_token_rmi_permuted")
-CONTROL, PLACEBO, RIVAL = "#24292f", "#8c959f", "#bc4c00"
+CONTROL, PLACEBO, RIVAL, START = "#24292f", "#8c959f", "#bc4c00", "#afb8c1"
 GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
+LEGEND = {
+    "start": START,
+    "plain GRPO": CONTROL,
+    **OURS,
+    "a placebo": PLACEBO,
+    "best rival": RIVAL,
+}
+PANELS_IN_A_ROW = 3
 
 
-def figure(records: list[Record]) -> Figure:
-    """The picture of these studies, a row for each bed."""
-    beds = [
-        (record, bed) for record in records for bed in record.study.beds if record.of(bed, record.study.file.control)
+def ends(records: dict[str, Record]) -> Figure:
+    """A panel per study, by its title: the values at the end of the arms that matter."""
+    rows = ceil(len(records) / PANELS_IN_A_ROW)
+    made = Figure(figsize=(3.9 * PANELS_IN_A_ROW, 3.1 * rows), layout="constrained")
+    panels = list(made.subplots(rows, PANELS_IN_A_ROW, squeeze=False).flat)
+    for (title, record), axes in zip(records.items(), panels, strict=False):
+        draw = draw_curves if record.study.file.endpoint.startswith("pass@") else draw_endpoint
+        draw(axes, record)
+        rival = [arm for arm, colour in chosen(record).items() if colour == RIVAL]
+        axes.set_title(f"{title}\nbest rival: {rival[0]}" if rival else title, fontsize="medium")
+        axes.grid(alpha=0.25)
+    for axes in panels[len(records) :]:
+        axes.set_axis_off()
+    lines = [
+        Line2D([], [], color=colour, label=name, linestyle=":" if name == "start" else "-", linewidth=2.2)
+        for name, colour in LEGEND.items()
     ]
-    made = Figure(figsize=(11, 3.0 * len(beds)), layout="constrained")
-    axes = made.subplots(len(beds), 2, squeeze=False, width_ratios=(1.0, 1.15))
-    for (record, bed), (left, right) in zip(beds, axes, strict=True):
-        rows = analysed(record)[bed][record.study.file.endpoint]
-        draw_curves(left, record.title, chosen_curves(record, rows, curves(record, bed)))
-        draw_differences(right, record, rows)
+    made.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     return made
 
 
-def chosen_curves(record: Record, rows: dict[str, Row], found: dict[str, Curve]) -> list[tuple[str, str, Curve]]:
-    """(label, colour, curve) of the arms that the figure shows."""
-    control = record.study.file.control
+def differences(records: dict[str, Record]) -> Figure:
+    """A panel per study, by its title: every arm's difference to the control."""
+    arms = [len(record.study.arms) for record in records.values()]
+    made = Figure(figsize=(9, 0.24 * sum(arms) + 1.0 * len(arms)), layout="constrained")
+    panels = made.subplots(len(records), 1, squeeze=False, height_ratios=arms).flat
+    for (title, record), axes in zip(records.items(), panels, strict=True):
+        draw_differences(axes, record, title)
+    return made
+
+
+def bed_of(record: Record) -> str:
+    """The study's only bed."""
+    (bed,) = record.study.beds
+    return bed
+
+
+def chosen(record: Record) -> dict[str, str]:
+    """Arm to colour: the arms that the figure shows, the starting model under the empty name."""
+    rows = analysed(record)[bed_of(record)][record.study.file.endpoint]
     rivals = {
         arm: row.difference.value
         for arm, row in rows.items()
         if row.difference and row.difference.n and arm not in OURS and not any(word in arm for word in NO_RIVALS)
     }
-    placebos = [(arm, PLACEBO) for arm in PLACEBOS if arm in found][:1]
-    shown = [(control, CONTROL), *OURS.items(), *placebos]
-    if rivals:
-        shown.append((max(rivals, key=lambda arm: rivals[arm]), RIVAL))
-    return [(arm.replace("_", " "), colour, found[arm]) for arm, colour in shown if arm in found]
+    placebos = [arm for arm in PLACEBOS if arm in rows][:1]
+    best = [max(rivals, key=lambda arm: rivals[arm])] if rivals else []
+    colours = {"": START, record.study.file.control: CONTROL} | OURS
+    colours |= dict.fromkeys(placebos, PLACEBO) | dict.fromkeys(best, RIVAL)
+    return {arm: colour for arm, colour in colours.items() if arm in rows or not arm}
 
 
-def draw_curves(axes: Any, study: str, chosen: list[tuple[str, str, Curve]]) -> None:
-    for label, colour, curve in chosen:
-        axes.plot(curve.k, curve.mean, color=colour, label=label, linewidth=1.8)
-        axes.fill_between(curve.k, curve.low, curve.high, color=colour, alpha=0.13, linewidth=0)
+def draw_curves(axes: Any, record: Record) -> None:
+    found = curves(record, bed_of(record))
+    ks = found[record.study.file.control].k
+    for arm, colour in chosen(record).items():
+        if arm in found:
+            curve, shown = found[arm], len(ks)
+            style = {"color": colour, "label": arm or "start", "linestyle": "-" if arm else ":"}
+            axes.plot(curve.k[:shown], curve.mean[:shown], **style, linewidth=1.8)
+            axes.fill_between(curve.k[:shown], curve.low[:shown], curve.high[:shown], color=colour, alpha=0.13, lw=0)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(chosen[0][2].k, [str(k) for k in chosen[0][2].k])
+    axes.set_xticks(ks[::2], [str(k) for k in ks[::2]])
     axes.minorticks_off()
-    axes.set(title=f"{study}: problems solved by k samples", xlabel="k", ylabel="pass@k")
-    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.41), fontsize="small")
-    axes.grid(alpha=0.25)
+    axes.set(xlabel="k", ylabel="pass@k", ylim=(0, 1.02))
 
 
-def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
+def draw_endpoint(axes: Any, record: Record) -> None:
+    """A bar per arm, the control at the top."""
+    endpoint, bed = record.study.file.endpoint, bed_of(record)
+    rows: dict[str, Row] = analysed(record)[bed][endpoint]
+    shown = list(chosen(record).items())[::-1]
+    for place, (arm, colour) in enumerate(shown):
+        if not arm:
+            axes.plot(start_value(record, bed, endpoint), place, "o", color=colour)
+            continue
+        row = rows[arm]
+        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
+        axes.plot(row.mean, place, "o", color=colour)
+    axes.set_yticks(range(len(shown)), [arm or "start" for arm, _ in shown])
+    axes.set(xlabel=endpoint, ylim=(-0.6, len(shown) - 0.4))
+
+
+def draw_differences(axes: Any, record: Record, title: str) -> None:
     """Every rival's difference to the control, best at the top, each seed as a point."""
     file = record.study.file
+    rows = analysed(record)[bed_of(record)][file.endpoint]
     found = sorted(
         ((arm, row.difference) for arm, row in rows.items() if row.difference and row.difference.n),
         key=lambda pair: pair[1].value,
@@ -88,10 +148,11 @@ def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
         if difference.low == difference.low:
             axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2.2)
         axes.plot(difference.value, place, "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(found)), [arm.replace("_", " ") for arm, _ in found])
+    axes.set_yticks(range(len(found)), [arm for arm, _ in found])
     pairs = max((difference.n for _, difference in found), default=0)
     axes.set(
-        title=f"{file.endpoint} less {file.control}'s, {pairs} paired seeds", xlabel=f"difference of {file.endpoint}"
+        title=f"{title}: {file.endpoint} less {file.control}'s, {pairs} paired seeds",
+        xlabel=f"difference of {file.endpoint}",
     )
     axes.locator_params(axis="x", nbins=7)
     axes.grid(alpha=0.25, axis="x")
@@ -99,18 +160,17 @@ def draw_differences(axes: Any, record: Record, rows: dict[str, Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "directories",
-        nargs="*",
-        type=Path,
-        default=[path for name in STUDIES if (path := EVIDENCE / name / "record").is_dir()],
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images" / "evidence.png")
+    published = [path for name in STUDIES if (path := EVIDENCE / name / "record").is_dir()]
+    parser.add_argument("directories", nargs="*", type=Path, default=published)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images")
     arguments = parser.parse_args()
-    made = figure([read_record(path) for path in arguments.directories])
-    FigureCanvasAgg(made)
-    made.savefig(arguments.output, dpi=110, metadata={"Software": None})
-    print(arguments.output)
+    found = {path: read_record(path) for path in arguments.directories}
+    records = {STUDIES.get(path.parent.name, record.title): record for path, record in found.items()}
+    for name, draw in (("evidence", ends), ("differences", differences)):
+        made = draw(records)
+        FigureCanvasAgg(made)
+        made.savefig(arguments.output / f"{name}.png", dpi=110, metadata={"Software": None})
+        print(arguments.output / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TEMPLATES = BENCHMARKS / "tables"
 EVIDENCE = ROOT / "docs" / "evidence"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(EVIDENCE.glob("*.md")))
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -73,6 +74,7 @@ def below(difference: Mapping[str, float]) -> bool:
     return difference["high"] < 0
 
 
+@cache
 def results() -> dict[str, Any]:
     """The results of each file, by the name that templates use."""
     files = {path.stem.replace("-", "_"): path for path in BENCHMARKS.glob("*.json")}

@@ -16,7 +16,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.messages import dotted_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+DOCS = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "evidence").glob("*.md")), ROOT / "README.md"]
 KEYS = set(dotted_keys()) | {"rewards.functions.name", "rewards.functions.weight"}
 
 

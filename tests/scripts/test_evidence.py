@@ -92,10 +92,14 @@ def test_the_report_of_the_study_of_record_is_rebuilt_byte_for_byte(record: Path
         assert (made / name).read_bytes() == (record / name).read_bytes(), name
 
 
-def test_the_figure_shows_control_and_best_rival(registered: Path) -> None:
+def test_the_figures_show_control_and_best_rival(registered: Path) -> None:
     pytest.importorskip("matplotlib")
     script = runpy.run_path(str(SCRIPTS / "build" / "evidence.py"))
-    left, right = script["figure"]([read_record(registered / "record")]).axes
-    assert [line.get_label() for line in left.get_lines()] == ["grpo", "pass at k"]
-    names = [label.get_text() for label in right.get_yticklabels()]
-    assert names == ["bald per token", "disagreement", "pass at k"]  # the best at the top
+    records = {"bed": read_record(registered / "record")}
+    curves, *blank = script["ends"](records).axes
+    assert [line.get_label() for line in curves.get_lines()] == ["start", "grpo", "pass_at_k"]
+    assert curves.get_title() == "bed\nbest rival: pass_at_k"
+    assert [axes.axison for axes in blank] == [False, False]
+    (panel,) = script["differences"](records).axes
+    names = [label.get_text() for label in panel.get_yticklabels()]
+    assert names == ["bald_per_token", "disagreement", "pass_at_k"]  # the best at the top

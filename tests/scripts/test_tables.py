@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "evidence").glob("*.md"))]
 TEMPLATES = sorted((ROOT / "benchmarks" / "tables").glob("*.md"))
 
 
@@ -20,9 +22,7 @@ def tables() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "scripts" / "build" / "tables.py"))
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tables_are_up_to_date(page: Path, tables: dict[str, Any]) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == tables["page"](text), "run make generated"
@@ -30,7 +30,7 @@ def test_tables_are_up_to_date(page: Path, tables: dict[str, Any]) -> None:
 
 
 def test_a_changed_result_changes_its_table(tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tables["results"]()
+    found = deepcopy(tables["results"]())
     found["rollout"]["ratio"] = 0.123
     monkeypatch.setitem(tables["table"].__globals__, "results", lambda: found)
     assert " 0.12 " in tables["table"]("measured")
@@ -46,7 +46,7 @@ def test_a_result_says_where_it_comes_from(path: Path) -> None:
 
 
 def test_every_result_and_template_is_used() -> None:
-    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [path.stem for path in TEMPLATES if f"<!-- table:{path.stem} -->" not in pages] == []
     templates = "".join(path.read_text(encoding="utf-8") for path in TEMPLATES)
     assert [path.stem for path in RESULTS if not re.search(rf"\b{path.stem.replace('-', '_')}\b", templates)] == []
@@ -63,7 +63,7 @@ def test_numbers_are_written_for_readers(tables: dict[str, Any]) -> None:
 def test_words_that_the_numbers_no_longer_bear_out_are_an_error(
     tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = tables["results"]()
+    found = deepcopy(tables["results"]())
     found["evidence_countdown4"]["pass@64"]["end_of_sequence"]["difference"]["verdict"] = "better"
     monkeypatch.setitem(tables["table"].__globals__, "results", lambda: found)
     with pytest.raises(ValueError, match="does not hold any more"):
