@@ -4,8 +4,8 @@
     vdr train --bonus none --set observe.completions_every=1 --output run
     python scripts/bench/validity.py starter --deep deep/* --run run --json benchmarks/validity.json
 
-Everything is judged within groups, by ranks, because the order within a group is all that the bonus uses; intervals
-(95 %) by bootstrap over prompts. Four questions:
+Everything is judged within groups, because the bonus is centred there, and by ranks, which say nothing about sizes;
+intervals (95 %) by bootstrap over prompts. Four questions:
 
 deep       Does it rank completions as an ensemble of independently trained models does? Beside it: how far two halves
            of that ensemble agree, and members made by Gaussian noise on the weights, with the same mean disagreement.

@@ -27,7 +27,7 @@ STUDIES = {
     "starter": "starter",
     "countdown4": "countdown4",
     "routes": "routes",
-    "countdown4-gated": "countdown4, failed groups left out",
+    "countdown4-gated": "countdown4, no bonus for failed groups",
     "countdown4-confirm": "countdown4, four updates per rollout",
 }
 """Directory to title, in the order of the page."""
