@@ -3,8 +3,8 @@
     python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
 evidence.png has a panel per study: pass@k at the end, of the control, of disagreement, of a placebo and of the rival
-with the best endpoint; or, where the endpoint is no pass@k, the endpoint of these arms. differences.png has every
-arm's difference to the control. Bands and bars are 95 % intervals.
+with the best endpoint among those that keep pass@1; or, where the endpoint is no pass@k, the endpoint of these arms.
+differences.png has every arm's difference to the control. Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ LEGEND = {
     "best rival": RIVAL,
 }
 PANELS_IN_A_ROW = 3
+MOST_LOST = 0.01
+"""pass@1 that a rival may lose, by the preregistration."""
 
 
 def ends(records: dict[str, Record]) -> Figure:
@@ -87,10 +89,12 @@ def bed_of(record: Record) -> str:
 def chosen(record: Record) -> dict[str, str]:
     """Arm to colour: the arms that the figure shows, the starting model under the empty name."""
     rows = analysed(record)[bed_of(record)][record.study.file.endpoint]
+    once = analysed(record)[bed_of(record)]["pass@1"]
     rivals = {
         arm: row.difference.value
         for arm, row in rows.items()
         if row.difference and row.difference.n and arm not in OURS and not any(word in arm for word in NO_RIVALS)
+        if (price := once[arm].difference) and price.value > -MOST_LOST
     }
     placebos = [arm for arm in PLACEBOS if arm in rows][:1]
     best = [max(rivals, key=lambda arm: rivals[arm])] if rivals else []
@@ -115,19 +119,21 @@ def draw_curves(axes: Any, record: Record) -> None:
 
 
 def draw_endpoint(axes: Any, record: Record) -> None:
-    """A bar per arm, the control at the top."""
+    """A dot per arm, the start at the top; bars are of the paired difference to the control."""
     endpoint, bed = record.study.file.endpoint, bed_of(record)
     rows: dict[str, Row] = analysed(record)[bed][endpoint]
+    control = rows[record.study.file.control].mean
     shown = list(chosen(record).items())[::-1]
     for place, (arm, colour) in enumerate(shown):
-        if not arm:
-            axes.plot(start_value(record, bed, endpoint), place, "o", color=colour)
-            continue
-        row = rows[arm]
-        axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2.2)
-        axes.plot(row.mean, place, "o", color=colour)
-    axes.set_yticks(range(len(shown)), [arm or "start" for arm, _ in shown])
-    axes.set(xlabel=endpoint, ylim=(-0.6, len(shown) - 0.4))
+        row = rows.get(arm)
+        axes.plot(row.mean if row else start_value(record, bed, endpoint), place, "o", color=colour)
+        if row and row.difference:
+            ends = (control + row.difference.low, control + row.difference.high)
+            axes.plot(ends, [place, place], color=colour, linewidth=2.2)
+    axes.axvline(control, color=CONTROL, linewidth=0.8)
+    names = {"": "start"} | dict.fromkeys(PLACEBOS, "a placebo")
+    axes.set_yticks(range(len(shown)), [names.get(arm, arm) for arm, _ in shown])
+    axes.set(xlabel=f"{endpoint} per problem", ylim=(-0.6, len(shown) - 0.4))
 
 
 def draw_differences(axes: Any, record: Record, title: str) -> None:

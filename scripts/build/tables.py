@@ -32,6 +32,8 @@ BENCHMARKS = ROOT / "benchmarks"
 TEMPLATES = BENCHMARKS / "tables"
 EVIDENCE = ROOT / "docs" / "evidence"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(EVIDENCE.glob("*.md")))
+MORE = "plain_more"
+"""The control with more completions per group."""
 BLOCK = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n)(?P<table>.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -85,15 +87,17 @@ def results() -> dict[str, Any]:
 
 
 def study(directory: Path) -> dict[str, Any]:
-    """The results of an archived study of one bed, its contrasts, the values of the starting model, and for each arm
-    what the tuning chose and what `course` says."""
+    """The results of an archived study of one bed, its contrasts, every arm less `plain_more` where it has one, the
+    values of the starting model, and for each arm what the tuning chose and what `course` says."""
     record = read_record(directory)
     (bed,) = record.study.beds
     ends = json.loads((directory / "study.json").read_text(encoding="utf-8"))["results"][bed]
     pairs = {f"{arm} - {other}": asdict(difference) for arm, other, difference in contrasts(record, bed)}
+    sampled_more = [(arm, MORE) for arm in record.study.rivals if MORE in record.study.arms and arm != MORE]
+    more = {arm: asdict(difference) for arm, _, difference in contrasts(record, bed, sampled_more)}
     start = {end: start_value(record, bed, end) for end in ends}
     told = course(directory, record.study.file.control)
-    return {**ends, "contrasts": pairs, "start": start, "taken": taken(record), **told}
+    return {**ends, "contrasts": pairs, "less_more": more, "start": start, "taken": taken(record), **told}
 
 
 def taken(record: Record) -> dict[str, str]:

@@ -17,6 +17,7 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from tests.study.conftest import make_study  # noqa: F401
 from vdr_cli.config.load import dump_config
 from vdr_cli.config.yaml_text import dump_tree
+from vdr_cli.study.analysis import analysed
 from vdr_cli.study.directory import study_tree
 from vdr_cli.study.page import archive, rebuild, write_results
 from vdr_cli.study.plan import runs_of
@@ -103,3 +104,19 @@ def test_the_figures_show_control_and_best_rival(registered: Path) -> None:
     (panel,) = script["differences"](records).axes
     names = [label.get_text() for label in panel.get_yticklabels()]
     assert names == ["bald_per_token", "disagreement", "pass_at_k"]  # the best at the top
+
+
+def test_an_endpoint_that_is_no_pass_at_k_is_drawn_as_differences(registered: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    script = runpy.run_path(str(SCRIPTS / "build" / "evidence.py"))
+    record = read_record(registered / "record")
+    axes = Figure().subplots()
+    script["draw_endpoint"](axes, record)
+    assert [name.get_text() for name in axes.get_yticklabels()] == ["pass_at_k", "grpo", "start"]
+    (rows,) = (rows[record.study.file.endpoint] for rows in analysed(record).values())
+    row, control = rows["pass_at_k"], rows["grpo"].mean
+    dot, bar = axes.get_lines()[:2]
+    assert list(dot.get_xdata()) == [row.mean]
+    assert tuple(bar.get_xdata()) == (control + row.difference.low, control + row.difference.high)

@@ -14,7 +14,7 @@ import pytest
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.stats.paired import holm, mean_over_seeds
-from vdr_cli.study.analysis import analysed, curves, verdict_of
+from vdr_cli.study.analysis import analysed, contrasts, curves, verdict_of
 from vdr_cli.study.curves import learning_curve, read_runs, shown_metrics
 from vdr_cli.study.page import html, rebuild, write_results
 from vdr_cli.study.plan import Task
@@ -173,6 +173,15 @@ def test_the_interval_of_a_share_stays_between_0_and_1(make_study: Make) -> None
     runs = [replace(run, solved=[3 * (run.seed == 0)] * 4) for run in record.runs]
     row = analysed(replace(record, runs=runs))["starter"]["pass@1"]["grpo"]
     assert row.low == 0.0 < row.mean < row.high < 1.0
+
+
+def test_any_two_arms_can_be_compared(make_study: Make) -> None:
+    study, directory = make_study(seeds=3)
+    record = record_of(study, directory)
+    ((first, second, difference),) = contrasts(record, "starter", [("pass_at_k", "grpo")])
+    assert (first, second) == ("pass_at_k", "grpo") and contrasts(record, "starter") == []
+    row = analysed(record)["starter"][study.file.endpoint]["pass_at_k"]
+    assert row.difference is not None and difference.value == row.difference.value
 
 
 def test_names_are_text_on_the_page(make_study: Make) -> None:

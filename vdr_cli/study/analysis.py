@@ -7,7 +7,7 @@ the whole study names one with probability 5 % at most. Other numbers come with 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -82,12 +82,14 @@ def analysed(record: Record) -> Rows:
     return _judged(record, rows)
 
 
-def contrasts(record: Record, bed: str) -> list[tuple[str, str, Difference]]:
-    """The endpoint of one arm less another's, for the pairs that the study names."""
+def contrasts(
+    record: Record, bed: str, pairs: Iterable[tuple[str, str]] | None = None
+) -> list[tuple[str, str, Difference]]:
+    """The endpoint of one arm less another's, for these pairs, or else those that the study names."""
     name = record.study.file.endpoint
     values = {arm: _values(record, bed, arm, name) for arm in record.study.arms}
-    pairs = record.study.file.contrasts
-    return [(first, second, _difference_of(record, values[first], values[second])) for first, second in pairs]
+    chosen = record.study.file.contrasts if pairs is None else pairs
+    return [(first, second, _difference_of(record, values[first], values[second])) for first, second in chosen]
 
 
 def start_value(record: Record, bed: str, name: str) -> float | None:
