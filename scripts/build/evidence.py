@@ -119,14 +119,15 @@ def draw_curves(axes: Any, record: Record) -> None:
 
 
 def draw_endpoint(axes: Any, record: Record) -> None:
-    """A dot per arm, the start at the top; bars are of the paired difference to the control."""
+    """A dot per arm, the start at the top where it has the number; bars are of the paired difference to the control."""
     endpoint, bed = record.study.file.endpoint, bed_of(record)
     rows: dict[str, Row] = analysed(record)[bed][endpoint]
     control = rows[record.study.file.control].mean
-    shown = list(chosen(record).items())[::-1]
+    start = start_value(record, bed, endpoint)
+    shown = [(arm, colour) for arm, colour in chosen(record).items() if arm or start is not None][::-1]
     for place, (arm, colour) in enumerate(shown):
         row = rows.get(arm)
-        axes.plot(row.mean if row else start_value(record, bed, endpoint), place, "o", color=colour)
+        axes.plot(row.mean if row else start, place, "o", color=colour)
         if row and row.difference:
             ends = (control + row.difference.low, control + row.difference.high)
             axes.plot(ends, [place, place], color=colour, linewidth=2.2)

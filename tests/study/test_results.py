@@ -14,7 +14,7 @@ import pytest
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.stats.paired import holm, mean_over_seeds
-from vdr_cli.study.analysis import analysed, contrasts, curves, verdict_of
+from vdr_cli.study.analysis import analysed, contrasts, curves, start_value, verdict_of
 from vdr_cli.study.curves import learning_curve, read_runs, shown_metrics
 from vdr_cli.study.page import html, rebuild, write_results
 from vdr_cli.study.plan import Task
@@ -173,6 +173,17 @@ def test_the_interval_of_a_share_stays_between_0_and_1(make_study: Make) -> None
     runs = [replace(run, solved=[3 * (run.seed == 0)] * 4) for run in record.runs]
     row = analysed(replace(record, runs=runs))["starter"]["pass@1"]["grpo"]
     assert row.low == 0.0 < row.mean < row.high < 1.0
+
+
+def test_classes_of_the_start_count_only_among_as_many_completions(make_study: Make) -> None:
+    study, directory = make_study(seeds=2)
+    record = record_of(study, directory)
+    start = record.start("starter")
+    assert start is not None and start.samples == 1024 and study.file.evaluation.samples == 256
+    assert start_value(record, "starter", "pass@4") is not None and start_value(record, "starter", "classes") is None
+    (found,) = record.starts
+    equal = replace(record, starts=[replace(found, samples=256)])
+    assert start_value(equal, "starter", "classes") == pytest.approx(np.mean(start.classes))
 
 
 def test_any_two_arms_can_be_compared(make_study: Make) -> None:

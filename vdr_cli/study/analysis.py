@@ -93,9 +93,14 @@ def contrasts(
 
 
 def start_value(record: Record, bed: str, name: str) -> float | None:
-    """The number of the bed's starting model; None where it is not one of a model alone, or was not measured."""
+    """The number of the bed's starting model; None where it is not one of a model alone, or was not measured.
+
+    More completions have more classes, so these can be compared only where the start has as many as the runs.
+    """
     start = record.start(bed)
     if start is None or not (name.startswith("pass@") or name in ("classes", "reward")):
+        return None
+    if name == "classes" and start.samples != record.study.file.evaluation.samples:
         return None
     return float(np.mean(value_of(name, start, start)))
 
