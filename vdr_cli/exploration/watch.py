@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-EVIDENCE = "disagreement has not been shown to help; --bonus surprisal has, in places (docs/evidence.md)"
+EVIDENCE = "disagreement has not been shown to help; --bonus surprisal has, on one of three tasks (docs/evidence.md)"
 """Printed once, when a run begins that pays for disagreement."""
 
 STEPS_BEFORE_WARNING = 20
