@@ -29,12 +29,13 @@ STUDIES = {
     "routes": "routes",
     "countdown4-gated": "countdown4, no bonus for failed groups",
     "countdown4-confirm": "countdown4, four updates per rollout",
+    "countdown4-surprisal": "countdown4, four updates, surprisal again",
 }
 """Directory to title, in the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
 OURS = {"end_of_sequence": "#0969da", "per_token_rmi": "#8250df"}
-PLACEBOS = ("end_of_sequence_permuted", "per_token_rmi_permuted")
+PLACEBOS = ("end_of_sequence_permuted", "per_token_rmi_permuted", "surprisal_permuted")
 CONTROL, PLACEBO, RIVAL, START = "#24292f", "#8c959f", "#bc4c00", "#afb8c1"
 GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
 LEGEND = {
@@ -88,8 +89,8 @@ def bed_of(record: Record) -> str:
 
 def chosen(record: Record) -> dict[str, str]:
     """Arm to colour: the arms that the figure shows, the starting model under the empty name."""
-    rows = analysed(record)[bed_of(record)][record.study.file.endpoint]
-    once = analysed(record)[bed_of(record)]["pass@1"]
+    numbers = analysed(record)[bed_of(record)]
+    rows, once = numbers[record.study.file.endpoint], numbers["pass@1"]
     rivals = {
         arm: row.difference.value
         for arm, row in rows.items()
@@ -129,8 +130,8 @@ def draw_endpoint(axes: Any, record: Record) -> None:
         row = rows.get(arm)
         axes.plot(row.mean if row else start, place, "o", color=colour)
         if row and row.difference:
-            ends = (control + row.difference.low, control + row.difference.high)
-            axes.plot(ends, [place, place], color=colour, linewidth=2.2)
+            bar = (control + row.difference.low, control + row.difference.high)
+            axes.plot(bar, [place, place], color=colour, linewidth=2.2)
     axes.axvline(control, color=CONTROL, linewidth=0.8)
     names = {"": "start"} | dict.fromkeys(PLACEBOS, "a placebo")
     axes.set_yticks(range(len(shown)), [names.get(arm, arm) for arm, _ in shown])
