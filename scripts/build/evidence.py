@@ -2,9 +2,10 @@
 
     python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
-evidence.png has a panel per study: pass@k at the end, of the control, of disagreement, of a placebo and of the rival
-with the best endpoint among those that keep pass@1; or, where the endpoint is no pass@k, the endpoint of these arms.
-differences.png has every arm's difference to the control. Bands and bars are 95 % intervals.
+evidence.png has a panel for each study that compares disagreement or surprisal with a placebo: pass@k at the end, of
+the control, of disagreement, of a placebo and of the rival with the best endpoint among those that keep pass@1; or,
+where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference to the control,
+in every study. Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ STUDIES = {
     "countdown4": "countdown4",
     "routes": "routes",
     "countdown4-gated": "countdown4, no bonus for failed groups",
+    "countdown4-dose": "countdown4, weight and members",
+    "starter-further": "starter, further sources",
+    "countdown4-further": "countdown4, further sources",
+    "countdown4-reuse": "countdown4, four updates, block C",
     "countdown4-confirm": "countdown4, four updates per rollout",
     "countdown4-surprisal": "countdown4, four updates, surprisal again",
 }
@@ -174,8 +179,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {path: read_record(path) for path in arguments.directories}
     records = {STUDIES.get(path.parent.name, record.title): record for path, record in found.items()}
-    for name, draw in (("evidence", ends), ("differences", differences)):
-        made = draw(records)
+    compared = {title: record for title, record in records.items() if set(PLACEBOS) & set(record.study.arms)} or records
+    for name, made in (("evidence", ends(compared)), ("differences", differences(records))):
         FigureCanvasAgg(made)
         made.savefig(arguments.output / f"{name}.png", dpi=110, metadata={"Software": None})
         print(arguments.output / f"{name}.png")

@@ -15,16 +15,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from vdr_cli.stats.paired import mean_over_seeds_and_prompts
 from vdr_cli.study.analysis import contrasts, start_value
+from vdr_cli.study.endpoints import pass_at
 from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,16 +115,30 @@ def taken(record: Record) -> dict[str, str]:
 
 
 def course(directory: Path, control: str) -> dict[str, dict[str, float]]:
-    """For each arm: seconds of a run's steps over the control's (medians of seeds), and the mean absolute bonus in the
-    first and last ten steps."""
+    """For each arm: seconds of a run's steps over those of the control with the same seed (the median), and the mean
+    absolute bonus in the first and last ten steps."""
     runs = pq.read_table(directory / "metrics.parquet").to_pandas()
-    seconds = runs.groupby(["arm", "seed"])["step_time"].sum().groupby("arm").median()
-    found = {"time": (seconds / seconds[control]).to_dict()}
+    seconds = runs.groupby(["arm", "seed"])["step_time"].sum().unstack("arm")
+    found = {"time": seconds.div(seconds[control], axis=0).median().to_dict()}
     if "disagreement/bonus_abs" in runs:
         last = runs["step"] > runs["step"].max() - 10
         for name, rows in (("bonus_first", runs["step"] <= 10), ("bonus_last", last)):
             found[name] = runs[rows].groupby("arm")["disagreement/bonus_abs"].mean().to_dict()
     return found
+
+
+def pooled(names: Sequence[str], arm: str, k: int) -> dict[str, float]:
+    """pass@k of an arm less the control's over the seeds of several studies, which ask the same problems."""
+    rows = []
+    for name in names:
+        record = read_record(EVIDENCE / name / "record")
+        (bed,) = record.study.beds
+        ours, control = record.of(bed, arm), record.of(bed, record.study.file.control)
+        ends = [(ours[seed].measured, control[seed].measured) for seed in ours.keys() & control.keys()]
+        rows += [pass_at(run.samples, run.solved, k) - pass_at(other.samples, other.solved, k) for run, other in ends]
+    mean = mean_over_seeds_and_prompts(np.stack(rows))
+    low, high = mean.interval()
+    return {"n": len(rows), "value": mean.value, "low": low, "high": high}
 
 
 def table(name: str) -> str:
@@ -135,7 +152,7 @@ def table(name: str) -> str:
     )
     environment.filters |= {"n": number, "signed": signed, "interval": interval}
     environment.tests |= {"above": above, "below": below}
-    environment.globals["claim"] = claim
+    environment.globals |= {"claim": claim, "pooled": pooled}
     return environment.get_template(f"{name}.md").render(results()).strip() + "\n"
 
 

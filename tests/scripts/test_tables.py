@@ -68,3 +68,14 @@ def test_words_that_the_numbers_no_longer_bear_out_are_an_error(
     monkeypatch.setitem(tables["table"].__globals__, "results", lambda: found)
     with pytest.raises(ValueError, match="does not hold any more"):
         tables["table"]("evidence-answer")
+
+
+def test_studies_pooled_are_one_table_of_all_their_seeds(tables: dict[str, Any]) -> None:
+    """One study's is its own difference; that of two weighs them by their seeds."""
+    names, found = ("countdown4-confirm", "countdown4-surprisal"), tables["results"]()
+    own = [found[f"evidence_{name.replace('-', '_')}"]["pass@64"]["surprisal"]["difference"] for name in names]
+    pooled = tables["pooled"](names[:1], "surprisal", 64)
+    assert pooled == pytest.approx({name: own[0][name] for name in pooled})
+    both = tables["pooled"](names, "surprisal", 64)
+    assert both["n"] == sum(one["n"] for one in own)
+    assert both["value"] == pytest.approx(sum(one["n"] * one["value"] for one in own) / both["n"])
