@@ -107,7 +107,7 @@ LOOP = _of(
     (
         "a reward that reaches solved_at is not solved",
         "train.py",
-        "batch.task_reward >= res.config.rewards.solved_at",
+        "is_solved(batch.task_reward, res.config.rewards.solved_at)",
         "batch.task_reward > res.config.rewards.solved_at",
         "epochs",
     ),

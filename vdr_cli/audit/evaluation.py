@@ -67,7 +67,7 @@ def expected(record: Record, cfg: Config) -> dict[str, float]:
     """The metrics that need no model."""
     n = record.state["samples"]
     task = rewards.combined(record.rewards, inputs.weights_of(cfg, record.rewards.shape[1]))
-    right = (task >= cfg.rewards.solved_at).reshape(-1, n).sum(1)
+    right = rewards.solved(task, cfg.rewards.solved_at).reshape(-1, n).sum(1)
     known = task[~np.isnan(task)]
     found = {f"pass@{k}": float(np.mean([_pass_at(n, int(c), k) for c in right])) for k in record.state["k"]}
     found |= {

@@ -66,7 +66,7 @@ def expected(record: Record, cfg: Config, names: list[str]) -> dict[str, float]:
         "reward": _mean(task),
         "reward_std": _mean(_known_std(task, G)),
         "frac_reward_zero_std": _mean(rewards.stalled(task, G)),
-        "solved": _mean((task >= cfg.rewards.solved_at).astype(np.float64)),
+        "solved": _mean(rewards.solved(task, cfg.rewards.solved_at).astype(np.float64)),
         "advantage_abs": _mean(np.abs(record.numbers("task_advantage"))),
         "learning_rate": optimizer.learning_rate(
             record.step + cfg.grpo.updates_per_rollout - 1,

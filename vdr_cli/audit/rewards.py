@@ -11,6 +11,8 @@ Array = NDArray[np.float64]
 
 FLOOR = 1e-4
 """Added to every standard deviation that divides."""
+SLACK = 1e-6
+"""Rounding of a weighted sum of float32 rewards near 1."""
 
 
 def combined(rewards: Array, weights: Array) -> Array:
@@ -18,6 +20,11 @@ def combined(rewards: Array, weights: Array) -> Array:
     silent = np.isnan(rewards)
     total = np.where(silent, 0.0, rewards * weights).sum(1)
     return np.where(silent.all(1), np.nan, total)
+
+
+def solved(task_rewards: Array, solved_at: float) -> NDArray[np.bool_]:
+    """(B,): the task reward is at least solved_at, but for rounding."""
+    return task_rewards >= solved_at - SLACK * max(1.0, abs(solved_at))
 
 
 def overlong_penalty(lengths: Array, longest: int, cache: int) -> Array:
@@ -91,13 +98,16 @@ def _pass_at_k(r: Array, k: int) -> Array:
 _OTHERS = {"leave_one_out": _leave_one_out, "maxrl": _maxrl, "pass_at_k": _pass_at_k}
 
 
-def summed_advantages(columns: Array, weights: Array, G: int) -> Array:
-    """(B, F) to (B,): each column's group scores, weighed, summed, and standardised over the step (GDPO)."""
+def summed_advantages(columns: Array, weights: Array, added: Array, G: int) -> Array:
+    """(B, F) to (B,): each column's group scores, weighed, summed, and standardised over the step (GDPO).
+
+    added: (B,), what joins the sum with its group's mean taken off.
+    """
     scores = np.full(columns.shape, np.nan)
     for index, column in enumerate(columns.T):
         mean, std = group_mean(column, G), group_std(column, G)
         scores[:, index] = (column - np.repeat(mean, G)) / (np.repeat(std, G) + FLOOR)
-    total = combined(scores, weights)
+    total = combined(scores, weights) + added - np.repeat(group_mean(added, G), G)
     known = total[~np.isnan(total)]
     mean_of_step = known.mean() if len(known) else 0.0
     return np.where(np.isnan(total), 0.0, (total - mean_of_step) / (_step_std(total) + FLOOR))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vdr_cli.audit import bonus as bonuses
-from vdr_cli.audit import streams
+from vdr_cli.audit import rewards, streams
 from vdr_cli.audit.files import Record
 from vdr_cli.audit.inputs import places_of
 from vdr_cli.audit.lines import Judge, Line
@@ -91,11 +91,11 @@ def _counts(record: Record, cfg: Config, task_advantages: Array) -> Array:
 def _unlikeliness(record: Record, cfg: Config, task_advantages: Array) -> Array:
     G, beta = cfg.rollout.group_size, cfg.bonus.unlikeliness.beta
     mean, reward = _mean_log_prob(record), record.numbers("task_reward")
-    found = np.zeros(len(record))
+    found, right = np.zeros(len(record)), rewards.solved(reward, cfg.rewards.solved_at)
     for start in range(0, len(record), G):
         rows = list(range(start, start + G))
         for row in rows:
-            if reward[row] >= cfg.rewards.solved_at:
+            if right[row]:
                 found[row] = -beta * _rank(mean[rows], mean[row]) / G * reward[row]
     return found
 
@@ -174,8 +174,8 @@ def _answers(record: Record, cfg: Config) -> list[str]:
 def _answer_function(cfg: Config) -> Callable[..., Any] | None:
     if cfg.bonus.answer is not None:
         return find_function(cfg.bonus.answer, "bonus.answer")
-    rewards = load_rewards(cfg.rewards.model_copy(update={"processes": 0}), cfg.data.name)
-    return next((each.solution_class for each in rewards if each.solution_class is not None), None)
+    loaded = load_rewards(cfg.rewards.model_copy(update={"processes": 0}), cfg.data.name)
+    return next((each.solution_class for each in loaded if each.solution_class is not None), None)
 
 
 def audit_visits(judge: Judge, record: Record, cfg: Config, earlier: Sequence[Record]) -> list[Line]:

@@ -30,7 +30,7 @@ from vdr_cli.evaluation.request import EvalRequest, sampling_plan
 from vdr_cli.evaluation.result import TURN_MEASURES, EvalResult
 from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.policy import completion_logps
-from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text
+from vdr_cli.rewards.base import LoadedReward, check_columns, completion_text, is_solved
 from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rewards.classes import classifier, known_classes, solution_classes
 from vdr_cli.rollout.base import Rollout, RolloutRequest
@@ -347,7 +347,7 @@ def _result(
         known_classes=whole.get("known_classes"),
         task_reward=task_reward,
         rewards={reward.name: scores[..., index] for index, reward in enumerate(rewards)},
-        solved=task_reward >= evaluation.solved_at,
+        solved=is_solved(task_reward, evaluation.solved_at),
         length=whole["length"],
         truncated=whole["truncated"],
         entropy_sum=whole["entropy_sum"],

@@ -9,6 +9,7 @@ from vdr_cli.config import Config
 from vdr_cli.engine import collectives
 from vdr_cli.exploration.bonus import has_spread
 from vdr_cli.grpo.advantages import zero_variance
+from vdr_cli.rewards.base import is_solved
 from vdr_cli.rewards.logs import summed
 from vdr_cli.training import speed
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
@@ -83,7 +84,8 @@ def own_pairs(res: Resources, batch: RewardedGroups, advantages: Advantages) -> 
         added = added if added.dim() == 1 else added[batch.completions.policy_mask]
         spread, gate = has_spread(of_completion, G), advantages.bonus.gate
         pairs |= bonus_pairs(bonus_prefix(res.config), of_completion, added, spread, gate, G)
-    pairs["solved"] = (float((batch.task_reward >= res.config.rewards.solved_at).sum()), float(len(batch)))
+    solved = is_solved(batch.task_reward, res.config.rewards.solved_at)
+    pairs["solved"] = (float(solved.sum()), float(len(batch)))
     pairs["advantage_abs"] = (float(advantages.task_advantages.abs().sum()), float(len(batch)))
     return pairs
 

@@ -35,4 +35,4 @@ class RewardsConfig(Section):
     """Worker processes per rank for functions that are not async, so that their Python code does not hold up sampling.
     Each worker imports the functions itself. 0: call them on a thread of the rank."""
     solved_at: float = 1.0
-    """A completion counts as solved when its weighted task reward is at least this."""
+    """A completion counts as solved when its weighted task reward is at least this, give or take rounding."""
