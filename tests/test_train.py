@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from vdr_cli import train
 from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.environments.episodes import OneTurn
 from vdr_cli.exploration.bonus import RunningRms
+from vdr_cli.rewards.base import is_solved
 from vdr_cli.rewards.logs import Logs
 from vdr_cli.training.batch import RewardedGroups
 from vdr_cli.training.opening import open_source
@@ -68,6 +70,38 @@ def test_a_reward_that_reaches_solved_at_is_solved() -> None:
     res = resources(bonus={"gate": "incorrect"}, rewards={"solved_at": 1.0})
     bonus = bonus_of(res, batch_of([0, 1, 2, 3], 4), [1.0, 3.0, 1.0, 3.0])
     assert bonus[0] != 0 and bonus[1:].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.2, 0.1), (0.6, 0.3, 0.1), (0.35, 0.35, 0.3)])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, torch.float32])
+def test_weights_that_add_up_to_one_solve_a_task(weights: tuple[float, ...], kind: Any) -> None:
+    """0.7 + 0.2 + 0.1 is 0.9999999999999999, and a rounding is no wrong answer."""
+    parts = [torch.tensor(w, dtype=kind) if isinstance(kind, torch.dtype) else kind(w) for w in weights]
+    total = parts[0] + parts[1] + parts[2]
+    values = torch.stack([total, total - 1e-4]) if isinstance(kind, torch.dtype) else np.array([total, total - 1e-4])
+    assert is_solved(values, 1.0).tolist() == [True, False]
+    near = torch.tensor([0.95, 0.9], dtype=torch.float32)
+    assert is_solved(near, 0.95).tolist() == is_solved(near.double().numpy(), 0.95).tolist() == [True, False]
+    assert not is_solved(torch.tensor([torch.nan]), 0.0).any()
+
+
+def group_advantages_of(added: list[float], rewards: list[float], **grpo: Any) -> list[float]:
+    """Advantages of one group with one function, and what joins its reward."""
+    config = Config.model_validate({"rollout": {"group_size": len(rewards)}, "grpo": grpo})
+    given = torch.tensor(rewards)
+    total = given + torch.tensor(added)
+    return train.group_relative(config, torch.ones(1), given[:, None], total).tolist()
+
+
+def test_what_joins_a_normalised_sum_keeps_its_size() -> None:
+    """β, λ and an overlong penalty are small or large as they are set; a z-score would make them all alike."""
+    rewards, unit = [0.0, 1.0, 0.0, 1.0], [1.0, -1.0, -1.0, 1.0]
+    std = (4 / 3 * 0.25) ** 0.5 + 1e-4
+    for size in (0.0, 1e-3, 1.0):
+        score = torch.tensor([(r - 0.5) / std + size * x for r, x in zip(rewards, unit, strict=True)])
+        expected = (score / (score.std() + 1e-4)).tolist()
+        found = group_advantages_of([size * x for x in unit], rewards, multi_reward="normalise_then_sum")
+        assert found == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from vdr_cli.grpo.losses import (
     policy_loss,
     token_weights,
 )
+from vdr_cli.rewards.base import is_solved
 from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.samples import Completions, Stream, completion_key
 from vdr_cli.training import audit_record
@@ -258,7 +259,7 @@ def add_bonus(
     """
     cfg, G, mask = res.config.bonus, res.config.rollout.group_size, batch.completions.policy_mask
     assert res.source is not None
-    solved = batch.task_reward >= res.config.rewards.solved_at
+    solved = is_solved(batch.task_reward, res.config.rewards.solved_at)
     with collectives.agreed():
         given = Signals(G, mask, batch.task_reward, solved, task_advantages, **signals)
         found = res.source.numbers(given, res.config)
@@ -306,10 +307,9 @@ def group_relative(config: Config, weights: Tensor, rewards: Tensor, task_reward
     """
     cfg, G = config.grpo, config.rollout.group_size
     if cfg.multi_reward == "normalise_then_sum":
-        # What was added to the functions' sum (overlong penalty, KL, bonus) is a column of its own.
+        # What was added to the functions' sum (overlong penalty, KL, bonus) keeps its size.
         added = task_reward - grpo_advantages.combine_rewards(rewards, weights)
-        columns = torch.cat([rewards, added[:, None]], dim=1)
-        scores = grpo_advantages.normalised_sum(columns, torch.cat([weights, torch.ones(1)]), G)
+        scores = grpo_advantages.normalised_sum(rewards, weights, G) + grpo_advantages.centred(added, G)
         return grpo_advantages.standardise(scores, step_moments(scores))
     if cfg.advantage != "group":
         return ADVANTAGES[cfg.advantage](task_reward, G, cfg.pass_k)

@@ -39,4 +39,14 @@ def test_summed_advantages_scale_each_function_first():
     std = [np.sqrt(1 / 3), np.std([0.0, 100, 200, 300], ddof=1)]
     score = (columns[:, 0] - 0.5) / (std[0] + 1e-4) + 2 * (columns[:, 1] - 150) / (std[1] + 1e-4)
     expected = (score - score.mean()) / (score.std(ddof=1) + 1e-4)
-    assert rewards.summed_advantages(columns, np.array([1.0, 2.0]), 4).tolist() == pytest.approx(expected.tolist())
+    weights = np.array([1.0, 2.0])
+    assert rewards.summed_advantages(columns, weights, np.zeros(4), 4).tolist() == pytest.approx(expected.tolist())
+    added = np.array([0.0, 0.0, 0.0, -0.4])
+    score += added + 0.1
+    expected = (score - score.mean()) / (score.std(ddof=1) + 1e-4)
+    assert rewards.summed_advantages(columns, weights, added, 4).tolist() == pytest.approx(expected.tolist())
+
+
+def test_solved_up_to_rounding():
+    sums = np.array([0.7 + 0.2 + 0.1, 0.6 + 0.3 + 0.1, 0.9999, NAN, 2.0])
+    assert sums[0] < 1 and rewards.solved(sums, 1.0).tolist() == [True, True, False, False, True]

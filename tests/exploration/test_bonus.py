@@ -210,7 +210,7 @@ def test_watch_names_the_reason_of_a_gate_that_stays_closed() -> None:
     said = [watch.warning(True, is_open, 0.0, 1.0) for is_open in (False, False, True, False, False, False, False)]
     (line,) = filter(None, said)
     assert said[5] == line and line == (
-        "bonus.gate some_correct has been closed for all completions for 3 steps, so the bonus is 0: no completion "
+        "bonus.gate some_correct has been closed for all completions for 3 rollouts, so the bonus is 0: no completion "
         "reached rewards.solved_at"
     )
 
@@ -290,3 +290,23 @@ def test_a_permutation_of_tokens_keeps_every_positions_values() -> None:
     assert found.tolist() == [[3.0, 10.0, 11.0], [9.0, 0.0, 0.0], [0.0, 1.0, 0.0], [6.0, 7.0, 2.0]]
     equal = bonus.permuted(torch.arange(8.0).view(4, 2), keys, 4, torch.ones(4, 2))
     assert equal.tolist() == [[2.0, 3.0], [6.0, 7.0], [0.0, 1.0], [4.0, 5.0]], "whole rows where lengths are equal"
+
+
+@pytest.mark.parametrize("gate", ["all", "incorrect", "correct", "some_correct", "not_failed", "zero_variance"])
+def test_a_completion_without_a_reward_gets_no_bonus(gate: str) -> None:
+    """None is no opinion: neither wrong nor a reason to explore. Alone in its group, half of it, all of it."""
+    none = float("nan")
+    rewards = torch.tensor([1.0, none, none, none, 0.0, none])
+    found = bonus.gated(gate, rewards, rewards >= 1.0, 2)
+    assert not found[rewards.isnan()].any()
+    known = [("all", [True, True]), ("incorrect", [False, True]), ("correct", [True, False])]
+    assert found[[0, 4]].tolist() == dict(known).get(gate, found[[0, 4]].tolist())
+
+
+def test_a_step_that_is_not_finite_leaves_the_scale_alone() -> None:
+    rms = RunningRms()
+    rms.update(8.0, 2.0)
+    before = rms.state_dict()
+    for squares in (math.nan, math.inf):
+        rms.update(squares, 2.0)
+    assert rms.state_dict() == before

@@ -415,3 +415,12 @@ def test_some_sources_need_no_forward() -> None:
         "unlikeliness",
         "noise",
     }
+
+
+def test_value_heads_pass_over_a_gradient_that_is_not_finite() -> None:
+    heads = Heads(0.01)
+    heads.start(torch.full((2, 3), 0.25, dtype=torch.float64))
+    before = heads.weights
+    heads.take(torch.full((2, 3), math.nan, dtype=torch.float64))
+    heads.commit()
+    assert heads.weights is before and heads.state_dict()["steps"] == 0

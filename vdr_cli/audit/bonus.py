@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vdr_cli.audit.rewards import stalled
+from vdr_cli.audit.rewards import solved, stalled
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -33,7 +33,7 @@ class Rms:
 
         first: only so many steps count, all alike; None: every step.
         """
-        if not mask.any() or (first is not None and self.weight >= first):
+        if not mask.any() or not np.isfinite(deviation[mask]).all() or (first is not None and self.weight >= first):
             return self
         square = float((deviation[mask] ** 2).mean())
         if first is not None:
@@ -87,18 +87,19 @@ def credit(measure: Array, mask: Flags, name: str, discount: float, last_n: int 
 
 
 def open_gate(gate: str, task_reward: Array, solved_at: float, G: int) -> Flags:
-    """(B,): completions that get a bonus; the task reward decides."""
+    """(B,): completions that get a bonus; the task reward decides, and without one there is none."""
+    right, known = solved(task_reward, solved_at), ~np.isnan(task_reward)
     if gate == "incorrect":
-        return ~(task_reward >= solved_at)
+        return known & ~right
     if gate == "correct":
-        return task_reward >= solved_at
+        return right
     if gate == "some_correct":
-        return np.repeat((task_reward >= solved_at).reshape(-1, G).any(1), G)
+        return known & np.repeat(right.reshape(-1, G).any(1), G)
     if gate == "zero_variance":
-        return np.repeat(stalled(task_reward, G), G)
+        return known & np.repeat(stalled(task_reward, G), G)
     if gate == "not_failed":
-        return np.repeat(~stalled(task_reward, G) | (task_reward >= solved_at).reshape(-1, G).any(1), G)
-    return np.ones(len(task_reward), dtype=bool)
+        return known & np.repeat(~stalled(task_reward, G) | right.reshape(-1, G).any(1), G)
+    return known
 
 
 def permuted(b: Array, mask: Flags, keys: Array, G: int) -> Array:

@@ -94,16 +94,13 @@ def _group_relative(record: Record, cfg: Config, values: Array) -> Array:
         return rewards.advantages(values, G, cfg.grpo.scale_rewards)
     weights = weights_of(cfg, record.rewards.shape[1])
     added = values - rewards.combined(record.rewards, weights)
-    columns = np.concatenate([record.rewards, added[:, None]], axis=1)
-    return rewards.summed_advantages(columns, np.append(weights, 1.0), G)
+    return rewards.summed_advantages(record.rewards, weights, added, G)
 
 
 def audit(judge: Judge, record: Record, cfg: Config, before: Record | None) -> list[Line]:
     """Advantages and bonus; before: the record of the rollout before, whose RMS this one starts from."""
     ours = found(record, cfg)
-    # The run finds what was added to the functions' sum by a subtraction in float32, and normalises it.
-    kind = "column" if cfg.grpo.multi_reward == "normalise_then_sum" else "advantage"
-    lines = [judge.compare("task advantages", record.numbers("task_advantage"), ours.task_advantages, kind)]
+    lines = [judge.compare("task advantages", record.numbers("task_advantage"), ours.task_advantages, "advantage")]
     if ours.bonus is not None:
         if ours.reduced is not None:
             source = cfg.bonus_source
@@ -111,10 +108,10 @@ def audit(judge: Judge, record: Record, cfg: Config, before: Record | None) -> l
             lines.append(judge.compare(f"{name} of completions", record.numbers("reduced"), ours.reduced, "bonus"))
         lines += sources.left_out(judge, record, cfg)
         theirs = record.tokens("bonus") if ours.bonus.ndim == 2 else record.numbers("bonus")
-        lines.append(judge.compare("bonus", theirs, ours.bonus, "bonus" if kind == "advantage" else kind))
+        lines.append(judge.compare("bonus", theirs, ours.bonus, "bonus"))
     if ours.rms is not None:
         lines += _rms_lines(judge, record, before, ours.rms)
-    lines.append(judge.compare("advantages", record.tokens("advantages"), ours.advantages, kind))
+    lines.append(judge.compare("advantages", record.tokens("advantages"), ours.advantages, "advantage"))
     return lines
 
 

@@ -51,7 +51,7 @@ def weight_at(schedule: str, weight: float, fraction: float, step: int, steps: i
 
 
 def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> Tensor:
-    """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide.
+    """(B,) bool: completions that get a bonus. Task rewards, never shaped ones, decide; without one there is none.
 
     gate: all, not_failed (all but groups whose task rewards are all equal and of which none is solved), some_correct
     (groups with a solved completion), correct, incorrect or zero_variance (groups whose task rewards are all equal).
@@ -68,7 +68,7 @@ def gated(gate: str, task_rewards: Tensor, solved: Tensor, group_size: int) -> T
         "incorrect": ~solved,
         "zero_variance": equal,
     }
-    return open_where[gate]
+    return open_where[gate] & ~task_rewards.isnan()
 
 
 def permuted(b: Tensor, keys: Tensor, group_size: int, mask: Tensor | None = None) -> Tensor:
@@ -133,12 +133,12 @@ class RunningRms:
     weight: float = 0.0
 
     def update(self, squares: float, count: float, first: int | None = None) -> None:
-        """Take in one step's sums over all ranks. A step without values changes nothing.
+        """Take in one step's sums over all ranks. A step without values, or with a NaN, changes nothing.
 
         first: count only so many steps, all alike, and then stay (scale initial); None: every step, by its age.
         """
         keep, new = (self.decay, 1 - self.decay) if first is None else (1.0, 1.0)
-        if count > 0 and (first is None or self.weight < first):
+        if count > 0 and math.isfinite(squares) and (first is None or self.weight < first):
             self.average = keep * self.average + new * squares / count
             self.weight = keep * self.weight + new
 

@@ -55,8 +55,8 @@ class Heads:
         self._first, self._second = torch.zeros_like(uniforms), torch.zeros_like(uniforms)
 
     def take(self, step_gradient: Tensor) -> None:
-        """The step's gradient over all ranks. It moves the heads once `commit` is called."""
-        self._gradient = step_gradient
+        """The step's gradient over all ranks. It moves the heads once `commit` is called, unless it has a NaN."""
+        self._gradient = step_gradient if bool(step_gradient.isfinite().all()) else None
 
     def commit(self) -> None:
         """The step is done: one step of Adam (Kingma and Ba, 2015)."""

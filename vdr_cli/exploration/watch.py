@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 EVIDENCE = "disagreement has not been shown to help; --bonus surprisal has, on one of three tasks (docs/evidence.md)"
 """Printed once, when a run begins that pays for disagreement."""
 
-STEPS_BEFORE_WARNING = 20
-"""Steps that a condition lasts before it is reported."""
+ROLLOUTS_BEFORE_WARNING = 20
+"""Rollouts that a condition lasts before it is reported."""
 
 UNSOLVED = "no completion reached rewards.solved_at"
 CLOSED = {
@@ -24,7 +24,7 @@ CLOSED = {
 
 @dataclass
 class BonusWatch:
-    """Warns once when the bonus has done nothing for many steps, and once when it has outweighed the task over as many.
+    """Warns once when the bonus has done nothing for many rollouts, and once when it has outweighed the task over them.
 
     Single steps swing: in a run whose policy the bonus ruined, it outweighed the task at every step only once no reward
     was left, and on the mean of 20 steps 26 steps before that.
@@ -36,21 +36,21 @@ class BonusWatch:
     """The usual reason that they do not differ, and the settings that matter."""
     gate: str = "all"
     """bonus.gate: causes and advice depend on it."""
-    flat_after: int = STEPS_BEFORE_WARNING
-    outweighed_after: int = STEPS_BEFORE_WARNING
+    flat_after: int = ROLLOUTS_BEFORE_WARNING
+    outweighed_after: int = ROLLOUTS_BEFORE_WARNING
     flat: int = 0
-    """Consecutive steps so far without any spread."""
+    """Consecutive rollouts so far without any spread."""
     closed: int = 0
-    """Consecutive steps so far in which the gate was closed for every completion."""
+    """Consecutive rollouts so far in which the gate was closed for every completion."""
     newest: deque[tuple[float, float]] = field(default_factory=deque)
-    """Mean absolute bonus and task advantage of the last `outweighed_after` steps."""
+    """Mean absolute bonus and task advantage of the last `outweighed_after` rollouts."""
     warned: frozenset[str] = frozenset()
 
     def warning(self, spread: bool, is_open: bool, bonus: float, task: float) -> str | None:
-        """Count one step; the warning that is due, or None.
+        """Count one rollout; the warning that is due, or None.
 
         spread: the measures differ within some group. is_open: the gate lets some completion's bonus through. bonus,
-        task: mean absolute values over the step.
+        task: mean absolute values over the rollout.
         """
         self.flat = 0 if spread else self.flat + 1
         self.closed = 0 if is_open else self.closed + 1
@@ -60,23 +60,23 @@ class BonusWatch:
         if self.flat >= self.flat_after and "flat" not in self.warned:
             self.warned |= {"flat"}
             return (
-                f"the {self.quantity} of the completions has not differed within any group for {self.flat} steps, so "
-                f"the bonus is 0: {self.cause}"
+                f"the {self.quantity} of the completions has not differed within any group for {self.flat} rollouts, "
+                f"so the bonus is 0: {self.cause}"
             )
         if self.closed >= self.flat_after and "closed" not in self.warned:
             self.warned |= {"closed"}
             return (
-                f"bonus.gate {self.gate} has been closed for all completions for {self.closed} steps, so the bonus is "
-                f"0: {CLOSED[self.gate]}"
+                f"bonus.gate {self.gate} has been closed for all completions for {self.closed} rollouts, so the bonus "
+                f"is 0: {CLOSED[self.gate]}"
             )
         if self._outweighs() and "outweighed" not in self.warned:
             self.warned |= {"outweighed"}
             gate = ", give it a schedule, or set bonus.gate to not_failed (no bonus in groups where nothing succeeded)"
             cure = gate if self.gate == "all" else " or give it a schedule"
             return (
-                f"the bonus has been larger than the task advantage over the last {self.outweighed_after} steps: task "
-                "rewards are equal in most groups, or bonus.weight is too large, and the bonus may lead the policy "
-                f"away from the task; lower it{cure}"
+                f"the bonus has been larger than the task advantage over the last {self.outweighed_after} rollouts: "
+                "task rewards are equal in most groups, or bonus.weight is too large, and the bonus may lead the "
+                f"policy away from the task; lower it{cure}"
             )
         return None
 

@@ -83,13 +83,18 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", bat
     if scale == "group":
         advantages = _group_scores(rewards, group_size)
     else:
-        mean, _ = group_moments(rewards, group_size)
-        advantages = rewards - mean.repeat_interleave(group_size)
+        advantages = centred(rewards, group_size)
         if scale == "batch":
             if batch_std is None:
                 raise ValueError("scale batch needs batch_std, the standard deviation of the whole step's rewards")
             advantages = advantages / (batch_std + STD_FLOOR)
     return advantages.masked_fill(rewards.isnan(), 0.0)
+
+
+def centred(rewards: Tensor, group_size: int) -> Tensor:
+    """(B,) → r − mean_G, NaN kept."""
+    mean, _ = group_moments(rewards, group_size)
+    return rewards - mean.repeat_interleave(group_size)
 
 
 def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
@@ -112,5 +117,5 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, cache: int) -> Tensor
 
 def _group_scores(rewards: Tensor, group_size: int) -> Tensor:
     """(B,) → (r − mean_G)/(std_G + 1e-4), NaN kept."""
-    mean, std = group_moments(rewards, group_size)
-    return (rewards - mean.repeat_interleave(group_size)) / (std + STD_FLOOR).repeat_interleave(group_size)
+    _, std = group_moments(rewards, group_size)
+    return centred(rewards, group_size) / (std + STD_FLOOR).repeat_interleave(group_size)

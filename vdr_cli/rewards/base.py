@@ -30,6 +30,18 @@ NOT_LISTS = ("trainer_state", "log_extra", "log_metric")
 PROVIDED = ("prompts", "completions", "completion_ids", "environments", *NOT_LISTS)
 
 
+SLACK = 1e-6
+"""Rounding of a weighted sum of float32 rewards near 1: 0.7 + 0.2 + 0.1 is less than 1, in float64 too."""
+
+
+def is_solved(task_rewards: Any, solved_at: float) -> Any:
+    """task_rewards, tensor or array of any shape → bool, alike: each is at least solved_at, but for rounding.
+
+    NaN, for a completion without a reward, is not solved.
+    """
+    return task_rewards >= solved_at - SLACK * max(1.0, abs(solved_at))
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """The run's progress, under the names of transformers' TrainerState; both 0 outside a run."""
@@ -38,6 +50,14 @@ class TrainerState:
     """Optimizer steps done."""
     max_steps: int = 0
     """train.steps"""
+
+
+class RefusedMessagesError(Exception):
+    """A reward model's chat template refuses the messages of the call's completion `index`."""
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(why)
+        self.index = index
 
 
 class Elsewhere(Protocol):
