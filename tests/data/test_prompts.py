@@ -500,3 +500,33 @@ def test_plain_prompts_as_chats(tmp_path, tokenizer):
         load(path, tokenizer, system_prompt="be brief")
     with pytest.raises(ConfigError, match="no chat template"):
         load(path, character_tokenizer(template=None), as_chat=True)
+
+
+def test_rows_are_checked_before_they_are_drawn(tmp_path, tokenizer):
+    """A row that the model cannot read is found at the start, and not in the night."""
+    path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "x" * 14}, {"prompt": "x" * 15}, {"prompt": "x"})
+    limits = Limits.of(Longest64(), 50)
+    prompts = load_prompts(DataConfig(name=str(path)), "train", tokenizer, limits)
+    prompts.check([2, 0])
+    with pytest.raises(DataError, match=r"line 2: the prompt has 15 tokens"):
+        prompts.check(range(3))
+    cut = load_prompts(DataConfig(name=str(path), max_prompt_tokens=14), "train", tokenizer, limits)
+    cut.check(range(3))
+    assert not cut.truncated_rows, "only what is drawn counts as cut"
+
+
+def test_a_template_that_refuses_a_row_is_found_by_the_check(tmp_path, tokenizer):
+    user = {"role": "user", "content": "a"}
+    rows = {"prompt": [user]}, {"prompt": [{"role": "system", "content": "b"}, user]}
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    prompts = load_prompts(DataConfig(name=str(path)), "train", tokenizer)
+    prompts.check([0])
+    with pytest.raises(DataError, match=r"line 2: the chat template refuses the messages: no system"):
+        prompts.check([0, 1])
+
+
+def test_empty_lines_before_the_header_of_a_csv_file(tmp_path, tokenizer):
+    for content in ("\nprompt,answer\nwhat,007\n", "\r\n\r\nprompt;answer\r\nwhat;007\r\n"):
+        (tmp_path / "a.csv").write_bytes(content.encode())
+        assert [prompt.columns for prompt in load(tmp_path / "a.csv", tokenizer)] == [{"answer": "007"}]

@@ -85,7 +85,7 @@ def test_a_missing_column_is_named_before_any_step(train, tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_path: Path) -> None:
+def test_a_row_that_the_model_cannot_read_is_found_before_any_step(train, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     prompts = ["1 2 3=6:"] * 9 + ["1 2 3=6:" * 9]
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
@@ -94,6 +94,22 @@ def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_p
     assert ended.returncode == 3, ended.stderr
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
     assert f"{data} line 10: the prompt has 72 tokens; the model's length leaves 57" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1 2 3=6:", "gold": number}) + "\n" for number in range(10)))
+    (tmp_path / "mine.py").write_text("def odd(prompts, gold, **_):\n    return [1 / (9 - each) for each in gold]\n")
+    settings = {
+        "data.name": str(data),
+        "data.shuffle": False,
+        "rewards.functions": [{"name": f"{tmp_path}/mine.py:odd"}],
+    }
+    ended = train(tmp_path / "run", ranks=2, settings=settings)
+    assert ended.returncode == 3, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("vdr")]
+    assert "odd raised on dataset row 9: ZeroDivisionError" in line
     assert (tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json").is_file()
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from vdr_cli.config.load import load_config
+from vdr_cli.data.order import stream_indices
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.training.opening import _choose_checkpoint, _prepare_directory
+from vdr_cli.training.opening import _check_end, _choose_checkpoint, _drawn, _prepare_directory
 
 
 def test_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path) -> None:
@@ -48,3 +49,24 @@ def test_a_directory_where_another_process_writes_is_left_alone(tmp_path: Path, 
             assert (run / "config.yaml").read_text() != "theirs"
     with writer_elsewhere(run):
         pass
+
+
+def test_a_model_without_an_end_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Every completion is cut at the limit, which with mask_truncated leaves nothing to learn from."""
+    _check_end(load_config(), [1])
+    _check_end(load_config(overrides=["rollout.stop=[x]"]), [])
+    assert not caplog.records
+    _check_end(load_config(), [])
+    assert "have no EOS token: every completion is cut" in caplog.text and "set rollout.stop" in caplog.text
+    with pytest.raises(ConfigError, match=r"grpo.mask_truncated leaves nothing to train on: .* no EOS token"):
+        _check_end(load_config(overrides=["grpo.mask_truncated=true"]), [])
+
+
+def test_the_rows_that_a_run_draws() -> None:
+    """Each once, in the order of the stream, and more where stalled groups are replaced."""
+    settings = ["train.steps=4", "grpo.num_iterations=2", "train.prompts_per_step=3", "data.shuffle=false"]
+    assert _drawn(load_config(overrides=settings), 100) == list(range(6))
+    assert _drawn(load_config(overrides=settings), 5) == list(range(5))
+    assert len(_drawn(load_config(overrides=[*settings, "grpo.resample_groups=2"]), 100)) == 18
+    shuffled = load_config(overrides=[*settings[:3], "train.seed=7"])
+    assert _drawn(shuffled, 100) == stream_indices(100, 0, 6, 7, True)

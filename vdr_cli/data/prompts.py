@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,16 @@ class PromptSet(Sequence[Prompt]):
             return [self[row] for row in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = dict(self._table.rows[index])
-        value = row.pop(self._prompt_column)
-        if self.has_messages:
-            messages: Any = [{"role": "user", "content": value}] if isinstance(value, str) else plain_messages(value)
-            value = with_system_prompt(messages, self._system_prompt)
-        return Prompt(row=index, value=value, token_ids=self._tokens(index, value), columns=self._columns_of(row))
+        value = self._value(row.pop(self._prompt_column))
+        ids = self._fitting(index, self._cut(index, self._tokens(index, value)))
+        return Prompt(row=index, value=value, token_ids=ids, columns=self._columns_of(row))
+
+    def check(self, rows: Iterable[int]) -> None:
+        """DataError for the first of these rows whose prompt the template refuses or the model cannot read."""
+        prompts = _prompts_only(self._table, self._prompt_column)
+        kept = slice(None) if self._max_prompt_tokens is None else slice(-self._max_prompt_tokens, None)
+        for index in rows:
+            self._fitting(index, self._tokens(index, self._value(prompts[index][self._prompt_column]))[kept])
 
     def where(self, index: int) -> str:
         """A row's name in error messages: `FILE line 7` (JSONL, from 1) or `NAME row 6` (from 0)."""
@@ -100,6 +105,13 @@ class PromptSet(Sequence[Prompt]):
 
     def _columns_of(self, row: Row) -> Row:
         return {column: row.get(column) for column in self.columns}
+
+    def _value(self, cell: Any) -> Any:
+        """The prompt of a cell, as the model gets it."""
+        if not self.has_messages:
+            return cell
+        messages: Any = [{"role": "user", "content": cell}] if isinstance(cell, str) else plain_messages(cell)
+        return with_system_prompt(messages, self._system_prompt)
 
     def _tokens(self, index: int, value: str | Messages) -> list[int]:
         try:
@@ -110,7 +122,7 @@ class PromptSet(Sequence[Prompt]):
             raise DataError(f"{self.where(index)}: the chat template refuses the messages: {reason(error)}") from None
         if not ids:
             raise DataError(f"{self.where(index)}: the prompt has no tokens; remove the row")
-        return self._fitting(index, self._cut(index, ids))
+        return ids
 
     def _fitting(self, index: int, ids: list[int]) -> list[int]:
         """The tokens, if the model can read them and write its completion. DataError otherwise."""

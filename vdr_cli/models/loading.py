@@ -185,7 +185,7 @@ def load_classifier_tokenizer(name: str) -> Any:
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends a completion: the generation config's and the tokenizer's.
 
-    Raises ConfigError when the model can sample none of them: every completion would be cut at the limit.
+    Raises ConfigError when there are some, and the model can sample none of them: no completion would end.
     """
     found: list[int] = []
     generation = getattr(model, "generation_config", None)

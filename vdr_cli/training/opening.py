@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.load import config_hash, dump_run_record
 from vdr_cli.config.paths import checked_path
 from vdr_cli.data.completions import remove_after
+from vdr_cli.data.order import stream_indices
 from vdr_cli.data.prompts import Limits, PromptSet, load_prompts
 from vdr_cli.disagreement.check import check_members
 from vdr_cli.disagreement.hooks import ensemble
@@ -36,7 +38,7 @@ from vdr_cli.environments.episodes import Environments
 from vdr_cli.errors import ConfigError, MachineError, VdrError
 from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.exploration.sources import SOURCES, Source
-from vdr_cli.exploration.watch import EVIDENCE, STEPS_BEFORE_WARNING, BonusWatch
+from vdr_cli.exploration.watch import EVIDENCE, ROLLOUTS_BEFORE_WARNING, BonusWatch
 from vdr_cli.launch import outcome, watchdog
 from vdr_cli.launch.environment import environment_restored, prepare_process
 from vdr_cli.models.adapters import frozen_layers
@@ -67,6 +69,8 @@ from vdr_cli.training.run_log import RunLog
 from vdr_cli.training.state import LoopState
 from vdr_cli.training.user_source import user_source
 from vdr_cli.training.watched_rollout import WatchedRollout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -202,6 +206,7 @@ def _read_inputs(config: Config) -> _Inputs:
     contract = load_contract(config.rollout.environment, config.rollout.tools)
     tools = contract.schemas if contract else []
     prompts = load_prompts(config.data, "train", tokenizer, limits, tools)
+    prompts.check(_drawn(config, len(prompts)))
     rewards = load_rewards(config.rewards, config.data.name, contract.reward if contract else None)
     check_columns(rewards, prompts.columns)
     check_templates(rewards, prompts.has_messages)
@@ -211,9 +216,20 @@ def _read_inputs(config: Config) -> _Inputs:
     held_out = load_prompts(config.data, "eval", tokenizer, limits, tools) if config.train.eval_every else None
     if held_out is not None:
         check_columns(rewards, held_out.columns)
+        held_out.check(range(min(config.train.eval_prompts, len(held_out))))
     source = open_source(config)
     answers = answers_of(config, rewards) if source and "answers" in source.needs else None
     return _Inputs(tokenizer, prompts, held_out, rewards, source, answers, environments)
+
+
+def _drawn(config: Config, rows: int) -> list[int]:
+    """The rows that the run will draw, each once: a row that cannot be used is found now, and not in the night."""
+    prompts = _rollouts(config) * config.train.prompts_per_step * (1 + config.grpo.resample_groups)
+    return stream_indices(rows, 0, min(prompts, rows), config.train.seed, config.data.shuffle)
+
+
+def _rollouts(config: Config) -> int:
+    return config.train.steps // config.grpo.updates_per_rollout
 
 
 def open_source(config: Config) -> Source | None:
@@ -239,6 +255,7 @@ def _load(
     _check_model(engine, config, spec if config.needs_ensemble or config.rollout.members else None)
     _prepare_directory(directory, config, fresh, stack)
     eos_ids = eos_token_ids(engine.causal_lm, inputs.tokenizer)
+    _check_end(config, eos_ids)
     if inputs.environments is not None:
         inputs.environments.end_with(eos_ids)
         stack.callback(inputs.environments.close)
@@ -284,6 +301,18 @@ def _check_model(engine: Engine, config: Config, members: EnsembleSpec | None) -
             check_members(model, members)
 
 
+def _check_end(config: Config, eos_ids: list[int]) -> None:
+    """Say that no completion can end. ConfigError where those that are cut do not count (grpo.mask_truncated)."""
+    if eos_ids or config.rollout.stop:
+        return
+    why = f"model {config.model.name} and its tokenizer have no EOS token: every completion is cut at its limit"
+    cure = "give the tokenizer an eos_token, or set rollout.stop"
+    if config.grpo.mask_truncated:
+        raise ConfigError(f"grpo.mask_truncated leaves nothing to train on: {why}; {cure}")
+    if collectives.is_main():
+        logger.warning("%s; %s", why, cure)
+
+
 def _open_log(res: Resources, stack: ExitStack) -> RunLog:
     writer = view = None
     observe = res.config.observe
@@ -291,8 +320,7 @@ def _open_log(res: Resources, stack: ExitStack) -> RunLog:
         if collectives.is_main():
             writer = stack.enter_context(MetricsWriter(res.directory, observe, res.config.model_dump()))
             view = stack.enter_context(LiveView(observe.live))
-    steps = res.config.train.steps
-    rewards = RewardWatch([reward.name for reward in res.rewards], steps)
+    rewards = RewardWatch([reward.name for reward in res.rewards], _rollouts(res.config))
     return RunLog(res.directory, writer, view, _bonus_watch(res), rewards, watch_of(res.config))
 
 
@@ -300,7 +328,7 @@ def _bonus_watch(res: Resources) -> BonusWatch | None:
     source, config = res.source, res.config
     if source is None:
         return None
-    flat_after = min(STEPS_BEFORE_WARNING, config.train.steps)
+    flat_after = min(ROLLOUTS_BEFORE_WARNING, _rollouts(config))
     return BonusWatch(source.quantity(config), source.flat(config), config.bonus.gate, flat_after)
 
 
