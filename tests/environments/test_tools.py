@@ -15,7 +15,7 @@ from vdr_cli.environments import parsers
 from vdr_cli.environments.contract import load_contract
 from vdr_cli.environments.episodes import Counts, Environments, ManyTurns
 from vdr_cli.environments.parsers import ToolCall, UnreadableCallError
-from vdr_cli.errors import ConfigError
+from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.samples import Messages, Prompt, Reply, Turn
 
 LOOK = ToolCall("look", {"at": "x"})
@@ -34,6 +34,12 @@ UNREADABLE = {
     "llama3": ['{"name": "a", ', "<|python_tag|>look()"],
     "mistral": ["[TOOL_CALLS]look", "[TOOL_CALLS]look[ARGS]{", "[TOOL_CALLS][3]"],
 }
+DEEP = "[" * 200_000
+NESTED = {
+    "hermes": f"<tool_call>{DEEP}</tool_call>",
+    "llama3": '{"name": "look", "parameters": ' + DEEP,
+    "mistral": f"[TOOL_CALLS]look[ARGS]{DEEP}",
+}
 
 
 @pytest.mark.parametrize("form", READ)
@@ -44,6 +50,9 @@ def test_the_forms_of_calls(form: str) -> None:
     for text in UNREADABLE[form]:
         with pytest.raises(UnreadableCallError):
             parse(text)
+    with pytest.raises(UnreadableCallError, match="nested too deep"):
+        parse(NESTED[form])
+    assert parsers.is_unfinished(NESTED["llama3"])
     assert parsers.is_unfinished(READ[form][:-4]) and not parsers.is_unfinished(READ[form])
     assert not parsers.is_unfinished("It is")
 
@@ -85,6 +94,14 @@ class Room:
             raise ValueError("too bright")
         return f"a {at}"
 
+    def count(self) -> int:
+        """A number that Python refuses to write."""
+        return 10**5000
+
+    def half(self) -> str:
+        """Text that is not UTF-8."""
+        return "a \\udc80 b"
+
     async def wait(self, seconds: float) -> str:
         """
         Wait.
@@ -120,7 +137,7 @@ def a_room(tmp_path: Path, name: str = "qwen2.5", **settings: Any) -> ManyTurns:
     cfg = RolloutConfig(environment=f"{path}:Room", tools=[f"{path}:add"], **settings)
     contract, tokenizer = load_contract(cfg.environment, cfg.tools), tokenizer_of(name)
     assert contract is not None
-    assert [tool.name for tool in contract.tools] == ["add", "look", "wait"]
+    assert [tool.name for tool in contract.tools] == ["add", "count", "half", "look", "wait"]
     own = Environments(contract, tokenizer, cfg, True, Limits())
     value: Messages = [{"role": "user", "content": "q"}]
     return own.begin([Prompt(3, value, encode(tokenizer, value, contract.schemas))], 4)
@@ -160,6 +177,8 @@ WRONG = {
     "reset": (call("reset"), "Tool reset not found", Counts(1, 1, 1)),
     "wrong arguments": (call("look", on="x"), "unexpected keyword argument 'on'", Counts(1, 1, 1)),
     "late": (call("wait", seconds=60), "no result after 0.2 s", Counts(1, 1, 1)),
+    "no text": (call("count"), "Exceeds the limit", Counts(1, 1, 1)),
+    "half a pair in its name": ('<tool_call>{"name": "\\udc80"}</tool_call>', "not found", Counts(1, 1, 1)),
     "unreadable": ("<tool_call>{look}</tool_call>", "the tool call cannot be read: it is not JSON", Counts(1, 0, 0, 1)),
 }
 
@@ -172,6 +191,23 @@ def test_a_wrong_call_is_answered_and_counted(tmp_path: Path, fault: str) -> Non
     assert message in answer and "{'error':" in answer.replace('{"error":', "{'error':")
     assert episodes.counts[2] == counts
     episodes.owner.close()
+
+
+def test_text_that_no_tokenizer_takes_is_mended(tmp_path: Path) -> None:
+    episodes = a_room(tmp_path)
+    answer = episodes.owner.tokenizer.decode(said(episodes, 2, call("half")).ids)
+    assert "a \ufffd b" in answer and episodes.counts[2] == Counts(1, 1, 0)
+
+
+def test_a_template_that_refuses_a_reply_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    episodes = a_room(tmp_path)
+
+    def refuse(*_: Any) -> list[int]:
+        raise ValueError("roles must alternate")
+
+    monkeypatch.setattr(episodes.owner.between, "ids", refuse)
+    with pytest.raises(DataError, match="the reply on dataset row 3: the chat template refuses the messages: roles"):
+        said(episodes, 0, call("look", at="x"))
 
 
 def test_an_episode_cut_in_a_call_is_marked(tmp_path: Path) -> None:

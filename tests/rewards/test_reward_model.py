@@ -163,3 +163,16 @@ def test_sizes_are_counted_without_weights(tmp_path):
     (reward,) = loaded(saved(tmp_path))
     whole = reward.function.load("cpu")
     assert reward.function.num_parameters == sum(weight.numel() for weight in whole.parameters())
+
+
+def test_a_template_that_refuses_messages_is_one_line_with_the_row(tmp_path):
+    path = saved(tmp_path)
+    (reward,) = loaded(path)
+    reward.function.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}x{% endfor %}"
+    )
+    roles = ["user"], ["system", "user"]
+    prompts = [Prompt(7 + i, [{"role": r, "content": "a"} for r in each], [1], {}) for i, each in enumerate(roles)]
+    answers = [[{"role": "assistant", "content": "b"}]] * 2
+    with pytest.raises(DataError, match=r"reward \w+: its chat template refuses dataset row 8: no system"):
+        compute_rewards([reward], prompts, answers, [[2], [2]], 10.0)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.samples import Messages
-from vdr_cli.system.text import reason
+from vdr_cli.system.text import reason, storable
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,10 @@ class ChatTemplate:
 
 
 def reply(role: str, content: str, name: str = "tool", number: int = 0) -> dict[str, str]:
-    """A message of the environment: a user's words, or a tool's result with the name and id that templates ask for."""
+    """A message of the environment: a user's words, or a tool's result with the name and id that templates ask for.
+
+    Halves of surrogate pairs, which no tokenizer takes, become U+FFFD.
+    """
     if role == "user":
-        return {"role": "user", "content": content}
-    return {"role": "tool", "name": name, "tool_call_id": f"{number:09d}", "content": content}
+        return {"role": "user", "content": storable(content)}
+    return {"role": "tool", "name": storable(name), "tool_call_id": f"{number:09d}", "content": storable(content)}

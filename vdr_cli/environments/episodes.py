@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -15,11 +16,12 @@ from vdr_cli.environments.between_turns import BetweenTurns, ChatTemplate, Plain
 from vdr_cli.environments.contract import Contract
 from vdr_cli.environments.parsers import Parser, ToolCall, UnreadableCallError, is_unfinished, parser_of
 from vdr_cli.environments.workers import Call, Workers
-from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.errors import ConfigError, DataError, VdrError
 from vdr_cli.rewards.calling import completion_texts
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.samples import Completions, Conversation, Messages, Prompt, Reply, Turn, Undecoded, own_copy
+from vdr_cli.system.text import reason, storable
 
 logger = logging.getLogger(__name__)
 
@@ -222,8 +224,9 @@ class ManyTurns:
             )
         if not text:
             return prompt
-        value = _appended(prompt.value, text)
-        ids = encode(self.owner.tokenizer, value, self.owner.contract.schemas)
+        value = _appended(prompt.value, storable(text))
+        with _refusals(f"the opening of dataset row {prompt.row}"):
+            ids = encode(self.owner.tokenizer, value, self.owner.contract.schemas)
         self.owner.limits.check_tokens(ids, self.owner.tokenizer, f"the opening of dataset row {prompt.row}")
         most = self.owner.limits.prompt_tokens
         if most is not None and len(ids) > most:
@@ -317,7 +320,10 @@ class ManyTurns:
             return str({"error": f"no result after {self.owner.cfg.tool_timeout:g} s"}), True
         if call.error is not None:
             return str({"error": str(call.error) or type(call.error).__name__}), True
-        return str(call.value), False
+        try:
+            return str(call.value), False
+        except Exception as error:  # a value's own __str__, or an integer of too many digits
+            return str({"error": one_line(error)}), True
 
     def _respond(self, waiting: Sequence[int], episodes: Sequence[_Episode]) -> dict[int, Messages]:
         """The environments' answers to turns without tool calls; an episode that is over has no entry."""
@@ -339,8 +345,10 @@ class ManyTurns:
             return Reply(None)
         if episode.counts.turns >= self.owner.cfg.max_turns:
             return Reply(None, truncated=True)
-        ids = self.owner.between.ids(episode.prompt.value, said, turn.ids[-1])
-        self.owner.limits.check_tokens(ids, self.owner.tokenizer, f"the reply on dataset row {episode.prompt.row}")
+        where = f"the reply on dataset row {episode.prompt.row}"
+        with _refusals(where):
+            ids = self.owner.between.ids(episode.prompt.value, said, turn.ids[-1])
+        self.owner.limits.check_tokens(ids, self.owner.tokenizer, where)
         if len(ids) >= turn.room:
             return Reply(None, truncated=True)
         episode.messages += said
@@ -357,6 +365,17 @@ class ManyTurns:
         if failed is not None:
             why = "it hangs" if failed.error is None else one_line(failed.error)
             logger.warning("rollout.environment %s: close failed: %s", self.owner.contract.name, why)
+
+
+@contextmanager
+def _refusals(where: str) -> Iterator[None]:
+    """What a chat template raises, as DataError."""
+    try:
+        yield
+    except VdrError:
+        raise
+    except Exception as error:  # a template is a program that comes with the model: it may raise anything
+        raise DataError(f"{where}: the chat template refuses the messages: {reason(error)}") from error
 
 
 def _made(owner: Environments, cls: Callable[[], Any]) -> Any:

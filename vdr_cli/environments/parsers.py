@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,8 @@ def llama3(text: str) -> list[ToolCall]:
         return []
     decoder, calls = json.JSONDecoder(), []
     while body:
-        try:
+        with _json_errors():
             value, end = decoder.raw_decode(body)
-        except ValueError as error:
-            raise UnreadableCallError(f"it is not JSON: {error}") from None
         calls.append(_call(value))
         body = body[end:].strip().removeprefix(";").strip()
     return calls
@@ -130,8 +129,17 @@ def _own(given: str) -> Parser:
 
 
 def _json(text: str) -> Any:
-    try:
+    with _json_errors():
         return json.loads(text)
+
+
+@contextmanager
+def _json_errors() -> Iterator[None]:
+    """What json raises goes back to the model."""
+    try:
+        yield
+    except RecursionError:
+        raise UnreadableCallError("it is not JSON: nested too deep") from None
     except ValueError as error:
         raise UnreadableCallError(f"it is not JSON: {error}") from None
 

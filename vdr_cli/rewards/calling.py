@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vdr_cli.errors import DataError
-from vdr_cli.rewards.base import PROVIDED, LoadedReward, TrainerState, listed
+from vdr_cli.rewards.base import PROVIDED, LoadedReward, RefusedMessagesError, TrainerState, listed
 from vdr_cli.rewards.exiting import exit_is_an_error
 from vdr_cli.rewards.loading import one_line
 from vdr_cli.rewards.logs import CallLog
@@ -166,10 +166,19 @@ def rewards_and_logs(
     rewards = torch.empty(len(prompts), len(loaded), dtype=torch.float32)  # (B, F)
     logs = []
     for column, reward in enumerate(loaded):
-        call = _Call(reward, arguments, reward.function(**arguments)) if reward.is_model else next(calls)
+        call = _Call(reward, arguments, _judged(reward, arguments, prompts)) if reward.is_model else next(calls)
         rewards[:, column] = torch.tensor(_checked(reward, call.value, prompts), dtype=torch.float32)
         logs.append(_checked_log(call, prompts))
     return rewards, logs
+
+
+def _judged(reward: LoadedReward, arguments: dict[str, Any], prompts: Sequence[Prompt]) -> Any:
+    """A reward model's answer. DataError, with the row, when its chat template refuses one."""
+    try:
+        return reward.function(**arguments)
+    except RefusedMessagesError as error:
+        row = prompts[error.index].row
+        raise DataError(f"{reward.label}: its chat template refuses dataset row {row}: {error}") from error
 
 
 def call_all(

@@ -16,7 +16,8 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models import loading
 from vdr_cli.models.limits import JUDGED_TOKENS
 from vdr_cli.models.sizes import foreign_token, language_part, largest, usable_length
-from vdr_cli.rewards.base import LoadedReward, completion_text
+from vdr_cli.rewards.base import LoadedReward, RefusedMessagesError, completion_text
+from vdr_cli.system.text import reason
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +102,18 @@ class RewardModel:
             self._model = self.load(torch.device("cuda") if torch.cuda.is_available() else "cpu")
         has_messages = any(not isinstance(prompt, str) for prompt in prompts)
         self.check_template(has_messages)
-        texts = [self._text(*pair, has_messages) for pair in zip(prompts, completions, strict=True)]
+        pairs = zip(prompts, completions, strict=True)
+        texts = [self._text(index, *pair, has_messages) for index, pair in enumerate(pairs)]
         return self._logits(self._model, self._encoded(texts, plain=not has_messages))
 
-    def _text(self, prompt: Any, completion: Any, as_chat: bool) -> str:
+    def _text(self, index: int, prompt: Any, completion: Any, as_chat: bool) -> str:
         if not as_chat:
             return str(prompt) + completion_text(completion)
         answer = {"role": "assistant", "content": completion_text(completion)}
-        return str(self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+        try:
+            return str(self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+        except Exception as error:  # a template is a program that comes with the model: it may raise anything
+            raise RefusedMessagesError(index, reason(error)) from error
 
     def _encoded(self, texts: list[str], plain: bool) -> list[list[int]]:
         """plain: with the tokenizer's own special tokens; a chat template brings them itself."""
