@@ -132,7 +132,7 @@ def test_later_steps_do_not_come_back_after_going_on_from_an_earlier_one(build: 
     assert [path.name for path in written.iterdir()] == ["step_000002"]
 
 
-@pytest.mark.parametrize("what", ["shard", "random states", "manifest"])
+@pytest.mark.parametrize("what", ["shard", "random states", "more", "manifest"])
 def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
     build: Build, completions, one_step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -147,10 +147,12 @@ def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
             disk.setattr(engine.ds_engine.checkpoint_engine, "save", full)
         elif what == "random states":
             disk.setattr(checkpoints, "_random_states", full)
+        elif what == "more":
+            pass
         else:
             disk.setattr(checkpoints, "_publish", full)
         with pytest.raises(MachineError, match=r"checkpoint under .* No space left on device \(\d+ MiB free"):
-            checkpoints.save(engine, folder, 2, {})
+            checkpoints.save(engine, folder, 2, {}, [full] if what == "more" else [])
     assert [path.name for path in folder.iterdir()] == ["step_000001"]
     assert checkpoints.find_fault(folder / "step_000001") is None
     assert not one_step(engine, completions)[1].refused

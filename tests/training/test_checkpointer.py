@@ -17,6 +17,18 @@ from vdr_cli.training.checkpointer import MEMORY, Checkpointer, refuse_other_run
 from vdr_cli.training.state import LoopState
 
 
+def test_each_part_of_a_checkpoint_is_written_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full for one part must not leave a rank behind in the collectives of the next."""
+    written: list[str] = []
+    monkeypatch.setattr(module.checkpoints, "prune", lambda *_: None)
+    monkeypatch.setattr(module.checkpoints, "save", lambda *given: [write(tmp_path) for write in given[4]])
+    monkeypatch.setattr(module.pending_rollout, "save", lambda pending, folder: written.append(pending))
+    state = at_step(4)
+    state.memory, state.pending = SimpleNamespace(state_dict=lambda: {"seen": 3}), "pending"  # type: ignore[assignment]
+    Checkpointer(resources(tmp_path), print).save(state)
+    assert torch.load(tmp_path / MEMORY) == {"seen": 3} and written == ["pending"]
+
+
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls of engine/checkpoint.py, in order."""

@@ -15,7 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +52,9 @@ def save(
     folder: Path,
     step: int,
     state: dict[str, Any],
-    also: Callable[[Path], None] | None = None,
+    also: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write folder/step_<step>. Collective. also: writes more into the directory that it is given, on every rank.
+    """Write folder/step_<step>. Collective. also: each writes more into the directory that it is given, on every rank.
 
     Raises MachineError on every rank when any rank could not write; what was there before is intact.
     """
@@ -67,9 +67,9 @@ def save(
     try:
         with _written(folder):
             _write_rank(engine, partial, step, state)
-        with _written(folder):
-            if also is not None:
-                also(partial)
+        for write in also:
+            with _written(folder):
+                write(partial)
         with _written(folder):
             digests = _digests(partial)
         files = {name: digest for part in collectives.gather_objects(digests) for name, digest in part.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.reference import FrozenCopy
 from vdr_cli.environments.episodes import Episodes
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.exploration.sources import Memory
 from vdr_cli.launch import watchdog
 from vdr_cli.rewards.stream import RewardStream
 from vdr_cli.samples import Prompt
@@ -53,6 +55,12 @@ def refuse_other_run(found: checkpoints.Checkpoint, config: Config, rows: str, d
             refuse_other_settings_of(found.path, found.state["settings"], config)
 
 
+def _save_memory(memory: Memory, folder: Path) -> None:
+    """Rank 0 writes what the bonus's source carries from step to step."""
+    if collectives.is_main():
+        torch.save(memory.state_dict(), folder / MEMORY)
+
+
 def _is_in(folder: Path, found: checkpoints.Checkpoint) -> bool:
     return found.path.resolve().parent == folder.resolve()
 
@@ -89,15 +97,14 @@ class Checkpointer:
             "data": self._resources.prompts.digest,
         }
 
-        def write_more(folder: Path) -> None:
-            if isinstance(self._resources.reference, FrozenCopy):
-                self._resources.reference.save(folder)
-            if state.memory is not None and collectives.is_main():
-                torch.save(state.memory.state_dict(), folder / MEMORY)
-            if state.pending is not None:
-                pending_rollout.save(state.pending, folder)
-
-        checkpoints.save(self._resources.engine, self._folder, state.step, content, also=write_more)
+        also: list[Callable[[Path], None]] = []
+        if isinstance(self._resources.reference, FrozenCopy):
+            also.append(self._resources.reference.save)
+        if state.memory is not None:
+            also.append(partial(_save_memory, state.memory))
+        if state.pending is not None:
+            also.append(partial(pending_rollout.save, state.pending))
+        checkpoints.save(self._resources.engine, self._folder, state.step, content, also)
         self._saved_step = state.step
         best = state.best_step if cfg.train.keep_best else None
         keep = self._folder / f"step_{best:06d}" if best is not None else None
