@@ -125,7 +125,8 @@ def test_true_and_false_are_labels(tmp_path: Path) -> None:
 def test_labels_are_looked_at_before_the_work() -> None:
     first = [Row("f.jsonl", 3, {"prompt": "a", "label": "yes"})]
     with pytest.raises(DataError, match=r"f.jsonl line 3: label is 'yes', not a number"):
-        check_labels(first, Fields())
+        check_labels(first, Fields(label="label"))
+    check_labels(first, Fields())
     with pytest.raises(DataError, match=r"no right in it \(there are: prompt, label\)"):
         check_labels(first, Fields(label="right"))
     check_labels([Row("f.jsonl", 1, None, "bad"), Row("f.jsonl", 2, {"prompt": "a"})], Fields())
@@ -134,7 +135,15 @@ def test_labels_are_looked_at_before_the_work() -> None:
 def test_labels_that_are_no_numbers(tmp_path: Path) -> None:
     path = save(tmp_path / "o.jsonl", [row | {"label": "yes"} for row in rows()])
     with pytest.raises(DataError, match=r"row 0: label is 'yes', not a number"):
-        rank_columns(path, Fields())
+        rank_columns(path, Fields(label="label"))
+    unnamed = rank_columns(path, Fields())
+    assert unnamed.rows == () and unnamed.notes[0].startswith("not ranked: ") and "label is 'yes'" in unnamed.notes[0]
+    silent = save(tmp_path / "s.jsonl", [row | {"reward": None} for row in rows()])
+    (note,) = rank_columns(silent, Fields(implied_label="reward")).notes
+    assert "no row has a number in reward" in note
+    huge = save(tmp_path / "h.jsonl", [row | {"label": 10**400} for row in rows()])
+    with pytest.raises(DataError, match=r"row 0: label is 1000.*, not a number"):
+        rank_columns(huge, Fields(label="label"))
     with pytest.raises(DataError, match="no row has a number in nothing"):
         rank_columns(path, Fields(label="nothing"))
 
@@ -187,7 +196,8 @@ def test_a_row_without_a_group_is_refused(tmp_path: Path) -> None:
     made = [{key: value for key, value in row.items() if key != "prompt"} for row in rows()]
     path = save(tmp_path / "o.jsonl", made)
     with pytest.raises(DataError, match=r"row 0 belongs to no group .*--group-column"):
-        rank_columns(path, Fields())
+        rank_columns(path, Fields(label="label"))
+    assert "row 0 belongs to no group" in rank_columns(path, Fields()).notes[0]
     assert rank_columns(path, Fields(group="n_tokens")).notes == (
         "intervals: resampled over 4 groups (rows with the same n_tokens)",
     )

@@ -225,6 +225,10 @@ def test_a_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
     good, bad = first_rows([Source(str(path), "csv")])
     assert good.values == {"prompt": "a", "completion": "b"}
     assert bad.error == "not valid UTF-8"
+    path.write_bytes(b"\r\n\r\nprompt;completion\r\na;b\r\nc\r\n")
+    good, bad = first_rows([Source(str(path), "csv")])
+    assert good.values == {"prompt": "a", "completion": "b"} and good.place.endswith("line 4")
+    assert bad.error == "1 cells, the header has 2"
 
 
 def test_the_folder_of_lm_evaluation_harness_has_results_that_are_no_rows(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def test_a_number_per_completion(function: Any) -> None:
         function("return [len(c) + float(r) for c, r in zip(completions, rewards)]", "completions, rewards")
     )
     assert found.b.tolist() == found.per_completion.tolist() == [2.0, 3.0, 4.0, 5.0]
+    found = numbers_of(function("return [row[m].mean() for row, m in zip(log_probs, masks)]", "log_probs, masks"))
+    assert found.b.tolist() == [-1.0] * 4
 
 
 @pytest.mark.parametrize(

@@ -125,10 +125,10 @@ def command(
     )
     columns = {
         "completion": completion_column,
-        "label": label_column or (None if rewards is None else TOTAL),
+        "label": label_column,
         "group": group_column,
         "filter": filter_name,
-    }
+    } | ({} if rewards is None else {"implied_label": TOTAL})
     request = replace(request, fields=replace(request.fields, **columns))  # type: ignore[arg-type]
 
     def score() -> None:

@@ -183,7 +183,7 @@ def _first_columns(path: Path) -> list[str]:
 
 def _csv_header(file: Any) -> tuple[list[str], str]:
     """The columns of an open CSV file, and its delimiter."""
-    first = file.readline()
+    first = next((line for line in file if line.strip("\r\n")), "")  # Arrow skips empty lines too
     delimiter = csv_delimiter(first)
     return next(csv.reader(itertools.chain([first], file), delimiter=delimiter), []), delimiter
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vdr_cli.errors import DataError
 from vdr_cli.report.charts import Chart, Series, number
 from vdr_cli.report.content import Page, decoder_of
 from vdr_cli.report.data import scored_groups, scored_rows
 from vdr_cli.report.intervals import Interval, IntervalChart, ordered
-from vdr_cli.scoring.request import BASE_COLUMNS
+from vdr_cli.scoring.request import BASE_COLUMNS, LABEL
 
 SCORE_CURVES = ("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "n_tokens")
 
@@ -22,14 +24,15 @@ SCORE_CURVES = ("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "n_tokens")
 def score_page(path: Path) -> Page:
     """Risk-coverage curves and the ranking where there are labels, and the completions."""
     from vdr_cli.scoring.parts import read_metadata
-    from vdr_cli.scoring.ranking import LABEL
 
     columns = scored_rows(path)
     request = (read_metadata(path) or {}).get("request", {})
-    label = request.get("fields", {}).get("label") or LABEL
+    fields = request.get("fields", {})
+    label = fields.get("label") or fields.get("implied_label") or LABEL
     charts = []
     if label.partition(".")[0] in columns or label in columns:
-        charts.append(_risk_chart(columns, label))
+        with suppress(DataError):  # not labels but a column of that name, without numbers
+            charts.append(_risk_chart(columns, label))
     if "bald_mean" in columns:
         xs, ys = _floats(columns["nll_mean"])[:1500].tolist(), _floats(columns["bald_mean"])[:1500].tolist()
         cloud = [Series("completions", xs, ys)]

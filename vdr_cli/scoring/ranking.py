@@ -24,7 +24,6 @@ from vdr_cli.stats.ranking import expected_calibration_error, with_intervals
 from vdr_cli.system.files import write_whole
 
 NOT_RANKED = ("ppl", "bald_se")  # ppl orders rows as nll_mean does; bald_se is an error bar
-LABEL = "label"
 GROUP = "group_id"
 
 
@@ -47,10 +46,9 @@ def save_ranking(output: str, fields: Fields) -> Ranking:
 
 def check_labels(rows: Sequence[Row], fields: Fields) -> None:
     """DataError when the first rows lack labels or groups that were named: sooner than after all have been scored."""
-    label = fields.label or LABEL
     kept = [(row.place, row.values) for row in rows if row.values is not None]
-    for place, values in kept:
-        as_number(value_at(values, label), f"{place}: {label}")
+    for place, values in kept if fields.label else ():
+        as_number(value_at(values, str(fields.label)), f"{place}: {fields.label}")
     logs = [values for _, values in kept if is_lm_eval(values)]
     filters = sorted({str(values["filter"]) for values in logs if "filter" in values})
     if fields.filter is not None and fields.filter not in filters:
@@ -65,15 +63,21 @@ def rank_columns(output: str, fields: Fields) -> Ranking:
     """A row a column: AUROC, AUPRC, PRR, AURC with intervals, ECE where the column is a probability's logarithm.
 
     Empty without labels. A label that is not 0 or 1 is a quality: PRR and AURC alone, of the loss −quality.
-    Raises DataError when no row has a label, a label is not a number, or a row belongs to no group.
+    Raises DataError when no row has a label, a label is not a number, or a row belongs to no group; where neither
+    labels nor groups were named, this is a note.
     """
     names, rows = _open(output)
-    label = fields.label or (LABEL if LABEL in names else None)
+    label = fields.label or (fields.implied_label if fields.implied_label in names else None)
     if label is None:
         return Ranking()
     group = fields.group or (GROUP if GROUP in names else None)
     measures = [name for name in (*BASE_COLUMNS, *ENSEMBLE_COLUMNS) if name in names and name not in NOT_RANKED]
-    table = _read(rows, output, label, group, fields, measures)
+    try:
+        table = _read(rows, output, label, group, fields, measures)
+    except DataError as error:
+        if fields.label or fields.group:
+            raise
+        return Ranking(notes=(f"not ranked: {error}",))
     is_binary, loss = loss_of(table.labels)
     ranking = []
     for index, name in enumerate(measures):
@@ -192,7 +196,7 @@ def as_number(value: Any, where: str) -> float:
         return float(value in ("True", "true"))
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{where} is {value!r:.60}, not a number") from None
 
 

@@ -32,6 +32,9 @@ BASE_TOKEN_COLUMNS = ("token_ids", "token_logp", "token_entropy")
 ENSEMBLE_TOKEN_COLUMNS = ("token_bald", "token_rmi")
 
 
+LABEL = "label"
+
+
 @dataclass(frozen=True)
 class Fields:
     """Places of the parts of a row: column names, or paths into nested columns such as resps.0.0."""
@@ -41,7 +44,8 @@ class Fields:
     prompt_ids: str = "prompt_ids"
     completion_ids: str = "completion_ids"
     label: str | None = None
-    """1 right, 0 wrong; or any number where higher is better."""
+    """1 right, 0 wrong; or any number where higher is better. None: implied_label, if there are numbers in it."""
+    implied_label: str = LABEL
     group: str | None = None
     """Rows of one group are resampled together in the intervals; None: rows with the same prompt."""
     filter: str | None = None

@@ -253,14 +253,14 @@ def _csv(source: Source) -> Reader:
     size = max(source.size, 1)
     with _opened(source) as (data, raw):
         text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
+        skipped, first = next(((n, line) for n, line in enumerate(text) if line.strip("\r\n")), (0, ""))
         reader = csv.reader(itertools.chain([first], text), delimiter=csv_delimiter(first))
         header = next(reader, None)
         if header is None:
             return
         refuse_repeated(Path(source.path), header)
         for values in itertools.filterfalse(lambda row: not row, reader):
-            yield partial(_csv_row, source.path, reader.line_num, header, values), min(raw.tell() / size, 1.0)
+            yield partial(_csv_row, source.path, skipped + reader.line_num, header, values), min(raw.tell() / size, 1.0)
 
 
 def _csv_row(path: str, number: int, header: list[str], values: list[str]) -> Row:

@@ -79,12 +79,17 @@ def checked(given: str, answer: Any, mask: Tensor, batch: RewardedGroups) -> Ten
 def _as_tensor(answer: Any, lengths: Sequence[int], width: int) -> Tensor:
     if isinstance(answer, Tensor):
         return answer.detach().float().cpu()
-    if isinstance(answer, (list, tuple)) and answer and hasattr(answer[0], "__len__"):
+    if isinstance(answer, (list, tuple)) and answer and _is_row(answer[0]):
         rows = [torch.as_tensor(row, dtype=torch.float32).flatten() for row in answer]
         if [len(row) for row in rows] == list(lengths):
             return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
         return torch.stack(rows)
     return torch.as_tensor(answer, dtype=torch.float32).cpu()
+
+
+def _is_row(entry: Any) -> bool:
+    """A completion's numbers per token. A tensor without dimensions is one number, although it has a __len__."""
+    return hasattr(entry, "__len__") and getattr(entry, "ndim", 1) > 0
 
 
 def _wanted(mask: Tensor) -> str:
