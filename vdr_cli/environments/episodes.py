@@ -369,7 +369,7 @@ class ManyTurns:
 
 @contextmanager
 def _refusals(where: str) -> Iterator[None]:
-    """What a chat template raises, as DataError."""
+    """A chat template's exceptions become DataError."""
     try:
         yield
     except VdrError:

@@ -135,7 +135,7 @@ def _json(text: str) -> Any:
 
 @contextmanager
 def _json_errors() -> Iterator[None]:
-    """What json raises goes back to the model."""
+    """Exceptions of json go back to the model."""
     try:
         yield
     except RecursionError:
