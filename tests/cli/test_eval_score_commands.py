@@ -10,6 +10,7 @@ import pytest
 
 from vdr_cli.cli import app, comparison
 from vdr_cli.cli import score as score_command
+from vdr_cli.cli.eval import launch_overrides
 from vdr_cli.cli.score import ProgressLines
 from vdr_cli.config import recipe
 from vdr_cli.config.load import dump_run_record, load_config
@@ -107,8 +108,8 @@ def test_eval_flags_reach_the_request(asked):
     assert (request.samples, request.ks, request.prompts, request.seed) == (4, (1, 2), 5, 3)
     assert (request.rollout.max_new_tokens, request.rollout.temperature, request.rollout.top_k) == (9, 0.5, 7)
     assert json.loads(Path("o.json").read_text())["models"][0]["pass@1"] == 0.25
-    assert app.run(["eval", "starter", "-n", "2", "--greedy"]) == 0
-    assert (asked[-1].samples, asked[-1].greedy) == (2, True)
+    assert app.run(["eval", "starter", "-n", "1", "--k", "1", "--greedy"]) == 0
+    assert (asked[-1].samples, asked[-1].greedy) == (1, True)
     assert app.run(["eval", "starter", "--samples", "64", "--k", "1,8", "--k", "64"]) == 0
     assert asked[-1].ks == (1, 8, 64)
     assert app.run(["eval", "starter", "--k", "1,many"]) == 2
@@ -192,6 +193,12 @@ def test_score_defaults(scored):
         (["eval", "./none"], "error: MODEL ./none: no such directory"),
         (["eval", "starter", "empty"], "error: MODEL empty: neither config.json nor"),
         (["eval", "starter", "--greedy", "--temperature", "1"], "cannot be combined"),
+        (["eval", "starter", "--greedy", "-n", "16"], "--greedy draws one completion per prompt: leave out --samples"),
+        (["eval", "starter", "--greedy", "--k", "1,8"], "--greedy draws one completion per prompt: leave out"),
+        (["eval", "starter", "--set", "rollout.group_size=64"], "vdr eval does not read rollout.group_size; give --s"),
+        (["eval", "starter", "--set", "rollout.backend=vllm"], "vdr eval does not read rollout.backend; it samples"),
+        (["eval", "starter", "--set", "model.lora.rank=4"], "vdr eval does not read model.lora; an adapter is named"),
+        (["eval", "starter", "--set", "model.name=x"], "vdr eval does not read model.name; name the models"),
         (["eval", "starter", "--set", "train.steps=3"], "vdr eval does not read train"),
         (["eval", "starter", "--set", "data.split=test"], "vdr eval does not read data.split; give --split"),
         (
@@ -208,6 +215,10 @@ def test_score_defaults(scored):
         ),
         (["score", "a.jsonl", "--model", "starter", "--scope", "top"], "--scope: disagreement.scope must be 'full' or"),
         (["score", "a.jsonl", "--model", "starter", "--last-k", "2"], "last_k is set but scope is full"),
+        (
+            ["score", "a.jsonl", "--model", "starter", "--members", "0", "--dropout", "0.2"],
+            "--members 0 measures no disagreement: leave out --dropout",
+        ),
         (["score", "a.jsonl", "--model", "starter", "--on-error", "cry"], "--on-error cry: give one of stop, skip"),
         (["score", "a.jsonl", "--model", "./none"], "error: --model ./none: no such directory"),
         (["score", "a.jsonl", "--model", "empty"], "error: --model empty: neither config.json nor"),
@@ -219,3 +230,28 @@ def test_refused_before_torch(arguments, expected, asked, scored, capsys):
     assert app.run(arguments) == 2
     streams = capsys.readouterr()
     assert expected in streams.err and streams.err.count("\n") == 1 and asked == [] and scored == []
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--diversity", "sacrebleu"), ("--reference=x", "rouge-score")])
+def test_a_package_is_missed_before_anything_is_sampled(flag, package, asked, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert app.run(["eval", "starter", flag]) == 2
+    assert f"needs {package}: pip install {package}" in capsys.readouterr().err and not asked
+
+
+def test_a_run_that_was_resumed_and_has_not_ended_has_an_older_model(asked, scored, capsys):
+    run_directory("run")
+    for command in (["eval", "run"], ["score", "a.jsonl", "--model", "run"]):
+        assert app.run(command) == 0
+        assert "warning: run was resumed and has not ended; its model/ is the older one" in capsys.readouterr().err
+        Path("run/finished.json").write_text("{}")
+        assert app.run(command) == 0
+        assert "warning" not in capsys.readouterr().err
+        Path("run/finished.json").unlink()
+
+
+def test_launch_settings_as_a_section_reach_the_launcher():
+    assert launch_overrides(["launch={num_processes: 2}", "launch.port=1", "rollout.top_p=0.5"]) == [
+        "launch={num_processes: 2}",
+        "launch.port=1",
+    ]

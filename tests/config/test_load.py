@@ -96,6 +96,7 @@ def test_text_after_set_is_taken_as_it_was_typed(typed: str):
             "train:\n  group_size: 3\n",
             "run.yaml:2: train.group_size is not a setting; did you mean rollout.group_size?",
         ),
+        ("train.steps: 3\n", "run.yaml:1: train.steps is written as a section in a file: train: {steps: ...}"),
         ("members: 3\n", "run.yaml:1: members is not a setting; did you mean rollout.members or disagreement.members?"),
         ("xyzzy: 3\n", "run.yaml:1: xyzzy is not a setting; the sections are model, data,"),
         ("model:\n  lora:\n    rnk: 3\n", "run.yaml:3: model.lora.rnk is not a setting; did you mean model.lora.rank?"),
@@ -150,6 +151,10 @@ def test_first_few_problems_on_one_line(write):
         ("=3", "needs KEY=VALUE"),
         ("train.steps=[", "not valid YAML"),
         ("train=3", "train is a section"),
+        (
+            "rewards.functions[0].name=b",
+            "--set: rewards.functions[0] is not a setting; did you mean rewards.functions?",
+        ),
         ("trian.steps=3", "--set: trian.steps is not a setting; did you mean train.steps?"),
         ("train.stepz=3", "--set: train.stepz is not a setting; did you mean train.steps?"),
         ("train.steps=x", "--set: train.steps must be a whole number, not 'x'"),

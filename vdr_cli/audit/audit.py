@@ -11,6 +11,7 @@ from vdr_cli.audit import evaluation, inputs, metrics, numbers, signal, sources,
 from vdr_cli.audit.files import Record, RunFiles, open_run
 from vdr_cli.audit.lines import Judge, Line
 from vdr_cli.audit.weights import Models
+from vdr_cli.config import Config
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import write_whole
 
@@ -54,11 +55,17 @@ def audit_run(
     return lines
 
 
+def settings_of(run: RunFiles, record: Record) -> Config:
+    """The run's settings when it made the record: a run that was resumed may have got more steps since."""
+    steps = record.state.get("steps", run.config.train.steps)
+    return run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": steps})})
+
+
 def audit_step(
     run: RunFiles, record: Record, models: Models, only: set[str], tell: Callable[[str], None]
 ) -> list[Line]:
     """The lines of one step."""
-    cfg, judge = run.config, Judge(record.step, record.state["dtype"])
+    cfg, judge = settings_of(run, record), Judge(record.step, record.state["dtype"])
     stride = cfg.grpo.updates_per_rollout
     on_file = run.metrics.get(record.step + stride, {})
     if record.step + stride in run.evaluations:  # its numbers have lines of their own

@@ -54,6 +54,9 @@ def command(
     """
     if json_file is not None:
         json_file = writable_file(json_file, "--json")
+    from vdr_cli.config.paths import checked_path
+
+    run = str(checked_path(run, "RUN"))
     numbers = None if steps is None else _numbers(steps)
 
     from rich.console import Console

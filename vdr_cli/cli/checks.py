@@ -7,7 +7,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
+
 from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.launch.outcome import finished
+from vdr_cli.launch.rank import is_first
 
 
 def one_of(value: str, allowed: Sequence[str], flag: str) -> str:
@@ -25,6 +29,17 @@ def refuse_unread(overrides: Sequence[str] | None, sections: Sequence[str], name
         section = override.partition("=")[0].partition(".")[0].strip()
         if section in Config.model_fields and section not in sections:
             raise ConfigError(f"--set {override}: {name} does not read {section}; it reads {', '.join(sections)}")
+
+
+def warn_of_older_model(names: Sequence[str]) -> None:
+    """Say so when a run's model/ is of an earlier end: the run was resumed and has not ended again."""
+    from vdr_cli.config.paths import checked_path
+
+    for name in names:
+        run = checked_path(name, "MODEL")
+        was_exported = (run / "config.yaml").is_file() and (run / "model" / "config.json").is_file()
+        if is_first() and was_exported and not finished(run):
+            typer.echo(f"vdr: warning: {name} was resumed and has not ended; its model/ is the older one", err=True)
 
 
 def writable_file(path: str, flag: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.checks import refuse_unread, writable_file
+from vdr_cli.cli.checks import check_package, refuse_unread, warn_of_older_model, writable_file
 from vdr_cli.cli.options import (
     LAUNCH_FLAGS,
     Flag,
@@ -40,6 +40,7 @@ EXAMPLES = (
     "vdr eval starter runs/wide --num-processes 8   # the same numbers, sooner",
 )
 
+SAMPLES = 8
 SECTIONS_READ = ("model", "data", "rewards", "rollout", "launch")
 
 
@@ -84,7 +85,7 @@ def command(
     models: Models,
     typed: Typed,
     reward: RewardOption = None,
-    samples: Samples = 8,
+    samples: Samples = SAMPLES,
     k: Ks = None,
     prompts: Prompts = None,
     greedy: Greedy = False,
@@ -103,8 +104,14 @@ def command(
     """
     if greedy and typed["rollout.temperature"] is not None:
         raise ConfigError("--greedy and --temperature cannot be combined; give one")
+    if diversity:
+        check_package("sacrebleu", "sacrebleu", "--diversity")
+    if reference is not None:
+        check_package("rouge_score", "rouge-score", "--reference")
     config = checked_config(models, typed.also("--reward", "rewards.functions", reward_settings(reward)), overrides)
     ks = numbers(k, "--k")
+    if greedy and (samples not in (1, SAMPLES) or ks not in (None, (1,))):
+        raise ConfigError("--greedy draws one completion per prompt: leave out --samples and --k")
     files = Files.checked(json_file, markdown, save)
 
     def evaluate() -> None:
@@ -128,8 +135,9 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
 
     for name in models:
         resolve_model_path(name, "MODEL")
+    warn_of_older_model(models)
     refuse_unread(overrides, SECTIONS_READ, "vdr eval")
-    refuse_unused_data(overrides, bool(typed["data.name"]))
+    refuse_unused(overrides, bool(typed["data.name"]))
     base = next(filter(None, map(run_config_of, models)), None)
     own = [text for text in overrides or () if text not in launch_overrides(overrides)]
     typed = typed.section("launch", inside=False)
@@ -151,17 +159,28 @@ def checked_config(models: Sequence[str], typed: Typed, overrides: Sequence[str]
     return config
 
 
-def refuse_unused_data(overrides: Sequence[str] | None, on_data: bool) -> None:
-    """Refuse a --set of data keys that would silently do nothing. Raises ConfigError.
+def refuse_unused(overrides: Sequence[str] | None, on_data: bool) -> None:
+    """Refuse a --set of keys that would silently do nothing. Raises ConfigError.
 
     on_data: --data names the prompts.
     """
-    ways_out = {"data.split": "give --split", "data.shuffle": "it takes prompts in the order of the data"}
+    ways_out = {
+        "data.split": "give --split",
+        "data.shuffle": "it takes prompts in the order of the data",
+        "model.name": "name the models as arguments",
+        "model.lora": "an adapter is named like a model",
+        "rollout.group_size": "give --samples",
+        "rollout.members": "the policy itself is evaluated",
+        "rollout.backend": "it samples in its own process",
+        "rollout.ahead": "it samples once",
+    }
     if on_data:
         ways_out["data.eval_name"] = "--data names the prompts already, give one of the two"
     for override in overrides or ():
-        if (key := override.partition("=")[0].strip()) in ways_out:
-            raise ConfigError(f"--set {override}: vdr eval does not read {key}; {ways_out[key]}")
+        key = override.partition("=")[0].strip()
+        for unread, way_out in ways_out.items():
+            if key == unread or key.startswith(f"{unread}."):
+                raise ConfigError(f"--set {override}: vdr eval does not read {unread}; {way_out}")
 
 
 def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:
@@ -174,7 +193,7 @@ def numbers(given: Sequence[str] | None, flag: str) -> tuple[int, ...] | None:
 
 def launch_overrides(overrides: Sequence[str] | None) -> list[str]:
     """Those of the --set options that say how processes are started."""
-    return [text for text in overrides or () if text.startswith("launch.")]
+    return [text for text in overrides or () if text.partition("=")[0].partition(".")[0].strip() == "launch"]
 
 
 def build_request(config: Config, models: Sequence[str], *, on_data: bool) -> EvalRequest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,8 +45,10 @@ def copy(
     name: Name, path: Annotated[str | None, typer.Argument(metavar="PATH", help="Default: NAME.yaml here.")] = None
 ) -> None:
     """Write a recipe to a new file. An existing file is never overwritten."""
+    from vdr_cli.config.paths import checked_path
+
     text = recipes.recipe_text(name)
-    target = Path(path or f"{name}.yaml").expanduser()
+    target = checked_path(path or f"{name}.yaml", "PATH")
     if target.is_dir():
         target = target / f"{name}.yaml"
     try:

@@ -40,7 +40,10 @@ def command(
 
     Runs that differ only in their seed become one curve with a band.
     """
-    for given in (source, *(compare or ())):
+    from vdr_cli.config.paths import checked_path
+
+    source, *compare = (str(checked_path(given, "SOURCE")) for given in (source, *(compare or ())))
+    for given in (source, *compare):
         if not Path(given).exists():
             raise ConfigError(f"{given}: no such run directory or file")
     if compare and Path(source).is_file():
@@ -56,7 +59,7 @@ def command(
 
     from vdr_cli.report.page import write_pictures, write_report
 
-    typer.echo(write_report(source, output, compare or (), members))
+    typer.echo(write_report(source, output, compare, members))
     if png is not None:
         for path in write_pictures(source, png, compare or ()):
             typer.echo(path)

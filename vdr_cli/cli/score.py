@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vdr_cli.cli.checks import one_of, writable_file
+from vdr_cli.cli.checks import one_of, warn_of_older_model, writable_file
 from vdr_cli.cli.options import LAUNCH_FLAGS, Flag, RewardOption, Typed, launch_from, panel, reward_settings, takes
 from vdr_cli.cli.ranks import on_ranks
 from vdr_cli.errors import ConfigError
@@ -149,8 +149,11 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
     from vdr_cli.scoring.request import Fields, ScoreRequest
 
     resolve_model_path(typed["model.name"], "--model")
+    warn_of_older_model([typed["model.name"]])
     typed = typed.section("launch", inside=False)
     alone = typed["disagreement.members"] == 0
+    if alone:
+        refuse_ensemble_flags(typed)
     config = settings_typed((typed.section("disagreement", inside=False) if alone else typed).values, typed.names)
     return ScoreRequest(
         inputs=tuple(inputs),
@@ -162,6 +165,14 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+def refuse_ensemble_flags(typed: Typed) -> None:
+    """Without members they would silently do nothing. Raises ConfigError."""
+    defaults = {flag.key: flag.default for flag in FLAGS}
+    for key, value in typed.section("disagreement").values.items():
+        if key != "disagreement.members" and value not in (None, defaults[key]):
+            raise ConfigError(f"--members 0 measures no disagreement: leave out {typed.names[key]}")
 
 
 def rewards_from(given: Sequence[str] | None) -> RewardsConfig | None:

@@ -59,9 +59,13 @@ def nearest_key(path: KeyPath, model: type[BaseModel] = Config) -> str | None:
 
 def unknown_key(path: KeyPath, model: type[BaseModel] = Config) -> str:
     """`train.stepz is not a setting; did you mean train.steps?`"""
+    dotted = _dotted(path)
+    if dotted in dotted_keys(model):  # one key with a dot in it, where a section was meant
+        section, _, key = dotted.rpartition(".")
+        return f"{dotted} is written as a section in a file: {section}: {{{key}: ...}}"
     near = nearest_key(path, model)
     hint = f"did you mean {near}?" if near else f"the sections are {', '.join(model.model_fields)}"
-    return f"{_dotted(path)} is not a setting; {hint}"
+    return f"{dotted} is not a setting; {hint}"
 
 
 def refusal(error: ValidationError, where: Where, model: type[BaseModel] = Config) -> str:
@@ -71,7 +75,7 @@ def refusal(error: ValidationError, where: Where, model: type[BaseModel] = Confi
     found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     for entry in found:
         path = _key_path(entry["loc"])
-        if entry["type"] == "missing":
+        if entry["type"] in ("missing", "extra_forbidden"):
             path = (*path, entry["loc"][-1]) if path[-1:] != (entry["loc"][-1],) else path
         if path in refused:
             continue

@@ -141,6 +141,7 @@ def _numbers(res: Resources, state: LoopState) -> dict[str, Any]:
     """Counters at the step's beginning, and the RMS at its beginning and end."""
     return {
         "step": state.step,
+        "steps": res.config.train.steps,
         "drawn": state.drawn,
         "drawn_now": state.drawn_in_step,
         "tokens": state.tokens,
