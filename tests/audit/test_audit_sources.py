@@ -30,6 +30,6 @@ def test_an_older_export_is_not_compared(tmp_path: Path) -> None:
     """The run was resumed, and interrupted before it wrote its model again."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    models = SimpleNamespace(run=SimpleNamespace(path=tmp_path), at=lambda step: None)
+    models = SimpleNamespace(run=RunFiles(tmp_path, Config(), {}), at=lambda step: None)
     (line,) = audit_export(Judge(3, "float32"), Config(), models)  # type: ignore[arg-type]
     assert line.within is None and "has not ended since it was resumed" in line.note

@@ -95,6 +95,11 @@ class RunFiles:
     """By step, as metrics.jsonl counts: the steps done after the update."""
 
     @property
+    def has_ended(self) -> bool:
+        """False for a run that was resumed, and interrupted or killed since."""
+        return (self.path / "finished.json").is_file()
+
+    @property
     def steps(self) -> list[int]:
         """The steps that have an audit record."""
         return self._numbers("step")

@@ -17,7 +17,6 @@ from vdr_cli.audit.inputs import places_of
 from vdr_cli.audit.lines import BOUNDS, Judge, Line
 from vdr_cli.audit.weights import Models, copied
 from vdr_cli.config import Config, ModelConfig
-from vdr_cli.launch.outcome import finished
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -247,7 +246,7 @@ def audit_export(judge: Judge, cfg: Config, models: Models) -> list[Line]:
     policy = models.at(judge.step)
     if not (folder / "config.json").is_file():
         return []
-    if not finished(models.run.path):
+    if not models.run.has_ended:
         return [judge.skipped("weights in model/", "the run has not ended since it was resumed; they are older")]
     if policy is None:
         return [judge.skipped("weights in model/", no_weights(judge.step))]
