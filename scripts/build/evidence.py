@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from vdr_cli.study.analysis import Row, analysed, curves, start_value
+from vdr_cli.study.analysis import Row, analysed, best_first, curves, start_value
 from vdr_cli.study.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,10 +147,8 @@ def draw_differences(axes: Any, record: Record, title: str) -> None:
     """Every rival's difference to the control, best at the top, each seed as a point."""
     file = record.study.file
     rows = analysed(record)[bed_of(record)][file.endpoint]
-    found = sorted(
-        ((arm, row.difference) for arm, row in rows.items() if row.difference and row.difference.n),
-        key=lambda pair: pair[1].value,
-    )
+    measured = {arm: row.difference for arm, row in rows.items() if row.difference and row.difference.n}
+    found = best_first(measured, record.study.lower_is_better)[::-1]
     axes.axvspan(-file.equivalence, file.equivalence, color="#0969da", alpha=0.07, linewidth=0)
     axes.axvline(0, color="#24292f", linewidth=0.8)
     for place, (_, difference) in enumerate(found):

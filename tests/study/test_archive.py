@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.study.test_running import machine  # noqa: F401
 from vdr_cli.config.load import dump_config, load_config
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.study.archive import kept_run
+from vdr_cli.study.directory import open_directory
+from vdr_cli.study.load import load_study
 from vdr_cli.study.page import archive, rebuild, write_results
 from vdr_cli.study.plan import Task, runs_of
 from vdr_cli.study.record import record_of
@@ -66,6 +69,32 @@ def test_a_study_goes_on_from_its_archive(machine: Any, tmp_path: Path) -> None:
     write_results(record, directory)
     kept = json.loads((tmp_path / "kept" / "study.json").read_text())
     assert json.loads((directory / "study.json").read_text())["tuning"] == kept["tuning"]
+
+
+def test_the_registered_file_continues_a_published_archive(tmp_path: Path) -> None:
+    """The archive holds 43 of the registered 60 seeds, and the study file with all of them."""
+    bed = Path(__file__).parents[2] / "docs" / "evidence" / "countdown4-confirm"
+    shutil.copytree(bed / "record", tmp_path / "study")
+    registered = load_study(bed / "study.yaml")
+    study = replace(registered, file=registered.file.model_copy(update={"output": str(tmp_path / "study")}))
+    assert open_directory(study, resume=True)[1] == []
+
+
+def test_a_tuned_arm_joins_an_archive_by_the_start_kept_there(machine: Any, tmp_path: Path) -> None:  # noqa: F811
+    arms: dict[str, Any] = {"grpo": {"train.learning_rate": 1e-4}, "noise": {"train.learning_rate": 2e-4}}
+    tuning: dict[str, Any] = {"seeds": [9], "trials": {"grpo": [{}], "noise": [{}]}}
+    runner, made = machine(arms=arms, tuning=tuning, endpoint="new_problems")
+    assert runner.run() == 0
+    directory = made.directory.path
+    write_results(record_of(runner.study, made.directory), directory)
+    archive(directory, tmp_path / "kept")
+    shutil.rmtree(directory)
+    shutil.copytree(tmp_path / "kept", directory)
+    arms["new"], tuning["trials"]["new"] = {"train.learning_rate": 3e-4}, [{}]
+    runner, made = machine(arms=arms, tuning=tuning, endpoint="new_problems", resume=True)
+    assert runner.run() == 0
+    names = ["starter/new trial 1 seed 9", "starter/new seed 0", "starter/new seed 1"]
+    assert made.started == [f"{do} {name}" for name in names for do in ("train", "measure")]
 
 
 def test_an_archive_of_other_settings_is_refused(machine: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.stats.paired import holm, mean_over_seeds
-from vdr_cli.study.analysis import analysed, contrasts, curves, start_value, verdict_of
+from vdr_cli.study.analysis import Difference, analysed, best_first, contrasts, curves, start_value, verdict_of
 from vdr_cli.study.curves import learning_curve, read_runs, shown_metrics
 from vdr_cli.study.page import html, rebuild, write_results
 from vdr_cli.study.plan import Task
@@ -88,6 +89,44 @@ def test_the_verdict_looks_at_the_sense_of_the_endpoint(make_study: Make) -> Non
     difference = analysed(record_of(study, directory))["starter"]["pass@64"]["pass_at_k"].difference
     assert verdict_of(difference, 0.01, lower_is_better=True) == "worse"
     assert verdict_of(difference, 0.2, lower_is_better=False) == "undecided"
+
+
+def test_equal_differences_have_no_spread_and_no_test(make_study: Make) -> None:
+    study, directory = make_study({"grpo": (0.0, 0.0), "bald": (0.0, 0.0)}, seeds=3)
+    record = record_of(study, directory)
+    starts = [replace(run, solved=[0] * len(run.solved)) for run in record.starts]
+    runs = [replace(run, solved=[256 * (run.arm == "bald")] * len(run.solved)) for run in record.runs]
+    write_results(replace(record, starts=starts, runs=runs), directory.path)
+    difference = json.loads((directory.path / "study.json").read_text())["results"]["starter"]["pass@64"]["bald"]
+    assert difference["difference"]["verdict"] == "no spread" and difference["difference"]["low"] is None
+    text = (directory.path / "study.md").read_text()
+    assert "The same difference for every seed, so it cannot be tested: bald (+1.000)." in text
+    assert "No difference shown" not in text
+    assert ">no spread</text>" in (directory.path / "study.html").read_text()
+
+
+def test_the_best_comes_first_in_the_sense_of_the_endpoint(make_study: Make) -> None:
+    study, directory = make_study(endpoint="first_success", seeds=4)
+    record = record_of(study, directory)
+    steps = {"grpo": 20.0, "disagreement": 20.0, "pass_at_k": 5.0, "bald_per_token": 9.0}
+    runs = [
+        replace(run, first_success=steps[run.arm or ""] + run.seed % 2 * (run.arm != "grpo")) for run in record.runs
+    ]
+    write_results(replace(record, runs=runs), directory.path)
+    page, text = ((directory.path / name).read_text() for name in ("study.html", "study.md"))
+    places = [page.index(f">{arm}</text>") for arm in ("pass_at_k", "bald_per_token", "disagreement")]
+    assert places == sorted(places)
+    better = next(line for line in text.splitlines() if line.startswith("- Better than grpo"))
+    assert better.index("pass_at_k") < better.index("bald_per_token")
+
+
+def test_an_arm_without_a_value_comes_last() -> None:
+    def difference(value: float) -> Difference:
+        return Difference(2, value, math.nan, math.nan, {}, math.nan, math.nan)
+
+    arms = {"none": difference(math.nan), "low": difference(1.0), "high": difference(2.0)}
+    assert [arm for arm, _ in best_first(arms, lower_is_better=False)] == ["high", "low", "none"]
+    assert [arm for arm, _ in best_first(arms, lower_is_better=True)] == ["low", "high", "none"]
 
 
 def test_the_results_come_again_bit_for_bit_from_the_record_and_the_metrics(make_study: Make, tmp_path: Path) -> None:

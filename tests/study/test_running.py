@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -165,7 +166,7 @@ def test_an_arm_whose_trial_failed_waits(machine: Any) -> None:
     assert runner.run() == 1
     waiting = [job.task.name for job in runner.jobs if job.phase == "waiting"]
     assert waiting == ["starter/noise seed 0", "starter/noise seed 1"]
-    assert "not tuned" in runner.jobs[-1].reason
+    assert runner.jobs[-1].reason == "its arm is not tuned: a trial has not been evaluated"
     assert "train starter/grpo seed 1" in made.started
 
 
@@ -200,6 +201,93 @@ def test_a_run_that_another_process_works_on_is_left_to_it(machine: Any) -> None
     while runner.step():
         pass
     assert job.phase == "done"
+
+
+NEW_PROBLEMS = {**TUNING, "endpoint": "new_problems"}
+
+
+def test_tuning_does_not_wait_for_a_start_that_its_endpoint_does_not_need(machine: Any) -> None:
+    runner, made = machine(shard="2/3", **TUNING)  # the start is in part 1
+    assert runner.run() == 0
+    assert "measure starter start" not in made.started and "measure starter/grpo seed 1" in made.started
+    record = record_of(made.study, made.directory)
+    assert [row["trial"] for row in record.tuning if row["arm"] == "grpo" and row["taken"]] == [1]
+
+
+def test_a_shard_waits_for_a_start_that_its_endpoint_needs(machine: Any) -> None:
+    runner, made = machine(shard="2/3", **NEW_PROBLEMS)
+    lock = try_lock(made.directory.work(Task("starter"), "lock"))  # as if part 1 evaluated it
+    assert lock is not None
+    runner.find_done()
+    for _ in range(30):
+        going_on = runner.step()
+    start, *_, run = runner.jobs
+    assert going_on and start.task.is_start and start.phase == "elsewhere"
+    assert run.phase == "waiting" and run.reason.endswith("the starting model has not been evaluated")
+    os.close(lock)
+    while runner.step():
+        pass
+    assert all(job.phase == "done" for job in runner.jobs)
+    assert made.started.count("measure starter start") == 1
+
+
+def test_a_shard_whose_start_fails_says_so(machine: Any) -> None:
+    runner, made = machine(lambda task, phase: int(task.is_start), shard="2/3", **NEW_PROBLEMS)
+    assert runner.run() == 1
+    assert {job.reason for job in runner.jobs if job.phase == "waiting"} == {
+        "its arm is not tuned: the starting model has not been evaluated"
+    }
+    assert "measure starter/grpo trial 2 seed 101" in made.started
+
+
+def _open_at_once(study: Study, count: int, resume: bool) -> list[str]:
+    """Open the study's directory in `count` processes at the same moment: ok, or the refusal, of each."""
+    context = multiprocessing.get_context("fork")
+    barrier, said = context.Barrier(count), context.Queue()
+
+    def opened() -> None:
+        barrier.wait(60)
+        try:
+            open_directory(study, resume)
+            said.put("ok")
+        except ConfigError as error:
+            said.put(str(error))
+
+    processes = [context.Process(target=opened, daemon=True) for _ in range(count)]
+    for process in processes:
+        process.start()
+    found = [said.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    return found
+
+
+def test_shards_that_start_together_share_a_new_directory(tmp_path: Path) -> None:
+    for attempt in range(5):
+        study = study_with(["grpo", "noise"], tmp_path / f"study_{attempt}")
+        assert _open_at_once(study, 8, resume=True) == ["ok"] * 8
+        assert [path.name for path in sorted(tmp_path.glob(f"study_{attempt}/*"))] == ["study.yaml", "work"]
+
+
+def test_of_studies_that_start_together_one_gets_the_new_directory(tmp_path: Path) -> None:
+    found = _open_at_once(study_with(["grpo", "noise"], tmp_path / "study"), 8, resume=False)
+    assert found.count("ok") == 1 and sum("holds this study already" in line for line in found) == 7
+
+
+def test_files_of_a_start_that_was_killed_do_not_take_the_directory(tmp_path: Path) -> None:
+    study = study_with(["grpo", "noise"], tmp_path / "study")
+    (tmp_path / "study" / "work").mkdir(parents=True)
+    (tmp_path / "study" / "work" / "open.lock").touch()
+    (tmp_path / "study" / ".study.yaml.123.partial").write_text("output")
+    assert open_directory(study, resume=False)[1] == []
+    assert (tmp_path / "study" / "study.yaml").is_file()
+
+
+def test_a_directory_that_is_refused_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no study"):
+        open_directory(study_with(["a", "b"], tmp_path), resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_two_studies_in_one_directory_do_not_meet(machine: Any) -> None:
@@ -252,6 +340,47 @@ def test_a_directory_belongs_to_one_study(machine: Any, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     with pytest.raises(ConfigError, match="is not empty and holds no study"):
         open_directory(study_with(["a", "b"], tmp_path / "full"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": 3}, "seeds 3, 4, 5 missing"),
+        ({"seeds": [9]}, "seeds 0, 1, 2, 3, 4 and 1 more missing"),
+        ({"equivalence": 0.2}, "equivalence differs"),
+        ({"contrasts": []}, r"contrasts \[noise, grpo\] missing"),
+        ({"contrasts": [["grpo", "noise"]]}, r"contrasts \[noise, grpo\] missing"),
+        ({"seeds": 3, "equivalence": 0.2}, "equivalence differs; seeds 3, 4, 5 missing"),
+    ],
+)
+def test_the_result_cannot_be_chosen_afterwards(machine: Any, changes: dict[str, Any], message: str) -> None:
+    before = {"seeds": 6, "contrasts": [["noise", "grpo"]]}
+    machine(**before)
+    with pytest.raises(ConfigError, match=rf"holds a study with other settings \({message}\)"):
+        machine(resume=True, **{**before, **changes})
+    machine(resume=True, seeds=[7, *range(6)], contrasts=[["grpo", "noise"], ["noise", "grpo"]], secondary=["pass@1"])
+
+
+def test_an_arm_with_its_trials_joins_a_tuned_study(machine: Any) -> None:
+    runner, made = machine(**TUNING)
+    assert runner.run() == 0
+    arms = {name: {"train.learning_rate": 1e-4 + index * 1e-5} for index, name in enumerate(["grpo", "noise", "new"])}
+    trials = TUNING["tuning"]["trials"]  # type: ignore[index]
+    more = [{"train.learning_rate": 5e-4}, {"train.learning_rate": 6e-4}]
+
+    def tuned(seeds: Sequence[int] = (100, 101), **changes: Any) -> dict[str, Any]:
+        return {**TUNING, "arms": arms, "tuning": {"seeds": list(seeds), "trials": {**trials, "new": more, **changes}}}
+
+    with pytest.raises(ConfigError, match=r"\(tuning\.trials\.noise differs\)"):
+        machine(resume=True, **tuned(noise=more))
+    with pytest.raises(ConfigError, match=r"\(tuning\.seeds differs\)"):
+        machine(resume=True, **tuned([100, 101, 102]))
+    with pytest.raises(ConfigError, match=r"\(tuning differs\)"):
+        machine(resume=True, **{**TUNING, "tuning": None})
+    runner, made = machine(resume=True, **tuned())
+    assert runner.run() == 0
+    assert made.started and all("/new " in line for line in made.started)
+    assert load_config(made.directory.run(Task("starter", "new", 0)) / "config.yaml").train.learning_rate == 6e-4
 
 
 def test_a_study_goes_on_with_a_version_that_has_more_keys(machine: Any) -> None:

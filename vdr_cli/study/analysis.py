@@ -41,7 +41,7 @@ class Difference:
     p_holm: float | None = None
     """None for numbers that are not tested."""
     verdict: str = ""
-    """better, worse, equivalent, undecided, or why there is none; of the endpoint only."""
+    """better, worse, equivalent, undecided, or why there is none (see verdict_of); of the endpoint only."""
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,24 @@ def _judged(record: Record, rows: Rows) -> Rows:
 
 
 def verdict_of(difference: Difference, p_holm: float, lower_is_better: bool) -> str:
-    """better or worse by the adjusted p; equivalent by two one-sided tests; both, or undecided."""
+    """better or worse by the adjusted p; equivalent by two one-sided tests; both, or undecided.
+
+    no spread: all differences are equal, so there is no test. no interval, no runs: too few seeds.
+    """
     is_equivalent = difference.p_equivalent < ALPHA
     if p_holm < ALPHA and difference.value != 0:
         word = "better" if (difference.value > 0) is not lower_is_better else "worse"
         return f"{word}, negligible" if is_equivalent else word
     if difference.n < 2:
         return "no interval" if difference.n else "no runs"
+    if math.isfinite(difference.value) and math.isnan(difference.p):
+        return "no spread"
     return "equivalent" if is_equivalent else "undecided"
+
+
+def best_first(differences: Mapping[str, Difference], lower_is_better: bool) -> list[tuple[str, Difference]]:
+    """Arms with their differences, the best first; those without a value last."""
+    sign = 1.0 if lower_is_better else -1.0
+    known = [pair for pair in differences.items() if not math.isnan(pair[1].value)]
+    unknown = [pair for pair in differences.items() if math.isnan(pair[1].value)]
+    return sorted(known, key=lambda pair: sign * pair[1].value) + unknown

@@ -17,6 +17,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ from vdr_cli.system.files import write_whole
 
 STUDY_FILE = "study.yaml"
 EVALUATION = "evaluation.json"
-LATER = ("output", "seeds", "arms", "secondary", "contrasts", "equivalence")
-"""Keys that may differ when a study is continued: more seeds and arms, other things to report."""
+GROWING = ("seeds", "arms", "contrasts", "tuning")
+"""Keys that may gain entries when a study is continued; those they had must stay."""
+FREE = ("output", "secondary")
+"""Keys that may change when a study is continued."""
+BEFORE_STUDY_FILE = ("work", ".*.partial")
+"""Names that a process leaves in a new directory before its study.yaml is there."""
+SHOWN = 5
+"""Most missing seeds or contrasts that an error names."""
 
 
 class StudyDirectory:
@@ -67,14 +74,15 @@ def study_tree(study: Study) -> dict[str, Any]:
 def open_directory(study: Study, resume: bool) -> tuple[StudyDirectory, list[str]]:
     """The directory, made or found, and lines about what has changed since it was made.
 
-    resume: go on where another process stopped. Raises ConfigError when it holds another study, or this one and resume
-    is False; MachineError when it cannot be written.
+    Processes that open it at the same moment take turns. resume: go on where another process stopped. Raises
+    ConfigError when it holds another study, or this one and resume is False; MachineError when it cannot be written.
     """
     directory = StudyDirectory(Path(study.file.output))
-    notes = check_directory(study, directory, resume)
+    check_directory(study, directory, resume)  # before the lock file is made: a refused directory stays as it was
     try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        write_whole(directory.path / STUDY_FILE, dump_tree(study_tree(study)))
+        with _opening(directory):
+            notes = check_directory(study, directory, resume)
+            write_whole(directory.path / STUDY_FILE, dump_tree(study_tree(study)))
     except OSError as error:
         raise MachineError(f"output {directory.path}: cannot be written ({error.strerror})") from None
     return directory, notes
@@ -82,20 +90,18 @@ def open_directory(study: Study, resume: bool) -> tuple[StudyDirectory, list[str
 
 def check_directory(study: Study, directory: StudyDirectory, resume: bool) -> list[str]:
     """Lines about what differs from the study that the directory holds. Raises ConfigError when it may not."""
+    is_taken = _is_taken(directory.path)  # listed first: another process may write study.yaml and runs in between
     text = directory.study_text()
     if text is None:
-        if directory.path.is_dir() and any(directory.path.iterdir()):
+        if is_taken:
             raise ConfigError(f"output {directory.path}: is not empty and holds no study; give another directory")
         return []
     path = str(directory.path / STUDY_FILE)
     earlier = study_tree(study_of({**parse_document(text, path).tree, "output": str(directory.path)}, path))
     changed = [key for key, value in study_tree(study).items() if earlier.get(key) != value]
-    hard = [key for key in changed if key not in LATER]
-    hard += [f"arms.{arm}" for arm, settings in _changed_arms(earlier, study)]
-    if hard:
-        differ = "differ" if len(hard) > 1 else "differs"
+    if conflicts := _conflicts(earlier, study_tree(study)):
         raise ConfigError(
-            f"output {directory.path}: holds a study with other settings ({', '.join(hard)} {differ}); "
+            f"output {directory.path}: holds a study with other settings ({'; '.join(conflicts)}); "
             "give another directory"
         )
     if not resume:
@@ -103,10 +109,46 @@ def check_directory(study: Study, directory: StudyDirectory, resume: bool) -> li
     return [f"differs from when the study was started: {', '.join(changed)}"] if changed else []
 
 
-def _changed_arms(earlier: Mapping[str, Any], study: Study) -> list[tuple[str, Any]]:
-    """Arms that the directory's study has with other settings, or that the file no longer has."""
-    known = dict(earlier.get("arms") or {})
-    return [(arm, settings) for arm, settings in known.items() if study.file.arms.get(arm) != settings]
+def _is_taken(path: Path) -> bool:
+    """True when the directory holds more than what starting a study leaves there."""
+    names = [inner.name for inner in path.iterdir()] if path.is_dir() else []
+    return any(not any(fnmatch(name, known) for known in BEFORE_STUDY_FILE) for name in names)
+
+
+def _conflicts(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The differences between two study files that make them different studies, in words."""
+    kept = [key for key in now if key not in GROWING and key not in FREE]
+    found = [f"{key} differs" for key in kept if earlier.get(key) != now[key]]
+    found += _missing("seeds", earlier, now) + _missing("contrasts", earlier, now)
+    found += _changed("arms", earlier["arms"], now["arms"])
+    return found + _tuning_conflicts(earlier["tuning"], now["tuning"])
+
+
+def _tuning_conflicts(earlier: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
+    """New arms may bring trials; all else of the tuning stays."""
+    if earlier is None or now is None:
+        return [] if earlier == now else ["tuning differs"]
+    found = ["tuning.seeds differs"] if earlier["seeds"] != now["seeds"] else []
+    return found + _changed("tuning.trials", earlier["trials"], now["trials"])
+
+
+def _changed(name: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Entries of `earlier` that `now` has with other settings, or not at all."""
+    return [
+        f"{name}.{key} {'differs' if key in now else 'is missing'}"
+        for key, settings in earlier.items()
+        if now.get(key) != settings
+    ]
+
+
+def _missing(key: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line about the items of `earlier[key]` that `now[key]` lacks; none when it has them all."""
+    gone = [item for item in earlier[key] if item not in now[key]]
+    if not gone:
+        return []
+    shown = [f"[{', '.join(item)}]" if isinstance(item, list) else str(item) for item in gone[:SHOWN]]
+    more = f" and {len(gone) - SHOWN} more" if len(gone) > SHOWN else ""
+    return [f"{key} {', '.join(shown)}{more} missing"]
 
 
 @contextmanager
@@ -128,6 +170,17 @@ def study_locked(directory: StudyDirectory, shard: Shard | None) -> Iterator[Non
 
 
 @contextmanager
+def _opening(directory: StudyDirectory) -> Iterator[None]:
+    """Wait for other processes that open the directory, and keep them out. Raises OSError, MachineError."""
+    descriptor = _locked(directory.path / "work" / "open.lock", fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
 def _held(path: Path, shared: bool = False) -> Iterator[bool]:
     descriptor = try_lock(path, shared)
     try:
@@ -142,10 +195,15 @@ def try_lock(path: Path, shared: bool = False) -> int | None:
 
     Raises MachineError where the file system has no locks.
     """
+    return _locked(path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def _locked(path: Path, operation: int) -> int | None:
+    """A descriptor that holds the lock; None when LOCK_NB is in `operation` and another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation)
     except BlockingIOError:
         os.close(descriptor)
         return None

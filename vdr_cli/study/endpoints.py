@@ -30,6 +30,8 @@ NAMES = {
     "first_success": "training steps up to the first solved completion, or all of them",
 }
 LOWER_IS_BETTER = ("first_success",)
+NEEDS_START = ("new_problems",)
+"""Numbers of a run that depend on the starting model's completions."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vdr_cli.config.schema import Config
 from vdr_cli.config.yaml_text import KeyPath
 from vdr_cli.errors import ConfigError
 from vdr_cli.stats.paired import detectable_deviations
-from vdr_cli.study.endpoints import LOWER_IS_BETTER, check_endpoint
+from vdr_cli.study.endpoints import LOWER_IS_BETTER, NEEDS_START, check_endpoint
 from vdr_cli.study.schema import Settings, StudyFile
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=@-]{0,63}")
@@ -71,6 +71,11 @@ class Study:
     def lower_is_better(self) -> bool:
         """The sense of the endpoint."""
         return self.file.endpoint in LOWER_IS_BETTER
+
+    @property
+    def needs_start(self) -> bool:
+        """True when the endpoint cannot be computed before the starting model is evaluated."""
+        return self.file.endpoint in NEEDS_START
 
     @cached_property
     def trials(self) -> int:

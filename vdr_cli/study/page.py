@@ -16,7 +16,7 @@ from markupsafe import Markup
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
-from vdr_cli.study.analysis import Curve, Row, Rows, analysed, curves, start_value
+from vdr_cli.study.analysis import Curve, Row, Rows, analysed, best_first, curves, start_value
 from vdr_cli.study.archive import kept_run, name_of, settings_text, write_archive
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.drawing import RangeRow, ranges_svg
@@ -148,10 +148,12 @@ def _secondary(record: Record) -> list[str]:
 
 def _differences(record: Record, rows: Mapping[str, Row]) -> Markup:
     """Every rival's difference to the control, best first, with each seed's as a point."""
-    judged = [(arm, row.difference) for arm, row in rows.items() if row.difference is not None]
-    found = [RangeRow(arm, d.value, d.low, d.high, list(d.seeds.values()), d.verdict) for arm, d in judged]
+    judged = {arm: row.difference for arm, row in rows.items() if row.difference is not None}
+    ordered = [
+        RangeRow(arm, d.value, d.low, d.high, list(d.seeds.values()), d.verdict)
+        for arm, d in best_first(judged, record.study.lower_is_better)
+    ]
     file = record.study.file
-    ordered = sorted(found, key=lambda row: -row.value)
     label = f"difference of {file.endpoint} to {file.control}"
     return Markup(ranges_svg(label, label, ordered, 0.0, file.equivalence))
 

@@ -75,6 +75,14 @@ def trials_of(study: Study, bed: str, arm: str) -> list[list[Task]]:
     return [[Task(bed, arm, seed, trial) for seed in seeds] for trial in range(study.trials)]
 
 
+def with_starts(study: Study, tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, preceded by the starting models that their tuning needs: those of other shards too."""
+    if not (study.trials and study.needs_start):
+        return list(tasks)
+    starts = dict.fromkeys(Task(task.bed) for task in tasks)
+    return [*(start for start in starts if start not in tasks), *tasks]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One of `count` parts of a study; the first is 1."""

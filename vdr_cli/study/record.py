@@ -159,16 +159,23 @@ def chosen_trial(study: Study, directory: StudyDirectory, bed: str, arm: str) ->
 
 def trial_value(study: Study, directory: StudyDirectory, bed: str, arm: str, index: int) -> float | None:
     """The mean endpoint over the seeds of one trial, from its runs or the archive; None while one is missing."""
-    start = read_counts(directory.evaluation(Task(bed)))
+    start = start_of(directory, bed)
     found = []
     for task in trials_of(study, bed, arm)[index]:
         counts = read_counts(directory.evaluation(task))
-        if counts is None or start is None:
+        if counts is None or (start is None and study.needs_start):
             return _archived_value(directory, bed, arm, index)
-        found.append(
-            value_of(study.file.endpoint, _measured(directory, task, counts), _measured(directory, None, start))
-        )
+        found.append(value_of(study.file.endpoint, _measured(directory, task, counts), start))
     return float(np.mean([np.mean(value) for value in found]))
+
+
+def start_of(directory: StudyDirectory, bed: str) -> Measured | None:
+    """Counts of the bed's starting model, from its evaluation or the archive; None where there are none."""
+    counts = read_counts(directory.evaluation(Task(bed)))
+    if counts is not None:
+        return _measured(directory, None, counts)
+    kept = archived_record(directory.path)
+    return kept.start(bed) if kept else None
 
 
 def _archived_value(directory: StudyDirectory, bed: str, arm: str, index: int) -> float | None:

@@ -25,8 +25,8 @@ from vdr_cli.study.archive import ARCHIVE, kept_config
 from vdr_cli.study.directory import StudyDirectory, try_lock
 from vdr_cli.study.load import Study
 from vdr_cli.study.measure import fingerprint
-from vdr_cli.study.plan import Task
-from vdr_cli.study.record import archived_record, chosen_trial, read_counts
+from vdr_cli.study.plan import Task, with_starts
+from vdr_cli.study.record import archived_record, chosen_trial, read_counts, start_of
 from vdr_cli.system.files import write_whole
 from vdr_cli.system.stopping import StopSignal
 
@@ -69,13 +69,13 @@ class Watcher:
 
 
 class Runner:
-    """The tasks of one call of `vdr study`."""
+    """The tasks of one call of `vdr study`, with the starting models that their tuning needs."""
 
     def __init__(
         self, study: Study, directory: StudyDirectory, tasks: Sequence[Task], slots: int, watcher: Watcher
     ) -> None:
         self.study, self.directory, self.watcher = study, directory, watcher
-        self.jobs = [Job(task) for task in tasks]
+        self.jobs = [Job(task) for task in with_starts(study, tasks)]
         self.slots: list[Job | None] = [None] * slots
         self.looked = -math.inf
 
@@ -124,7 +124,7 @@ class Runner:
         """Start the task's next process, unless it is done, not tuned yet, or in another process's hands."""
         config = self.settings(job.task)
         if config is None:
-            job.reason = "its arm is not tuned: a trial has not been evaluated"
+            job.reason = f"its arm is not tuned: {self.lacking(job.task)} has not been evaluated"
             return
         lock = try_lock(self.directory.work(job.task, "lock"))
         if lock is None:
@@ -212,6 +212,11 @@ class Runner:
             if trial is None:
                 return None
         return self.study.config(task.bed, task.arm, task.seed, trial)
+
+    def lacking(self, task: Task) -> str:
+        """The evaluation that the tuning of the task's arm waits for, in words."""
+        has_start = not self.study.needs_start or start_of(self.directory, task.bed) is not None
+        return "a trial" if has_start else "the starting model"
 
     @cached_property
     def beds(self) -> dict[str, Config]:

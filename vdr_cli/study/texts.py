@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vdr_cli.config.yaml_text import dump_tree
 from vdr_cli.stats.paired import detectable_deviations
-from vdr_cli.study.analysis import Difference, Row, Rows, contrasts, start_value
+from vdr_cli.study.analysis import Difference, Row, Rows, best_first, contrasts, start_value
 from vdr_cli.study.curves import RunMetrics
 from vdr_cli.study.endpoints import described
 from vdr_cli.study.record import Record
@@ -73,15 +73,17 @@ def _answer(record: Record, rows: Mapping[str, Row], start: float | None) -> lis
         f"{file.control} reaches {file.endpoint} {reached}.{begun}" if control.n else f"{file.control} has no run."
     ]
     judged = {arm: row.difference for arm, row in rows.items() if row.difference is not None}
+    ranked = best_first(judged, record.study.lower_is_better)
     for word, text in (
         ("better", "Better than {control}: {arms}."),
         ("worse", "Worse than {control}: {arms}."),
         ("equivalent", "Equivalent to {control}, within ±{bound}: {arms}."),
         ("undecided", "No difference shown, none excluded: {arms}."),
+        ("no spread", "The same difference for every seed, so it cannot be tested: {arms}."),
         ("no interval", "Too few seeds for an interval: {arms}."),
         ("no runs", "No pair of runs: {arms}."),
     ):
-        chosen = [f"{arm} ({_found(d)})" if d.n else arm for arm, d in _ranked(judged, word)]
+        chosen = [f"{arm} ({_found(d)})" if d.n else arm for arm, d in ranked if d.verdict.partition(",")[0] == word]
         if chosen:
             lines.append(text.format(control=file.control, bound=f"{file.equivalence:g}", arms=", ".join(chosen)))
     return lines
@@ -90,11 +92,6 @@ def _answer(record: Record, rows: Mapping[str, Row], start: float | None) -> lis
 def _found(difference: Difference) -> str:
     small = ", too small to matter" if difference.verdict.endswith("negligible") else ""
     return f"{_signed(difference.value)}{_interval(difference.low, difference.high)}{small}"
-
-
-def _ranked(judged: Mapping[str, Difference], word: str) -> list[tuple[str, Difference]]:
-    found = [(arm, d) for arm, d in judged.items() if d.verdict.partition(",")[0] == word]
-    return sorted(found, key=lambda pair: -pair[1].value)
 
 
 def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics]) -> Table:
