@@ -1,17 +1,22 @@
 import json
 import re
+import shutil
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from vdr_cli.beds.registry import BEDS
 from vdr_cli.data.completions import write_completions
 from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.report import data as report_data
-from vdr_cli.report import score_page
+from vdr_cli.report import run_page, score_page
 from vdr_cli.report.data import load_run, over_seeds, pieces, run_groups
 from vdr_cli.report.page import write_pictures, write_report
+from vdr_cli.scoring.request import Fields
 
 MakeRun = Callable[..., Path]
 
@@ -131,6 +136,42 @@ def test_seeds_become_a_band_and_other_settings_a_curve(make_run: MakeRun) -> No
     assert own.low == [0.4] * 4
 
 
+def test_a_run_given_twice_counts_once_and_seeds_are_those_that_differ(make_run: MakeRun) -> None:
+    a, again, other = load_run(make_run("a", 0)), load_run(make_run("again", 0)), load_run(make_run("b", 1))
+    assert [one.name for one in over_seeds([a, a], "reward")] == ["a"]
+    assert [one.name for one in over_seeds([a, again], "reward")] == ["a (2 runs)"]
+    assert [one.name for one in over_seeds([a, again, other], "reward")] == ["a (2 seeds)"]
+
+
+def test_numbers_near_the_largest_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    with (run / "metrics.jsonl").open("a") as file:
+        for step, value in ((41, 1e308), (42, -1e308)):
+            file.write(json.dumps({"step": step, "reward": value}) + "\n")
+    write_completions(run / "completions", 30, {"prompt": ["p"], "completion": ["c"], "reward": [sys.float_info.max]})
+    page = write_report(run)
+    assert "1e+300" in page.read_text() and "nan" not in page.read_text()
+    assert json.loads(tags_of(page).data)["groups"][-1]["completions"][0]["numbers"]["reward"] == sys.float_info.max
+    assert write_pictures(run, tmp_path / "figures")
+
+
+def test_a_damaged_file_that_is_not_shown_is_named(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_data, "GROUPS_SHOWN", 2)
+    run = make_run()
+    for step in (15, 30):
+        write_completions(run / "completions", step, {"prompt": ["p"], "completion": ["c"]})
+    (run / "completions" / "step_000015.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(DataError, match=r"step_000015.parquet: not a Parquet file of completions"):
+        run_groups(load_run(run), None)
+
+
+def test_pictures_go_home(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert {path.parent for path in write_pictures(make_run(), "~/figs")} == {tmp_path / "home" / "figs"}
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_page_stays_small(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load_run(make_run())
     monkeypatch.setattr(report_data, "CHARACTERS_SHOWN", 1000)
@@ -190,6 +231,47 @@ def test_scores_in_other_formats(tmp_path: Path, suffix: str) -> None:
     assert one["numbers"]["bald_mean"] > 0
 
 
+def test_a_users_columns_do_not_pass_for_token_columns(tmp_path: Path) -> None:
+    file = tmp_path / "scores.csv"
+    file.write_text("prompt,completion,token_type,token_ids,prompt_ids,nll_mean\np,c,word,7,x,0.5\n")
+    columns = report_data.scored_rows(file)
+    assert (columns["token_type"], columns["token_ids"], columns["prompt_ids"]) == (["word"], [None], [None])
+    assert json.loads(tags_of(write_report(file)).data)["groups"][0]["completions"][0]["text"] == "c"
+
+
+ASKED = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"q": "1:", "answer": "2"}, Fields(prompt="q", completion="answer")),
+        ({"prompt": "0:", "q": "1:", "answer": "2"}, Fields(prompt="q", completion="answer")),
+        ({"messages": [ASKED], "q": "1:", "answer": "2"}, Fields(prompt="q", completion="answer")),
+        ({"arguments": {"gen_args_0": {"arg_0": "1:"}}, "resps": [["2"]]}, Fields()),
+        ({"arguments": [["1:", {}]], "resps": [["3", "2"]]}, Fields(completion="resps.0.1")),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_what_was_scored_is_shown_wherever_it_lay(tmp_path: Path, row: Any, named: Fields, suffix: str) -> None:
+    from vdr_cli.scoring.request import ScoreRequest
+    from vdr_cli.scoring.score import run_score
+
+    given, scored = tmp_path / "in.jsonl", tmp_path / f"scores.{suffix}"
+    given.write_text(json.dumps(row) + "\n")
+    run_score(ScoreRequest((str(given),), "starter", str(scored), disagreement=None, fields=named))
+    (group,) = json.loads(tags_of(write_report(scored)).data)["groups"]
+    assert (group["prompt"], [one["text"] for one in group["completions"]]) == ("1:", ["2"])
+
+
+def test_rows_without_text_are_shown_by_their_ids_or_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "scores.jsonl"
+    rows: list[dict[str, Any]] = [{"messages": [ASKED]}, {"prompt_ids": [3]}, {"prompt_ids": [3]}, {"prompt_ids": [4]}]
+    file.write_text("".join(json.dumps(row | {"nll_mean": 1.0}) + "\n" for row in rows))
+    groups, count = report_data.scored_groups(report_data.scored_rows(file), None)
+    assert (count, [(group.prompt, len(group.completions)) for group in groups]) == (2, [("", 2), ("", 1)])
+
+
 def test_a_nested_quality_has_its_curve() -> None:
     chart = score_page._risk_chart({"doc": [{"score": 3.0}, {"score": 1.0}], "nll_mean": [0.1, 0.9]}, "doc.score")
     assert chart.y_label == "mean of -doc.score"
@@ -224,6 +306,9 @@ def test_tokens_are_measured_when_asked(make_run: MakeRun) -> None:
     import pyarrow.parquet as pq
 
     run = make_run()
+    with pytest.raises(ConfigError, match=r"--members 2: .*wide has no model to measure with"):
+        write_report(run, members=2)  # the run was killed, or did not save it: the start model is another one
+    shutil.copytree(BEDS["starter"].model_path, run / "model")
     for file in (run / "completions").iterdir():
         pq.write_table(pq.read_table(file).drop_columns(["bald_tokens"]), file)
     bare = json.loads(tags_of(write_report(run)).data)
@@ -232,6 +317,16 @@ def test_tokens_are_measured_when_asked(make_run: MakeRun) -> None:
     heat = measured["groups"][0]["completions"][0]["heat"]
     assert len(heat) == 6
     assert all(0 < value < 0.7 for value in heat)
+
+
+def test_the_measured_model_is_the_runs_own(make_run: MakeRun) -> None:
+    run = load_run(make_run())
+    assert run_page._final_model(run) is None and run_page._start_model(run) == "starter"
+    (run.path / "model").mkdir()
+    (run.path / "model" / "adapter_config.json").write_text("{}")
+    assert run_page._final_model(run) == str(run.path / "model")
+    (run.path / "model" / "config.json").write_text("{}")
+    assert run_page._final_model(run) == str(run.path)
 
 
 def test_early_warnings_of_a_run_are_on_its_page(make_run: Callable[..., Path]) -> None:

@@ -17,6 +17,10 @@ from vdr_cli.system.text import visible
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40
 MAX_POINTS = 400
+LARGEST = 1e300
+"""Values beyond it are drawn at it: the difference of two of them would be infinite."""
+LONGEST_NUMBER = 1e15
+"""Numbers from here on are written with an exponent."""
 SERIES_STYLES = 8
 Points = Sequence[float]
 
@@ -88,7 +92,7 @@ def svg(chart: Chart) -> str:
 
 
 def finite(series: Series) -> Series:
-    """The points whose coordinates are all numbers."""
+    """The points whose coordinates are all numbers, none of them beyond LARGEST."""
     kept = [
         index
         for index, (x, y) in enumerate(zip(series.x, series.y, strict=True))
@@ -98,15 +102,19 @@ def finite(series: Series) -> Series:
     def chosen(values: Points | None) -> list[float] | None:
         if values is None:
             return None
-        return [values[index] if math.isfinite(values[index]) else series.y[index] for index in kept]
+        return [_drawn(values[index] if math.isfinite(values[index]) else series.y[index]) for index in kept]
 
     return Series(
         series.name,
-        [series.x[index] for index in kept],
-        [series.y[index] for index in kept],
+        [_drawn(series.x[index]) for index in kept],
+        [_drawn(series.y[index]) for index in kept],
         chosen(series.low),
         chosen(series.high),
     )
+
+
+def _drawn(value: float) -> float:
+    return min(max(value, -LARGEST), LARGEST)
 
 
 def thinned(series: Series) -> Series:
@@ -138,7 +146,7 @@ def number(value: float) -> str:
     """Short: 0.25, 1,200, 3.1e-05."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < LONGEST_NUMBER:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

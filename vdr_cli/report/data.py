@@ -6,11 +6,13 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -21,7 +23,13 @@ from vdr_cli.data.metrics import METRICS_FILE, read_metrics
 from vdr_cli.data.turns import shown_turns
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.report.charts import Series
-from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
+from vdr_cli.scoring.request import (
+    BASE_COLUMNS,
+    BASE_TOKEN_COLUMNS,
+    ENSEMBLE_COLUMNS,
+    ENSEMBLE_TOKEN_COLUMNS,
+    Fields,
+)
 
 Decode = Callable[[list[int]], list[str]]
 """Token ids to the text of each token."""
@@ -37,6 +45,8 @@ POINTS_SHOWN = 600
 SCORED_ROWS = 100_000
 CHARACTERS_SHOWN = 4_000_000  # of all completions in one page
 NOT_SEEDS = ("seed", "output")
+LISTS = (*BASE_TOKEN_COLUMNS, *ENSEMBLE_TOKEN_COLUMNS, "prompt_ids", "completion_ids")
+"""Columns of scored files that hold lists, which a CSV spells as JSON."""
 NUMBERS_SHOWN = (
     *("reward", "bonus", "advantage", "bald", "rmi"),
     *("bald_mean", "rmi_mean", "nll_mean", "entropy_mean", "label"),
@@ -140,16 +150,24 @@ def over_seeds(runs: Sequence[RunData], metric: str) -> list[Series]:
         steps = sorted(step for step, values in at.items() if len(values) == len(members))
         means = [sum(at[step]) / len(at[step]) for step in steps]
         low, high = [min(at[step]) for step in steps], [max(at[step]) for step in steps]
-        series.append(Series(f"{members[0].name} ({len(members)} seeds)", steps, means, low, high))
+        series.append(Series(_shared_name(members), steps, means, low, high))
     return series
 
 
 def settings_of(runs: Sequence[RunData]) -> list[list[RunData]]:
-    """Runs that differ only in their seed, together; in the order of their first."""
+    """Runs that differ only in their seed, together; in the order of their first. A run given twice counts once."""
     groups: dict[str, list[RunData]] = defaultdict(list)
-    for run in runs:
+    for run in {run.path.resolve(): run for run in runs}.values():
         groups[run.same_but_for_seed if run.config else str(run.path)].append(run)
     return list(groups.values())
+
+
+def _shared_name(runs: Sequence[RunData]) -> str:
+    """The name of the curve of some runs of one setting."""
+    if len(runs) == 1:
+        return runs[0].name
+    seeds = len({run.config.get("train", {}).get("seed") for run in runs})
+    return f"{runs[0].name} ({f'{seeds} seeds' if seeds > 1 else f'{len(runs)} runs'})"
 
 
 def _own_curve(run: RunData, metric: str) -> Series:
@@ -219,11 +237,14 @@ def reward_and_bonus_source(runs: Sequence[RunData]) -> Series:
                 ys.append(y)
         if len(xs) >= POINTS_SHOWN:
             break
-    return Series(runs[0].name if len(runs) == 1 else f"{runs[0].name} ({len(runs)} seeds)", xs, ys)
+    return Series(_shared_name(runs), xs, ys)
 
 
 def scored_rows(path: str | Path) -> dict[str, list[Any]]:
-    """The first SCORED_ROWS of a scored file, in whole windows, as columns."""
+    """The first SCORED_ROWS of a scored file, in whole windows, as columns.
+
+    prompt and completion are those that were scored, wherever they lie in a row; None where there is no text.
+    """
     from vdr_cli.scoring.sources import WINDOW_ROWS, Windows, find_sources
 
     sources = find_sources([str(path)], Path(str(path) + ".stdin"))
@@ -233,22 +254,35 @@ def scored_rows(path: str | Path) -> dict[str, list[Any]]:
         rows = [{name: _from_cell(name, cell) for name, cell in row.items()} for row in rows]
     if not rows or "nll_mean" not in rows[0]:
         raise DataError(f"{path}: not a file that vdr score wrote (there is no nll_mean column)")
-    rows = [_with_parts(row) for row in rows]
+    named = _scored_fields(Path(path))
+    rows = [_with_parts(row, named) for row in rows]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
-    """The row, and the prompt and completion of its conversation where it has no others."""
-    from vdr_cli.scoring.cells import whole_conversation
+def _scored_fields(path: Path) -> Fields:
+    """The columns that the scoring read, from the file's metadata."""
+    from vdr_cli.scoring.parts import read_metadata
 
-    conversation = whole_conversation(row, Fields())
-    return row if conversation is None else {**row, "prompt": conversation[0], "completion": conversation[1]}
+    saved = (read_metadata(path) or {}).get("request", {}).get("fields", {})
+    return Fields(**{name.name: saved[name.name] for name in fields(Fields) if name.name in saved})
+
+
+def _with_parts(row: dict[str, Any], named: Fields) -> dict[str, Any]:
+    """The row, its columns prompt and completion replaced by those that were scored."""
+    from vdr_cli.scoring.cells import RowError, completion_value, prompt_value
+
+    parts: dict[str, Any] = {"prompt": None, "completion": None}
+    with suppress(RowError):
+        parts["prompt"] = prompt_value(row, named)
+    with suppress(RowError):
+        parts["completion"] = completion_value(row, named)
+    return row | parts
 
 
 def _from_cell(name: str, cell: Any) -> Any:
     """A CSV's text as its value, where it is a number or a list of them."""
-    if name.startswith("token_") or name in ("prompt_ids", "completion_ids"):
-        return json.loads(cell) if cell else None
+    if name in LISTS:
+        return _list_in(cell)
     if name in (*BASE_COLUMNS, *ENSEMBLE_COLUMNS, *NUMBERS_SHOWN) or name.startswith("rewards/"):
         try:
             return float(cell) if cell else None
@@ -257,11 +291,22 @@ def _from_cell(name: str, cell: Any) -> Any:
     return cell
 
 
+def _list_in(cell: str) -> list[Any] | None:
+    """The list that a cell spells; None for anything else, such as an empty cell or a user's text."""
+    try:
+        found = json.loads(cell)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
+
+
 def scored_groups(columns: Mapping[str, Sequence[Any]], decode: Decode | None) -> tuple[list[ShownGroup], int]:
-    """Completions of one prompt side by side, from all over the file."""
+    """Completions of one prompt side by side, from all over the file. Rows without a prompt are left out."""
     by_prompt: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(columns.get("prompt", columns.get("prompt_ids", []))):
-        by_prompt[str(prompt)].append(row)
+    for row, keys in enumerate(zip_longest(columns.get("prompt", ()), columns.get("prompt_ids", ()))):
+        key = next((key for key in keys if key is not None), None)
+        if key is not None:
+            by_prompt[str(key)].append(row)
     groups = list(by_prompt.values())
     return [_group(columns, groups[at], decode) for at in _spaced(len(groups), GROUPS_SHOWN)], len(groups)
 
@@ -352,7 +397,10 @@ def _by_group(columns: Mapping[str, Sequence[Any]]) -> list[list[int]]:
 
 def _rows_of(file: Path) -> tuple[int, int]:
     """(completions, groups) of a file that is not shown."""
-    table = pq.read_table(file, columns=["group"]) if "group" in pq.read_schema(file).names else None
+    try:
+        table = pq.read_table(file, columns=["group"]) if "group" in pq.read_schema(file).names else None
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a Parquet file of completions: {error}") from error
     return (0, 0) if table is None else (table.num_rows, len(table["group"].unique()))
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from vdr_cli.config.paths import checked_path
 from vdr_cli.errors import MachineError
-from vdr_cli.report.charts import MAX_POINTS, Chart, svg
+from vdr_cli.report.charts import LARGEST, MAX_POINTS, Chart, svg
 from vdr_cli.report.content import Page
 from vdr_cli.report.data import load_run
 from vdr_cli.report.intervals import interval_svg
@@ -53,10 +54,10 @@ def write_report(
 
 
 def write_pictures(source: str | Path, directory: str | Path, compare: Sequence[str | Path] = ()) -> list[Path]:
-    """Every chart of the report as a PNG of 300 dots an inch."""
+    """Every chart of the report as a PNG of 300 dots an inch. directory: a leading ~ is the home directory."""
     from vdr_cli.report.pictures import write_intervals_png, write_png
 
-    folder = Path(directory)
+    folder = checked_path(str(directory), "--png")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         page = _page(Path(source), compare)
@@ -137,7 +138,8 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return visible(value, multiline=True)
     if isinstance(value, float):
-        return float(f"{value:.5g}") if math.isfinite(value) else 0.0
+        rounded = float(f"{value:.5g}") if abs(value) <= LARGEST else value  # the largest numbers round to infinity
+        return rounded if math.isfinite(rounded) else 0.0
     if isinstance(value, list):
         return [_shown(item) for item in value]
     if isinstance(value, dict):

@@ -8,6 +8,7 @@ from typing import Any
 
 from vdr_cli.errors import ConfigError
 from vdr_cli.exploration.collapse import warnings_of
+from vdr_cli.models.paths import adapter_directory
 from vdr_cli.report.charts import Chart, finite, number
 from vdr_cli.report.content import Page, decoder_of
 from vdr_cli.report.data import Heat, RunData, over_seeds, reward_and_bonus_source, run_groups, settings_of
@@ -44,11 +45,13 @@ def run_page(runs: Sequence[RunData], members: int = 0) -> Page:
     if any(len(one.x) for one in points):
         name, unit = _source_name(first)
         charts.append(Chart(f"Reward against {name}", f"{name}{unit}", "task reward", points, True))
-    model = _model_of(first)
-    if members and model is None:
-        raise ConfigError(f"--members {members}: {first.path} has no model to measure with")
-    heat = _measuring(first, model, members) if members and model else None
-    groups, saved = run_groups(first, decoder_of(model), heat)
+    final = _final_model(first)
+    if members and final is None:
+        raise ConfigError(
+            f"--members {members}: {first.path} has no model to measure with (model/, which a finished run saves)"
+        )
+    heat = _measuring(first, final, members) if members and final else None
+    groups, saved = run_groups(first, decoder_of(final or _start_model(first)), heat)
     facts = [[name, *(_first_to_last(run, name) for run in runs)] for name in _named_facts(runs)]
     return Page(
         title=", ".join(run.name for run in runs),
@@ -95,9 +98,16 @@ def _measuring(run: RunData, model: str, members: int) -> Heat:
     return heat
 
 
-def _model_of(run: RunData) -> str | None:
-    if (run.path / "model" / "config.json").is_file():
-        return str(run.path)
+def _final_model(run: RunData) -> str | None:
+    """The model that the run has trained; None when it saved none."""
+    folder = run.path / "model"
+    if adapter_directory(str(folder)) is not None:
+        return str(folder)
+    return str(run.path) if (folder / "config.json").is_file() else None
+
+
+def _start_model(run: RunData) -> str | None:
+    """The model that the run began with, which has the same tokenizer."""
     name = run.config.get("model", {}).get("name")
     return name if isinstance(name, str) else None
 
