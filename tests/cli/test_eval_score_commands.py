@@ -255,3 +255,8 @@ def test_launch_settings_as_a_section_reach_the_launcher():
         "launch={num_processes: 2}",
         "launch.port=1",
     ]
+
+
+def test_an_output_that_is_complete_claims_no_speed(capsys):
+    score_command.show(ScoreResult("o.jsonl", 3, 0, 0, 0, 0.1, (), (), (), is_reused=True))
+    assert "3 rows were scored already: o.jsonl" in capsys.readouterr().out

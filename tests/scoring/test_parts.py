@@ -100,6 +100,21 @@ def test_a_value_of_another_type_is_refused(tmp_path: Path) -> None:
         parts.write(0, [{"id": "seven", "nll": 0.0}], {}, LAYOUT)
 
 
+def test_a_key_that_the_first_messages_did_not_have_is_refused_and_a_null_one_is_not(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "hi"}
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    layout = Layout(("messages", "nested"), pa.schema([("messages", messages), ("nested", pa.list_(messages))]))
+    parts = Parts(str(tmp_path / "scores.parquet"), REQUEST)
+    parts.begin()
+    parts.write(0, [{"messages": [said, {**said, "tool_calls": None}]}], {}, layout)
+    for row in ({"messages": [said, {**said, "tool_calls": [1]}]}, {"nested": [[said], [{**said, "tool_calls": [1]}]]}):
+        with pytest.raises(
+            DataError, match=r"has the key 'tool_calls', which the first rows lack: write JSONL instead"
+        ):
+            parts.write(1, [{"messages": [said]}, row], {}, layout)
+    assert not parts.has(1)
+
+
 def test_plain_values_are_what_json_can_hold() -> None:
     given = {"a": [float("inf"), 1.0, {"b": float("nan")}], 3: "x\ud800"}
     made = plain(given)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def test_two_processes_write_the_parts_that_one_would(tmp_path: Path, monkeypatc
     assert share == alone[2:4]
 
 
-COUNTS = {"skipped": 0, "cut": 0, "empty": 0, "skipped_rows": [], "ids_ignored": False, "replaced": []}
+COUNTS = {"skipped": 0, "cut": 0, "empty": 0, "skipped_rows": [], "ids_differ": 0, "replaced": []}
 
 
 def _raise_own(error: Exception | None) -> None:
@@ -257,8 +258,9 @@ def test_a_stopped_scoring_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (tmp_path / "r.jsonl").open()] == expected
     assert not (tmp_path / "r.jsonl.parts").exists()
     seen.clear()
-    assert run_score(resumed, lambda progress: seen.append(progress.rows)).rows == 5
-    assert seen == []
+    again = run_score(resumed, lambda progress: seen.append(progress.rows))
+    assert (again.rows, again.is_reused, seen) == (5, True, [])
+    assert not run_score(replace(resumed, output=str(tmp_path / "new.jsonl"))).is_reused
 
 
 def test_a_file_of_the_same_size_with_other_content_is_another_input(tmp_path: Path) -> None:
@@ -271,6 +273,37 @@ def test_a_file_of_the_same_size_with_other_content_is_another_input(tmp_path: P
     run_score(request, lambda progress: seen.append(progress.rows))
     assert seen == [2, 4, 5]
     assert json.loads((tmp_path / "out.jsonl").open().readline())["id"] == 1
+
+
+def test_a_file_with_another_tokenizers_ids_is_scored_on_its_text_wherever_it_stands(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("starter")
+    own = [{**row, "completion_ids": tokenizer(row["completion"])["input_ids"]} for row in ROWS]
+    foreign = [{**row, "completion_ids": [9, 9, 9]} for row in ROWS[:3]]
+    given = tuple(save(tmp_path / name, rows) for name, rows in (("a.jsonl", own), ("b.jsonl", foreign)))
+    result = run_score(ScoreRequest(given, "starter", str(tmp_path / "o.jsonl"), None))
+    assert "3 rows have token ids that do not decode to their text: the text was tokenised instead" in result.notes
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").open()]
+    assert [row["nll_sum"] for row in rows[5:]] == pytest.approx([row["nll_sum"] for row in rows[:3]])
+
+
+def test_an_adapter_trained_again_in_place_is_scored_again(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "adapter"
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(load_causal_lm("starter"), config)
+        adapted.peft_config["default"].base_model_name_or_path = "starter"
+        adapted.save_pretrained(str(folder))
+        if seed == 0:
+            request = ScoreRequest((save(tmp_path / "in.jsonl", ROWS),), str(folder), str(tmp_path / "o.jsonl"), None)
+            run_score(request)
+            before = (tmp_path / "o.jsonl").read_text()
+            model_in.cache_clear()
+    assert not run_score(replace(request, resume=True)).is_reused
+    assert (tmp_path / "o.jsonl").read_text() != before
+    assert run_score(replace(request, resume=True)).is_reused
 
 
 def test_scored_again_its_columns_are_replaced_and_that_is_said(tmp_path: Path) -> None:

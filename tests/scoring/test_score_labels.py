@@ -89,6 +89,25 @@ def test_the_ranking_lies_beside_the_output(tmp_path: Path) -> None:
     assert [row["measure"] for row in saved] == ["n_tokens", "nll_mean", "bald_mean"]
 
 
+def test_an_output_without_labels_loses_the_ranking_of_the_one_before(tmp_path: Path) -> None:
+    path = save(tmp_path / "o.jsonl", rows())
+    assert save_ranking(path, Fields()).rows
+    save(tmp_path / "o.jsonl", [{key: value for key, value in row.items() if key != "label"} for row in rows()])
+    assert save_ranking(path, Fields()) == Ranking()
+    assert [file.name for file in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+def test_a_first_row_without_a_label_does_not_hide_the_others(tmp_path: Path) -> None:
+    first, *others = rows()
+    del first["label"], first["bald_mean"]
+    found = rank_columns(save(tmp_path / "o.jsonl", [first, *others]), Fields()).rows
+    packed = rank_columns(
+        save(tmp_path / "o.parquet", [others[0] | dict.fromkeys(others[0]) | first, *others]), Fields()
+    )
+    assert [row["measure"] for row in found] == ["n_tokens", "nll_mean", "bald_mean"]
+    assert found == packed.rows
+
+
 def test_groups_widen_the_interval(tmp_path: Path) -> None:
     noise = random.Random(1)
     copies = [row | {"bald_mean": noise.random()} for row in rows(40) for _ in range(10)]

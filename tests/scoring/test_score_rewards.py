@@ -18,11 +18,13 @@ ROWS = [
 ]
 
 
-def score(tmp_path, functions, rows=ROWS, **fields):
+def score(tmp_path, functions, rows=ROWS, resume=False, **fields):
     path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not resume:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rewards = RewardsConfig.model_validate({"functions": functions})
-    request = ScoreRequest((str(path),), "starter", str(tmp_path / "out.jsonl"), None, rewards, fields=Fields(**fields))
+    out, named = str(tmp_path / "out.jsonl"), Fields(**fields)
+    request = ScoreRequest((str(path),), "starter", out, None, rewards, fields=named, resume=resume)
     result = run_score(request)
     return result, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
@@ -59,3 +61,18 @@ def test_a_missing_column_and_a_wrong_name_are_one_line(tmp_path, capsys):
         == ConfigError.exit_code
     )
     assert "did you mean length?" in capsys.readouterr().err
+
+
+def test_a_reward_file_that_changed_is_asked_again(tmp_path):
+    import sys
+
+    file = tmp_path / "rw.py"
+    results = []
+    for value in (1.0, 2.5):
+        file.write_text(f"def f(completions, **columns):\n    return [{value}] * len(completions)\n")
+        result, rows = score(tmp_path, [{"name": f"{file}:f"}], resume=bool(results))
+        results.append((result.is_reused, rows[0]["reward"]))
+        for name in [name for name in sys.modules if "user_files.rw_" in name]:  # as in a process of its own
+            del sys.modules[name]
+    assert results == [(False, 1.0), (False, 2.5)]
+    assert score(tmp_path, [{"name": f"{file}:f"}], resume=True)[0].is_reused

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from vdr_cli.data.prompts import encode
 from vdr_cli.models.loading import load_tokenizer
 from vdr_cli.models.sizes import UsableLength
-from vdr_cli.scoring.cells import RowError, completion_value, ids_fit, prompt_value, value_at
+from vdr_cli.scoring.cells import RowError, completion_value, prompt_value, value_at
 from vdr_cli.scoring.request import Fields
+from vdr_cli.scoring.saved_ids import ids_fit
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.tokens import Tokeniser, continuation_ids
 
@@ -192,6 +193,53 @@ def test_ids_of_another_tokenizer_are_noticed(tokenizer: Any) -> None:
     assert ids_fit([row(prompt="1")], Fields(), tokenizer)
 
 
+def plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("as_cell", [list, json.dumps])
+def test_each_row_whose_ids_are_not_its_texts_is_tokenised(tokenizer: Any, as_cell: Any) -> None:
+    end = [tokenizer.eos_token_id]
+    own = {"prompt_ids": as_cell(plain(tokenizer, "1:")), "completion_ids": as_cell([*plain(tokenizer, "1+2"), *end])}
+    text = {"prompt": "1:", "completion": "1+2"}
+    rows = [
+        row(**text, **own),
+        row(**text, **own | {"completion_ids": as_cell([9, 9, 9])}),
+        row(**text, **own | {"prompt_ids": as_cell([9, 9, 9])}),
+        row(**text | {"completion": f"1+2{tokenizer.eos_token}"}, **own),
+    ]
+    items = tokeniser(tokenizer, append_eos=True).items(rows)
+    assert [item.ids_differ for item in items] == [False, True, True, False]
+    assert all(item.prompt_ids == encode(tokenizer, "1:") for item in items)
+    assert all(item.completion_ids == [*plain(tokenizer, "1+2"), *end] for item in items)
+
+
+def test_ids_that_hold_a_template_or_the_end_of_a_long_prompt_are_the_texts(tokenizer: Any) -> None:
+    whole = encode(tokenizer, "1 2 3=6:")
+    rows = [
+        row(prompt="1 2 3=6:", prompt_ids=whole[-3:], completion="1"),
+        row(prompt=[{"role": "user", "content": "2 3"}], prompt_ids=whole, completion="1"),
+    ]
+    assert [item.prompt_ids for item in tokeniser(tokenizer).items(rows)] == [whole[-3:], whole]
+
+
+def test_ids_without_text_are_used_unless_the_first_rows_ids_are_anothers(tokenizer: Any) -> None:
+    bare = row(prompt_ids=[3, 4], completion_ids=[5])
+    (item,) = tokeniser(tokenizer).items([bare])
+    assert (item.prompt_ids, item.completion_ids, item.ids_differ) == ([3, 4], [5], False)
+    assert tokeniser(tokenizer, use_ids=False).items([bare]) == [] and bare.error is not None
+
+
+def test_a_column_that_was_named_comes_before_saved_ids(tokenizer: Any) -> None:
+    values = {"prompt": "1:", "prompt_ids": plain(tokenizer, "1:"), "completion": "1", "other": "2:", "answer": "3+3"}
+    values |= {"completion_ids": plain(tokenizer, "1")}
+    (item,) = tokeniser(tokenizer, fields=Fields(prompt="other")).items([row(**values)])
+    assert (item.prompt_ids, item.completion_ids) == (encode(tokenizer, "2:"), plain(tokenizer, "1"))
+    (item,) = tokeniser(tokenizer, fields=Fields(completion="answer")).items([row(**values)])
+    assert (item.prompt_ids, item.completion_ids) == (encode(tokenizer, "1:"), plain(tokenizer, "3+3"))
+    assert not item.ids_differ
+
+
 def test_csv_cells_hold_json(tokenizer: Any) -> None:
-    (item,) = tokeniser(tokenizer).items([row(prompt_ids="[3, 4]", completion_ids="[5]", prompt="x")])
+    (item,) = tokeniser(tokenizer).items([row(prompt_ids="[3, 4]", completion_ids="[5]", prompt="")])
     assert (item.prompt_ids, item.completion_ids) == ([3, 4], [5])

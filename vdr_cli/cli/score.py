@@ -250,7 +250,8 @@ def show(result: ScoreResult) -> None:
 
     console = Console()
     rate = result.rows / result.seconds if result.seconds > 0 else float("nan")
-    console.print(escape(f"{result.rows:,} rows scored in {result.seconds:.1f} s ({rate:.0f} rows/s): {result.output}"))
+    said = "were scored already" if result.is_reused else f"scored in {result.seconds:.1f} s ({rate:.0f} rows/s)"
+    console.print(escape(f"{result.rows:,} rows {said}: {result.output}"))
     for line in (*result.notes, *result.skipped_rows):
         console.print(escape(visible(line)), soft_wrap=True)
     if not result.ranking:

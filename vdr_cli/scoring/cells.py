@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from vdr_cli.data.messages import BESIDE_CONTENT, plain_messages
 from vdr_cli.scoring.request import Fields
-from vdr_cli.scoring.sources import Row
 from vdr_cli.system.text import shown_value
 
 MESSAGES = "messages"
@@ -124,32 +122,6 @@ def value_at(values: Any, path: str) -> Any:
         else:
             return None
     return values
-
-
-def ids_fit(rows: Sequence[Row], fields: Fields, tokenizer: Any) -> bool:
-    """True when the ids that rows bring decode to their completions; False when another tokenizer made them."""
-    same = other = 0
-    for row in rows[:64]:
-        ids = value_at(row.values, fields.completion_ids) if row.values else None
-        texts = _own_texts(value_at(row.values, fields.completion)) if row.values else []
-        if not isinstance(ids, list) or not texts or not ids:
-            continue
-        try:
-            decoded = tokenizer.decode(ids, skip_special_tokens=True)
-        except (IndexError, OverflowError, TypeError):
-            decoded = None
-        fits = decoded == texts[0] if len(texts) == 1 else decoded is not None and all(t in decoded for t in texts)
-        same, other = same + fits, other + (not fits)
-    return same >= other
-
-
-def _own_texts(completion: Any) -> list[str]:
-    """The assistant's texts in a completion, a string or messages; none when it is neither."""
-    if isinstance(completion, str):
-        return [completion]
-    messages = completion if isinstance(completion, list) and all(isinstance(each, dict) for each in completion) else []
-    texts = [message.get("content") for message in messages if message.get("role") == "assistant" or len(messages) == 1]
-    return [text for text in texts if isinstance(text, str)]
 
 
 def group_key(values: dict[str, Any], fields: Fields) -> object:

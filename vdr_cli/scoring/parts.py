@@ -181,6 +181,11 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], layout: Layout) -
     columns = []
     for field in layout.schema:
         values = [_stored(row.get(field.name), field.type) for row in rows]
+        if (key := next(filter(None, (_lost_key(value, field.type) for value in values)), None)) is not None:
+            raise DataError(
+                f"column {field.name!r} has the key {key!r}, which the first rows lack: write JSONL instead "
+                "(-o OUT.jsonl)"
+            )
         try:
             columns.append(pa.array(values, field.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
@@ -189,6 +194,23 @@ def _write_parquet(path: Path, rows: Sequence[dict[str, Any]], layout: Layout) -
                 "write JSONL instead (-o OUT.jsonl)"
             ) from error
     pq.write_table(pa.table(columns, schema=layout.schema), path, compression="zstd")
+
+
+def _lost_key(value: Any, kind: pa.DataType) -> str | None:
+    """A key that the type lacks and whose value Arrow would drop in silence; None when all is kept."""
+    if isinstance(value, list) and _is_list(kind) and pa.types.is_nested(kind.value_type):
+        return next(filter(None, (_lost_key(item, kind.value_type) for item in value)), None)
+    if isinstance(value, dict) and pa.types.is_struct(kind):
+        types = {field.name: field.type for field in kind}
+        return next(
+            (key for key, item in value.items() if item is not None and key not in types),
+            next(filter(None, (_lost_key(value.get(key), inner) for key, inner in types.items())), None),
+        )
+    return None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def encoded(value: Any) -> Any:

@@ -8,6 +8,7 @@ import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vdr_cli.errors import DataError
 from vdr_cli.scoring.cells import RowError, group_key, is_lm_eval, value_at
 from vdr_cli.scoring.parts import plain
 from vdr_cli.scoring.request import BASE_COLUMNS, ENSEMBLE_COLUMNS, Fields
-from vdr_cli.scoring.sources import Row
+from vdr_cli.scoring.sources import WINDOW_ROWS, Row
 from vdr_cli.stats.ranking import expected_calibration_error, with_intervals
 from vdr_cli.system.files import write_whole
 
@@ -36,11 +37,12 @@ class Ranking:
 
 
 def save_ranking(output: str, fields: Fields) -> Ranking:
-    """rank_columns, also written to OUT.ranking.json when there are labels."""
+    """rank_columns, also written to OUT.ranking.json when there are labels; that of an earlier output is removed."""
+    saved = Path(output + ".ranking.json")
+    saved.unlink(missing_ok=True)
     ranking = rank_columns(output, fields)
     if ranking.rows:
-        content = json.dumps([plain(row) for row in ranking.rows], indent=1) + "\n"
-        write_whole(Path(output + ".ranking.json"), content)
+        write_whole(saved, json.dumps([plain(row) for row in ranking.rows], indent=1) + "\n")
     return ranking
 
 
@@ -201,6 +203,7 @@ def as_number(value: Any, where: str) -> float:
 
 
 def _open(output: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
+    """The names of the columns, in JSONL those of the first WINDOW_ROWS rows, and the rows."""
     path = Path(output)
     if path.suffix.lower() == ".parquet":
         file = pq.ParquetFile(path)
@@ -209,9 +212,8 @@ def _open(output: str) -> tuple[list[str], Iterator[dict[str, Any]]]:
         with path.open(encoding="utf-8", newline="") as header:
             names = next(csv.reader(header), [])
         return names, _csv_rows(path)
-    with path.open(encoding="utf-8") as lines:
-        first = lines.readline()
-    return list(json.loads(first)) if first else [], _json_rows(path)
+    first = islice(_json_rows(path), WINDOW_ROWS)
+    return list(dict.fromkeys(name for row in first for name in row)), _json_rows(path)
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:

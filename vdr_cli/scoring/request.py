@@ -96,3 +96,5 @@ class ScoreResult:
     """The first of them: `file:line: why`."""
     ranking: tuple[dict[str, Any], ...] = ()
     """With labels: a row per measure, {"measure", "auroc", "auroc_low", "auroc_high", ...}."""
+    is_reused: bool = False
+    """The output was complete, with --resume: nothing was scored."""

@@ -25,21 +25,21 @@ from vdr_cli.launch.joining import join_processes
 from vdr_cli.models.anatomy import check_head
 from vdr_cli.models.independence import check_independence
 from vdr_cli.models.loading import eos_token_ids, load_causal_lm, load_tokenizer, resolve_dtype
-from vdr_cli.models.paths import resolve_model_path
 from vdr_cli.models.policy import Policy
 from vdr_cli.models.sizes import usable_length
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.loading import load_rewards
 from vdr_cli.samples import to_device
 from vdr_cli.scoring.batches import batches, collate
-from vdr_cli.scoring.cells import ids_fit
 from vdr_cli.scoring.columns import MEASURES, base_columns, ensemble_columns, token_columns
 from vdr_cli.scoring.layout import make_layout, score_columns
 from vdr_cli.scoring.parts import Layout, Parts
 from vdr_cli.scoring.ranking import Ranking, check_labels, save_ranking
 from vdr_cli.scoring.request import BATCH_TOKENS, OTHER_BATCH_TOKENS, ScoreRequest, ScoreResult
 from vdr_cli.scoring.rewards import add_rewards, reward_columns
+from vdr_cli.scoring.saved_ids import ids_fit
 from vdr_cli.scoring.sources import SPOOL, STDIN, Row, Source, Window, Windows, find_sources, first_rows
+from vdr_cli.scoring.stamps import reward_stamps, weights_stamp
 from vdr_cli.scoring.tokens import Item, Tokeniser
 
 PLACES_SHOWN = 20
@@ -65,7 +65,9 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
     try:
         sources = find_sources(request.inputs, spool)
         _check_output(sources, request.output)
-        summary = _scored(request, sources, device, progress, started)
+        parts = Parts(request.output, describe(request, sources))
+        finished = parts.finished() if request.resume else None
+        summary = _scored(request, sources, parts, device, progress, started) if finished is None else finished
     finally:
         spool.unlink(missing_ok=True)
     seconds = time.monotonic() - started
@@ -73,43 +75,42 @@ def run_score(request: ScoreRequest, progress: Callable[[Progress], None] | None
         ranking = save_ranking(request.output, request.fields) if collectives.is_main() else Ranking()
     found = _as_result(summary)
     found["notes"] += ranking.notes
-    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking.rows, **found)
+    is_reused = finished is not None
+    return ScoreResult(output=request.output, seconds=seconds, ranking=ranking.rows, is_reused=is_reused, **found)
 
 
 def _scored(
     request: ScoreRequest,
     sources: Sequence[Source],
+    parts: Parts,
     device: torch.device,
     progress: Callable[[Progress], None] | None,
     started: float,
 ) -> dict[str, Any]:
-    """Write the output, unless it is there as the answer to this very request; its summary."""
-    parts = Parts(request.output, describe(request, sources))
-    summary = parts.finished() if request.resume else None
-    if summary is None:
-        parts.check(request.resume)
-        sample = first_rows(sources)
-        loaded = _rewards(request, sample)
-        judged = reward_columns(loaded)
-        if request.fields.label not in judged:
-            check_labels(sample, request.fields)
-        layout = make_layout(request, sources, sample, judged)
-        scorer = replace(Scorer.load(request, device, sample), rewards=loaded)
-        replaced = [name for name in (*scorer.names, *judged) if any(name in (row.values or ()) for row in sample)]
+    """Write the output; its summary."""
+    parts.check(request.resume)
+    sample = first_rows(sources)
+    loaded = _rewards(request, sample)
+    judged = reward_columns(loaded)
+    if request.fields.label not in judged:
+        check_labels(sample, request.fields)
+    layout = make_layout(request, sources, sample, judged)
+    scorer = replace(Scorer.load(request, device, sample), rewards=loaded)
+    replaced = [name for name in (*scorer.names, *judged) if any(name in (row.values or ()) for row in sample)]
+    with collectives.agreed():
+        if collectives.is_main():
+            parts.begin()
+    try:
         with collectives.agreed():
-            if collectives.is_main():
-                parts.begin()
-        try:
-            with collectives.agreed():
-                count = _score_share(request, sources, parts, layout, scorer, progress, started)
-        except VdrError:
-            if collectives.is_main():
-                parts.leave()
-            raise
-        with collectives.agreed():
-            summary = _finish(parts, count, layout, scorer, replaced) if collectives.is_main() else None
-        summary = collectives.broadcast_object(summary)
-    return summary
+            count = _score_share(request, sources, parts, layout, scorer, progress, started)
+    except VdrError:
+        if collectives.is_main():
+            parts.leave()
+        raise
+    with collectives.agreed():
+        summary = _finish(parts, count, layout, replaced) if collectives.is_main() else None
+    found: dict[str, Any] = collectives.broadcast_object(summary)
+    return found
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
         "version": vdr_cli.__version__,
         "model": request.model,
         "revision": request.revision,
-        "weights": _weights_stamp(request.model),
+        "weights": weights_stamp(request.model),
         "dtype": str(resolve_dtype(request.dtype)).removeprefix("torch."),
         "seed": request.seed,
         "ensemble": ensemble,
@@ -213,6 +214,7 @@ def describe(request: ScoreRequest, sources: Sequence[Source]) -> dict[str, Any]
         "append_eos": request.append_eos,
         "on_error": request.on_error,
         **({} if request.rewards is None else {"rewards": request.rewards.model_dump(mode="json")}),
+        **({"reward_files": stamps} if (stamps := reward_stamps(request.rewards)) else {}),
         "inputs": [source.stamp for source in sources],
     }
 
@@ -256,16 +258,17 @@ def _score_window(window: Window, scorer: Scorer, request: ScoreRequest) -> tupl
         "skipped_rows": bad[:PLACES_SHOWN],
         "cut": sum(item.is_cut for item in items),
         "empty": sum(not item.measured for item in items),
+        "ids_differ": sum(item.ids_differ for item in items),
     }
     return rows, note
 
 
-def _finish(parts: Parts, count: int, layout: Layout, scorer: Scorer, replaced: Sequence[str]) -> dict[str, Any]:
+def _finish(parts: Parts, count: int, layout: Layout, replaced: Sequence[str]) -> dict[str, Any]:
     """Join the parts; returns the summary of all windows."""
     notes = parts.notes(count)
-    summary: dict[str, Any] = {key: sum(note[key] for note in notes) for key in ("rows", "skipped", "cut", "empty")}
+    counted = ("rows", "skipped", "cut", "empty", "ids_differ")
+    summary: dict[str, Any] = {key: sum(note.get(key, 0) for note in notes) for key in counted}
     summary["skipped_rows"] = [place for note in notes for place in note["skipped_rows"]][:PLACES_SHOWN]
-    summary["ids_ignored"] = not scorer.tokeniser.use_ids
     summary["replaced"] = list(replaced)
     parts.join(count, layout, summary)
     return summary
@@ -279,8 +282,8 @@ def _as_result(summary: dict[str, Any]) -> dict[str, Any]:
         notes.append(f"{summary['cut']} completions were longer than --max-tokens: scored on their first tokens")
     if summary["empty"]:
         notes.append(f"{summary['empty']} completions have no tokens: their measures are null")
-    if summary["ids_ignored"]:
-        notes.append("the token ids in the file are another tokenizer's: the text was tokenised again")
+    if differ := summary.get("ids_differ", 0):
+        notes.append(f"{differ} rows have token ids that do not decode to their text: the text was tokenised instead")
     if summary["replaced"]:
         notes.append(f"columns of the input gave way to ours of the same name: {', '.join(summary['replaced'])}")
     return {
@@ -299,12 +302,3 @@ def _check_output(sources: Sequence[Source], output: str) -> None:
         raise ConfigError(f"-o {output}: this is an input file: give another name")
     if not target.absolute().parent.is_dir():
         raise ConfigError(f"-o {output}: the directory {target.parent} is not there")
-
-
-def _weights_stamp(model: str) -> str | None:
-    """Sizes and times of local weights: another model under the same path is another request."""
-    folder = Path(resolve_model_path(model))
-    if not folder.is_dir():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
-    return " ".join(f"{path.name}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in files)

@@ -1,7 +1,8 @@
 """Rows to token ids: what is scored of each row, or why it cannot be.
 
 Prompt and completion are tokenised apart, as in training: a sampled completion never merges with its prompt's
-last token. So are the turns of a conversation. Token ids that a row brings are used as they are.
+last token. So are the turns of a conversation. Token ids that a row brings are used as they are, unless they are
+not those of the text beside them.
 """
 
 from __future__ import annotations
@@ -9,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from vdr_cli.data.prompts import encode, without_extra_ends
 from vdr_cli.models.sizes import UsableLength, foreign_token
 from vdr_cli.scoring.cells import (
     RowError,
     completion_value,
-    json_or,
     policy_mask,
     prompt_value,
     tools_of,
-    value_at,
 )
 from vdr_cli.scoring.request import Fields
+from vdr_cli.scoring.saved_ids import ids_at, row_fits
 from vdr_cli.scoring.sources import Row
 from vdr_cli.scoring.turns import turn_ids
 from vdr_cli.system.text import is_text, reason
@@ -41,6 +41,8 @@ class Item:
     is_cut: bool
     policy: list[bool] | None = None
     """True for the completion's ids that are the assistant's, and so measured; None: all of them."""
+    ids_differ: bool = False
+    """The row has token ids that are not those of its text, which was tokenised instead."""
 
     @property
     def measured(self) -> int:
@@ -56,11 +58,12 @@ class _Part:
     prompt: str | list[int]
     completion: str | list[int]
     policy: list[bool] | None
+    ids_differ: bool
 
 
 @dataclass(frozen=True)
 class Tokeniser:
-    """The encoding of rows. use_ids: ids that rows bring are this tokenizer's."""
+    """The encoding of rows. use_ids: ids without text beside them are this tokenizer's."""
 
     tokenizer: Any
     fields: Fields
@@ -83,7 +86,7 @@ class Tokeniser:
             prompt_ids = part.prompt if isinstance(part.prompt, list) else prompts[part.prompt]
             completion_ids = part.completion if isinstance(part.completion, list) else next(texts)
             try:
-                items.append(self._item(part.at, prompt_ids, completion_ids, part.policy))
+                items.append(self._item(part, prompt_ids, completion_ids))
             except RowError as error:
                 rows[part.at].error = str(error)
         return items
@@ -93,26 +96,28 @@ class Tokeniser:
         if row.error is not None or row.values is None:
             return None
         try:
-            prompt = self._prompt(row.values)
-            completion, policy = self._completion(row.values)
+            fits = row_fits(row.values, self.fields, self.tokenizer)
+            use_ids = self.use_ids if fits is None else fits
+            prompt = self._prompt(row.values, use_ids)
+            completion, policy = self._completion(row.values, use_ids)
             for name, text in ((self.fields.prompt, prompt), (self.fields.completion, completion)):
                 if isinstance(text, str) and not is_text(text):
                     raise RowError(f"{name} has half of a surrogate pair, which no tokenizer takes")
         except RowError as error:
             row.error = str(error)
             return None
-        return _Part(at, prompt, completion, policy)
+        return _Part(at, prompt, completion, policy, fits is False)
 
-    def _prompt(self, values: dict[str, Any]) -> str | list[int]:
-        ids = self._ids(values, self.fields.prompt_ids)
+    def _prompt(self, values: dict[str, Any], use_ids: bool) -> str | list[int]:
+        ids = self._ids(values, "prompt") if use_ids else None
         if ids is not None:
             return ids
         value = prompt_value(values, self.fields)
         return value if isinstance(value, str) else self._messages(value, tools_of(values))
 
-    def _completion(self, values: dict[str, Any]) -> tuple[str | list[int], list[bool] | None]:
+    def _completion(self, values: dict[str, Any], use_ids: bool) -> tuple[str | list[int], list[bool] | None]:
         """Text, or ids, and which of those are the assistant's."""
-        ids = self._ids(values, self.fields.completion_ids)
+        ids = self._ids(values, "completion") if use_ids else None
         if ids is not None:
             return ids, policy_mask(values, len(ids))
         value = completion_value(values, self.fields)
@@ -122,7 +127,8 @@ class Tokeniser:
         prompt, tools = prompt_value(values, self.fields), tools_of(values)
         return turn_ids(self.tokenizer, self.eos_ids, as_ids, prompt, value, tools, self.append_eos)
 
-    def _item(self, at: int, prompt_ids: list[int], completion_ids: list[int], policy: list[bool] | None) -> Item:
+    def _item(self, part: _Part, prompt_ids: list[int], completion_ids: list[int]) -> Item:
+        policy = part.policy
         if not prompt_ids:
             raise RowError("the prompt has no tokens: a completion needs something to follow")
         if foreign := foreign_token(prompt_ids + completion_ids, self.vocabulary, self.tokenizer):
@@ -137,7 +143,7 @@ class Tokeniser:
         length = len(prompt_ids) + len(completion_ids)
         if self.longest is not None and length > self.longest.tokens:
             raise RowError(f"prompt and completion have {length} tokens, the model reads {self.longest}")
-        return Item(at, prompt_ids, completion_ids, is_cut, policy)
+        return Item(part.at, prompt_ids, completion_ids, is_cut, policy, part.ids_differ)
 
     def _prompts(self, texts: Sequence[str]) -> dict[str, list[int]]:
         """The ids that data.prompts.encode gives each text, tokenised together."""
@@ -162,12 +168,11 @@ class Tokeniser:
         end = [self.tokenizer.eos_token_id] if self.append_eos else []
         return [ids if ids[-1:] == end else ids + end for ids in rows]
 
-    def _ids(self, values: dict[str, Any], name: str) -> list[int] | None:
-        found = value_at(values, name) if self.use_ids else None
-        if isinstance(found, str):  # CSV
-            found = json_or(found, None)
+    def _ids(self, values: dict[str, Any], part: Literal["prompt", "completion"]) -> list[int] | None:
+        found = ids_at(values, self.fields, part)
         if found is None:
             return None
+        name = getattr(self.fields, f"{part}_ids")
         if not isinstance(found, list) or not all(type(token) is int for token in found):
             raise RowError(f"{name} must be a list of token ids")
         wrong = next((token for token in found if not 0 <= token < self.vocabulary), None)
