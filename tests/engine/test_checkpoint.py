@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine.engine import Engine
@@ -132,7 +133,7 @@ def test_later_steps_do_not_come_back_after_going_on_from_an_earlier_one(build: 
     assert [path.name for path in written.iterdir()] == ["step_000002"]
 
 
-@pytest.mark.parametrize("what", ["shard", "random states", "more", "manifest"])
+@pytest.mark.parametrize("what", ["shard", "random states", "more", "safetensors", "manifest"])
 def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
     build: Build, completions, one_step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -142,17 +143,21 @@ def test_a_write_that_fails_leaves_what_was_there_and_an_engine_that_can_go_on(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    def full_for_safetensors(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
     with monkeypatch.context() as disk:
         if what == "shard":
             disk.setattr(engine.ds_engine.checkpoint_engine, "save", full)
         elif what == "random states":
             disk.setattr(checkpoints, "_random_states", full)
-        elif what == "more":
+        elif what in ("more", "safetensors"):
             pass
         else:
             disk.setattr(checkpoints, "_publish", full)
         with pytest.raises(MachineError, match=r"checkpoint under .* No space left on device \(\d+ MiB free"):
-            checkpoints.save(engine, folder, 2, {}, [full] if what == "more" else [])
+            more = {"more": [full], "safetensors": [full_for_safetensors]}.get(what, [])
+            checkpoints.save(engine, folder, 2, {}, more)
     assert [path.name for path in folder.iterdir()] == ["step_000001"]
     assert checkpoints.find_fault(folder / "step_000001") is None
     assert not one_step(engine, completions)[1].refused

@@ -83,6 +83,7 @@ def test_what_travels() -> None:
         "HF_TOKEN": "hf_secret",
         "WANDB_API_KEY": "secret",
         "OMP_NUM_THREADS": "4",
+        "NCCL_SOCKET_IFNAME": "^docker0,lo",
         "HOME": "/root; rm",
         "VDR_SUPERVISOR": "17",
     }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vdr_cli.errors import DataError
-from vdr_cli.launch import watchdog
+from vdr_cli.launch import outcome, watchdog
 
 
 class Recorder:
@@ -70,3 +71,14 @@ def test_without_a_watchdog_every_call_is_nothing(monkeypatch: pytest.MonkeyPatc
     with watchdog.connected(0, 2, lambda value: met.append(value)):
         pass
     assert watchdog._watchdog is None and met == [], "no thread, and no rank is asked to meet"
+
+
+@pytest.mark.parametrize("is_rank", [False, True])
+def test_an_old_request_to_stop_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_rank: bool) -> None:
+    """A launcher clears it before it starts ranks; a process that nobody launched does so itself."""
+    monkeypatch.setattr(watchdog, "_watchdog", None)
+    monkeypatch.setattr(watchdog, "Watchdog", lambda *_: None)
+    monkeypatch.setattr(watchdog, "is_rank", lambda _: is_rank)
+    outcome.ask_to_stop(tmp_path, 15)
+    watchdog.begin(str(tmp_path), 5.0)
+    assert outcome.asked_to_stop(tmp_path) == (15 if is_rank else None)

@@ -358,6 +358,12 @@ def clients_of(servers: list[Any]) -> list[VllmClient]:
     return [VllmClient(server.url, push_timeout=20.0) for server in servers]
 
 
+def test_a_proxy_does_not_stand_before_a_server(fake_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    VllmClient(fake_vllm.url, push_timeout=5.0).wait_until_ready(5.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_worker_of_every_server_has_the_trainers_bits(dtype: torch.dtype, servers: list[Any]) -> None:
     model = tiny(tied=True).to(dtype)

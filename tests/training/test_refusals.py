@@ -58,3 +58,12 @@ def test_too_many_in_a_row_save_the_batch_and_end_the_run(tmp_path: Path) -> Non
     (saved,) = tmp_path.iterdir()
     assert saved.name == "refused_batch_rank0.pt" and str(saved) in str(error.value)
     assert torch.load(saved)["batch"]["ids"].tolist() == [1, 2]
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(DataError, match=r"2 steps in a row .* could not be saved \(unexpected pos 64 vs 0\)"):
+        run(tmp_path, 2, [True])

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import Engine
@@ -264,7 +265,7 @@ def _written(folder: Path) -> Iterator[None]:
     with collectives.agreed():
         try:
             yield
-        except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as fault:  # torch.save reports a full disk as RuntimeError
             raise MachineError(
                 f"checkpoint under {folder} could not be written: {_reason(fault, folder)}; the one before is intact"
             ) from fault

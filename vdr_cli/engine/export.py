@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import Engine
 from vdr_cli.errors import MachineError
@@ -30,5 +32,5 @@ def _write(model: Any, folder: Path, tokenizer: Any, **how: Any) -> None:
         with replacing(folder) as partial:
             model.save_pretrained(partial, **how)
             tokenizer.save_pretrained(partial)
-    except (OSError, RuntimeError, ValueError) as fault:  # transformers refuses layers that share tensors, for one
+    except (OSError, RuntimeError, ValueError, SafetensorError) as fault:  # ValueError: of transformers, for one
         raise MachineError(f"model could not be written to {folder}: {reason(fault)}") from fault

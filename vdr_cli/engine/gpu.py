@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 PEAK_BFLOAT16 = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -19,4 +21,5 @@ PEAK_BFLOAT16 = {
 
 def peak_of(device: str) -> float | None:
     """Peak bfloat16 operations per second of the GPU with this name, as torch gives it; None when unknown."""
-    return next((peak for name, peak in PEAK_BFLOAT16.items() if name in device.replace("-", " ")), None)
+    words = device.replace("-", " ")
+    return next((peak for name, peak in PEAK_BFLOAT16.items() if re.search(rf"\b{name}\b", words)), None)

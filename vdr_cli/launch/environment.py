@@ -38,7 +38,7 @@ SENT_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 STAYS_HERE = ("DS_ENV_FILE", ancestors.SUPERVISOR, ancestors.OVER_SSH)
 _SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_VALUE = re.compile(r"[A-Za-z0-9_@+=:,./ -]*")
+_VALUE = re.compile(r"[A-Za-z0-9_@+=:,./^ -]*")
 
 
 def translated(environ: Mapping[str, str]) -> dict[str, str]:
@@ -189,7 +189,7 @@ def environment_file_text(variables: Mapping[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in variables.items())
 
 
-_ALLOWED = "which a shell could interpret; use letters, digits, spaces and _ @ + = : , . / -"
+_ALLOWED = "which a shell could interpret; use letters, digits, spaces and _ @ + = : , . / ^ -"
 
 
 def _offending(value: str) -> str:

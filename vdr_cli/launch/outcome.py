@@ -78,6 +78,12 @@ def ask_to_stop(directory: Path, signal_number: int) -> bool:
     return True
 
 
+def forget_stop(directory: Path) -> None:
+    """Remove the `stop` file that an earlier run left."""
+    with suppress(OSError):
+        (directory / STOP).unlink(missing_ok=True)
+
+
 def asked_to_stop(directory: Path) -> int | None:
     """The signal number in the `stop` file, if it is there."""
     try:

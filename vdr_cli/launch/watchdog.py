@@ -29,6 +29,7 @@ from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.ancestors import Watched
 from vdr_cli.launch.peers import Loss, Peers
+from vdr_cli.launch.rank import is_rank
 from vdr_cli.system.processes import end_process
 
 POLL = 0.5
@@ -140,6 +141,8 @@ def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> Non
     """Start watching, from the main thread. directory: the run's; timeout: launch.fault_timeout, seconds."""
     global _watchdog, _watches_forks
     if _watchdog is None:
+        if directory and not is_rank(os.environ):  # nobody else can have asked this run to stop
+            outcome.forget_stop(Path(directory))
         _watchdog = Watchdog(Path(directory) if directory else None, timeout)
     if not _watches_forks:
         _watches_forks = True

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -263,7 +264,7 @@ class VllmRollout(Rollout):
                 write_model(model, self.tokenizer, self.directory)
             else:
                 write_weights(model, self.directory)
-        except OSError as fault:
+        except (OSError, SafetensorError) as fault:
             raise MachineError(f"rollout.vllm.directory {self.directory}: cannot be written ({fault})") from None
 
     def _bring_up(self, weight: Tensor, is_fresh: bool) -> None:

@@ -18,6 +18,9 @@ from torch import Tensor
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.samples import Completions, Sampling, pad_prompts
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past http_proxy: a proxy to the outside knows nothing of servers on this machine or cluster."""
+
 OLDEST = (0, 11)
 """First version whose completions return token ids; older ones cannot be used."""
 
@@ -173,7 +176,7 @@ class VllmClient:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data else {}
         request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with DIRECT.open(request, timeout=timeout) as response:
             text = response.read()
         return json.loads(text) if text.strip().startswith(b"{") else {}
 

@@ -157,12 +157,12 @@ def _open(
     with collectives.agreed():
         inputs = _read_inputs(config)
     refuse_other_rows(config.data.name, inputs.prompts)
-    with _on_disk(directory):
-        if collectives.is_main() and directory.is_dir():  # how an earlier run ended is not how this one did
-            outcome.clear(directory)
     found, passed_over = _choose_checkpoint(directory, resume)
     if found is not None:
         refuse_other_run(found, config, inputs.prompts.digest, directory)
+    with _on_disk(directory):
+        if collectives.is_main() and directory.is_dir():  # how an earlier run ended is not how this one did
+            outcome.clear(directory)
     res = _load(config, directory, device, inputs, checkpoints.needs_conversion(found), resume is None, stack)
     log = _open_log(res, stack)
     log.note(f"run directory {directory}")

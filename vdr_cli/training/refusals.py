@@ -7,6 +7,7 @@ import torch
 from vdr_cli.engine import collectives
 from vdr_cli.errors import DataError
 from vdr_cli.system.files import replacing
+from vdr_cli.system.text import reason
 from vdr_cli.training.batch import Advantages, RewardedGroups, Updates
 from vdr_cli.training.resources import Resources
 from vdr_cli.training.run_log import RunLog
@@ -26,9 +27,12 @@ def stop_if_refused_too_often(
     if longest < res.config.train.max_refused_steps:
         return
     path = res.directory / f"refused_batch_rank{collectives.rank()}.pt"
-    with replacing(path) as partial:
-        torch.save({"batch": batch, "advantages": advantages}, partial)
+    kept = f"the last batch is in {path}: look at its rewards and log-probabilities"
+    try:
+        with replacing(path) as partial:
+            torch.save({"batch": batch, "advantages": advantages}, partial)
+    except (OSError, RuntimeError) as fault:  # torch.save reports a full disk as RuntimeError
+        kept = f"the last batch could not be saved ({reason(fault)}): look at completions/"
     raise DataError(
-        f"{longest} steps in a row had a loss or gradient that is not finite; the last batch is in "
-        f"{path}: look at its rewards and log-probabilities, lower train.learning_rate"
+        f"{longest} steps in a row had a loss or gradient that is not finite; {kept}, lower train.learning_rate"
     )
