@@ -102,6 +102,17 @@ def test_hidden_files_of_a_file_manager_or_nfs_make_no_checkpoint_faulty(written
     assert checkpoints.find_fault(folder) is None
 
 
+def test_files_that_a_user_put_there_make_no_checkpoint_faulty(written: Path) -> None:
+    """zero_to_fp32.py of DeepSpeed lies in a checkpoint, and people run it there."""
+    folder = written / "step_000002"
+    for name in ("pytorch_model.bin", "notes.txt", "fp32/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not ours")
+    assert checkpoints.find_fault(folder) is None
+    (folder / "reference.safetensors").write_bytes(b"would be loaded")
+    assert checkpoints.find_fault(folder) == "reference.safetensors is not in manifest.json"
+
+
 def test_nothing_complete_is_found_where_nothing_is(tmp_path: Path) -> None:
     assert checkpoints.newest_complete(tmp_path / "none") == (None, [])
     (tmp_path / "step_000001").mkdir()

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from vdr_cli.engine import collectives
 from vdr_cli.engine.engine import Engine
+from vdr_cli.engine.reference import WEIGHTS
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import sync, sync_tree
 
@@ -121,7 +122,7 @@ def find_fault(path: Path, contents: bool = True) -> str | None:
     """The reason that this is no complete checkpoint, naming the file; None when it is. contents: read every byte."""
     try:
         listed = json.loads((path / MANIFEST).read_text())["files"]
-        extra = sorted(_files_in(path).keys() - listed.keys())
+        extra = sorted(filter(_is_read, _files_in(path).keys() - listed.keys()))
         if extra:
             return f"{extra[0]} is not in {MANIFEST}"
         for name, (size, digest) in listed.items():
@@ -248,6 +249,11 @@ def _digests(partial: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of this rank's share of the files; sharing them out keeps large models quick."""
     names = list(_files_in(partial).items())[collectives.rank() :: collectives.world_size()]
     return {name: (file.stat().st_size, _sha256(file)) for name, file in names}
+
+
+def _is_read(name: str) -> bool:
+    """True for a name under which loading would take a file; what else a user puts beside them is no fault."""
+    return name.startswith(f"{ENGINE_TAG}/") or name.endswith(".pt") or name in (STATE, WEIGHTS)
 
 
 def _publish(partial: Path, final: Path, digests: dict[str, tuple[int, str]]) -> None:
