@@ -76,6 +76,7 @@ def test_the_runs_own_word_on_a_fault_decides(tmp_path: Path, code: int, restart
 def test_restarts_resume_and_end(tmp_path: Path) -> None:
     script = (
         "import pathlib, sys; p = pathlib.Path(sys.argv[1], 'calls'); p.open('a').write(' '.join(sys.argv[2:]) + '|');"
+        "(p.parent / 'checkpoints' / 'step_000001').mkdir(parents=True, exist_ok=True);"
     )
     said: list[str] = []
     assert supervise(plan(script + "sys.exit(9)", tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
@@ -127,8 +128,18 @@ def test_ranks_that_hear_nothing_are_ended_in_time(tmp_path: Path, monkeypatch: 
 
 
 def test_resuming_replaces_what_was_given() -> None:
-    assert resuming(["train", "--resume", "a", "--steps", "3"]) == ["train", "--steps", "3", "--resume", "auto"]
-    assert resuming(["train", "--resume=a"]) == ["train", "--resume", "auto"]
+    given = ["train", "--resume", "a", "--steps", "3"]
+    assert resuming(given, None) == ["train", "--steps", "3", "--resume", "auto"]
+    assert resuming(["train", "--resume=a"], None) == ["train", "--resume", "auto"]
+
+
+def test_a_restart_without_a_checkpoint_of_its_own_goes_on_from_the_one_that_was_named(tmp_path: Path) -> None:
+    """From `auto` it would train the base model, and say that it had finished."""
+    given = ["train", "--resume", "a/checkpoints/step_000002", "--output", "b"]
+    assert resuming(given, tmp_path) == given
+    assert resuming(["train"], tmp_path) == ["train", "--resume", "auto"]
+    (tmp_path / "checkpoints" / "step_000003").mkdir(parents=True)
+    assert resuming(given, tmp_path) == ["train", "--output", "b", "--resume", "auto"]
 
 
 def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def start(
     if config.train.output is None:
         config = with_output(config, chosen_output(config))
         arguments = [*arguments, "--output", str(config.train.output)]
+    elif resume is not None and not any(argument.startswith("--output") for argument in arguments):
+        arguments = [*arguments, "--output", str(config.train.output)]  # a restart no longer names the checkpoint's run
     if _node_rank(config) == 0:
         check_output(config, resume)
     return _launch(config, list(arguments)) if several else _train(config, resume)

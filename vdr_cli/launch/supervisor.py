@@ -109,12 +109,19 @@ def supervise(
             if code == 0 or code in USERS_OWN + STOPPED or signals.received or attempt == max_restarts:
                 return code
             say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts} from the newest checkpoint")
-            arguments, plan = resuming(arguments), renew(plan)
+            arguments, plan = resuming(arguments, plan.directory), renew(plan)
     raise AssertionError("unreachable")
 
 
-def resuming(arguments: Sequence[str]) -> list[str]:
-    """The same command, going on from the newest complete checkpoint (from the start when there is none)."""
+def resuming(arguments: Sequence[str], directory: Path | None) -> list[str]:
+    """The same command, going on from the newest complete checkpoint of the run directory.
+
+    Where it has none yet: again from the checkpoint that --resume names, or else from the start.
+    """
+    named = [argument for argument in arguments if argument.startswith("--resume")]
+    has_own = directory is None or any((directory / "checkpoints").glob("step_*"))
+    if named and not has_own:
+        return list(arguments)
     kept: list[str] = []
     skip = False
     for argument in arguments:
