@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -361,7 +362,9 @@ def clients_of(servers: list[Any]) -> list[VllmClient]:
 def test_a_proxy_does_not_stand_before_a_server(fake_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    VllmClient(fake_vllm.url, push_timeout=5.0).wait_until_ready(5.0)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{fake_vllm.url}/health")  # the way that a proxy bars
+    assert VllmClient(fake_vllm.url, push_timeout=5.0)._call("GET", "/health", None, 5.0) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
