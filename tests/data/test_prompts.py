@@ -515,11 +515,12 @@ def test_rows_are_checked_before_they_are_drawn(tmp_path, tokenizer):
     assert not cut.truncated_rows, "only what is drawn counts as cut"
 
 
-def test_a_template_that_refuses_a_row_is_found_by_the_check(tmp_path, tokenizer):
+def test_a_template_that_refuses_a_row_is_found_by_the_check(tmp_path, tokenizer, monkeypatch):
     user = {"role": "user", "content": "a"}
     rows = {"prompt": [user]}, {"prompt": [{"role": "system", "content": "b"}, user]}
     path = write_jsonl(tmp_path / "a.jsonl", *rows)
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
     prompts = load_prompts(DataConfig(name=str(path)), "train", tokenizer)
     prompts.check([0])
     with pytest.raises(DataError, match=r"line 2: the chat template refuses the messages: no system"):
