@@ -127,6 +127,16 @@ def test_ranks_that_hear_nothing_are_ended_in_time(tmp_path: Path, monkeypatch: 
     assert run_once(plan(STUCK, tmp_path, fault_timeout=0.5), [], signals) == 143
 
 
+def test_what_a_reward_left_behind_does_not_undo_success(tmp_path: Path) -> None:
+    """A helper process that ignores SIGTERM is killed; the run has finished all the same."""
+    helper = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    started = f"subprocess.Popen([sys.executable, '-c', {helper!r}], stdout=subprocess.PIPE).stdout.readline()"
+    script = f"{FINISH}; import subprocess; {started}"
+    processes.adopt_orphans()
+    assert run_once(plan(script, tmp_path, fault_timeout=0.5), [], Signals()) == 0
+    assert not psutil.Process().children()
+
+
 def test_resuming_replaces_what_was_given() -> None:
     given = ["train", "--resume", "a", "--steps", "3"]
     assert resuming(given, None) == ["train", "--steps", "3", "--resume", "auto"]

@@ -142,17 +142,20 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
     try:
         launcher_code = _wait(child, plan, signals, hosts)
     finally:
-        left = processes.end_descendants(min(5.0, plan.fault_timeout), killed_first=RUNNER)
-    return exit_code(plan, launcher_code or hosts.code, signals, left)
+        processes.end_descendants(min(5.0, plan.fault_timeout), killed_first=RUNNER)
+    return exit_code(plan, launcher_code or hosts.code, signals)
 
 
-def exit_code(plan: Plan, launcher_code: int, signals: Signals, left: int) -> int:
-    """The exit code, from the run's own record and the launcher's code; 0 only when both say success."""
+def exit_code(plan: Plan, launcher_code: int, signals: Signals) -> int:
+    """The exit code, from the run's own record and the launcher's code; 0 only when both say success.
+
+    What a reward function started and left behind has no say in it.
+    """
     fault = outcome.read_fault(plan.directory) if plan.directory else None
     if fault is not None:
         return fault.exit_code
     complete = plan.directory is None or outcome.finished(plan.directory)
-    if launcher_code == 0 and complete and not left:
+    if launcher_code == 0 and complete:
         return 0
     if signals.received:
         return 128 + signals.received[0]

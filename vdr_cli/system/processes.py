@@ -45,8 +45,8 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def end_descendants(patience: float, killed_first: str | None = None) -> int:
-    """SIGTERM to everything below this process, SIGKILL after `patience` seconds; how many needed that.
+def end_descendants(patience: float, killed_first: str | None = None) -> None:
+    """SIGTERM to everything below this process, SIGKILL after `patience` seconds.
 
     killed_first: a word of the command lines of those that get SIGKILL at once.
     """
@@ -63,4 +63,3 @@ def end_descendants(patience: float, killed_first: str | None = None) -> int:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=5)
-    return len(alive)
