@@ -139,6 +139,15 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
         refuse_other_run(checkpoint, resources(tmp_path, "train.steps=3").config, "rows", tmp_path)
 
 
+def test_another_zero_stage_is_refused(tmp_path: Path) -> None:
+    """The JSON may be edited under the same name: DeepSpeed would look for files of the other stage."""
+    checkpoint = found(tmp_path / "step_000004", 4, "rows")
+    checkpoint.state["zero_stage"] = 3
+    refuse_other_run(checkpoint, resources(tmp_path, "engine.ds_config=zero3_hpz").config, "rows", tmp_path)
+    with pytest.raises(ConfigError, match=r"step_000004: engine.ds_config zero2 has ZeRO stage 2, the checkpoint stage 3"):
+        refuse_other_run(checkpoint, resources(tmp_path, "engine.ds_config=zero2").config, "rows", tmp_path)
+
+
 def test_a_checkpoint_knows_the_settings_that_its_run_may_not_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

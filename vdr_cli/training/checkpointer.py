@@ -13,6 +13,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.load import computed_settings
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.engine import collectives
+from vdr_cli.engine.ds_config import read_ds_config, zero_stage
 from vdr_cli.engine.reference import FrozenCopy
 from vdr_cli.environments.episodes import Episodes
 from vdr_cli.errors import ConfigError, MachineError
@@ -50,6 +51,12 @@ def refuse_other_run(found: checkpoints.Checkpoint, config: Config, rows: str, d
             raise ConfigError(
                 f"train.steps {config.train.steps}: {found.path} has done {done} steps already, counted from its run's "
                 "start; give more, or resume from an earlier checkpoint"
+            )
+        stage = zero_stage(read_ds_config(config.engine.ds_config))
+        if found.state.get("zero_stage", stage) != stage:
+            raise ConfigError(
+                f"--resume {found.path}: engine.ds_config {config.engine.ds_config} has ZeRO stage {stage}, the "
+                f"checkpoint stage {found.state['zero_stage']}; resume with the stage it was saved with"
             )
         if "settings" in found.state and _is_in(directory / "checkpoints", found):
             refuse_other_settings_of(found.path, found.state["settings"], config)
