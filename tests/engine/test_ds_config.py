@@ -122,8 +122,18 @@ def test_conflicts_name_both_sides(given: dict[str, Any], line: str, tmp_path: P
         resolved(config(str(file)))
 
 
+def test_bfloat16_needs_zero(tmp_path: Path) -> None:
+    """DeepSpeed's optimizer without ZeRO would begin with an Adam step on zero gradients (unfused_optimizer.py)."""
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    made = resolve_ds_config(config(str(file)), world_size=2, hidden_size=64, bf16=False, on_gpu=True)
+    assert zero_stage(made) == 0
+    with pytest.raises(ConfigError, match=r"mine.json: without ZeRO, .* or set model.dtype to float32"):
+        resolved(config(str(file)))
+
+
 def test_agreeing_and_automatic_values_pass(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     agreeing = {"train_batch_size": 24, "gradient_accumulation_steps": "auto", "optimizer": {"params": {"lr": "auto"}}}
-    file.write_text(json.dumps({**agreeing, "bf16": {"enabled": "auto"}}))
+    file.write_text(json.dumps({**agreeing, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}))
     assert resolved(config(str(file)))["train_batch_size"] == 16, "DeepSpeed's own number: of one pass"

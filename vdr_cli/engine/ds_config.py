@@ -103,6 +103,11 @@ def resolve_ds_config(
     resolved["gradient_accumulation_steps"] = 1
     resolved["train_batch_size"] = config.train.micro_batch_size * world_size
     resolved["gradient_clipping"] = config.train.max_grad_norm
+    if bf16 and zero_stage(resolved) == 0:
+        raise ConfigError(
+            f"engine.ds_config {name}: without ZeRO, DeepSpeed's first step in bfloat16 is not the optimizer's; give "
+            "zero_optimization.stage 1, 2 or 3, or set model.dtype to float32"
+        )
     if config.train.optimizer == "muon":
         _fit_muon(name, resolved)
     resolved["bf16"] = {"enabled": bf16}
