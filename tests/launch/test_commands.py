@@ -88,6 +88,15 @@ def test_plan_over_hosts_writes_the_files_that_deepspeed_reads(tmp_path: Path) -
     assert "h1:0@h2:0" in plan.command(["train"])
 
 
+@pytest.mark.parametrize(("given", "address"), [(None, "h1"), ("10.0.0.1", "10.0.0.1")])
+def test_mpirun_tells_the_ranks_where_the_first_host_is(given: str | None, address: str, tmp_path: Path) -> None:
+    """DeepSpeed's openmpi launcher does not; over pdsh and srun the launcher does."""
+    launch = LaunchConfig(launcher="openmpi", master_addr=given)
+    plan = make_plan(launch, {"h1": [0], "h2": [0]}, tmp_path, tmp_path)
+    travelling = Path(plan.environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {f"MASTER_ADDR={address}", "MASTER_PORT=29500"} <= set(travelling)
+
+
 def test_plan_without_ssh_starts_this_host_only(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("h1 slots=2\nh2 slots=2\n")

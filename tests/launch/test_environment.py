@@ -37,6 +37,10 @@ def test_srun_is_understood() -> None:
     }
 
 
+def test_srun_that_gives_each_task_its_own_gpus_numbers_them_from_0() -> None:
+    assert translated({**SRUN, "SLURM_GPUS_PER_TASK": "a100:1"})["LOCAL_RANK"] == "0"
+
+
 def test_a_batch_script_is_not_a_rank() -> None:
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "gpu[07-08]"}
     assert translated(batch) == {}

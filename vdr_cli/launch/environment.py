@@ -67,6 +67,8 @@ def translated(environ: Mapping[str, str]) -> dict[str, str]:
     else:
         return {}
     found = {ours: environ[theirs] for ours, theirs in names.items() if theirs in environ}
+    if "SLURM_GPUS_PER_TASK" in environ:  # a task sees its own GPUs alone, numbered from 0
+        found["LOCAL_RANK"] = "0"
     return {
         **found,
         "MASTER_ADDR": environ.get("MASTER_ADDR", address),

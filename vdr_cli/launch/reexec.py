@@ -141,8 +141,10 @@ def _plan_over_hosts(
     hostfile = scratch / "hostfile"
     hostfile.write_text(hostfile_text(hosts))
     variables = travelling(environment, launch.env)
-    if launch.master_addr is not None:
-        variables |= {"MASTER_ADDR": launch.master_addr, "MASTER_PORT": str(launch.master_port or DEFAULT_PORT)}
+    # DeepSpeed's openmpi launcher tells the ranks no address; the first host listens under the name it has here.
+    address = launch.master_addr or (next(iter(hosts)) if launch.launcher == "openmpi" else None)
+    if address is not None:
+        variables |= {"MASTER_ADDR": address, "MASTER_PORT": str(launch.master_port or DEFAULT_PORT)}
     if launch.launcher == "pdsh":
         variables[OVER_SSH] = "1"
     variables_file = scratch / "deepspeed_env"
