@@ -144,7 +144,7 @@ def test_another_zero_stage_is_refused(tmp_path: Path) -> None:
     checkpoint = found(tmp_path / "step_000004", 4, "rows")
     checkpoint.state["zero_stage"] = 3
     refuse_other_run(checkpoint, resources(tmp_path, "engine.ds_config=zero3_hpz").config, "rows", tmp_path)
-    with pytest.raises(ConfigError, match=r"step_000004: engine.ds_config zero2 has ZeRO stage 2, the checkpoint stage 3"):
+    with pytest.raises(ConfigError, match=r"engine\.ds_config zero2 has ZeRO stage 2, the checkpoint stage 3"):
         refuse_other_run(checkpoint, resources(tmp_path, "engine.ds_config=zero2").config, "rows", tmp_path)
 
 
