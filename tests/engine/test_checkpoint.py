@@ -72,6 +72,20 @@ def test_damage_to_any_file_is_reported_and_the_one_before_is_used(written: Path
             checkpoints.open_checkpoint(folder / "step_000002")
 
 
+def test_each_rank_reads_its_share_of_the_bytes(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large model's checkpoint, one rank's reading would outlast the others' patience in their collective."""
+    folder = written / "step_000002"
+    monkeypatch.setattr(checkpoints.collectives, "world_size", lambda: 3)
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoints, "_sha256", lambda path: read.append(path) or "another")
+    for rank in range(3):
+        monkeypatch.setattr(checkpoints.collectives, "rank", lambda rank=rank: rank)
+        found = checkpoints._damage(folder)
+        assert found is not None and found.endswith("does not match its checksum")
+    assert len(read) == len(set(read)) == 3
+    assert checkpoints._damage(folder / "elsewhere") is None, "load says that the hosts do not share the directory"
+
+
 def test_a_byte_of_the_manifest_is_noticed_wherever_it_is(written: Path) -> None:
     """Also one that turns the name of a file into the name of another, so that one of them is never looked at."""
     manifest = written / "step_000002" / "manifest.json"

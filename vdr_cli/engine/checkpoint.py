@@ -107,15 +107,21 @@ def set_aside(folder: Path, after: int) -> None:
 
 def newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose manifest holds, and a line for each one that was passed over. Collective."""
-    return collectives.broadcast_object(_newest_complete(folder) if collectives.is_main() else None)  # type: ignore[no-any-return]
+    passed_over: list[str] = []
+    for path in collectives.broadcast_object(_newest_first(folder) if collectives.is_main() else None):
+        fault = _agreed_fault(path)
+        if fault is None:
+            return _opened(path), passed_over
+        passed_over.append(f"checkpoint {path} passed over: {fault}")
+    return None, passed_over
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at this path. Raises ConfigError naming what is torn when its manifest does not hold."""
-    fault = collectives.broadcast_object(find_fault(path) if collectives.is_main() else None)
+    """The checkpoint at this path. Raises ConfigError naming what is torn. Collective."""
+    fault = _agreed_fault(path)
     if fault:
         raise ConfigError(f"--resume {path}: {fault}; give another checkpoint, or auto for the newest complete one")
-    return Checkpoint(path, json.loads((path / STATE).read_text()))
+    return _opened(path)
 
 
 def find_fault(path: Path, contents: bool = True) -> str | None:
@@ -136,6 +142,40 @@ def find_fault(path: Path, contents: bool = True) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
+
+
+def _agreed_fault(path: Path) -> str | None:
+    """`find_fault` on all ranks: rank 0 checks names and sizes, every rank the contents of its share. Collective."""
+    found = find_fault(path, contents=False) if collectives.is_main() else None
+    fault: str | None = collectives.broadcast_object(found)
+    return fault or next(filter(None, collectives.gather_objects(_damage(path))), None)
+
+
+def _damage(path: Path) -> str | None:
+    """The first file of this rank's share that is not what was written.
+
+    One that this rank does not see is passed over: the hosts do not share the directory, which `load` says.
+    """
+    try:
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return None
+    for name, (_, digest) in list(listed.items())[collectives.rank() :: collectives.world_size()]:
+        try:
+            if _sha256(path / name) != digest:
+                return f"{name} does not match its checksum"
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def _opened(path: Path) -> Checkpoint:
+    """Collective: a rank that does not see the directory goes on until `load` says so."""
+    with collectives.agreed():
+        state = json.loads((path / STATE).read_text()) if collectives.is_main() else None
+    return Checkpoint(path, collectives.broadcast_object(state))
 
 
 def needs_conversion(checkpoint: Checkpoint | None) -> bool:
@@ -283,16 +323,6 @@ def _reason(fault: Exception, folder: Path) -> str:
     with suppress(OSError):
         said += f" ({shutil.disk_usage(folder).free >> 20} MiB free on the disk)"
     return said
-
-
-def _newest_complete(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    passed_over: list[str] = []
-    for path in _newest_first(folder):
-        fault = find_fault(path)
-        if fault is None:
-            return Checkpoint(path, json.loads((path / STATE).read_text())), passed_over
-        passed_over.append(f"checkpoint {path} passed over: {fault}")
-    return None, passed_over
 
 
 def _newest_first(folder: Path) -> list[Path]:
