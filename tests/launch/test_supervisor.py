@@ -59,6 +59,8 @@ def test_what_a_rank_started_is_no_rank() -> None:
 def test_an_earlier_runs_word_does_not_count(tmp_path: Path) -> None:
     outcome.write_finished(tmp_path, step=3)
     assert run_once(plan("", tmp_path), [], Signals()) == 4
+    assert outcome.finished(tmp_path), "the run that did nothing was refused, perhaps, and the earlier one stays"
+    assert run_once(plan(FINISH, tmp_path), [], Signals()) == 0
 
 
 @pytest.mark.parametrize(

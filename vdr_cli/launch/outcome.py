@@ -33,7 +33,13 @@ class Fault:
 
 def clear(directory: Path) -> None:
     """Forget how an earlier run in this directory ended."""
-    for name in (FINISHED, FAULT, STOP):
+    forget_faults(directory)
+    (directory / FINISHED).unlink(missing_ok=True)
+
+
+def forget_faults(directory: Path) -> None:
+    """Forget an earlier run's fault and its `stop`, but not that it was complete: this one may yet be refused."""
+    for name in (FAULT, STOP):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -55,7 +61,15 @@ def write_fault(directory: Path, rank: int, message: str, exit_code: int, host: 
 
 def finished(directory: Path) -> bool:
     """True when the run in this directory recorded that it is complete."""
-    return (directory / FINISHED).is_file()
+    return finished_at(directory) is not None
+
+
+def finished_at(directory: Path) -> int | None:
+    """The time of that record, in ns; None: there is none."""
+    try:
+        return (directory / FINISHED).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def read_fault(directory: Path) -> Fault | None:

@@ -133,8 +133,10 @@ def resuming(arguments: Sequence[str], directory: Path | None) -> list[str]:
 
 def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
     """One attempt: start, wait, pass signals on, leave nothing behind. The exit code."""
+    finished_before = None
     if plan.directory is not None:
-        outcome.clear(plan.directory)
+        outcome.forget_faults(plan.directory)
+        finished_before = outcome.finished_at(plan.directory)
     child = processes.start(
         plan.command(arguments), plan.environment, stderr=subprocess.PIPE if plan.over_ssh else None
     )
@@ -143,18 +145,19 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
         launcher_code = _wait(child, plan, signals, hosts)
     finally:
         processes.end_descendants(min(5.0, plan.fault_timeout), killed_first=RUNNER)
-    return exit_code(plan, launcher_code or hosts.code, signals)
+    return exit_code(plan, launcher_code or hosts.code, signals, finished_before)
 
 
-def exit_code(plan: Plan, launcher_code: int, signals: Signals) -> int:
+def exit_code(plan: Plan, launcher_code: int, signals: Signals, finished_before: int | None) -> int:
     """The exit code, from the run's own record and the launcher's code; 0 only when both say success.
 
-    What a reward function started and left behind has no say in it.
+    finished_before: the time of an earlier attempt's record, which says nothing about this one. What a reward function
+    started and left behind has no say in it.
     """
     fault = outcome.read_fault(plan.directory) if plan.directory else None
     if fault is not None:
         return fault.exit_code
-    complete = plan.directory is None or outcome.finished(plan.directory)
+    complete = plan.directory is None or outcome.finished_at(plan.directory) not in (None, finished_before)
     if launcher_code == 0 and complete:
         return 0
     if signals.received:
