@@ -118,7 +118,10 @@ def check_resume(config: Config, resume: str | None) -> None:
 
 
 def check_rewards(config: Config) -> None:
-    """Every name can be one of a function, files are there; only beds and suites bring a reward of their own."""
+    """Raise ConfigError for a name that cannot be a reward's, a missing file, or a run without any reward.
+
+    Beds, suites and environments bring their own.
+    """
     for function in config.rewards.functions:
         check_reward(function)
     if not config.rewards.functions and reward_of(config.data.name) is None and config.rollout.environment is None:
@@ -129,7 +132,7 @@ def check_rewards(config: Config) -> None:
 
 
 def check_turns(config: Config) -> None:
-    """The names of environment, tools and parser can be ones, and their files are there."""
+    """Raise ConfigError for a name that cannot be an environment's, a tool's or a parser's, and for a missing file."""
     cfg = config.rollout
     for tool in cfg.tools:
         check_name(tool, "rollout.tools")
@@ -140,7 +143,7 @@ def check_turns(config: Config) -> None:
 
 
 def check_bonus(config: Config) -> None:
-    """Functions that the bonus names can be ones, and their files are there."""
+    """Raise ConfigError for a bonus function that cannot be one by its name, and for a missing file."""
     given = {"bonus.source": config.bonus.source, "bonus.answer": config.bonus.answer or ""}
     for key, name in given.items():
         if ":" in name:

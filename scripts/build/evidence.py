@@ -4,7 +4,7 @@
 
 evidence.png has a panel for each study that compares disagreement or surprisal with a placebo: pass@k at the end, of
 the control, of disagreement, of a placebo and of the rival with the best endpoint among those that keep pass@1; or,
-where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference to the control,
+where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the control,
 in every study. Bands and bars are 95 % intervals.
 """
 
@@ -77,7 +77,7 @@ def ends(records: dict[str, Record]) -> Figure:
 
 
 def differences(records: dict[str, Record]) -> Figure:
-    """A panel per study, by its title: every arm's difference to the control."""
+    """A panel per study, by its title: every arm's difference from the control."""
     arms = [len(record.study.arms) for record in records.values()]
     made = Figure(figsize=(9, 0.24 * sum(arms) + 1.0 * len(arms)), layout="constrained")
     panels = made.subplots(len(records), 1, squeeze=False, height_ratios=arms).flat
@@ -125,7 +125,7 @@ def draw_curves(axes: Any, record: Record) -> None:
 
 
 def draw_endpoint(axes: Any, record: Record) -> None:
-    """A dot per arm, the start at the top where it has the number; bars are of the paired difference to the control."""
+    """A dot per arm, the start at the top where it has the number; bars are of the paired difference from the control."""
     endpoint, bed = record.study.file.endpoint, bed_of(record)
     rows: dict[str, Row] = analysed(record)[bed][endpoint]
     control = rows[record.study.file.control].mean
@@ -144,7 +144,7 @@ def draw_endpoint(axes: Any, record: Record) -> None:
 
 
 def draw_differences(axes: Any, record: Record, title: str) -> None:
-    """Every rival's difference to the control, best at the top, each seed as a point."""
+    """Every rival's difference from the control, best at the top, each seed as a point."""
     file = record.study.file
     rows = analysed(record)[bed_of(record)][file.endpoint]
     measured = {arm: row.difference for arm, row in rows.items() if row.difference and row.difference.n}
@@ -162,7 +162,7 @@ def draw_differences(axes: Any, record: Record, title: str) -> None:
     axes.set_yticks(range(len(found)), [arm for arm, _ in found])
     pairs = max((difference.n for _, difference in found), default=0)
     axes.set(
-        title=f"{title}: {file.endpoint} less {file.control}'s, {pairs} paired seeds",
+        title=f"{title}: {file.endpoint} minus {file.control}'s, {pairs} paired seeds",
         xlabel=f"difference of {file.endpoint}",
     )
     axes.locator_params(axis="x", nbins=7)

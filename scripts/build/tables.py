@@ -128,7 +128,7 @@ def course(directory: Path, control: str) -> dict[str, dict[str, float]]:
 
 
 def pooled(names: Sequence[str], arm: str, k: int) -> dict[str, float]:
-    """pass@k of an arm less the control's over the seeds of several studies, which ask the same problems."""
+    """pass@k of an arm minus the control's over the seeds of several studies, which ask the same problems."""
     rows = []
     for name in names:
         record = read_record(EVIDENCE / name / "record")

@@ -73,7 +73,7 @@ def test_damage_to_any_file_is_reported_and_the_one_before_is_used(written: Path
 
 
 def test_each_rank_reads_its_share_of_the_bytes(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large model's checkpoint, one rank's reading would outlast the others' patience in their collective."""
+    """If one rank read all of a large checkpoint, the others' collective would time out."""
     folder = written / "step_000002"
     monkeypatch.setattr(checkpoints.collectives, "world_size", lambda: 3)
     read: list[Path] = []

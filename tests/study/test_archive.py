@@ -134,7 +134,7 @@ def test_pairs_of_arms_are_compared(make_study: Any) -> None:
     results = json.loads((directory.path / "study.json").read_text())["results"]["starter"]["pass@64"]
     own = results["disagreement"]["difference"]
     text = (directory.path / "study.md").read_text()
-    line = next(line for line in text.splitlines() if line.startswith("| disagreement less grpo | 5 |"))
+    line = next(line for line in text.splitlines() if line.startswith("| disagreement minus grpo | 5 |"))
     low, high = (f"{abs(own[name]):.3f}" for name in ("low", "high"))
     assert f"{abs(own['value']):.3f}" in line and low in line and high in line
-    assert "pass_at_k less disagreement" in (directory.path / "study.html").read_text()
+    assert "pass_at_k minus disagreement" in (directory.path / "study.html").read_text()

@@ -127,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
         _check_directory()
         result = build_app()(args=given, prog_name="vdr", standalone_mode=False, obj=tuple(given))
     except VdrError as error:
-        _say(error, str(error))
+        _say(error, with_hint(str(error)))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -200,4 +200,4 @@ def _root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    """GRPO fine-tuning on DeepSpeed ZeRO-3 that keeps exploring: dropout members that disagree earn a bonus."""
+    """GRPO fine-tuning on DeepSpeed ZeRO-3, with a bonus for completions on which dropout members disagree."""

@@ -48,7 +48,7 @@ FLAGS = (
     Flag("--data", "data.name"),
     Flag("--split", "data.eval_split"),
     Flag("--max-new-tokens", "rollout.max_new_tokens"),
-    Flag("--temperature", "rollout.temperature"),
+    Flag("--temperature", "rollout.temperature", description="Sampling temperature; above 0."),
     *LAUNCH_FLAGS,
 )
 

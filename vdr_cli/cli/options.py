@@ -43,13 +43,16 @@ class Flag:
     default: str | int | None = None
     """The command's own default; None: the value of the file, the recipe or the schema."""
     required: bool = False
+    description: str | None = None
+    """Replaces the setting's own description, for a command to which it means less; None: kept."""
 
     @property
     def help(self) -> str:
         """The setting's description, the values it does not name, and its default, as Rich markup."""
         of = setting(self.key)
-        unnamed = any(choice not in of.description for choice in of.choices)
-        words = [of.description, self.note, f"One of {', '.join(of.choices)}." if unnamed else ""]
+        description = self.description or of.description
+        unnamed = any(choice not in description for choice in of.choices)
+        words = [description, self.note, f"One of {', '.join(of.choices)}." if unnamed else ""]
         text = " ".join(filter(None, words)).replace("[", r"\[")
         shown = self.default is None and not self.required and of.type is not bool and of.default not in ("null", "")
         return f"{text} [dim]\\[default: {of.default}][/dim]" if shown else text

@@ -38,6 +38,7 @@ LINE_EVERY = 30.0  # seconds
 ENSEMBLE = "Ensemble"
 ROWS = "Rows"
 
+SCOPE = "Layers in which members differ: all (full), or only the top last_k; the layers below run once for all members."
 
 FLAGS = (
     Flag("--model", "model.name", required=True),
@@ -46,7 +47,7 @@ FLAGS = (
     Flag("--trust-remote-code", "model.trust_remote_code"),
     Flag("--members", "disagreement.members", ENSEMBLE, note="0: likelihood and entropy only."),
     Flag("--dropout", "disagreement.dropout", ENSEMBLE),
-    Flag("--scope", "disagreement.scope", ENSEMBLE, default="full"),
+    Flag("--scope", "disagreement.scope", ENSEMBLE, default="full", description=SCOPE),
     *panel(ENSEMBLE, "disagreement.last_k", "disagreement.mask_sharing"),
     Flag("--prompt-column", "data.prompt_column", ROWS),
     *LAUNCH_FLAGS,
@@ -168,7 +169,7 @@ def request_from(typed: Typed, inputs: Sequence[str], output: str) -> ScoreReque
 
 
 def refuse_ensemble_flags(typed: Typed) -> None:
-    """Without members they would silently do nothing. Raises ConfigError."""
+    """Raise ConfigError for options of the ensemble beside --members 0: they would have no effect."""
     defaults = {flag.key: flag.default for flag in FLAGS}
     for key, value in typed.section("disagreement").values.items():
         if key != "disagreement.members" and value not in (None, defaults[key]):

@@ -20,7 +20,7 @@ EXAMPLES = (
     "vdr study mine.yaml --jobs 2 --resume     # continue where it stopped",
     "vdr study mine.yaml --shard 1/8           # a Slurm array's task (scripts/study.sbatch)",
     "vdr study report studies/mine             # rebuild the results from study.json and the metrics",
-    "vdr study archive studies/mine kept       # a small copy, to publish and to go on with elsewhere",
+    "vdr study archive studies/mine kept       # a small copy, to publish, or to continue elsewhere",
 )
 
 File = Annotated[str, typer.Argument(metavar="STUDY.yaml", help="Arms, seeds, beds, budget, endpoint.")]
@@ -35,7 +35,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and pr
 def command(
     file: File, jobs: Jobs = 1, shard: ShardText = None, resume: Resume = False, dry_run: DryRun = False
 ) -> None:
-    """Run what is missing, evaluate every last checkpoint, and write study.json, study.md and study.html.
+    """Compare settings over paired seeds: train, evaluate, and write study.json, study.md and study.html.
 
     If a run fails, it is named, the others continue, and the exit code is 1. After an interruption, --resume
     continues; runs resume from their checkpoints.
@@ -96,17 +96,17 @@ def _show_plan(study: Study, tasks: list[Task], resume: bool) -> None:
     trials = sum(task.is_trial for task in tasks)
     runs = sum(not task.is_trial and not task.is_start for task in tasks)
     deviations = detectable_deviations(len(study.file.seeds), study.comparisons)
+    for task in tasks:
+        typer.echo(task.name)
     for name, value in (
         ("output", study.file.output),
         ("runs of record", str(runs)),
         ("tuning runs", str(trials)),
-        ("evaluated already", str(sum(directory.evaluation(task).is_file() for task in tasks))),
+        ("already evaluated", str(sum(directory.evaluation(task).is_file() for task in tasks))),
         ("endpoint", study.file.endpoint),
         ("detectable difference", f"{deviations:.2f} standard deviations of a seed's difference (power 0.8, Holm)"),
     ):
         typer.echo(f"{name:<22} {value}")
-    for task in tasks:
-        typer.echo(task.name)
 
 
 def _run(study: Study, tasks: list[Task], shard: Shard | None, jobs: int, resume: bool) -> int:

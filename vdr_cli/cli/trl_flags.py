@@ -53,10 +53,16 @@ NAMES = {
 """docs/migration.md has the whole table; a test holds the settings named here to those that exist."""
 
 UNKNOWN = re.compile(r"No such option:? '?--(?P<name>[\w-]+)")
+NO_SETTING = re.compile(r"(?P<said>.*\b(?P<name>\w+) is not a setting); did you mean .*")
 
 
 def with_hint(message: str) -> str:
-    """A usage error about an unknown flag, completed by what other tools' flag of that name is called here."""
-    found = UNKNOWN.search(message)
-    ours = NAMES.get(found["name"].replace("-", "_")) if found else None
-    return message if found is None or ours is None else f"No such option: --{found['name']}; did you mean {ours}?"
+    """An error about an unknown flag or setting, completed by what other tools' flag of that name is called here."""
+    if found := UNKNOWN.search(message):
+        said = f"No such option: --{found['name']}"
+    elif found := NO_SETTING.fullmatch(message):
+        said = found["said"]
+    else:
+        return message
+    ours = NAMES.get(found["name"].replace("-", "_"))
+    return message if ours is None else f"{said}; did you mean {ours}?"

@@ -105,7 +105,7 @@ def row_of(columns: Sequence[str], whole: Callable[[], Row], cell: Callable[[str
 def read_file(path: Path) -> Table:
     """A .jsonl, .json, .csv or .parquet file; the text formats may be compressed (.gz, .bz2, .xz).
 
-    A CSV file tells no types: every cell is the text that stands in it.
+    A CSV file has no types, so every cell is text.
     Raises DataError naming the line or row that cannot be read, ConfigError for another kind of file, and MachineError
     without permission.
     """

@@ -1,4 +1,4 @@
-"""The door to the ensemble: measures of completions, however the members' hidden states come about.
+"""Entry point of the ensemble: measures of completions, however the members' hidden states are obtained.
 
 `EnsembleReader` decides what is read again and what sampling has left, how much goes through the model at once, and in
 which order. A caller asks for a measure and gets numbers.

@@ -40,7 +40,7 @@ class RowDivision(Protocol):
     """This rank's number in the group."""
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everybody's value on every rank, in rank order. Collective in the group."""
+        """The values of all ranks, on every rank, in rank order. Collective in the group."""
         ...
 
     def sum(self, own: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def all_reduce_max(values: Sequence[float]) -> list[float]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Everybody's value on every rank, in rank order."""
+    """The values of all ranks, on every rank, in rank order."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()

@@ -25,7 +25,7 @@ from vdr_cli.models.policy import HeadLogps, completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
 
 Portion = tuple[slice | None, Completions]
-"""Some rows of a rank's completions, by their places there, and what they hold; None: read for others' sake."""
+"""A slice of a rank's completions, and the completions in it. None: the rank only takes part in the collectives."""
 
 
 @dataclass(frozen=True)

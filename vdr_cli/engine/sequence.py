@@ -44,7 +44,7 @@ class SequenceGroup:
         self._group: Any = groups[collectives.rank() // size]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everybody's value on every rank of the group, in rank order. Collective in the group."""
+        """The values of all ranks, on every rank of the group, in rank order. Collective in the group."""
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value, group=self._group)
         return gathered

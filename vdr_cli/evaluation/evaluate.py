@@ -55,7 +55,7 @@ ENTROPY_TOKENS = 16_384  # prompt and completion tokens of one forward
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything that models which are compared have in common, but for the prompts, which each tokenizes itself."""
+    """The settings that all compared models share. Prompts are not among them: each model tokenizes its own."""
 
     rewards: Sequence[LoadedReward]
     samples: int

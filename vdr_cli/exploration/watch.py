@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-EVIDENCE = "disagreement has not been shown to help; --bonus surprisal has, on one of three tasks (docs/evidence.md)"
+EVIDENCE = (
+    "disagreement has not been shown to help; --bonus surprisal and --bonus counts have, on one of three tasks, with "
+    "bonus.weight 0.3 and bonus.gate all (docs/evidence.md)"
+)
 """Printed once, when a run begins that pays for disagreement."""
 
 ROLLOUTS_BEFORE_WARNING = 20

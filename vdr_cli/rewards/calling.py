@@ -56,7 +56,7 @@ class _Call:
 
     @property
     def needs_main_thread(self) -> str | None:
-        """The thing for which it needs a main thread; None: it needs none."""
+        """The feature that needs a main thread; None: nothing does."""
         return None if self._is_elsewhere else need_of(self.attempts, self.error)
 
     @property

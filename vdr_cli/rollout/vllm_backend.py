@@ -1,4 +1,4 @@
-"""Sampling on vLLM servers: new weights are pushed when they changed, and proved before they are used."""
+"""Sampling on vLLM servers: changed weights are pushed, and checked before use."""
 
 from __future__ import annotations
 
@@ -343,7 +343,7 @@ class VllmRollout(Rollout):
         write_whole(self.directory / PUSHED, json.dumps({"version": version, "push": self.pushes + 1}))
 
     def _await(self, version: int) -> None:
-        """Wait for rank 0's word that the servers hold these weights."""
+        """Wait until rank 0 reports that the servers hold these weights."""
         file, deadline = self.directory / PUSHED, time.monotonic() + self.settings.start_timeout
         wanted = {"version": version, "push": self.pushes + 1}
         while not (file.is_file() and json.loads(file.read_text()) == wanted):

@@ -19,7 +19,7 @@ from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.samples import Completions, Sampling, pad_prompts
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Past http_proxy: a proxy to the outside knows nothing of servers on this machine or cluster."""
+"""Passes http_proxy by: a proxy to the outside cannot reach servers on this machine or cluster."""
 
 OLDEST = (0, 11)
 """First version whose completions return token ids; older ones cannot be used."""
@@ -133,7 +133,7 @@ class VllmClient:
         return list(answer.get("results") or [])
 
     def forget(self) -> None:
-        """Drop what is cached of prompts: it was computed with the weights of before."""
+        """Clear the prefix cache, which was computed with the previous weights."""
         self.post("/reset_prefix_cache", {}, self.push_timeout)
 
     def sleep(self) -> None:

@@ -1,4 +1,4 @@
-"""`vdr score`: the uncertainty of completions that exist already.
+"""`vdr score`: the uncertainty of existing completions.
 
 Reads rows window by window, tokenises, scores batches of similar length, writes every window as a part that survives a
 kill, joins the parts in order. A row's numbers depend on the row, the model and the ensemble alone: not on the batch,
@@ -51,7 +51,7 @@ class Progress:
     rows: int
     """Rows scored by this process since it started."""
     fraction: float
-    """Share of the input that lies behind."""
+    """Share of the input that is done."""
     seconds: float
 
 

@@ -1,4 +1,4 @@
-"""Means, paired differences to the control, tests and verdicts, from the counts of the runs. Pure.
+"""Means, paired differences from the control, tests and verdicts, from the counts of the runs. Pure.
 
 The endpoint alone is tested. Holm's correction counts every rival on every bed: where no arm differs from the control,
 the whole study names one with probability 5 % at most. Other numbers come with intervals.
@@ -25,7 +25,7 @@ Value = NDArray[np.float64] | float
 
 @dataclass(frozen=True)
 class Difference:
-    """An arm less the control, seed by seed. nan: too few seeds to say."""
+    """An arm minus the control, seed by seed. nan: too few seeds to say."""
 
     n: int
     """Seeds that both have."""
@@ -85,7 +85,7 @@ def analysed(record: Record) -> Rows:
 def contrasts(
     record: Record, bed: str, pairs: Iterable[tuple[str, str]] | None = None
 ) -> list[tuple[str, str, Difference]]:
-    """The endpoint of one arm less another's, for these pairs, or else those that the study names."""
+    """The endpoint of one arm minus another's, for these pairs, or else those that the study names."""
     name = record.study.file.endpoint
     values = {arm: _values(record, bed, arm, name) for arm in record.study.arms}
     chosen = record.study.file.contrasts if pairs is None else pairs
@@ -148,7 +148,7 @@ def _difference(record: Record, bed: str, arm: str, name: str, own: Mapping[int,
 
 
 def _difference_of(record: Record, own: Mapping[int, Value], theirs: Mapping[int, Value]) -> Difference:
-    """The first less the second, over the seeds that both have."""
+    """The first minus the second, over the seeds that both have."""
     paired = {seed: value - theirs[seed] for seed, value in own.items() if seed in theirs}
     mean = _mean(list(paired.values()))
     low, high = mean.interval()

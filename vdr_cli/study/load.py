@@ -124,7 +124,7 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    """The study of this file. Raises ConfigError, one line, for everything that would only show after hours."""
+    """The study of this file. Raises ConfigError, one line, for mistakes that would otherwise show only after hours."""
     document = read_document(path)
     places = {key: f"{path}:{line}" for key, line in document.lines.items()}
     study = study_of(document.tree, str(path), places)

@@ -147,7 +147,7 @@ def _secondary(record: Record) -> list[str]:
 
 
 def _differences(record: Record, rows: Mapping[str, Row]) -> Markup:
-    """Every rival's difference to the control, best first, with each seed's as a point."""
+    """Every rival's difference from the control, best first, with each seed's as a point."""
     judged = {arm: row.difference for arm, row in rows.items() if row.difference is not None}
     ordered = [
         RangeRow(arm, d.value, d.low, d.high, list(d.seeds.values()), d.verdict)

@@ -44,7 +44,7 @@ Phase = Literal["waiting", "training", "evaluating", "done", "failed", "elsewher
 
 @dataclass
 class Job:
-    """A task and how far it is."""
+    """A task and its progress."""
 
     task: Task
     phase: Phase = "waiting"
@@ -108,7 +108,7 @@ class Runner:
                 job.phase = "done"
 
     def step(self) -> bool:
-        """Look after what runs, start what can be started; False when nothing is left to wait for."""
+        """Check the running processes and start the tasks that are ready; False when nothing is left to wait for."""
         ended = [job for job in self.jobs if job.process is not None and job.process.poll() is not None]
         for job in ended:
             self.after(job, job.process.poll())  # type: ignore[union-attr, arg-type]
@@ -186,7 +186,7 @@ class Runner:
         os.close(job.lock)
 
     def stop_all(self) -> None:
-        """Ask what runs to save and end, and wait for it."""
+        """Ask the running processes to save and end, and wait for it."""
         running = [(job, job.process) for job in self.jobs if job.process is not None]
         for _, process in running:
             launching.end(process, signal.SIGTERM)

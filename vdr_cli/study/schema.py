@@ -81,7 +81,7 @@ class StudyFile(Section):
     secondary: list[str] = ["pass@1", "area", "classes", "new_problems", "first_success"]
     """Further numbers, described with intervals and not tested."""
     contrasts: list[tuple[str, str]] = []
-    """Pairs of arms, such as a bonus and its placebo: the first less the second, by the endpoint, described with
+    """Pairs of arms, such as a bonus and its placebo: the first minus the second, by the endpoint, described with
     intervals and not tested."""
     equivalence: Annotated[float, Field(gt=0)] = 0.02
     """Differences of the endpoint below this do not matter: an arm whose 90 % interval lies within is equivalent."""

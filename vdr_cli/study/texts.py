@@ -95,9 +95,9 @@ def _found(difference: Difference) -> str:
 
 
 def main_table(record: Record, rows: Rows, bed: str, runs: Sequence[RunMetrics]) -> Table:
-    """An arm a row: the endpoint, its difference to the control, the verdict, what it cost."""
+    """An arm a row: the endpoint, its difference from the control, the verdict, what it cost."""
     file = record.study.file
-    header = ["arm", "n", file.endpoint, f"difference to {file.control}", "p (Holm)", "verdict"]
+    header = ["arm", "n", file.endpoint, f"difference from {file.control}", "p (Holm)", "verdict"]
     header += ["steps", "time per run", "tokens per run", "detectable"]
     lines = []
     for arm, row in rows[bed][file.endpoint].items():
@@ -156,9 +156,9 @@ def secondary_table(record: Record, rows: Rows, bed: str) -> Table:
 
 
 def contrasts_table(record: Record, bed: str) -> Table:
-    """A pair of arms a row: the first less the second, by the endpoint."""
+    """A pair of arms a row: the first minus the second, by the endpoint."""
     rows = [
-        [f"{first} less {second}", str(d.n), f"{_signed(d.value)}{_interval(d.low, d.high)}"]
+        [f"{first} minus {second}", str(d.n), f"{_signed(d.value)}{_interval(d.low, d.high)}"]
         for first, second, d in contrasts(record, bed)
     ]
     return Table(["pair", "n", f"difference of {record.study.file.endpoint}"], rows)

@@ -146,7 +146,7 @@ class LiveView:
         self._print(Text(visible(text)))
 
     def _print(self, line: Text) -> None:
-        """The log may lie on a full disk: the run is worth more than its line."""
+        """Print, ignoring errors: a full disk must not end the run."""
         with suppress(OSError):
             self.console.print(line, soft_wrap=True)
 

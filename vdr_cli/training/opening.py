@@ -223,7 +223,7 @@ def _read_inputs(config: Config) -> _Inputs:
 
 
 def _drawn(config: Config, rows: int) -> list[int]:
-    """The rows that the run will draw, each once: a row that cannot be used is found now, and not in the night."""
+    """The rows that the run will draw, each once: a row that cannot be used is reported now, not hours later."""
     prompts = _rollouts(config) * config.train.prompts_per_step * (1 + config.grpo.resample_groups)
     return stream_indices(rows, 0, min(prompts, rows), config.train.seed, config.data.shuffle)
 
@@ -387,7 +387,7 @@ def _prepare_directory(directory: Path, config: Config, fresh: bool, stack: Exit
 
 @contextmanager
 def _on_disk(directory: Path) -> Iterator[None]:
-    """A block that writes to the run directory: what the disk refuses is a MachineError on every rank. Collective."""
+    """A block that writes to the run directory; a write that fails is a MachineError on every rank. Collective."""
     with collectives.agreed():
         try:
             yield

@@ -164,7 +164,8 @@ class TrainConfig(Section):
     prompts_per_step: Positive = 8
     """Prompts (groups) per step over all ranks; a step has rollout.group_size times as many completions."""
     micro_batch_size: Positive = 8
-    """Completions per forward and backward pass on a rank; affects memory, never the result."""
+    """Completions per forward and backward pass on a rank; affects memory and speed, not the result
+    (but for grpo.router_aux_loss_coef)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon (ZeRO-3 only) updates the matrices of the decoder layers by their orthogonalised mean gradient (momentum
     0.95, Nesterov), and embeddings, LM head, norms and biases with AdamW."""
