@@ -4,8 +4,8 @@
 
 evidence.png has a panel for each study that compares disagreement or surprisal with a placebo: pass@k at the end, of
 the control, of disagreement, of a placebo and of the rival with the best endpoint among those that keep pass@1; or,
-where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the control,
-in every study. Bands and bars are 95 % intervals.
+where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the
+control, in every study. Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def draw_curves(axes: Any, record: Record) -> None:
 
 
 def draw_endpoint(axes: Any, record: Record) -> None:
-    """A dot per arm, the start at the top where it has the number; bars are of the paired difference from the control."""
+    """A dot per arm, the start at the top where it has the number; bars: the paired difference from the control."""
     endpoint, bed = record.study.file.endpoint, bed_of(record)
     rows: dict[str, Row] = analysed(record)[bed][endpoint]
     control = rows[record.study.file.control].mean
