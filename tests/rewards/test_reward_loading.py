@@ -2,15 +2,19 @@
 
 import functools
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from vdr_cli.config import RewardsConfig
 from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.rewards import builtin
 from vdr_cli.rewards.base import LoadedReward, check_columns
 from vdr_cli.rewards.builtin import BUILT_IN
+from vdr_cli.rewards.calling import compute_rewards
 from vdr_cli.rewards.loading import find_function, load_rewards
+from vdr_cli.samples import Prompt
 
 PROGRAMS = Path(__file__).parent / "programs"
 SOURCE = (PROGRAMS / "my_rewards.py").read_text(encoding="utf-8")
@@ -165,6 +169,20 @@ def test_math_verify_values():
     pytest.importorskip("math_verify")
     scores = BUILT_IN["math_verify"](["so $\\frac{1}{2}$", "it is 3", "2"], answer=["0.5", "4", ""])
     assert scores == [1.0, 0.0, None]
+
+
+def test_math_that_no_computer_can_finish_is_not_equal(monkeypatch):
+    """The run goes on: the function is called on a main thread, where its limits hold."""
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(builtin, "MATH_SECONDS", 1)
+    begun = time.monotonic()
+    tower = "$9^{9^{9^{9}}}$"
+    assert BUILT_IN["math_verify"]([tower, tower, "5"], answer=["5", "5", "5"]) == [0.0, 0.0, 1.0]
+    assert time.monotonic() - begun < 30
+    (reward,) = load_rewards(RewardsConfig.model_validate({"functions": [{"name": "math_verify"}]}), "rows")
+    assert reward.own_process is not None and reward.own_process.is_used
+    rows = [Prompt(0, "2+3=", [1], {"answer": "5"})] * 2
+    assert compute_rewards([reward], rows, ["so 5", tower], [[1]] * 2, 60.0)[:, 0].tolist() == [1.0, 0.0]
 
 
 def test_the_readme_function_takes_strings_and_messages():

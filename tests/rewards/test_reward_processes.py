@@ -85,6 +85,13 @@ def test_errors_name_the_row_and_the_line(load: Any) -> None:
     assert "reward words returned 'good' for a completion of dataset row 7" in failure(load("words"))
 
 
+def test_environments_stay_where_nobody_asks_for_them(load: Any) -> None:
+    """They may hold a browser or a lock; a function that takes any keyword does not thereby need them."""
+    loaded = load("array")
+    found = compute_rewards(loaded, prompts(), TEXTS, [[1]] * 4, 60.0, STATE, [threading.Lock()] * 4)
+    assert torch.equal(found, compute(loaded))
+
+
 def test_what_cannot_travel_is_said_in_a_line(load: Any) -> None:
     assert "reward local raised on dataset row 7: " in failure(load("local"))
     (plain,) = load("plain")

@@ -28,6 +28,9 @@ from vdr_cli.rewards.answers import answer_in
 NOT_LISTS = ("trainer_state", "log_extra", "log_metric")
 """Provided arguments without an entry per completion."""
 PROVIDED = ("prompts", "completions", "completion_ids", "environments", *NOT_LISTS)
+LOOKED_UP = (*NOT_LISTS, "environments")
+"""Provided arguments that **columns gets only where the function looks them up: others may loop over it, and
+environments may hold what cannot go to another process."""
 
 
 SLACK = 1e-6
@@ -66,7 +69,9 @@ class Elsewhere(Protocol):
     @property
     def is_used(self) -> bool: ...
 
-    def start(self, label: str, need: str) -> None: ...
+    def start(self) -> None: ...
+
+    def start_for(self, label: str, need: str) -> None: ...
 
     def __call__(self, **arguments: Any) -> Any: ...
 
@@ -110,7 +115,7 @@ class LoadedReward:
     def accepted(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments that the function has a parameter for; with **columns also the data's other columns.
 
-        **columns holds lists alone, as functions that loop over it expect, and of NOT_LISTS what the function looks up.
+        **columns gets of LOOKED_UP what the function looks up.
         """
         arguments = {"log_extra": unrecorded, "log_metric": unrecorded, **arguments}
         if self.extract != "whole" and "completions" in arguments:
@@ -125,7 +130,7 @@ class LoadedReward:
 
     def _takes(self, name: str) -> bool:
         return name in self._named() or (
-            self._takes_all() and (name not in NOT_LISTS or _looks_up(self.function, name))
+            self._takes_all() and (name not in LOOKED_UP or _looks_up(self.function, name))
         )
 
     def asks_for(self, name: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from vdr_cli.beds.countdown import countdown
@@ -11,6 +13,9 @@ from vdr_cli.beds.gym_verifier import reasoning_gym
 from vdr_cli.beds.routes import routes
 from vdr_cli.errors import ConfigError
 from vdr_cli.rewards.base import completion_text
+
+MATH_SECONDS = 3
+"""Most time for parsing a text, and for comparing two expressions."""
 
 
 def exact_match(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
@@ -52,21 +57,29 @@ def length(completions: list[Any], target_length: list[float] | None = None, **_
 def math_verify(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
     """1 where the completion's final expression equals the column `answer` as mathematics, else 0.
 
-    An `answer` that is missing or cannot be parsed gives None: nothing can be compared with it.
+    An `answer` that is missing or cannot be parsed gives None: nothing can be compared with it. An expression that
+    takes longer than MATH_SECONDS to parse or to compare (a tower of powers) is not equal. The package's time limits
+    are signals, which only a main thread may set: on another one there are none.
     """
     from math_verify import parse, verify
 
-    scores: list[float | None] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        # Their time limits are signals, which only the main thread may set; ours is rewards.timeout.
-        texts = () if expected is None else (str(expected), f"${expected}$")
-        gold = next(filter(None, (parse(text, parsing_timeout=None) for text in texts)), None)
-        if not gold:
-            scores.append(None)
-            continue
-        found = parse(completion_text(completion), parsing_timeout=None)
-        scores.append(float(verify(gold, found, timeout_seconds=None)))
-    return scores
+    limit = MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+
+    @cache
+    def gold_of(expected: str) -> Any:
+        return next(filter(None, (parse(text, parsing_timeout=limit) for text in (expected, f"${expected}$"))), None)
+
+    @cache
+    def score(expected: str, text: str) -> float:
+        return float(verify(gold_of(expected), parse(text, parsing_timeout=limit), timeout_seconds=limit))
+
+    return [
+        None if expected is None or not gold_of(str(expected)) else score(str(expected), completion_text(completion))
+        for completion, expected in zip(completions, answer, strict=True)
+    ]
+
+
+math_verify.needs_main_thread = True  # type: ignore[attr-defined]
 
 
 BUILT_IN: dict[str, Callable[..., Any]] = {

@@ -53,6 +53,10 @@ def load_rewards(cfg: RewardsConfig, data_name: str, environments: LoadedReward 
     if cfg.processes and not all(reward.is_async or reward.is_model for reward in loaded):
         processes = RewardProcesses(cfg.processes)
         loaded = [processes.taking(entry.name, reward) for entry, reward in zip(given, loaded, strict=True)]
+    else:
+        for reward in loaded:
+            if reward.own_process is not None and getattr(reward.function, "needs_main_thread", False):
+                reward.own_process.start()
     return loaded if environments is None else [*loaded, environments]
 
 

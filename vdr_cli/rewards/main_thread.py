@@ -69,7 +69,7 @@ def _watched(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OwnProcess:
-    """A function of the configuration on the main thread of a process, which starts at the first call."""
+    """A function of the configuration on the main thread of a process, once that is started."""
 
     def __init__(self, name: str) -> None:
         """name: as in the configuration."""
@@ -81,17 +81,22 @@ class OwnProcess:
     def is_used(self) -> bool:
         return self._processes is not None
 
-    def start(self, label: str, need: str) -> None:
-        """Start the process, unless it is there, and say why. label: the function in messages."""
+    def start(self) -> None:
+        """Start the process, unless it is there."""
         with self._lock:
             if self._processes is None:
-                logger.warning(
-                    "%s needs the main thread (%s): it is called in a process of its own; "
-                    "rewards.processes=1 does so from the start for reward functions",
-                    label,
-                    need,
-                )
                 self._processes = RewardProcesses(1)
+
+    def start_for(self, label: str, need: str) -> None:
+        """Start the process, unless it is there, and say why. label: the function in messages."""
+        if not self.is_used:
+            logger.warning(
+                "%s needs the main thread (%s): it is called in a process of its own; "
+                "rewards.processes=1 does so from the start for reward functions",
+                label,
+                need,
+            )
+        self.start()
 
     def __call__(self, **arguments: Any) -> Any:
         assert self._processes is not None
