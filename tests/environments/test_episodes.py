@@ -283,6 +283,33 @@ def test_a_reward_of_the_environment_that_fails_is_named_after_its_class(
     own.close()
 
 
+def test_a_client_of_an_async_environment_serves_its_reward_too(tmp_path: Path) -> None:
+    """A connection belongs to the loop that opened it, so there is one for replies and rewards."""
+    body = """
+import asyncio
+
+class Game:
+    async def reset(self, **columns):
+        self.lock = asyncio.Lock()
+        await self.lock.acquire()
+        asyncio.get_running_loop().call_later(0.5, self.lock.release)
+
+    def respond(self, messages):
+        return None
+
+    async def get_reward(self):
+        async with self.lock:
+            return 1.0
+"""
+    own = environments(tmp_path, body)
+    episodes = own.begin(prompts(own.tokenizer), 1)
+    assert own.contract.reward is not None
+    given = list(episodes.prompts), [[{"role": "assistant", "content": "x"}]] * 2, [[1]] * 2, 9.0
+    found = compute_rewards([own.contract.reward], *given, environments=episodes.environments)  # type: ignore[arg-type]
+    assert found[:, 0].tolist() == [1.0, 1.0]
+    own.close()
+
+
 def test_the_constructor_of_an_instance_may_fail(tmp_path: Path) -> None:
     own = environments(tmp_path, GAME.replace("self.guesses, self", "raise OSError('no display'); self.guesses, self"))
     with pytest.raises(DataError, match="its constructor raised: OSError: no display"):

@@ -89,6 +89,22 @@ def test_chats_go_through_the_models_own_template(tmp_path):
     torch.testing.assert_close(rewards_of(path, prompts, answers), pipeline_logits(path, texts), atol=1e-5, rtol=1e-5)
 
 
+def test_all_of_an_episode_is_judged_and_a_begun_answer_is_one_message(tmp_path):
+    path = saved(tmp_path)
+    asked = {"role": "user", "content": "6*7?"}
+    said = ("assistant", "40"), ("user", "more"), ("assistant", "42")
+    turns = [{"role": role, "content": content} for role, content in said]
+    template = character_tokenizer().apply_chat_template
+    begun = [asked, {"role": "assistant", "content": "It is "}]
+    whole = [asked, {"role": "assistant", "content": "It is 42"}]
+    texts = [template([asked, *turns], tokenize=False), template(whole, tokenize=False)]
+    found = rewards_of(path, [[asked], begun], [turns, [turns[-1]]])
+    torch.testing.assert_close(found, pipeline_logits(path, texts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rewards_of(path, ["6*7="], [turns]), pipeline_logits(path, ["6*7=40more42"]), atol=1e-5, rtol=1e-5
+    )
+
+
 def test_a_chat_without_a_template_is_one_line(tmp_path):
     path = saved(tmp_path)
     (reward,) = loaded(path)

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from vdr_cli.rewards.exiting import exit_is_an_error
+from vdr_cli.system.event_loop import event_loop, leave_event_loop
 
 MOST_THREADS = 32
 """Sync calls that run at once."""
@@ -60,19 +61,18 @@ class Call:
 
 
 class Workers:
-    """Daemon threads and an event loop, for the life of a run; a thread that hangs is replaced."""
+    """Daemon threads for the life of a run, and the process's event loop; what hangs is replaced."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[Call | None] = SimpleQueue()
         self._threads = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, calls: Sequence[Call], timeout: float) -> None:
         """Make the calls and wait for all of them, `timeout` seconds for each."""
         plain = [call for call in calls if not inspect.iscoroutinefunction(call.function)]
         for call in calls:
             if inspect.iscoroutinefunction(call.function):
-                asyncio.run_coroutine_threadsafe(call.await_it(), self._event_loop())
+                asyncio.run_coroutine_threadsafe(call.await_it(), event_loop())
         for call in plain:
             self._queue.put(call)
         while self._threads < min(len(plain), MOST_THREADS):
@@ -87,13 +87,10 @@ class Workers:
         for _ in range(self._threads):
             self._queue.put(None)
         self._threads = 0
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop = None
 
     def _replace(self, call: Call) -> None:
         if inspect.iscoroutinefunction(call.function):
-            self._loop = None  # it may be blocked
+            leave_event_loop()
         else:
             self._threads -= 1
             self._start()
@@ -107,12 +104,6 @@ class Workers:
             call.run()
             if call.is_late:  # another thread has taken this one's place
                 return
-
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="async environments", daemon=True).start()
-        return self._loop
 
 
 async def _awaited(value: Any) -> Any:

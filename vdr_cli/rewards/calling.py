@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import Context
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vdr_cli.rewards.loading import one_line
 from vdr_cli.rewards.logs import CallLog
 from vdr_cli.rewards.main_thread import need_of, noticing_attempts
 from vdr_cli.samples import Completions, Messages, Prompt, Undecoded, own_copy
+from vdr_cli.system.event_loop import event_loop, leave_event_loop
 
 LARGEST = float(torch.finfo(torch.float32).max)  # advantages are float32
 SEARCH_SECONDS = 10.0  # most time spent on finding the row on which a function raises
@@ -49,7 +49,7 @@ class _Call:
     def start(self) -> None:
         """Call it on a daemon thread, which cannot keep the process alive when the call hangs."""
         if self.reward.is_async and not self._is_elsewhere:
-            asyncio.run_coroutine_threadsafe(self._await(), _event_loop())
+            asyncio.run_coroutine_threadsafe(self._await(), event_loop())
             return
         context = (self.reward.context or Context()).copy()
         threading.Thread(target=context.run, args=(self._run,), name=self.reward.label, daemon=True).start()
@@ -112,14 +112,6 @@ def _thread_event_loop() -> Iterator[None]:
 
 async def _awaited(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return await coroutine
-
-
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for the life of the process, so that clients which functions keep between calls stay usable."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-    return loop
 
 
 def completion_texts(tokenizer: Any, prompts: Sequence[Prompt], completions: Completions) -> list[str] | list[Messages]:
@@ -247,7 +239,7 @@ def _moved(call: _Call, prompts: Sequence[Prompt], timeout: float) -> _Call:
             f"{reward.label} needs the main thread ({need}), and reward functions are called on others; name it in "
             "rewards.functions and set rewards.processes=1, which calls it on a main thread"
         ) from call.error
-    reward.own_process.start(reward.label, str(need))
+    reward.own_process.start_for(reward.label, str(need))
     again = _Call(reward, call.arguments)
     with ended_without_the_interpreter(timeout):
         _wait([again], prompts, timeout)
@@ -263,7 +255,7 @@ def _wait(calls: list[_Call], prompts: Sequence[Prompt], timeout: float) -> None
         call.done.wait(deadline - time.monotonic())
     late = [call.reward.label for call in calls if not call.done.is_set()]
     if late:
-        _event_loop.cache_clear()  # it may be blocked
+        leave_event_loop()
         raise DataError(
             f"{' and '.join(late)} had not returned after {timeout:g} s on dataset {_rows(prompts)}; "
             "fix it or raise rewards.timeout"

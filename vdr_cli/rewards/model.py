@@ -16,7 +16,7 @@ from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.models import loading
 from vdr_cli.models.limits import JUDGED_TOKENS
 from vdr_cli.models.sizes import foreign_token, language_part, largest, usable_length
-from vdr_cli.rewards.base import LoadedReward, RefusedMessagesError, completion_text
+from vdr_cli.rewards.base import LoadedReward, RefusedMessagesError
 from vdr_cli.system.text import reason
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ NO_LIMIT = 10**9
 class RewardModel:
     """The reward function of a sequence-classification model; loads its weights when it is first called.
 
-    Prompts that are chats go through the model's own template with the completion as the assistant's answer; otherwise
-    the text is the prompt followed by the completion. A text longer than the model reads loses its first tokens.
+    Prompts that are chats go through the model's own template with the completion as the assistant's answer, or, of an
+    episode, with all its messages; otherwise the text is the prompt followed by the completion. A text longer than the
+    model reads loses its first tokens.
     """
 
     def __init__(self, path: str, label: int | None = None) -> None:
@@ -108,10 +109,9 @@ class RewardModel:
 
     def _text(self, index: int, prompt: Any, completion: Any, as_chat: bool) -> str:
         if not as_chat:
-            return str(prompt) + completion_text(completion)
-        answer = {"role": "assistant", "content": completion_text(completion)}
+            return str(prompt) + _whole_text(completion)
         try:
-            return str(self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+            return str(self.tokenizer.apply_chat_template(_conversation(prompt, completion), tokenize=False))
         except Exception as error:  # a template is a program that comes with the model: it may raise anything
             raise RefusedMessagesError(index, reason(error)) from error
 
@@ -164,6 +164,21 @@ def check_templates(loaded: Sequence[LoadedReward], has_messages: bool) -> None:
     """Raises ConfigError when the prompts are chats and a reward model has no chat template."""
     for model in reward_models(loaded):
         model.check_template(has_messages)
+
+
+def _whole_text(completion: Any) -> str:
+    """A completion's text: of an episode that of all its messages, the environment's too."""
+    return completion if isinstance(completion, str) else "".join(str(each.get("content") or "") for each in completion)
+
+
+def _conversation(prompt: Any, completion: Any) -> list[Any]:
+    """The prompt's messages and the completion's; an answer that the prompt has begun is one message."""
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+    begun = prompt[-1]
+    if begun["role"] != "assistant" or answer[0]["role"] != "assistant":
+        return [*prompt, *answer]
+    whole = str(begun.get("content") or "") + str(answer[0].get("content") or "")
+    return [*prompt[:-1], {**answer[0], "content": whole}, *answer[1:]]
 
 
 def _batches(lengths: list[int], most: int, same_length: bool) -> Iterator[list[int]]:
