@@ -469,6 +469,18 @@ def test_messages_as_arrow_and_openai_write_them(tmp_path, tokenizer):
     image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
     with pytest.raises(DataError, match="message 0 of prompt has parts that are not text"):
         load(write_jsonl(tmp_path / "i.jsonl", {"prompt": [image]}), tokenizer)
+    for content in (5, True, {"text": "1"}):  # many templates would leave it out without a word
+        with pytest.raises(DataError, match=r"message 0 of prompt has content that is not text: .*; give a string"):
+            load(write_jsonl(tmp_path / "n.jsonl", {"prompt": [{"role": "user", "content": content}]}), tokenizer)
+
+
+def test_the_prompts_column_is_a_column_too_under_a_name_of_its_own(tmp_path, tokenizer):
+    """A reward function of GSM8K takes `question`."""
+    row = {"question": "1+1", "answer": "2"}
+    (prompt,) = found = load(write_jsonl(tmp_path / "q.jsonl", row), tokenizer, prompt_column="question")
+    assert prompt.columns == row and found.columns == ("question", "answer")
+    (prompt,) = load(write_jsonl(tmp_path / "p.jsonl", {"prompt": "1+1", "answer": "2"}), tokenizer)
+    assert prompt.columns == {"answer": "2"}
 
 
 def test_messages_written_as_text_are_noticed(tmp_path, tokenizer, caplog):
@@ -484,8 +496,8 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "c.jsonl", {"prompt": [{"role": "tool", "content": "a"}]})
     with pytest.raises(VdrError, match="line 1: the chat template refuses the messages: no tools here"):
         load(path, tokenizer)[0]
-    path = write_jsonl(tmp_path / "n.jsonl", {"prompt": [{"role": "user", "content": 3}]})
-    joining = character_tokenizer(template="{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    path = write_jsonl(tmp_path / "n.jsonl", {"prompt": [{"role": "user", "content": "a", "name": 3}]})
+    joining = character_tokenizer(template="{% for m in messages %}{{ m.content + m.name }}{% endfor %}")
     with pytest.raises(DataError, match="line 1: the chat template refuses the messages: can only concatenate"):
         load(path, joining)[0]
 

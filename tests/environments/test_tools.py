@@ -65,6 +65,8 @@ def test_the_form_is_found_in_the_template(tmp_path: Path) -> None:
     assert parsers.parser_of("hermes", "") is parsers.hermes
     with pytest.raises(ConfigError, match=r"rollout\.tool_parser is auto, but"):
         parsers.parser_of("auto", "nothing")
+    with pytest.raises(ConfigError, match=r"rollout\.tool_parser is auto, but"):
+        parsers.parser_of("auto", "<tool_call>\n<function={{ name }}>\n<parameter=a>")  # in XML: hermes cannot read it
     (tmp_path / "mine.py").write_text("def calls(text):\n    return [{'name': text.split()[0]}]\n")
     own = parsers.parser_of(f"{tmp_path}/mine.py:calls", "")
     assert own("look here") == [ToolCall("look", {})]

@@ -74,8 +74,8 @@ class PromptSet(Sequence[Prompt]):
         self._limits, self._tools = limits, tools
         self.truncated_rows: set[int] = set()
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
-        self.columns = tuple(column for column in table.columns if column != prompt_column)
-        """The columns that reward functions can ask for."""
+        self.columns = tuple(column for column in table.columns if (column, prompt_column) != ("prompt", "prompt"))
+        """The columns that reward functions can ask for: the prompt's too where it has a name of its own."""
         self.has_messages, self.digest = self._check_rows()
         """digest: tells these rows, in this order, from others; of a local file it covers every column."""
 
@@ -88,7 +88,7 @@ class PromptSet(Sequence[Prompt]):
             return [self[row] for row in range(*index.indices(len(self)))]
         index = range(len(self))[index]
         row = dict(self._table.rows[index])
-        value = self._value(row.pop(self._prompt_column))
+        value = self._value(row[self._prompt_column])
         ids = self._fitting(index, self._cut(index, self._tokens(index, value)))
         return Prompt(row=index, value=value, token_ids=ids, columns=self._columns_of(row))
 
@@ -273,8 +273,9 @@ def _check_message(message: Any, what: str) -> None:
         raise DataError(f"{what} has no content")
     if isinstance(content, list):
         raise DataError(f"{what} has parts that are not text: {shown_value(content)}; the model reads text only")
-    if isinstance(content, str):
-        _check_text(content, what)
+    if not isinstance(content, str):
+        raise DataError(f"{what} has content that is not text: {shown_value(content)}; give a string")
+    _check_text(content, what)
 
 
 def _warn_of_written_messages(text: str, what: str) -> None:

@@ -81,9 +81,10 @@ def parser_of(given: str, template: str) -> Parser:
         return _own(given)
     if "[TOOL_CALLS]" in template:
         return mistral
-    if "<tool_call>" in template:
+    is_xml = any(mark in template for mark in ("<function=", "<arg_key>"))  # of Qwen3-Coder and GLM-4.5
+    if "<tool_call>" in template and not is_xml:
         return hermes
-    if "python_tag" in template or '"parameters"' in template:
+    if not is_xml and ("python_tag" in template or '"parameters"' in template):
         return llama3
     raise ConfigError(
         "rollout.tool_parser is auto, but the chat template shows none of the known forms of a call; set it to hermes, "
