@@ -48,6 +48,7 @@ CHANGEABLE_ON_RESUME = {
     "rollout.vllm.start_timeout",
     "rollout.vllm.request_timeout",
     "rollout.vllm.retries",
+    "rollout.vllm.tolerance",
     "rewards.timeout",
     "rewards.processes",
     "data.eval_name",

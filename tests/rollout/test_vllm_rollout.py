@@ -318,6 +318,32 @@ def test_other_ranks_wait_for_rank_0s_push(fake_vllm: Any, tmp_path: Path) -> No
     assert fake_vllm.reloads == 1
 
 
+def test_a_push_that_fails_on_rank_0_ends_the_other_ranks_wait(fake_vllm: Any, tmp_path: Path) -> None:
+    model, request = tiny(), RolloutRequest(PROMPTS, 2, Sampling(6), KEYS)
+    fake_vllm.raw_logps = True
+    with pytest.raises(ConfigError, match="processed_logprobs"):
+        connect(fake_vllm, tmp_path).generate(model, request)
+    other = connect(fake_vllm, tmp_path, main=False, start_timeout=60.0)
+    with pytest.raises(MachineError, match=r"rank 0 could not push the weights: .*processed_logprobs"):
+        other.generate(model, request)
+
+
+def test_a_push_may_differ_more_than_the_first_that_happened_to_differ_little(fake_vllm: Any, tmp_path: Path) -> None:
+    """In bfloat16 a few tokens' mean difference varies tenfold with the tokens."""
+    rollout = connect(fake_vllm, tmp_path)
+    for difference in (0.002, 0.006, 0.017):
+        rollout._check_probes(difference, 0)
+    with pytest.raises(ConfigError, match=r"at most 0\.0680"):
+        rollout._check_probes(0.08, 0)
+
+
+def test_an_eos_as_the_last_allowed_token_ends_a_completion(fake_vllm: Any, tmp_path: Path) -> None:
+    """Some servers look at the length first."""
+    client = connect(fake_vllm, tmp_path).clients[0]
+    choice = {"token_ids": [5, 2], "logprobs": {"token_logprobs": [-1.0, -1.0]}, "finish_reason": "length"}
+    assert not client._answer(choice, (2,)).truncated and client._answer(choice, (3,)).truncated
+
+
 def test_a_rank_without_prompts_still_pushes(fake_vllm: Any, tmp_path: Path) -> None:
     out = connect(fake_vllm, tmp_path).generate(tiny(), RolloutRequest([], 2, Sampling(4), []))
     assert len(out) == 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -29,10 +29,10 @@ from vdr_cli.rollout.weights import checksum, in_layer_order, served_weights, wr
 from vdr_cli.samples import Completions, Sampling
 from vdr_cli.system.files import write_whole
 
-PROBE = Sampling(max_new_tokens=16, temperature=0.5)
+PROBE = Sampling(max_new_tokens=32, temperature=0.5)
 """Drawn to compare log-probabilities; not at temperature 1, so that a server that returns them unscaled is seen."""
 
-PROBES = 4
+PROBES = 8
 """Prompts drawn from for it, on each server."""
 
 PUSHED = "pushed.json"
@@ -42,7 +42,7 @@ MOST_REQUESTS = 256
 """Requests in flight at once; the server queues those that it cannot decode together."""
 
 NOISE = 4.0
-"""A push must agree to within this many times the difference right after the server started."""
+"""A push must agree to within this many times the largest difference of the pushes before."""
 
 FLOOR = 2e-5
 """Nats; differences below it are rounding and never counted as stale weights."""
@@ -194,15 +194,16 @@ class VllmRollout(Rollout):
             return
         wait(self.sampling)  # what is being sampled is sampled under one set of weights
         if self.main:
-            self._hand_over(model)
+            with self._failure_announced():
+                self._hand_over(model)
+                self._find_names(prompts, sampling)
+                for server in self.serving:
+                    sampled = self._sample_probes(prompts, server)
+                    self._check_probes(mean_difference(model, sampled, PROBE.temperature), server)
+            self._announce(version)
         else:
             self._await(version)
-        self._find_names(prompts, sampling)
-        if self.main:
-            for server in self.serving:
-                sampled = self._sample_probes(prompts, server)
-                self._check_probes(mean_difference(model, sampled, PROBE.temperature), server)
-            self._announce(version)
+            self._find_names(prompts, sampling)
         self.pushes += 1
         self.pushed, self.asleep = version, False
 
@@ -342,11 +343,26 @@ class VllmRollout(Rollout):
     def _announce(self, version: int) -> None:
         write_whole(self.directory / PUSHED, json.dumps({"version": version, "push": self.pushes + 1}))
 
+    @contextmanager
+    def _failure_announced(self) -> Iterator[None]:
+        """When the push fails, the other ranks stop waiting for it."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(OSError):
+                write_whole(
+                    self.directory / PUSHED,
+                    json.dumps({"failed": " ".join(str(error).split()), "push": self.pushes + 1}),
+                )
+            raise
+
     def _await(self, version: int) -> None:
         """Wait until rank 0 reports that the servers hold these weights."""
         file, deadline = self.directory / PUSHED, time.monotonic() + self.settings.start_timeout
         wanted = {"version": version, "push": self.pushes + 1}
-        while not (file.is_file() and json.loads(file.read_text()) == wanted):
+        while (said := json.loads(file.read_text()) if file.is_file() else {}) != wanted:
+            if "failed" in said and said["push"] == wanted["push"]:
+                raise MachineError(f"rollout.vllm: rank 0 could not push the weights: {said['failed']}")
             if time.monotonic() > deadline:
                 raise MachineError(
                     f"rollout.vllm.directory {self.directory}: rank 0 did not report these weights pushed within "
@@ -374,8 +390,7 @@ class VllmRollout(Rollout):
                 "(stale, or an LM head tied to the embedding that a reload passes over), or was started without "
                 f"--logprobs-mode processed_logprobs. Start it on the untied model in {self.directory}"
             )
-        if self.noise is None:
-            self.noise = difference
+        self.noise = max(difference, self.noise or 0.0)
 
 
 def mean_difference(model: nn.Module, sampled: Completions, temperature: float) -> float:

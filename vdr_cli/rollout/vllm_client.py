@@ -108,14 +108,16 @@ class VllmClient:
             "logprobs": 0,
         }
         choices = sorted(self.post("/v1/completions", body, self.request_timeout)["choices"], key=lambda c: c["index"])
-        answers = [self._answer(choice) for choice in choices]
+        answers = [self._answer(choice, eos_ids) for choice in choices]
         return answers * n if sampling.temperature == 0 else answers
 
-    def _answer(self, choice: dict[str, Any]) -> Answer:
+    def _answer(self, choice: dict[str, Any], eos_ids: Sequence[int]) -> Answer:
         ids, logprobs = choice.get("token_ids"), choice.get("logprobs")
         if ids is None or logprobs is None:
             raise MachineError(f"vLLM server {self.url} returned no token ids or log-probabilities; update vLLM")
-        return Answer(ids, logprobs["token_logprobs"], choice["finish_reason"] == "length")
+        # Some servers look at the length first: an EOS as the last allowed token ends a completion all the same.
+        is_cut = choice["finish_reason"] == "length" and not (ids and ids[-1] in eos_ids)
+        return Answer(ids, logprobs["token_logprobs"], is_cut)
 
     def reload(self, directory: Path) -> None:
         """Take the weights in `directory` and forget what was cached under the old ones."""
