@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import urllib.request
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vdr_cli.config import RolloutConfig
 from vdr_cli.errors import ConfigError, MachineError
@@ -170,6 +172,24 @@ def test_a_tied_model_is_served_untied(tmp_path: Path) -> None:
     assert served.lm_head.weight.data_ptr() != served.model.embed_tokens.weight.data_ptr()
     ids = torch.tensor([[3, 4, 5]])
     assert torch.equal(served(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gemma2", "qwen2"])
+def test_a_server_reads_the_names_of_a_checkpoint(kind: str, tmp_path: Path) -> None:
+    """transformers holds experts as one tensor, under other names; and vLLM has no LM head for Gemma 2."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    experts = {"num_experts": 2, "num_local_experts": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model(kind, **sizes, **(experts if kind in ("mixtral", "qwen3_moe") else {}))
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "saved")
+    write_model(model, NoTokenizer(), tmp_path / "served")  # type: ignore[arg-type]
+    saved, served = load_file(tmp_path / "saved" / WEIGHTS), load_file(tmp_path / "served" / WEIGHTS)
+    assert served.keys() - {"lm_head.weight"} == saved.keys() - {"lm_head.weight"}
+    assert all(torch.equal(served[name], saved[name]) for name in saved)
+    assert ("lm_head.weight" in served) == (kind != "gemma2")
+    tied = json.loads((tmp_path / "served" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (kind == "gemma2")
 
 
 def test_a_server_error_is_retried_with_a_limit(fake_vllm: Any, tmp_path: Path) -> None:

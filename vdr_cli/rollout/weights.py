@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from vdr_cli.models.adapters import merged
 from vdr_cli.models.anatomy import decoder_layers
 from vdr_cli.system.files import replacing
 
 WEIGHTS = "model.safetensors"
+ALWAYS_TIED = ("gemma", "gemma2")
+"""Models that vLLM gives no LM head of their own: it reads logits off the embedding."""
 
 
 def checksum(model: nn.Module) -> int:
@@ -34,7 +37,7 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
     directory.mkdir(parents=True, exist_ok=True)
     whole = merged(model)
     config = copy.deepcopy(whole.config)
-    config.tie_word_embeddings = False
+    config.tie_word_embeddings = config.model_type in ALWAYS_TIED
     config.dtype = next(whole.parameters()).dtype
     config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -42,14 +45,24 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, directory:
 
 
 def served_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of the served model under its name, the LM head too where it is the embedding."""
+    """Every tensor of the served model under its name in a checkpoint, the LM head too where it is the embedding.
+
+    Where the model is gathered layer by layer (layers on the meta device) names are those in memory, which differ for
+    mixtures of experts.
+    """
     whole = merged(model)
     state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in whole.state_dict().items()}
     head = whole.get_output_embeddings()
     names = {id(module): name for name, module in whole.named_modules()}
     if head is not None:
-        state[f"{names[id(head)]}.weight"] = head.weight.detach()
-    return state
+        name = f"{names[id(head)]}.weight"
+        state[name] = head.weight.detach()
+        if whole.config.model_type in ALWAYS_TIED:
+            del state[name]
+    if any(tensor.is_meta for tensor in state.values()):
+        return state
+    in_checkpoint: dict[str, Tensor] = revert_weight_conversion(whole, state)
+    return in_checkpoint
 
 
 def in_layer_order(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
