@@ -30,6 +30,7 @@ STUDIES = {
     "routes": "routes",
     "countdown4-gated": "countdown4, no bonus for failed groups",
     "countdown4-dose": "countdown4, weight and members",
+    "countdown4-settings": "countdown4, gate, schedule and scale",
     "starter-further": "starter, further sources",
     "countdown4-further": "countdown4, further sources",
     "countdown4-reuse": "countdown4, four updates, block C",
