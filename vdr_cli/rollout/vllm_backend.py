@@ -345,7 +345,7 @@ class VllmRollout(Rollout):
 
     @contextmanager
     def _failure_announced(self) -> Iterator[None]:
-        """When the push fails, the other ranks stop waiting for it."""
+        """The other ranks stop waiting for a push that fails in the block."""
         try:
             yield
         except Exception as error:
