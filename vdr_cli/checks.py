@@ -214,6 +214,29 @@ def refuse_other_settings_of(checkpoint: Path, tree: Mapping[str, Any], config: 
         )
 
 
+def refuse_other_model_of(checkpoint: Path, tree: Mapping[str, Any], config: Config) -> None:
+    """Raise ConfigError when another run's checkpoint, written with these settings (a tree), does not fit this run.
+
+    A model that has moved with its directory is the same. Checkpoints of other versions are not judged.
+    """
+    theirs, ours = _computed_from(tree), computed_settings(config)
+    if not theirs:
+        return
+    keys = [key for key in differing_keys(theirs, ours) if key.startswith(("model.", "engine."))]
+    other = [key for key in keys if key not in CHANGEABLE_ON_RESUME]
+    if Path(theirs["model"]["name"]).name == Path(ours["model"]["name"]).name:
+        other = [key for key in other if key != "model.name"]
+    if theirs["train"]["optimizer"] != ours["train"]["optimizer"]:
+        other.append("train.optimizer")
+    if bool(theirs["train"]["weight_decay"]) != bool(ours["train"]["weight_decay"]):  # it decides what is a group
+        other.append("train.weight_decay")
+    if other:
+        raise ConfigError(
+            f"--resume {checkpoint}: {_few(other)} in what it was written with; a checkpoint resumes only with the "
+            "model, engine and optimizer it was saved with"
+        )
+
+
 def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two trees of settings."""
     keys: list[str] = []

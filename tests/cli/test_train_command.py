@@ -149,7 +149,7 @@ def test_ranks_agree_on_the_directory(started, monkeypatch, capsys):
 
     said: list = []
     become_rank(monkeypatch, 1, 2)
-    monkeypatch.setattr(processes, "start_distributed", lambda: None)
+    monkeypatch.setattr(processes, "start_distributed", lambda *_: None)
     monkeypatch.setattr(collectives, "is_main", lambda: said == ["main"])
     monkeypatch.setattr(collectives, "broadcast_object", lambda own: "runs/of-rank-0")
     assert app.run(["train"]) == 0
@@ -260,6 +260,20 @@ def test_resume_takes_the_runs_own_settings(started, capsys, monkeypatch):
     assert "no such checkpoint directory" in capsys.readouterr().err
     assert app.run(["train", "--resume", "auto"]) == 2
     assert "--resume needs --output" in capsys.readouterr().err
+
+
+def test_the_directory_that_is_named_anywhere_gets_the_run(started):
+    """Not the checkpoint's own, whose later steps a run from there would set aside."""
+    checkpoint = finished_run("a", "--seed", "9", seen=started) / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    assert app.run(["train", "--resume", str(checkpoint), "--set", "train.output=b"]) == 0
+    assert (started["config"].train.seed, started["config"].train.output) == (9, "b")
+    Path("branch.yaml").write_text("train: {seed: 9, output: c}\n")
+    assert app.run(["train", "branch.yaml", "--resume", str(checkpoint)]) == 0
+    assert started["config"].train.output == "c"
+    Path("same.yaml").write_text("train: {seed: 9}\n")
+    assert app.run(["train", "same.yaml", "--resume", str(checkpoint)]) == 0
+    assert started["config"].train.output == "a"
 
 
 def test_a_checkpoint_of_another_run(started, capsys):

@@ -232,6 +232,25 @@ def test_weights_and_moments_come_back_bit_for_bit(build: Build, completions, on
     assert not all(map(torch.equal, weights_of(engine), weights_of(fresh)))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_another_runs_checkpoint_does_not_bring_its_optimizers_settings(
+    build: Build, completions, one_step, tmp_path: Path, stage
+) -> None:
+    """config.yaml says what the run computes; DeepSpeed restores whole parameter groups."""
+    engine = build(stage)
+    one_step(engine, completions)
+    checkpoints.save(engine, tmp_path / "checkpoints", 1, {"loop": {}})
+    found, _ = checkpoints.newest_complete(tmp_path / "checkpoints")
+    assert found is not None
+    other = build(stage, train={"adam_betas": (0.5, 0.6), "adam_epsilon": 1e-3})
+    checkpoints.load(other, found)
+    one_step(other, completions)
+    groups = other.ds_engine.optimizer.param_groups
+    assert {(tuple(group["betas"]), group["eps"]) for group in groups} == {((0.5, 0.6), 1e-3)}
+    one_step(engine, completions)
+    assert not all(map(torch.equal, weights_of(engine), weights_of(other)))
+
+
 def test_random_states_go_on_where_they_were(build: Build, tmp_path: Path) -> None:
     """Reward functions draw from these."""
 

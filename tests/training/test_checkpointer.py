@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,25 @@ def test_a_checkpoint_knows_the_settings_that_its_run_may_not_change(
         resumed("train.learning_rate=0.5", "grpo.loss=dr_grpo")
     del checkpoint.state["settings"]
     resumed("train.learning_rate=0.5")  # written by an earlier version
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["model.name=countdown4", "model.lora={rank: 4}", "train.weight_decay=0.1", "train.optimizer=muon"],
+)
+def test_a_checkpoint_without_its_run_still_knows_its_model(other: str, tmp_path: Path) -> None:
+    """It may have been copied away: the weights of one model would go out under another's tokenizer."""
+    checkpoint = found(tmp_path / "copied" / "step_000004", 4, "rows")
+    checkpoint.state["settings"] = computed_settings(resources(tmp_path).config)
+    moved = json.loads(json.dumps(checkpoint.state["settings"]))
+    refuse_other_run(checkpoint, resources(tmp_path, "train.adam_epsilon=0.1").config, "rows", tmp_path / "new")
+    more = ["train.muon_learning_rate=0.01"] if "muon" in other else []
+    given = resources(tmp_path, other, *more).config
+    with pytest.raises(ConfigError, match=rf"step_000004: {other.partition('=')[0]}.* in what it was written with"):
+        refuse_other_run(checkpoint, given, "rows", tmp_path / "new")
+    moved["model"]["name"] = "/elsewhere/other"  # with its directory
+    checkpoint.state["settings"] = moved
+    refuse_other_run(checkpoint, resources(tmp_path).config, "rows", tmp_path / "new")
 
 
 def test_what_another_source_remembers_is_not_ours(events: list[tuple[Any, ...]], tmp_path: Path) -> None:

@@ -80,9 +80,10 @@ def command(
     """Fine-tune a model with GRPO and an exploration bonus: disagreement, unless --bonus names another."""
     if all_settings and not dry_run:
         raise ConfigError("--all shows every setting, with --dry-run only; add --dry-run")
-    if typed["train.output"] is None:
-        typed = typed.also("--output", "train.output", _run_of(resume))
-    settings_file = _settings_file(config_file, resume, typed["train.output"])
+    run = _run_of(resume)
+    if typed["train.output"] is None and not _names_output(config_file, overrides):
+        typed = typed.also("--output", "train.output", run)
+    settings_file = _settings_file(config_file, resume, typed["train.output"], run)
     config = config_from(settings_file, overrides, typed.also("--reward", "rewards.functions", reward_settings(reward)))
     from vdr_cli.cli.training import start
 
@@ -99,9 +100,22 @@ def _run_of(resume: str | None) -> str | None:
     return os.path.relpath(folder.parent) if folder.name == "checkpoints" else None
 
 
-def _settings_file(config_file: str | None, resume: str | None, output: str | None) -> str | Path | None:
-    """The file typed; with --resume and none typed, the settings that the run was started with."""
-    if config_file is not None or resume is None or output is None:
+def _names_output(config_file: str | None, overrides: list[str] | None) -> bool:
+    """True when the file or --set says which directory the run is to have."""
+    from vdr_cli.config.load import read_document
+
+    section = read_document(config_file).tree.get("train") if config_file is not None else None
+    in_file = isinstance(section, dict) and section.get("output") is not None
+    return in_file or any(override.startswith("train.output=") for override in overrides or ())
+
+
+def _settings_file(
+    config_file: str | None, resume: str | None, output: str | None, run: str | None
+) -> str | Path | None:
+    """The file typed; with --resume and none typed, the settings that the run was started with.
+
+    run: that of the checkpoint that --resume names.
+    """
+    if config_file is not None or resume is None:
         return config_file
-    run = _run_of(resume)
-    return run_config_of(output) or (run_config_of(run) if run else None)
+    return (run_config_of(output) if output else None) or (run_config_of(run) if run else None)

@@ -24,6 +24,9 @@ from vdr_cli.models.anatomy import WholeLayer, has_experts, input_embeddings, ou
 from vdr_cli.models.policy import HeadLogps, completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
 
+KEPT_OF_SETTINGS = ("betas", "eps", "weight_decay", "momentum")
+"""Of an optimizer's parameter group: what the run's own settings say, whatever checkpoint was loaded."""
+
 Portion = tuple[slice | None, Completions]
 """A slice of a rank's completions, and the completions in it. None: the rank only takes part in the collectives."""
 
@@ -69,7 +72,7 @@ class Engine:
         self.version = 0
         """Grows with every optimizer step: equal versions are equal weights."""
         groups = ds_engine.optimizer.param_groups
-        self._decays = [group["weight_decay"] for group in groups]
+        self._given = [{key: group[key] for key in KEPT_OF_SETTINGS if key in group} for group in groups]
         self._rates = [group.get("rate", 1.0) for group in groups]  # Muon's over the learning rate
         self._whole_layer: WholeLayer | None = None
 
@@ -220,9 +223,9 @@ class Engine:
         """Update the weights once. Refused on all ranks alike when the gradient is not finite."""
         self.version += 1
         groups = self.ds_engine.optimizer.param_groups
-        for group, rate, decay in zip(groups, self._rates, self._decays, strict=True):
-            group["lr"] = learning_rate * rate
-            group["weight_decay"] = decay  # a universal checkpoint gives all groups the first one's
+        for group, rate, given in zip(groups, self._rates, self._given, strict=True):
+            # A checkpoint brings those of its run, and a universal one gives all groups the first one's.
+            group.update(given, lr=learning_rate * rate)
         if not hasattr(self.ds_engine.optimizer, "overflow"):
             return self._plain_step()
         skipped = self.ds_engine.skipped_steps

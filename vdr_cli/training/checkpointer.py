@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vdr_cli.checks import refuse_other_settings_of
+from vdr_cli.checks import refuse_other_model_of, refuse_other_settings_of
 from vdr_cli.config import Config
 from vdr_cli.config.load import computed_settings
 from vdr_cli.engine import checkpoint as checkpoints
@@ -58,8 +58,11 @@ def refuse_other_run(found: checkpoints.Checkpoint, config: Config, rows: str, d
                 f"--resume {found.path}: engine.ds_config {config.engine.ds_config} has ZeRO stage {stage}, the "
                 f"checkpoint stage {found.state['zero_stage']}; resume with the stage it was saved with"
             )
-        if "settings" in found.state and _is_in(directory / "checkpoints", found):
-            refuse_other_settings_of(found.path, found.state["settings"], config)
+        settings = found.state.get("settings")
+        if settings is not None and _is_in(directory / "checkpoints", found):
+            refuse_other_settings_of(found.path, settings, config)
+        elif settings is not None:
+            refuse_other_model_of(found.path, settings, config)
 
 
 def _save_memory(memory: Memory, folder: Path) -> None:
