@@ -73,9 +73,9 @@ def _agreed_output(config: Config, resume: str | None) -> Config:
 
     with importing():
         from vdr_cli.engine import collectives
-        from vdr_cli.engine.processes import start_distributed
+        from vdr_cli.engine.processes import patience_of, start_distributed
 
-    start_distributed()
+    start_distributed(patience_of(config))
     chosen = with_output(config, config.train.output or default_output())
     with collectives.agreed():
         if collectives.is_main():

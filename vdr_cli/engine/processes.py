@@ -10,18 +10,31 @@ import atexit
 import os
 import socket
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
 
+from vdr_cli.config import Config
 from vdr_cli.engine.cpu import keep_to_one_thread_each, reuse_freed_memory
 from vdr_cli.engine.deepspeed_import import deepspeed
 from vdr_cli.engine.determinism import fixed_kernels
 from vdr_cli.errors import MachineError
 from vdr_cli.system.text import first_line
 
+PATIENCE = 3600.0
+"""Least seconds that a collective waits for the slowest rank; the watchdog notices one that is gone long before."""
 
-def start_distributed() -> torch.device:
+
+def patience_of(config: Config) -> float:
+    """Seconds that ranks wait for one whose rewards and tools all take as long as they may, and more."""
+    rewards = config.rewards.timeout * max(len(config.rewards.functions), 1)
+    return max(PATIENCE, 2 * (rewards + config.rollout.tool_timeout * config.rollout.max_turns))
+
+
+def start_distributed(patience: float = PATIENCE) -> torch.device:
     """Join the process group and choose this rank's device. The launcher's environment must be set.
+
+    patience: seconds that a collective waits for the slowest rank, unless DEEPSPEED_TIMEOUT (minutes) is set.
 
     In a group already: stay. Raises MachineError when rank 0 cannot listen, or cannot be reached, and when this host
     has more ranks than GPUs.
@@ -33,7 +46,7 @@ def start_distributed() -> torch.device:
     if not torch.cuda.is_available():
         # Compiling DeepSpeed's shared-memory collective takes a minute and a compiler; gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    _join_group()
+    _join_group(patience)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -54,7 +67,7 @@ def _check_gpus(environ: Mapping[str, str], gpus: int) -> None:
         )
 
 
-def _join_group() -> None:
+def _join_group(patience: float) -> None:
     try:
         deepspeed.init_distributed(verbose=False)
     except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
@@ -63,6 +76,8 @@ def _join_group() -> None:
         if os.environ.get("RANK") == "0":
             raise MachineError(f"rank 0 cannot listen on {place}: {reason}; give another --master-port") from error
         raise MachineError(f"rank 0 cannot be reached at {place}: {reason}; give --master-addr") from error
+    if "DEEPSPEED_TIMEOUT" not in os.environ:  # now that they have met: a rank that never comes is not waited for
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=patience))
 
 
 def leave_process_group() -> None:

@@ -29,7 +29,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.engine.build import build_engine
 from vdr_cli.engine.engine import Engine
 from vdr_cli.engine.export import export_model
-from vdr_cli.engine.processes import start_distributed
+from vdr_cli.engine.processes import patience_of, start_distributed
 from vdr_cli.engine.reference import build_reference
 from vdr_cli.engine.reward_models import HeldRewardModels
 from vdr_cli.engine.serving import ServedLayers
@@ -133,7 +133,7 @@ def _opened(config: Config, resume: str | None) -> Iterator[Run]:
         raise ConfigError("train.output is needed: the run directory, the same for every process")
     directory = Path(config.train.output)
     watchdog.begin(str(directory), config.launch.fault_timeout)
-    device = start_distributed()
+    device = start_distributed(patience_of(config))
     with ExitStack() as stack:
         rank, size = collectives.rank(), collectives.world_size()
         stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
