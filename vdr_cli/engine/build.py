@@ -28,6 +28,7 @@ from vdr_cli.models.policy import Policy
 from vdr_cli.models.prompt_tree import can_read_trees
 from vdr_cli.models.sizes import language_part, largest
 from vdr_cli.models.train_mode import silence_dropout
+from vdr_cli.system.text import reason
 
 
 def build_engine(config: Config, device: torch.device, universal: bool = False) -> Engine:
@@ -46,6 +47,7 @@ def build_engine(config: Config, device: torch.device, universal: bool = False) 
         ranks_per_host=collectives.ranks_per_host(),
     )
     _check_zero_section(config.engine.ds_config, ds_config["zero_optimization"])
+    _check_by_deepspeed(config.engine.ds_config, ds_config)
     if universal and config.train.optimizer == "muon":
         raise ConfigError(
             "train.optimizer muon: DeepSpeed cannot convert Muon's state to another number of processes; resume with "
@@ -166,6 +168,24 @@ def _check_zero_section(name: str, zero: DsConfig) -> None:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(f"engine.ds_config {name}: zero_optimization.{key}: {first['msg']}; correct it") from error
+
+
+def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
+    """Build DeepSpeed's own configuration, before a weight is loaded: later its errors would look like the model's."""
+    runtime = deepspeed_import.module("runtime.config")
+    try:
+        runtime.DeepSpeedConfig(ds_config)
+    except Exception as error:  # it checks little: values of a wrong type make it raise anything
+        raise ConfigError(f"engine.ds_config {name}: {reason(error)}; correct it") from error
+    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):  # read when the engine is made
+        value = ds_config.get("data_types", {}).get(key)
+        try:
+            if value is not None:
+                runtime.DtypeEnum(value)
+        except ValueError as error:
+            raise ConfigError(
+                f"engine.ds_config {name}: data_types.{key} is {value!r}; give bf16, fp16 or fp32"
+            ) from error
 
 
 def _hidden_size(config: Config) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import vdr_cli
@@ -41,7 +42,26 @@ PASSED_THROUGH = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
-SECTIONS = {"zero_optimization", "bf16", "fp16", "optimizer", "scheduler"}
+OBJECT = 'an object, such as {"...": ...}'
+OBJECTS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
+OBJECTS_OF_DEEPSPEED = ("activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler")
+OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+SWITCHES = ("dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
+SWITCHES_OF_ZERO = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+KINDS: dict[str, tuple[type | UnionType, str]] = {
+    **dict.fromkeys((*OBJECTS, *OBJECTS_OF_DEEPSPEED), (dict, OBJECT)),
+    **dict.fromkeys(OFFLOADS, (dict | None, OBJECT)),
+    **dict.fromkeys((*SWITCHES, *SWITCHES_OF_ZERO), (bool, "true or false")),
+    "zero_optimization.stage": (int, "0, 1, 2 or 3"),
+    "communication_data_type": (str | None, "bf16, fp16 or fp32"),
+    "gradient_predivide_factor": (int | float, "a number"),
+    "steps_per_print": (int | float | None, "a number"),
+}
+"""Type of a key's value, and its name in an error. A section stands before its keys."""
+
+OPTIMIZER_NAMES = {"adamw": ("adamw", "adam", "auto"), "muon": ("muon", "auto")}
+"""Values of optimizer.type, in lower case, that agree with train.optimizer. DeepSpeed's Adam is AdamW by default."""
+
 KNOWN_KEYS = PASSED_THROUGH | {*OWNED_BATCH_KEYS, "bf16", "fp16", "gradient_clipping", "optimizer", "scheduler"}
 
 
@@ -64,7 +84,8 @@ def ds_config_path(name: str) -> Path:
 
 
 def read_ds_config(name: str) -> DsConfig:
-    """The JSON as it stands. Raises ConfigError with file and line when it is not a JSON object."""
+    """The JSON as it stands. Raises ConfigError with the file, and the line or key, for anything else than a JSON object
+    whose values have the right types."""
     path = ds_config_path(name)
     try:
         loaded = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -78,9 +99,11 @@ def read_ds_config(name: str) -> DsConfig:
         if key not in KNOWN_KEYS:
             hint = did_you_mean(key, KNOWN_KEYS, f"known: {', '.join(sorted(KNOWN_KEYS))}")
             raise ConfigError(f"engine.ds_config {path}: unknown key {key}; {hint}")
-    for key in SECTIONS & loaded.keys():
-        if not isinstance(loaded[key], dict):
-            raise ConfigError(f'engine.ds_config {path}: {key} must be an object, such as {{"...": ...}}')
+    for place, (kind, words) in KINDS.items():
+        section, _, key = place.rpartition(".")
+        values = loaded.get(section, {}) if section else loaded
+        if key in values and not isinstance(values[key], kind):
+            raise ConfigError(f"engine.ds_config {path}: {place} must be {words}")
     return loaded
 
 
@@ -205,6 +228,12 @@ def _refuse_conflicts(name: str, given: DsConfig, config: Config, world_size: in
         )
     if given.get("fp16", {}).get("enabled", False) is True:
         raise ConfigError(f"engine.ds_config {name}: fp16 is not supported; set model.dtype to bfloat16 or float32")
+    optimizer = given.get("optimizer", {}).get("type", "auto")
+    if str(optimizer).lower() not in OPTIMIZER_NAMES[config.train.optimizer]:
+        raise ConfigError(
+            f"engine.ds_config {name}: optimizer.type is {optimizer} but train.optimizer is {config.train.optimizer}; "
+            "remove it or make them agree"
+        )
     for section in ("optimizer", "scheduler"):
         values = given.get(section, {}).get("params", {}).values()
         if any(value != "auto" for value in values):
