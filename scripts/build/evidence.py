@@ -2,8 +2,8 @@
 
     python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
-evidence.png has a panel for each study that compares disagreement or surprisal with a placebo: pass@k at the end, of
-the control, of disagreement, of a placebo and of the rival with the best endpoint among those that keep pass@1; or,
+evidence.png has a panel for each study that compares disagreement, or a rival that keeps pass@1, with a placebo: pass@k
+at the end, of the control, of disagreement, of a placebo and of the rival with the best endpoint among those; or,
 where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the
 control, in every study. Bands and bars are 95 % intervals.
 """
@@ -36,6 +36,7 @@ STUDIES = {
     "countdown4-reuse": "countdown4, four updates, block C",
     "countdown4-confirm": "countdown4, four updates per rollout",
     "countdown4-surprisal": "countdown4, four updates, surprisal again",
+    "starter-surprisal": "starter, four updates, surprisal again",
 }
 """Directory to title, in the order of the page."""
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
@@ -110,6 +111,11 @@ def chosen(record: Record) -> dict[str, str]:
     return {arm: colour for arm, colour in colours.items() if arm in rows or not arm}
 
 
+def is_compared(record: Record) -> bool:
+    """True when the study has a placebo, and something to show beside it."""
+    return bool(set(PLACEBOS) & set(record.study.arms) and {*OURS.values(), RIVAL} & set(chosen(record).values()))
+
+
 def draw_curves(axes: Any, record: Record) -> None:
     found = curves(record, bed_of(record))
     ks = found[record.study.file.control].k
@@ -178,7 +184,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = {path: read_record(path) for path in arguments.directories}
     records = {STUDIES.get(path.parent.name, record.title): record for path, record in found.items()}
-    compared = {title: record for title, record in records.items() if set(PLACEBOS) & set(record.study.arms)} or records
+    compared = {title: record for title, record in records.items() if is_compared(record)} or records
     for name, made in (("evidence", ends(compared)), ("differences", differences(records))):
         FigureCanvasAgg(made)
         made.savefig(arguments.output / f"{name}.png", dpi=110, metadata={"Software": None})
