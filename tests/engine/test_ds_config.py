@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vdr_cli.config import Config
 from vdr_cli.config.load import load_config
+from vdr_cli.engine import build
 from vdr_cli.engine.ds_config import (
     SMALLEST_BUCKET,
     DsConfig,
@@ -88,6 +90,14 @@ def test_a_path_is_read_where_it_is(tmp_path: Path) -> None:
         ("[]", "a JSON object is needed, not list"),
         ('{"zero_optimisation": {}}', "unknown key zero_optimisation; did you mean zero_optimization?"),
         ('{"bf16": true}', "bf16 must be an object"),
+        ('{"zero_optimization": {"offload_optimizer": "cpu"}}', "zero_optimization.offload_optimizer must be an"),
+        ('{"zero_optimization": {"stage": "auto"}}', "mine.json: zero_optimization.stage must be 0, 1, 2 or 3"),
+        ('{"optimizer": {"params": null}}', "mine.json: optimizer.params must be an object"),
+        ('{"scheduler": {"params": []}}', "mine.json: scheduler.params must be an object"),
+        ('{"activation_checkpointing": "auto"}', "mine.json: activation_checkpointing must be an object"),
+        ('{"wall_clock_breakdown": "auto"}', "mine.json: wall_clock_breakdown must be true or false"),
+        ('{"flops_profiler": {"enabled": "auto"}}', "mine.json: flops_profiler.enabled must be true or false"),
+        ('{"steps_per_print": "auto"}', "mine.json: steps_per_print must be a number"),
     ],
 )
 def test_a_bad_file_is_named(text: str, line: str, tmp_path: Path) -> None:
@@ -111,6 +121,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ({"bf16": {"enabled": False}}, "bf16.enabled disagrees with model.dtype"),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer is set by train.learning_rate"),
+        ({"optimizer": {"type": "Lion"}}, "optimizer.type is Lion but train.optimizer is adamw; remove it or make"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7; give 0 to 3"),
         ({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}}, 'zero_optimization.sub_group_size is "auto"'),
     ],
@@ -120,6 +131,38 @@ def test_conflicts_name_both_sides(given: dict[str, Any], line: str, tmp_path: P
     file.write_text(json.dumps(given))
     with pytest.raises(ConfigError, match=line):
         resolved(config(str(file)))
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "auto"])
+def test_the_optimizer_that_runs_may_be_named(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "optimizer": {"type": name}}))
+    assert "optimizer" not in resolved(config(str(file)))
+    muon = config(str(file), "train.optimizer=muon", "train.muon_learning_rate=0.01")
+    if name == "auto":
+        assert "optimizer" not in resolved(muon)
+    else:
+        with pytest.raises(ConfigError, match=f"optimizer.type is {name} but train.optimizer is muon"):
+            resolved(muon)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"communication_data_type": "float"}, "Invalid communication_data_type. .* Got: float; correct it"),
+        ({"data_types": {"grad_accum_dtype": "xx"}}, "data_types.grad_accum_dtype is 'xx'; give bf16, fp16 or fp32"),
+        ({"comms_logger": {"prof_ops": "all"}}, "prof_ops: Input should be a valid list; correct it"),
+    ],
+)
+def test_what_deepspeed_refuses_is_not_the_models_fault(
+    given: dict[str, Any], line: str, device: torch.device, tiny_path: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """One line, before a weight is loaded."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, **given}))
+    monkeypatch.setattr(build, "load_for_training", lambda *_: pytest.fail("weights are loaded"))
+    with pytest.raises(ConfigError, match=f"^engine.ds_config .*mine.json: {line}$"):
+        build.build_engine(config(str(file), f"model.name={tiny_path}"), device)
 
 
 def test_bfloat16_needs_zero(tmp_path: Path) -> None:

@@ -165,9 +165,7 @@ def _check_zero_section(name: str, zero: DsConfig) -> None:
     try:
         deepspeed_import.module("runtime.zero.config").DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"engine.ds_config {name}: zero_optimization.{key}: {first['msg']}; correct it") from error
+        raise ConfigError(f"engine.ds_config {name}: zero_optimization.{_told(error)}; correct it") from error
 
 
 def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
@@ -175,9 +173,10 @@ def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
     runtime = deepspeed_import.module("runtime.config")
     try:
         runtime.DeepSpeedConfig(ds_config)
-    except Exception as error:  # it checks little: values of a wrong type make it raise anything
-        raise ConfigError(f"engine.ds_config {name}: {reason(error)}; correct it") from error
-    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):  # read when the engine is made
+    except Exception as error:  # a value of a wrong type makes it raise anything
+        told = _told(error) if isinstance(error, ValidationError) else reason(error)
+        raise ConfigError(f"engine.ds_config {name}: {told}; correct it") from error
+    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):  # DeepSpeed reads these when it makes the engine
         value = ds_config.get("data_types", {}).get(key)
         try:
             if value is not None:
@@ -186,6 +185,12 @@ def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
             raise ConfigError(
                 f"engine.ds_config {name}: data_types.{key} is {value!r}; give bf16, fp16 or fp32"
             ) from error
+
+
+def _told(error: ValidationError) -> str:
+    """The first of the errors: `key: message`."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _hidden_size(config: Config) -> int:

@@ -42,22 +42,21 @@ PASSED_THROUGH = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
-OBJECT = 'an object, such as {"...": ...}'
-OBJECTS = ("zero_optimization", "bf16", "fp16", "optimizer", "optimizer.params", "scheduler", "scheduler.params")
-OBJECTS_OF_DEEPSPEED = ("activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler")
-OFFLOADS = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-SWITCHES = ("dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")
-SWITCHES_OF_ZERO = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
-KINDS: dict[str, tuple[type | UnionType, str]] = {
-    **dict.fromkeys((*OBJECTS, *OBJECTS_OF_DEEPSPEED), (dict, OBJECT)),
-    **dict.fromkeys(OFFLOADS, (dict | None, OBJECT)),
-    **dict.fromkeys((*SWITCHES, *SWITCHES_OF_ZERO), (bool, "true or false")),
-    "zero_optimization.stage": (int, "0, 1, 2 or 3"),
-    "communication_data_type": (str | None, "bf16, fp16 or fp32"),
-    "gradient_predivide_factor": (int | float, "a number"),
-    "steps_per_print": (int | float | None, "a number"),
-}
-"""Type of a key's value, and its name in an error. A section stands before its keys."""
+OBJECT, SWITCH, NUMBER = 'an object, such as {"...": ...}', "true or false", "a number"
+KINDS: tuple[tuple[type | UnionType, str, tuple[str, ...]], ...] = (
+    (dict, OBJECT, ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler")),
+    (dict, OBJECT, ("activation_checkpointing", "aio", "comms_logger", "data_types", "flops_profiler")),
+    (dict, OBJECT, ("optimizer.params", "scheduler.params")),
+    (dict | None, OBJECT, ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")),
+    (int, "0, 1, 2 or 3", ("zero_optimization.stage",)),
+    (bool, SWITCH, ("dump_state", "memory_breakdown", "prescale_gradients", "wall_clock_breakdown")),
+    (bool, SWITCH, ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")),
+    (bool, SWITCH, ("comms_logger.enabled", "flops_profiler.enabled")),
+    (int | float, NUMBER, ("gradient_predivide_factor",)),
+    (int | float | None, NUMBER, ("steps_per_print",)),
+    (str | None, "bf16, fp16 or fp32", ("communication_data_type",)),
+)
+"""Types of values, their names in an error, and the keys that have them. A section stands before its keys."""
 
 OPTIMIZER_NAMES = {"adamw": ("adamw", "adam", "auto"), "muon": ("muon", "auto")}
 """Values of optimizer.type, in lower case, that agree with train.optimizer. DeepSpeed's Adam is AdamW by default."""
@@ -84,8 +83,10 @@ def ds_config_path(name: str) -> Path:
 
 
 def read_ds_config(name: str) -> DsConfig:
-    """The JSON as it stands. Raises ConfigError with the file, and the line or key, for anything else than a JSON object
-    whose values have the right types."""
+    """The JSON as it stands.
+
+    Raises ConfigError, which names the file and the line or key, unless it is an object with values of the right types.
+    """
     path = ds_config_path(name)
     try:
         loaded = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -99,11 +100,12 @@ def read_ds_config(name: str) -> DsConfig:
         if key not in KNOWN_KEYS:
             hint = did_you_mean(key, KNOWN_KEYS, f"known: {', '.join(sorted(KNOWN_KEYS))}")
             raise ConfigError(f"engine.ds_config {path}: unknown key {key}; {hint}")
-    for place, (kind, words) in KINDS.items():
-        section, _, key = place.rpartition(".")
-        values = loaded.get(section, {}) if section else loaded
-        if key in values and not isinstance(values[key], kind):
-            raise ConfigError(f"engine.ds_config {path}: {place} must be {words}")
+    for kind, words, keys in KINDS:
+        for key in keys:
+            section, _, last = key.rpartition(".")
+            values = loaded.get(section, {}) if section else loaded
+            if last in values and not isinstance(values[last], kind):
+                raise ConfigError(f"engine.ds_config {path}: {key} must be {words}")
     return loaded
 
 

@@ -25,7 +25,7 @@ from vdr_cli.models.policy import HeadLogps, completion_logps, completion_states
 from vdr_cli.samples import Completions, to_device
 
 KEPT_OF_SETTINGS = ("betas", "eps", "weight_decay", "momentum")
-"""Of an optimizer's parameter group: what the run's own settings say, whatever checkpoint was loaded."""
+"""Keys of an optimizer's parameter group that keep the run's own settings, whatever checkpoint was loaded."""
 
 Portion = tuple[slice | None, Completions]
 """A slice of a rank's completions, and the completions in it. None: the rank only takes part in the collectives."""
