@@ -18,6 +18,7 @@ from vdr_cli.config import Config, GrpoConfig
 from vdr_cli.disagreement.acting import by_position
 from vdr_cli.engine import collectives
 from vdr_cli.engine.optimizer import learning_rate_at
+from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.exploration import bonus as bonuses
 from vdr_cli.exploration.draws import uniforms
 from vdr_cli.exploration.sources import Signals
@@ -88,12 +89,19 @@ def train(config: Config, resume: str | None = None) -> int:
             if due.reference:
                 res.synchronise_reference()
             if due.evaluation:
-                metrics |= evaluate(res, state, log)
+                try:
+                    metrics |= evaluate(res, state, log)
+                except (ConfigError, DataError):  # the step's checkpoint is saved, so its record must be there
+                    log.step(res, state, metrics, batch, advantages, due.completions)
+                    state.count_refusals(updates.refused)
+                    raise
             log.step(res, state, metrics, batch, advantages, due.completions)
             stop_if_refused_too_often(res, state, log, batch, advantages, updates)
             if due.checkpoint or run.checkpointer.best_is_new(state):
                 run.checkpointer.save_if_possible(state)
         run.complete()
+        if run.exit_code:
+            log.finish_uploads()
     return run.exit_code
 
 

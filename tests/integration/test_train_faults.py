@@ -113,6 +113,38 @@ def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_p
     assert (tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json").is_file()
 
 
+def test_a_failed_evaluation_leaves_no_hole_in_the_record(train, read, tmp_path: Path) -> None:
+    """The step before it is recorded once, and a resumed run goes on as if nothing had happened."""
+    for split in ("train", "held_out"):
+        rows = [json.dumps({"prompt": f"{number} 2 3=6:", "split": split}) + "\n" for number in range(8)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    settings = {
+        "data.name": f"{tmp_path}/train.jsonl",
+        "data.eval_name": f"{tmp_path}/held_out.jsonl",
+        "rewards.functions": [{"name": f"{tmp_path}/mine.py:mine"}],
+        "train.steps": 4,
+        "train.eval_every": 2,
+        "train.eval_prompts": 4,
+    }
+    reward = "from pathlib import Path\ndef mine(completions, split, **_):\n{}    return list(map(len, completions))\n"
+    first = tmp_path / "run" / "completions" / "step_000001.parquet"
+    failing = f"    assert split[0] == 'train' or not Path({str(first)!r}).exists()\n"
+    (tmp_path / "mine.py").write_text(reward.format(failing))
+    ended = train(tmp_path / "run", ranks=2, settings=settings)
+    assert ended.returncode == 3 and "AssertionError" in ended.stderr, ended.stderr
+    assert (tmp_path / "run" / "checkpoints" / "step_000002" / "manifest.json").is_file()
+    (tmp_path / "mine.py").write_text(reward.format(""))
+    for run, resume in (("run", ("--resume", "auto")), ("whole", ())):
+        ended = train(tmp_path / run, *resume, ranks=2, settings=settings)
+        assert ended.returncode == 0, ended.stderr
+    mine, whole = read.metrics(tmp_path / "run"), read.metrics(tmp_path / "whole")
+    evaluated = {name for name in whole[2] if name.startswith("eval/")}
+    assert evaluated and [line["step"] for line in whole] == [0, 1, 2, 3, 4]
+    assert mine == [*whole[:2], {name: value for name, value in whole[2].items() if name not in evaluated}, *whole[3:]]
+    mine, whole = read.completions(tmp_path / "run"), read.completions(tmp_path / "whole")
+    assert len(whole) == 4 and mine == whole
+
+
 def signal_all(process: subprocess.Popen[str], number: int) -> None:
     """To every process of a job, as Slurm does before it takes the nodes away, and as Ctrl-C in a terminal does."""
     everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -120,13 +152,35 @@ def signal_all(process: subprocess.Popen[str], number: int) -> None:
         each.send_signal(number)
 
 
+SLOW_WANDB = """
+import subprocess, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+util = SimpleNamespace(generate_id=lambda: "id")
+
+def init(dir, **_):
+    def finish():
+        subprocess.run([sys.executable, "-c", "import time; time.sleep(4)"], check=True)
+        Path(dir, "uploaded").touch()
+
+    return SimpleNamespace(log=lambda metrics, step: None, finish=finish)
+"""
+"""A module `wandb` whose last upload, by a process of its own, takes seconds."""
+
+
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
 def test_a_signal_saves_and_the_run_goes_on_later(sharded, forked, read, tmp_path: Path, number, processes) -> None:
+    """Weights & Biases uploads the rest before a launcher ends the ranks."""
     output = tmp_path / "run"
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(SLOW_WANDB)
     flags = ["--output", str(output), "--ds-config", sharded]
     flags += ["--set", "train.prompts_per_step=2", "--set", "rollout.group_size=4", "--steps"]
     command = [sys.executable, "-m", "vdr_cli", "train", "--num-processes", str(processes), *flags, "400"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--set", "observe.wandb=true"]
+    paths = f"{tmp_path / 'modules'}:{os.environ.get('PYTHONPATH', '')}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     try:
         wait_for_steps(output, 2)
@@ -137,9 +191,11 @@ def test_a_signal_saves_and_the_run_goes_on_later(sharded, forked, read, tmp_pat
             signal_all(process, signal.SIGKILL)
     assert process.returncode == 128 + number, stderr
     assert "Traceback" not in stderr
+    assert (output / "uploaded").exists()
     done = len(read.metrics(output))
     assert (output / "checkpoints" / f"step_{done:06d}").is_dir()
-    resumed = forked("train", *flags, str(done + 1), "--resume", "auto", ranks=processes)
+    more = ("--resume", "auto", "--set", "observe.wandb=false")
+    resumed = forked("train", *flags, str(done + 1), *more, ranks=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert len(read.metrics(output)) == done + 1
 

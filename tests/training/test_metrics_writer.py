@@ -3,6 +3,8 @@ import math
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,47 @@ def test_wandb_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"pip install wandb"):
         MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False))
+
+
+class FakeWandb:
+    """The part of wandb that a run uses. refusal: what `init` raises."""
+
+    util = SimpleNamespace(generate_id=lambda: "id")
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.refusal, self.calls = refusal, list[str]()
+
+    def init(self, **_: Any) -> Any:
+        if self.refusal is not None:
+            raise self.refusal
+        return self
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.calls.append(f"log {step}")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_wandb_that_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb.errors.UsageError and CommError are exceptions of its own."""
+    refusal = type("UsageError", (Exception,), {})("No API key configured.\nUse `wandb login` to log in.")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refusal))
+    line = r"^observe.wandb: .* \(No API key configured. Use .*\); run `wandb login`, set WANDB_MODE=offline, or .*$"
+    with pytest.raises(MachineError, match=line):
+        MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False))
+
+
+def test_wandb_is_finished_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb := FakeWandb())
+    with MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False)) as writer:
+        writer.log(1, {"reward": 0.5})
+        writer.finish_wandb()
+        assert wandb.calls == ["log 1", "finish"]
+    assert wandb.calls == ["log 1", "finish"]
+    with MetricsWriter(tmp_path, ObserveConfig(wandb=True, tensorboard=False)):
+        pass
+    assert wandb.calls == ["log 1", "finish", "finish"]
 
 
 def test_a_full_disk_costs_no_line(tmp_path: Path) -> None:

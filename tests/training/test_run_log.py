@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +13,7 @@ from vdr_cli.config import Config
 from vdr_cli.config.schema import ObserveConfig
 from vdr_cli.exploration.collapse import watch_of
 from vdr_cli.rewards.watch import RewardWatch
+from vdr_cli.training import run_log
 from vdr_cli.training.metrics_writer import MetricsWriter
 from vdr_cli.training.run_log import RunLog, counters, sampler_warning
 from vdr_cli.training.state import LoopState
@@ -72,3 +76,19 @@ def test_a_collapse_is_reported_once_also_over_a_resume(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in notes.lines if "fallen" in line] == [
         "held-out pass@8 has fallen from 0.900 to 0.500"
     ]
+
+
+def test_ranks_wait_until_all_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends rank 0 when another rank exits after Ctrl-C."""
+    events: list[str] = []
+
+    @contextmanager
+    def agreed() -> Iterator[None]:
+        yield
+        events.append("everybody is here")
+
+    monkeypatch.setattr(run_log.collectives, "agreed", agreed)
+    writer = SimpleNamespace(finish_wandb=lambda: events.append("uploaded"))
+    for mine in (writer, None):  # rank 0, and any other
+        RunLog(tmp_path, mine, None, None, RewardWatch([], 10), watch_of(Config())).finish_uploads()  # type: ignore[arg-type]
+    assert events == ["uploaded", "everybody is here", "everybody is here"]

@@ -14,6 +14,7 @@ from vdr_cli.config.schema import ObserveConfig
 from vdr_cli.data.metrics import METRICS_FILE, parse_line
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.files import replacing, write_whole
+from vdr_cli.system.text import reason
 
 SYNC_SECONDS = 1.0  # most work that a power cut can take from the file; a killed process loses nothing
 
@@ -75,8 +76,13 @@ class MetricsWriter:
         except OSError as error:
             raise MachineError(f"{self.path}: the last lines cannot be written: {error.strerror or error}") from error
         finally:
-            if self._wandb is not None:
-                self._wandb.finish()
+            self.finish_wandb()
+
+    def finish_wandb(self) -> None:
+        """Let Weights & Biases upload the rest and end its run, if there is one."""
+        run, self._wandb = self._wandb, None
+        if run is not None:
+            run.finish()
 
     def _draw(self, step: int, metrics: Mapping[str, float]) -> None:
         board = self._board()
@@ -147,6 +153,12 @@ def _start_wandb(run_dir: Path, config: Mapping[str, Any] | None) -> Any:
     identity = run_dir / "wandb_id"
     run_id = identity.read_text().strip() if identity.exists() else wandb.util.generate_id()
     write_whole(identity, run_id + "\n")
-    return wandb.init(
-        project="vdr", name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow", config=dict(config or {})
-    )
+    try:
+        return wandb.init(
+            project="vdr", name=run_dir.name, dir=str(run_dir), id=run_id, resume="allow", config=dict(config or {})
+        )
+    except Exception as error:  # its own, and those of its network and its files
+        raise MachineError(
+            f"observe.wandb: Weights & Biases cannot be started ({reason(error)}); run `wandb login`, set "
+            "WANDB_MODE=offline, or set observe.wandb to false"
+        ) from error

@@ -147,6 +147,7 @@ def _opened(config: Config, resume: str | None) -> Iterator[Run]:
             if not isinstance(error, MachineError):
                 run.log.note("saving the last finished step")
                 run.checkpointer.save_if_possible(run.state)
+                run.log.finish_uploads()
             raise
 
 

@@ -14,6 +14,7 @@ from vdr_cli.engine import collectives
 from vdr_cli.errors import MachineError
 from vdr_cli.exploration.collapse import CollapseWatch
 from vdr_cli.exploration.watch import BonusWatch
+from vdr_cli.launch import watchdog
 from vdr_cli.rewards.watch import NO_REWARD, RewardWatch
 from vdr_cli.training.batch import Advantages, RewardedGroups
 from vdr_cli.training.completion_table import completion_columns, shown_group
@@ -93,6 +94,16 @@ class RunLog:
         self._warn_of_collapse(metrics)
         if self._watch is not None and (warning := bonus_warning(self._watch, metrics)):
             self.note(warning)
+
+    def finish_uploads(self) -> None:
+        """Let Weights & Biases upload the rest, while the other ranks wait. Collective.
+
+        When one rank exits with a code, launchers end the others with all their processes, the uploading one too.
+        """
+        watchdog.phase("upload")
+        with collectives.agreed():
+            if self._writer is not None:
+                self._writer.finish_wandb()
 
     def _warn_of_collapse(self, metrics: dict[str, float]) -> None:
         for line in self._collapse.warnings(metrics):
