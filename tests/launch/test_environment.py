@@ -37,8 +37,17 @@ def test_srun_is_understood() -> None:
     }
 
 
-def test_srun_that_gives_each_task_its_own_gpus_numbers_them_from_0() -> None:
-    assert translated({**SRUN, "SLURM_GPUS_PER_TASK": "a100:1"})["LOCAL_RANK"] == "0"
+@pytest.mark.parametrize(
+    ("visible", "local_rank"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "0"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, "1"),  # --gpu-bind=none
+        ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
+        ({}, "1"),
+    ],
+)
+def test_a_task_that_srun_shows_its_own_gpu_alone_numbers_it_from_0(visible: dict[str, str], local_rank: str) -> None:
+    assert translated({**SRUN, "SLURM_GPUS_PER_TASK": "a100:1", **visible})["LOCAL_RANK"] == local_rank
 
 
 def test_a_batch_script_is_not_a_rank() -> None:

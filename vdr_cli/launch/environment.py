@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import ancestors, watchdog
-from vdr_cli.launch.rank import is_rank, processes_started
+from vdr_cli.launch.rank import GPU_DEVICES, gpu_names, is_rank, processes_started
 
 DEFAULT_PORT = 29500
 TRAVELLING = (
@@ -67,7 +67,8 @@ def translated(environ: Mapping[str, str]) -> dict[str, str]:
     else:
         return {}
     found = {ours: environ[theirs] for ours, theirs in names.items() if theirs in environ}
-    if "SLURM_GPUS_PER_TASK" in environ:  # a task sees its own GPUs alone, numbered from 0
+    # Such a task sees its own GPU alone, as number 0, unless --gpu-bind=none shows it those of all tasks.
+    if "SLURM_GPUS_PER_TASK" in environ and len(gpu_names(environ.get(GPU_DEVICES, ""))) == 1:
         found["LOCAL_RANK"] = "0"
     return {
         **found,
