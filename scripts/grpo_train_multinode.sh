@@ -18,6 +18,8 @@ done
 if $over_hostfile; then
   exec "$vdr" train --mode end_of_sequence --ds-config zero3 "$@"
 elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
+  # srun takes the cores of a task from sbatch only where this says so (Slurm 22.05 and later).
+  [[ -z "${SLURM_CPUS_PER_TASK:-}" ]] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
   exec srun --kill-on-bad-exit=1 --ntasks-per-node=1 \
     "$vdr" train --mode end_of_sequence --ds-config zero3 --num-processes "${SLURM_GPUS_ON_NODE:-1}" "$@"
 fi

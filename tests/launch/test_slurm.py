@@ -41,7 +41,7 @@ def programs(tmp_path: Path) -> dict[str, str]:
     """An environment in which `vdr` and `srun` print their arguments, and no other vdr is found."""
     for name in ("vdr", "srun"):
         program = tmp_path / name
-        program.write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        program.write_text(f'#!/bin/sh\necho {name} "$@"\necho "$SRUN_CPUS_PER_TASK" >cpus\n')
         program.chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     return {**kept, "PATH": f"{tmp_path}:/usr/bin:/bin"}
@@ -52,7 +52,18 @@ def run(script: str, *arguments: str, tmp_path: Path, env: dict[str, str]) -> su
     copy = tmp_path / "scripts" / script
     copy.parent.mkdir(exist_ok=True)
     copy.write_text((SCRIPTS / script).read_text())
-    return subprocess.run(["bash", copy, *arguments], capture_output=True, text=True, env=env, check=False)
+    command = ["bash", copy, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "study.sbatch", "grpo_train_multinode.sh"])
+def test_a_task_gets_the_cores_that_the_job_asks_for(script: str, tmp_path: Path, programs: dict[str, str]) -> None:
+    """srun does not take --cpus-per-task from sbatch since Slurm 22.05."""
+    job = {**programs, "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    run(script, tmp_path=tmp_path, env={**job, "SLURM_CPUS_PER_TASK": "64"})
+    assert (tmp_path / "cpus").read_text() == "64\n"
+    run(script, tmp_path=tmp_path, env=job)
+    assert (tmp_path / "cpus").read_text() == "\n"
 
 
 def test_the_example_over_a_hostfile_or_an_allocation(tmp_path: Path, programs: dict[str, str]) -> None:
