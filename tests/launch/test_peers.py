@@ -14,7 +14,7 @@ from vdr_cli.launch.peers import Loss, Peers
 
 
 @contextmanager
-def star(world_size: int, timeout: float = 10.0) -> Iterator[list[Peers]]:
+def star(world_size: int, timeout: float = 10.0, address: str = "127.0.0.1") -> Iterator[list[Peers]]:
     boxes: list[Queue[Any]] = [Queue() for _ in range(world_size)]
 
     def share(rank: int) -> Any:
@@ -29,7 +29,7 @@ def star(world_size: int, timeout: float = 10.0) -> Iterator[list[Peers]]:
     peers: list[Any] = [None] * world_size
 
     def join(rank: int) -> None:
-        peers[rank] = Peers(rank, world_size, timeout, "127.0.0.1", share(rank))
+        peers[rank] = Peers(rank, world_size, timeout, address, share(rank))
 
     threads = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
@@ -68,6 +68,35 @@ def test_rank_0_dying_is_noticed() -> None:
         loss = news(second)
         assert loss is not None
         assert loss.rank == 0
+
+
+def test_any_fault_timeout_can_be_set() -> None:
+    with star(2, 1e9) as (_, second):
+        (connection,) = second._who
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1_000_000_000  # ms, 11 days
+
+
+def addresses() -> list[str]:
+    """Those of this machine over which ranks can meet."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return ["127.0.0.1"]
+    return ["127.0.0.1", "::1"]
+
+
+@pytest.mark.parametrize("address", addresses())
+def test_ranks_meet_over_either_protocol(address: str) -> None:
+    with star(2, address=address) as (first, second):
+        second.leave("over")
+        assert first.step(0.5) is None and first.farewell is not None
+
+
+def test_ranks_meet_on_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with star(2) as (first, _):
+        (connection,) = first._who
+        assert connection.family == socket.AF_INET
 
 
 def test_a_rank_that_leaves_is_no_loss() -> None:
@@ -117,7 +146,7 @@ def test_a_rank_that_cannot_come_says_so() -> None:
         Peers(1, 2, 2.0, "127.0.0.1", lambda _: (port, "token"))
 
 
-@pytest.mark.parametrize("timeout", [2.0, 10.0, 60.0, 600.0])
+@pytest.mark.parametrize("timeout", [2.0, 10.0, 60.0, 600.0, 643.0, 3600.0, 1e6])
 def test_silence_is_noticed_within_the_timeout(timeout: float) -> None:
     with star(2, timeout) as (_, second):
         (connection,) = second._who

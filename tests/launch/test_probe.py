@@ -54,9 +54,10 @@ def test_the_code_has_a_digest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe.code_digest() not in (digest, None)
 
 
-def test_rank_zeros_port_is_tried_from_both_sides() -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])])
+def test_rank_zeros_port_is_tried_from_both_sides(address: str) -> None:
     port = free_port()
-    meeting = {"address": "127.0.0.1", "port": port, "others": 1, "patience": 30.0}
+    meeting = {"address": address, "port": port, "others": 1, "patience": 5.0}
     heard: dict[str, Any] = {}
     thread = threading.Thread(target=lambda: heard.update(probe.rendezvous({"meeting": meeting, "first": True})))
     thread.start()

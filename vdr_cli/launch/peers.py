@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import secrets
 import selectors
 import socket
@@ -19,8 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vdr_cli.errors import MachineError
+from vdr_cli.launch.probe import server
 
 PROBE_SECONDS = 5
+MOST_PROBES = 127
+"""Linux accepts no more for TCP_KEEPCNT."""
+LONGEST_SILENCE = 1e6
+"""Seconds (11 days) that Linux can count, in milliseconds and between 127 probes."""
 Message = dict[str, Any]
 
 
@@ -78,7 +84,7 @@ class Peers:
         """Let everybody in; afterwards nobody else."""
         token = secrets.token_hex(16)
         deadline = time.monotonic() + self.timeout
-        with socket.create_server(("", 0), backlog=self.world_size) as listener:
+        with server(0, self.world_size) as listener:
             share((listener.getsockname()[1], token))
             while len(self._who) < self.world_size - 1:
                 listener.settimeout(max(0.01, deadline - time.monotonic()))
@@ -157,14 +163,15 @@ class Peers:
 
 
 def _keep_alive(connection: socket.socket, timeout: float) -> None:
-    """Probes after PROBE_SECONDS of silence, and the end of the connection `timeout` seconds into it."""
-    probes = max(1, round(timeout / PROBE_SECONDS) - 1)
-    interval = max(1, min(PROBE_SECONDS, int(timeout / 2)))
+    """Probes every PROBE_SECONDS of silence, or less often in a long one, and its end after `timeout` seconds."""
+    silence = min(timeout, LONGEST_SILENCE)
+    interval = max(1, min(PROBE_SECONDS, int(silence / 2)), math.ceil(silence / (MOST_PROBES + 1)))
+    probes = max(1, int(silence / interval) - 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, probes)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout * 1000))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence * 1000))
 
 
 def _line(message: Message) -> bytes:

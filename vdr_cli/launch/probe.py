@@ -109,17 +109,24 @@ def listen(meeting: dict) -> dict:
     deadline = time.time() + meeting["patience"]
     came = 0
     try:
-        with socket.create_server(("", meeting["port"]), backlog=1024) as server:
+        with server(meeting["port"], 1024) as listener:
             while came < meeting["others"] and time.time() < deadline:
-                server.settimeout(max(0.01, deadline - time.time()))
+                listener.settimeout(max(0.01, deadline - time.time()))
                 try:
-                    server.accept()[0].close()
+                    listener.accept()[0].close()
                     came += 1
                 except OSError:
                     break
     except OSError as error:
         return {"port": error.strerror or str(error)}
     return {"port": None}
+
+
+def server(port: int, backlog: int) -> socket.socket:
+    """A listening socket on every address of this host: IPv4, and IPv6 where there is one. port: 0 is any free one."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
 
 
 def reach(meeting: dict) -> str | None:
