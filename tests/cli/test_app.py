@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,13 +144,54 @@ def test_our_errors_are_one_untouched_line(error, code, monkeypatch, capsys):
     assert shown == "vdr: error: row 3: [bold]completion[/bold] ␛[31m" + "x" * 300 + " next\n"
 
 
-def test_only_rank_zero_speaks(monkeypatch, capsys):
+SECOND = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def said_by(rank: dict[str, str], monkeypatch, capsys) -> str:
+    """The lines that this rank prints about an error."""
     monkeypatch.setattr(train, "config_from", raising(ConfigError("no")))
-    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    for name, value in place.items():
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in rank.items():
         monkeypatch.setenv(name, value)
     assert app.run(["train"]) == 2
-    assert capsys.readouterr().err == ""
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", [{"LOCAL_SIZE": "2"}, {"LOCAL_WORLD_SIZE": "2"}])  # deepspeed, torchrun
+def test_a_rank_beside_the_first_one_waits_for_its_launcher_to_end_it(launcher, monkeypatch, capsys):
+    """It speaks when it is the only one that has met the error."""
+    waited: list[float] = []
+    monkeypatch.setattr(app.time, "sleep", waited.append)
+    line = f"vdr: error: host {socket.gethostname()}, rank 1: no\n"
+    assert said_by({**SECOND, **launcher}, monkeypatch, capsys) == line
+    assert waited == [app.HEAD_START]
+    assert said_by({**SECOND, **launcher, "RANK": "0", "LOCAL_RANK": "0"}, monkeypatch, capsys) == "vdr: error: no\n"
+    assert len(waited) == 1
+
+
+@pytest.mark.parametrize("place", [{}, {"LOCAL_RANK": "0", "LOCAL_SIZE": "1"}])
+def test_a_rank_that_rank_zero_does_not_know_of_speaks(place, monkeypatch, capsys):
+    """It is alone on its host, or was started by hand: its file or its GPU may be missing there alone."""
+    monkeypatch.setattr(app.time, "sleep", raising(AssertionError("nobody else would speak")))
+    line = f"vdr: error: host {socket.gethostname()}, rank 1: no\n"
+    assert said_by({**SECOND, **place}, monkeypatch, capsys) == line
+
+
+def test_ranks_that_have_met_leave_it_to_rank_zero(monkeypatch, capsys):
+    class Torch:
+        class distributed:  # noqa: N801
+            is_initialized = staticmethod(lambda: True)
+
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    assert said_by({**SECOND, "LOCAL_RANK": "0"}, monkeypatch, capsys) == ""
+
+
+def test_an_error_that_cannot_be_printed_has_its_exit_code():
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    program = [sys.executable, "-m", "vdr_cli", "train", "--output", ""]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(program, stderr=full, env=environment).returncode == 2
 
 
 def test_traceback_on_request(monkeypatch, capsys):

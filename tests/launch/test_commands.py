@@ -8,7 +8,7 @@ import pytest
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import preflight
-from vdr_cli.launch.arguments import decode, encode
+from vdr_cli.launch.arguments import decode, encode, named_checkpoint
 from vdr_cli.launch.commands import Target, check_plain, node_command, runner_command, srun_command
 from vdr_cli.launch.preflight import Answer
 from vdr_cli.launch.reexec import hosts_of, launch, make_plan, remaining
@@ -54,6 +54,20 @@ def test_arguments_travel_unread(arguments: list[str]) -> None:
     assert decode([code]) == arguments
     assert decode(arguments) == arguments
     assert code.replace("-", "").replace("_", "").replace("=", "").isalnum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "checkpoint"),
+    [
+        (["train", "--resume", "a/step_000002", "--steps", "3"], "a/step_000002"),
+        (["train", "--resume=a/step_000002"], "a/step_000002"),
+        (["train", "--resume", "auto"], None),
+        (["train", "--resume=auto"], None),
+        (["train"], None),
+    ],
+)
+def test_the_checkpoint_that_is_named(arguments: list[str], checkpoint: str | None) -> None:
+    assert named_checkpoint(arguments) == checkpoint
 
 
 @pytest.mark.parametrize("address", ["$(reboot)", "a b", "-x", "a;b"])
@@ -104,6 +118,7 @@ def test_plan_without_ssh_starts_this_host_only(tmp_path: Path) -> None:
     plan = make_plan(LaunchConfig(**given), hosts_of(LaunchConfig(**given)), tmp_path, tmp_path)
     assert "--node_rank=1" in plan.command(["train"])
     assert plan.directory is None
+    assert plan.resumes == tmp_path, "after a fault its ranks resume from the same checkpoint as the first host's"
     for lacking, message in (("node_rank", "node.rank"), ("master_addr", "master.addr")):
         partial = LaunchConfig(**{**given, lacking: None})
         with pytest.raises(ConfigError, match=message):

@@ -156,6 +156,21 @@ def test_a_run_asks_for_what_it_names(tmp_path: Path) -> None:
     assert asked.meeting["port"] == 29500
 
 
+def test_a_run_asks_for_every_file_of_the_users(tmp_path: Path) -> None:
+    turns = {"environment": "./world.py:World", "tools": ["./world.py:add"], "tool_parser": "./calls.py:read"}
+    config = Config.model_validate(
+        {
+            "rewards": {"functions": [{"name": "exact_match"}, {"name": "model:./judge"}]},
+            "bonus": {"source": "./bonus.py:rare", "answer": "./answer.py:last"},
+            "rollout": turns,
+        }
+    )
+    asked = question_for(config, {"h1": [0]}, ["train", "--resume", str(tmp_path / "step_000002")])
+    assert [Path(path).name for path in asked.files] == [
+        "judge", "bonus.py", "answer.py", "world.py", "calls.py", "step_000002"
+    ]  # fmt: skip
+
+
 def test_noise_of_a_login_shell_is_not_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     script = f"echo Welcome!; echo 'vdr-probe:{json.dumps({'time': time.time()})}'"
     monkeypatch.setattr(preflight, "_remote_python", lambda *_: ["sh", "-c", script])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vdr_cli.errors import ConfigError
-from vdr_cli.launch.rank import gpu_names, is_first, is_rank, processes_started
+from vdr_cli.launch.rank import gpu_names, is_first, is_rank, processes_started, speaks_for_host
 
 RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -13,6 +13,12 @@ RANK = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0
 def test_a_launcher_says_so() -> None:
     assert is_rank(RANK) and not is_first(RANK) and processes_started(RANK) == 2
     assert is_first({**RANK, "RANK": "0"})
+
+
+def test_one_rank_speaks_for_a_host() -> None:
+    assert speaks_for_host({**RANK, "LOCAL_RANK": "0", "LOCAL_SIZE": "8"})
+    assert speaks_for_host(RANK), "no launcher has counted it"
+    assert not speaks_for_host({**RANK, "LOCAL_SIZE": "8"}) and not speaks_for_host({**RANK, "LOCAL_WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize("left", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}, {"RANK": "3"}, {}])

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vdr_cli.launch import outcome, supervisor
+from vdr_cli.launch import outcome, reexec, supervisor
 from vdr_cli.launch.processes import ranks_below
 from vdr_cli.launch.supervisor import Plan, Signals, resuming, run_once, supervise
 from vdr_cli.system import processes
@@ -24,7 +24,14 @@ def plan(script: str, directory: Path, over_ssh: bool = False, fault_timeout: fl
     def command(arguments: Sequence[str]) -> list[str]:
         return [sys.executable, "-c", script, str(directory), *arguments]
 
-    return Plan(command, os.environ, directory, over_ssh, fault_timeout)
+    return Plan(command, os.environ, directory, over_ssh, fault_timeout, directory)
+
+
+def test_a_request_to_stop_ends_with_the_run(tmp_path: Path) -> None:
+    """A later start, of one process perhaps, is not to obey it."""
+    script = f"import time; {FINISH}; pathlib.Path(sys.argv[1], 'stop').write_text('15')"
+    assert run_once(plan(script, tmp_path, over_ssh=True), [], Signals()) == 0
+    assert outcome.asked_to_stop(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -75,15 +82,28 @@ def test_the_runs_own_word_on_a_fault_decides(tmp_path: Path, code: int, restart
     assert said == told
 
 
+CALLED = """import pathlib, sys
+p = pathlib.Path(sys.argv[1])
+(p / 'calls').open('a').write(' '.join(sys.argv[2:]) + '|')"""
+SAVING = f"""{CALLED}
+step = p / 'checkpoints' / 'step_000001'
+step.mkdir(parents=True, exist_ok=True)
+(step / 'manifest.json').write_text('')
+sys.exit(9)"""
+
+
+def checkpoint(directory: Path, step: int) -> Path:
+    path = directory / "checkpoints" / f"step_{step:06d}"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text("{}")
+    return path
+
+
 def test_restarts_resume_and_end(tmp_path: Path) -> None:
-    script = (
-        "import pathlib, sys; p = pathlib.Path(sys.argv[1], 'calls'); p.open('a').write(' '.join(sys.argv[2:]) + '|');"
-        "(p.parent / 'checkpoints' / 'step_000001').mkdir(parents=True, exist_ok=True);"
-    )
     said: list[str] = []
-    assert supervise(plan(script + "sys.exit(9)", tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
+    assert supervise(plan(SAVING, tmp_path), ["train", "--resume", "x"], 2, said.append) == 9
     assert (tmp_path / "calls").read_text().split("|")[:3] == ["train --resume x", *["train --resume auto"] * 2]
-    assert len(said) == 2
+    assert said == [f"ended with exit code 9; restart {number} of 2 from the newest checkpoint" for number in (1, 2)]
 
 
 def test_a_run_that_was_asked_to_end_is_not_restarted(tmp_path: Path) -> None:
@@ -141,17 +161,43 @@ def test_what_a_reward_left_behind_does_not_undo_success(tmp_path: Path) -> None
 
 def test_resuming_replaces_what_was_given() -> None:
     given = ["train", "--resume", "a", "--steps", "3"]
-    assert resuming(given, None) == ["train", "--steps", "3", "--resume", "auto"]
-    assert resuming(["train", "--resume=a"], None) == ["train", "--resume", "auto"]
+    assert resuming(given, has_own=True) == ["train", "--steps", "3", "--resume", "auto"]
+    assert resuming(["train", "--resume=a"], has_own=True) == ["train", "--resume", "auto"]
 
 
-def test_a_restart_without_a_checkpoint_of_its_own_goes_on_from_the_one_that_was_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [["--resume", "a/step_000002"], ["--resume=a/step_000002"]])
+def test_a_restart_without_a_checkpoint_of_its_own_goes_on_from_the_one_that_was_named(resume: list[str]) -> None:
     """From `auto` it would train the base model, and say that it had finished."""
-    given = ["train", "--resume", "a/checkpoints/step_000002", "--output", "b"]
-    assert resuming(given, tmp_path) == given
-    assert resuming(["train"], tmp_path) == ["train", "--resume", "auto"]
-    (tmp_path / "checkpoints" / "step_000003").mkdir(parents=True)
-    assert resuming(given, tmp_path) == ["train", "--output", "b", "--resume", "auto"]
+    given = ["train", *resume, "--output", "b"]
+    assert resuming(given, has_own=False) == given
+    assert resuming(given, has_own=True) == ["train", "--output", "b", "--resume", "auto"]
+    for started in (["train"], ["train", "--resume", "auto"]):
+        assert resuming(started, has_own=False) == ["train", "--resume", "auto"]
+
+
+def test_a_restart_keeps_to_the_earlier_checkpoint_until_it_has_written_one(tmp_path: Path) -> None:
+    """The run holds a later one, which the user wants to drop; a conversion alters the directory of the named one."""
+    named, later = checkpoint(tmp_path, 2), checkpoint(tmp_path, 4)
+    script = f"{CALLED}; (p / 'checkpoints' / 'step_000002' / 'universal').touch(); sys.exit(9)"
+    said: list[str] = []
+    assert supervise(plan(script, tmp_path), ["train", "--resume", str(named)], 1, said.append) == 9
+    assert (tmp_path / "calls").read_text() == f"train --resume {named}|" * 2
+    assert said == [f"ended with exit code 9; restart 1 of 1 from {named}"]
+
+    (tmp_path / "calls").unlink()
+    script = f"{CALLED}; (p / 'checkpoints' / 'step_000004' / 'manifest.json').write_text('new'); sys.exit(9)"
+    assert supervise(plan(script, tmp_path), ["train", "--resume", str(named)], 1, said.append) == 9
+    assert (tmp_path / "calls").read_text().split("|")[1] == "train --resume auto", f"{later} is its own now"
+
+
+def test_a_command_without_checkpoints_is_repeated(tmp_path: Path) -> None:
+    """`vdr eval` has no --resume, and that of `vdr score` takes no value."""
+    given = ["score", "--resume", "rows.jsonl"]
+    repeated = Plan(plan(f"{CALLED}; sys.exit(9)", tmp_path).command, os.environ, None, False, 2.0)
+    said: list[str] = []
+    assert supervise(repeated, given, 1, said.append) == 9
+    assert (tmp_path / "calls").read_text() == "score --resume rows.jsonl|" * 2
+    assert said == ["ended with exit code 9; restart 1 of 1"]
 
 
 def test_nothing_outlives_the_launcher(tmp_path: Path) -> None:
@@ -173,6 +219,35 @@ def test_a_failed_host_ends_the_others_within_the_bound(tmp_path: Path) -> None:
     line = "pdsh@h1: h2: ssh exited with exit code 7"
     script = f"import sys, time; print('{line}', file=sys.stderr, flush=True); time.sleep(600)"
     assert run_once(plan(script, tmp_path, over_ssh=True, fault_timeout=1.0), [], Signals()) == 4
+
+
+class Unwritable:
+    """A stream on a full disk, or a closed one."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.buffer = error, self
+
+    def write(self, _: object) -> None:
+        raise self.error
+
+    flush = write
+
+
+@pytest.mark.parametrize("stream", [Unwritable(OSError(28, "full")), Unwritable(ValueError("closed")), None])
+def test_a_failed_host_is_noticed_when_stderr_cannot_be_written(
+    stream: Unwritable | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader of pdsh's output must not end: pdsh would wait for it in a write."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    line = "pdsh@h1: h2: ssh exited with exit code 7"
+    script = f"import sys, time; print('a\\n{line}', file=sys.stderr, flush=True); time.sleep(6); {FINISH}"
+    assert run_once(plan(script, tmp_path, over_ssh=True, fault_timeout=1.0), [], Signals()) == 4
+
+
+def test_a_line_that_cannot_be_said_cancels_no_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Unwritable(OSError(28, "full")))
+    renewed = plan(FINISH, tmp_path)
+    assert supervise(plan("raise SystemExit(4)", tmp_path), [], 1, reexec._say, lambda _: renewed) == 0
 
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -101,6 +101,7 @@ def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:
     ((code, said),) = ends([rank])
     assert code == 128 + signal.SIGTERM
     assert "not done 2 s after SIGTERM" in said
+    assert "launch.fault_timeout" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

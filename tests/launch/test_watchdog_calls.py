@@ -10,6 +10,7 @@ import pytest
 
 from vdr_cli.errors import DataError
 from vdr_cli.launch import outcome, watchdog
+from vdr_cli.launch.environment import single_process
 
 
 class Recorder:
@@ -73,12 +74,29 @@ def test_without_a_watchdog_every_call_is_nothing(monkeypatch: pytest.MonkeyPatc
     assert watchdog._watchdog is None and met == [], "no thread, and no rank is asked to meet"
 
 
-@pytest.mark.parametrize("is_rank", [False, True])
-def test_an_old_request_to_stop_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_rank: bool) -> None:
-    """A launcher clears it before it starts ranks; a process that nobody launched does so itself."""
+ALONE = single_process()
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_forgotten"),
+    [
+        ({}, True),
+        (ALONE, True),  # as `vdr train` makes itself, in its only process
+        ({**ALONE, "VDR_RUN_DIRECTORY": "run"}, False),
+        ({**ALONE, "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_an_old_request_to_stop_is_forgotten(
+    environ: dict[str, str], is_forgotten: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch clears it before it starts ranks; a process that nobody launched does so itself."""
     monkeypatch.setattr(watchdog, "_watchdog", None)
     monkeypatch.setattr(watchdog, "Watchdog", lambda *_: None)
-    monkeypatch.setattr(watchdog, "is_rank", lambda _: is_rank)
+    monkeypatch.setattr(watchdog, "_watches_forks", True)
+    for name in (*ALONE, "VDR_RUN_DIRECTORY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     outcome.ask_to_stop(tmp_path, 15)
     watchdog.begin(str(tmp_path), 5.0)
-    assert outcome.asked_to_stop(tmp_path) == (15 if is_rank else None)
+    assert (outcome.asked_to_stop(tmp_path) is None) == is_forgotten

@@ -10,7 +10,9 @@ import errno
 import io
 import os
 import re
+import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from vdr_cli.cli import audit, doctor, plan, recipes, report, score, study, trai
 from vdr_cli.cli import eval as eval_command
 from vdr_cli.cli.trl_flags import with_hint
 from vdr_cli.errors import MachineError, VdrError
-from vdr_cli.launch.rank import is_first
+from vdr_cli.launch.rank import is_first, speaks_for_host
 from vdr_cli.system.processes import end_process
 from vdr_cli.system.text import shortened, visible
 
@@ -50,6 +52,9 @@ REFUSED_FILES = {
 }
 """Errors of the file system, and what to do."""
 LONGEST_SHOWN = 200  # characters of a path in such an error
+
+HEAD_START = 5.0
+"""Seconds in which a host's first rank prints an error and ends, and its launcher ends the ranks beside it."""
 
 LOCAL_RANK = re.compile(r"^--local[-_]rank(=.*)?$")
 
@@ -181,12 +186,26 @@ def _check_directory() -> None:
 
 
 def _say(error: Exception, message: str) -> None:
-    """The one line, from rank 0 when there are several."""
-    if os.environ.get("VDR_TRACEBACK") == "1":
-        traceback.print_exception(error)
-    if is_first():
-        text = " ".join(line.strip() for line in message.splitlines())
+    """The one line, from rank 0. As long as ranks have not met, also from others: rank 0 cannot know of their errors.
+
+    A host's first rank has probably met the same, so those beside it wait until their launcher ends them for it.
+    """
+    text = " ".join(line.strip() for line in message.splitlines())
+    with contextlib.suppress(OSError, ValueError):  # a full disk, or a closed stream: the exit code is the same
+        if os.environ.get("VDR_TRACEBACK") == "1":
+            traceback.print_exception(error)
+        if not is_first():
+            if _ranks_have_met():
+                return
+            text = f"host {socket.gethostname()}, rank {os.environ['RANK']}: {text}"
+            if not speaks_for_host():
+                time.sleep(HEAD_START)
         print(f"vdr: error: {visible(text)}", file=sys.stderr, flush=True)
+
+
+def _ranks_have_met() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
 
 
 def _show_version(wanted: bool) -> None:

@@ -26,6 +26,7 @@ from vdr_cli.config.paths import looks_like_path
 from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import MachineError
 from vdr_cli.launch import probe
+from vdr_cli.launch.arguments import named_checkpoint
 from vdr_cli.launch.commands import check_plain
 from vdr_cli.launch.environment import DEFAULT_PORT
 from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts
@@ -105,12 +106,24 @@ def examine(launch: LaunchConfig, hosts: Hosts, question: Question) -> tuple[dic
 def question_for(config: Config, hosts: Hosts, arguments: Sequence[str] = ()) -> Question:
     """The question to every host for a run with this configuration, typed with these arguments."""
     named = [config.model.name, config.data.name, config.data.eval_name or "", config.engine.ds_config]
-    named += [function.name.partition(":")[0] for function in config.rewards.functions]
+    named += [*map(_file_of, _functions(config)), named_checkpoint(arguments) or ""]
     settings = [word for word in arguments if word.endswith((".yaml", ".yml"))]
     local = [Path(name).expanduser().absolute() for name in named if name and looks_like_path(name)]
-    paths = [*(Path(name).absolute() for name in settings), *local]
+    paths = dict.fromkeys([*(Path(name).absolute() for name in settings), *local])
     output = Path(config.train.output or "runs").absolute()
     return Question(tuple(map(str, paths)), (str(output),), meeting_of(config.launch, hosts))
+
+
+def _functions(config: Config) -> list[str]:
+    """Names of functions, classes and reward models of the user's, as they are given."""
+    turns, bonus = config.rollout, config.bonus
+    own = [bonus.source, bonus.answer or "", turns.environment or "", *turns.tools, turns.tool_parser]
+    return [function.name for function in config.rewards.functions] + own
+
+
+def _file_of(function: str) -> str:
+    """The path in file.py:function or model:PATH; empty for one that is built in."""
+    return function.removeprefix("model:") if function.startswith("model:") else function.rpartition(":")[0]
 
 
 def meeting_of(launch: LaunchConfig, hosts: Hosts) -> dict[str, Any] | None:

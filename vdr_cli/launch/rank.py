@@ -24,6 +24,11 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
         return True
 
 
+def speaks_for_host(environ: Mapping[str, str] = os.environ) -> bool:
+    """True in the first rank of a host, and in one whose launcher does not say that it started others beside it."""
+    return environ["LOCAL_RANK"] == "0" or not any(name in environ for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))
+
+
 def processes_started(environ: Mapping[str, str] = os.environ) -> int:
     """The number of ranks that a launcher started; 1 without one. ConfigError for variables that make no rank."""
     if not is_rank(environ):

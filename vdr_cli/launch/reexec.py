@@ -8,6 +8,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from vdr_cli.config.schema import LaunchConfig
@@ -132,7 +133,7 @@ def make_plan(launch: LaunchConfig, hosts: Hosts, directory: Path | None, scratc
 
     # Only the first host's supervisor judges by the run directory: others may not see it.
     own = directory if node_rank == 0 else None
-    return Plan(command, environment, own, over_ssh=False, fault_timeout=launch.fault_timeout)
+    return Plan(command, environment, own, False, launch.fault_timeout, directory)
 
 
 def _plan_over_hosts(
@@ -159,7 +160,7 @@ def _plan_over_hosts(
             return srun_command(target, hosts)
         return runner_command(target, hosts, hostfile, launch)
 
-    return Plan(command, environment, directory, over_ssh=True, fault_timeout=launch.fault_timeout)
+    return Plan(command, environment, directory, True, launch.fault_timeout, directory)
 
 
 def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
@@ -197,8 +198,8 @@ def _one_task_a_node() -> bool:
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(f"vdr: {line}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # a full disk, or a closed stream: the run goes on
+        print(f"vdr: {line}", file=sys.stderr, flush=True)
 
 
 __all__ = ["check_launch", "hosts_of", "is_rank", "launch", "make_plan", "wants_ranks", "world_size"]

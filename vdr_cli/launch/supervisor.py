@@ -23,6 +23,7 @@ import psutil
 
 from vdr_cli.errors import MachineError
 from vdr_cli.launch import outcome
+from vdr_cli.launch.arguments import named_checkpoint
 from vdr_cli.launch.processes import RUNNER, ranks_below
 from vdr_cli.system import processes
 
@@ -48,6 +49,8 @@ class Plan:
     over_ssh: bool
     """Ranks are on other hosts too: signals reach them through the run directory, ends are read off pdsh's stderr."""
     fault_timeout: float
+    resumes: Path | None = None
+    """The run directory in which a restart looks for checkpoints, on every host; None: the command is just repeated."""
 
 
 class HostEnds:
@@ -66,12 +69,19 @@ class HostEnds:
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            _pass_on(line)
             ended = HOST_ENDED.match(line)
             if ended and self._failed_at is None:
                 self.code = int(ended[2])
                 self._failed_at = time.monotonic()
+
+
+def _pass_on(line: bytes) -> None:
+    """To our stderr, if it can be written: its disk may be full, or it may be closed, and the reader must read on."""
+    with suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
 
 
 @dataclass
@@ -100,6 +110,7 @@ def supervise(
     renew: the plan of the next attempt, which may leave out hosts that are gone.
     """
     processes.adopt_orphans()
+    earlier = checkpoints_in(plan.resumes)
     with listening() as signals:
         for attempt in range(max_restarts + 1):
             code = run_once(plan, arguments, signals)
@@ -108,19 +119,31 @@ def supervise(
                 say(fault.line())
             if code == 0 or code in USERS_OWN + STOPPED or signals.received or attempt == max_restarts:
                 return code
-            say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts} from the newest checkpoint")
-            arguments, plan = resuming(arguments, plan.directory), renew(plan)
+            whence = ""
+            if plan.resumes is not None:
+                arguments = resuming(arguments, has_own=bool(checkpoints_in(plan.resumes) - earlier))
+                whence = f" from {named_checkpoint(arguments) or 'the newest checkpoint'}"
+            say(f"ended with exit code {code}; restart {attempt + 1} of {max_restarts}{whence}")
+            plan = renew(plan)
     raise AssertionError("unreachable")
 
 
-def resuming(arguments: Sequence[str], directory: Path | None) -> list[str]:
+def checkpoints_in(directory: Path | None) -> set[tuple[str, int]]:
+    """Name of each checkpoint in a run directory, and the time in ns at which it was complete."""
+    found = set()
+    for path in directory.glob("checkpoints/step_*") if directory is not None else ():
+        with suppress(OSError):  # no checkpoint, or one that was just removed
+            found.add((path.name, (path / "manifest.json").stat().st_mtime_ns))
+    return found
+
+
+def resuming(arguments: Sequence[str], has_own: bool) -> list[str]:
     """The same command, going on from the newest complete checkpoint of the run directory.
 
-    Where it has none yet: again from the checkpoint that --resume names, or else from the start.
+    has_own: this launch has written a checkpoint. Before that: again from the one that --resume names, which may be
+    older than what the run directory holds, or else from the newest, or from the start.
     """
-    named = [argument for argument in arguments if argument.startswith("--resume")]
-    has_own = directory is None or any((directory / "checkpoints").glob("step_*"))
-    if named and not has_own:
+    if not has_own and named_checkpoint(arguments) is not None:
         return list(arguments)
     kept: list[str] = []
     skip = False
@@ -145,6 +168,8 @@ def run_once(plan: Plan, arguments: Sequence[str], signals: Signals) -> int:
         launcher_code = _wait(child, plan, signals, hosts)
     finally:
         processes.end_descendants(min(5.0, plan.fault_timeout), killed_first=RUNNER)
+        if plan.directory is not None:
+            outcome.forget_stop(plan.directory)
     return exit_code(plan, launcher_code or hosts.code, signals, finished_before)
 
 

@@ -29,7 +29,7 @@ from vdr_cli.errors import MachineError, VdrError
 from vdr_cli.launch import outcome
 from vdr_cli.launch.ancestors import Watched
 from vdr_cli.launch.peers import Loss, Peers
-from vdr_cli.launch.rank import is_rank
+from vdr_cli.launch.rank import processes_started
 from vdr_cli.system.processes import end_process
 
 POLL = 0.5
@@ -108,7 +108,11 @@ class Watchdog:
             self._told_to_stop = received[0], time.monotonic()
         if self._told_to_stop is not None and time.monotonic() - self._told_to_stop[1] > self.timeout:
             number = self._told_to_stop[0]
-            self._exit(f"not done {self.timeout:g} s after {signal.Signals(number).name}", 128 + number)
+            self._exit(
+                f"not done {self.timeout:g} s after {signal.Signals(number).name}, so ending without a checkpoint of "
+                "this step; set launch.fault_timeout above the longest step",
+                128 + number,
+            )
 
     def _overdue(self, farewell: Loss) -> Loss | None:
         """An error that a rank ended with must end this one too, `timeout` seconds later at most."""
@@ -141,7 +145,8 @@ def begin(directory: str | None = None, timeout: float = DEFAULT_TIMEOUT) -> Non
     """Start watching, from the main thread. directory: the run's; timeout: launch.fault_timeout, seconds."""
     global _watchdog, _watches_forks
     if _watchdog is None:
-        if directory and not is_rank(os.environ):  # nobody else can have asked this run to stop
+        # A launch by vdr has done so, and may have asked this run to stop since; nobody else asks a single process.
+        if directory and processes_started() == 1 and "VDR_RUN_DIRECTORY" not in os.environ:
             outcome.forget_stop(Path(directory))
         _watchdog = Watchdog(Path(directory) if directory else None, timeout)
     if not _watches_forks:

@@ -138,6 +138,7 @@ def _opened(config: Config, resume: str | None) -> Iterator[Run]:
         rank, size = collectives.rank(), collectives.world_size()
         stack.enter_context(watchdog.connected(rank, size, collectives.broadcast_object))
         refuse_other_settings(config)
+        resume = collectives.broadcast_object(resume)  # at a restart another host may see other checkpoints
         stop = stack.enter_context(StopSignal())
         run = _open(config, directory, device, stop, resume, stack)
         try:
