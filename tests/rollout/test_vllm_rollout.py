@@ -22,7 +22,7 @@ from vdr_cli.rollout.base import Rollout, RolloutRequest
 from vdr_cli.rollout.build import open_rollout
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver, own_address
 from vdr_cli.rollout.transformers_backend import TransformersRollout
-from vdr_cli.rollout.vllm_backend import VllmRollout
+from vdr_cli.rollout.vllm_backend import JUDGED, VllmRollout
 from vdr_cli.rollout.vllm_broadcast import Broadcast
 from vdr_cli.rollout.vllm_client import VllmClient
 from vdr_cli.rollout.weights import WEIGHTS, checksum, served_weights, write_model
@@ -354,6 +354,11 @@ def test_a_push_may_differ_more_than_the_first_that_happened_to_differ_little(fa
     for difference in (0.002, 0.006, 0.017):
         rollout._check_probes(difference, 0)
     with pytest.raises(ConfigError, match=r"at most 0\.0680"):
+        rollout._check_probes(0.08, 0)
+    for _ in range(JUDGED):
+        rollout._check_probes(0.017, 0)
+    rollout._check_probes(0.06, 0)
+    with pytest.raises(ConfigError, match=r"at most 0\.0680"):  # later ones may be stale weights, and raise no bound
         rollout._check_probes(0.08, 0)
 
 

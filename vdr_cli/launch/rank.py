@@ -26,7 +26,9 @@ def is_first(environ: Mapping[str, str] = os.environ) -> bool:
 
 def speaks_for_host(environ: Mapping[str, str] = os.environ) -> bool:
     """True in the first rank of a host, and in one whose launcher does not say that it started others beside it."""
-    return environ["LOCAL_RANK"] == "0" or not any(name in environ for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))
+    return environ.get("LOCAL_RANK", "0") == "0" or not any(
+        name in environ for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    )
 
 
 def processes_started(environ: Mapping[str, str] = os.environ) -> int:

@@ -42,7 +42,10 @@ MOST_REQUESTS = 256
 """Requests in flight at once; the server queues those that it cannot decode together."""
 
 NOISE = 4.0
-"""A push must agree to within this many times the largest difference of the pushes before."""
+"""A push must agree to within this many times the largest difference of the first JUDGED."""
+
+JUDGED = 8
+"""Comparisons that say how much a server's numbers differ; later ones do not, or stale weights could creep."""
 
 FLOOR = 2e-5
 """Nats; differences below it are rounding and never counted as stale weights."""
@@ -94,7 +97,8 @@ class VllmRollout(Rollout):
         self.pushes = 0
         self.asleep = False
         self.broadcast: Broadcast | None = None
-        self.noise: float | None = None
+        self.noise: list[float] = []
+        """Nats per token by which the first JUDGED comparisons differed."""
         self.sampling: Sequence[Future[list[Answer]]] = []
         """The newest requests to the servers."""
 
@@ -381,8 +385,8 @@ class VllmRollout(Rollout):
     def _check_probes(self, difference: float, server: int) -> None:
         """Raise ConfigError when this difference, in nats per token, shows that the server holds other weights."""
         allowed = self.settings.tolerance
-        if self.noise is not None:
-            allowed = min(allowed, max(NOISE * self.noise, FLOOR))
+        if self.noise:
+            allowed = min(allowed, max(NOISE * max(self.noise), FLOOR))
         if not difference <= allowed:
             raise ConfigError(
                 f"rollout.vllm: log-probabilities of {self.settings.urls[server]} differ from the trainer's by "
@@ -390,7 +394,8 @@ class VllmRollout(Rollout):
                 "(stale, or an LM head tied to the embedding that a reload passes over), or was started without "
                 f"--logprobs-mode processed_logprobs. Start it on the untied model in {self.directory}"
             )
-        self.noise = max(difference, self.noise or 0.0)
+        if len(self.noise) < JUDGED:
+            self.noise.append(difference)
 
 
 def mean_difference(model: nn.Module, sampled: Completions, temperature: float) -> float:
