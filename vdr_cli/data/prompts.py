@@ -74,7 +74,7 @@ class PromptSet(Sequence[Prompt]):
         self._limits, self._tools = limits, tools
         self.truncated_rows: set[int] = set()
         """Rows seen so far whose prompt was longer than max_prompt_tokens."""
-        self.columns = tuple(column for column in table.columns if (column, prompt_column) != ("prompt", "prompt"))
+        self.columns = tuple(column for column in table.columns if not column == prompt_column == "prompt")
         """The columns that reward functions can ask for: the prompt's too where it has a name of its own."""
         self.has_messages, self.digest = self._check_rows()
         """digest: tells these rows, in this order, from others; of a local file it covers every column."""
