@@ -1,4 +1,4 @@
-"""Every loss, aggregation, clip and KL against float64 loops written from the papers, value and gradient."""
+"""Every loss, aggregation, clip and KL against the papers' loops (paper.py), value and gradient; and invariances."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vdr_cli.config import GrpoConfig
+from tests.grpo.paper import T_MAX, B, T, make, paper_kl, paper_loss
 from vdr_cli.grpo.losses import (
     VARIANTS,
     LossInputs,
@@ -19,125 +19,11 @@ from vdr_cli.grpo.losses import (
     LossSettings,
     PolicyOutputs,
     Totals,
-    entropy_threshold,
-    kl_estimate,
-    kl_penalised_rewards,
-    loss_mask,
     policy_loss,
-    sampler_weights,
     token_weights,
 )
 
-B, T, T_MAX = 8, 6, 9
 LOSSES = list(VARIANTS)
-
-
-def make(seed: int = 0) -> dict[str, np.ndarray]:
-    """Float64 data whose ratios fall on both sides of every clip."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, T + 1, B)
-    logps = -rng.exponential(1.0, (B, T)) - 0.1
-    return {
-        "logps": logps,
-        "old_logps": logps + rng.normal(0, 0.5, (B, T)),
-        "ref_logps": logps + rng.normal(0, 0.4, (B, T)),
-        "sampler_logps": logps + rng.normal(0, 0.5, (B, T)),
-        "entropy": rng.uniform(0.1, 2.0, (B, T)),
-        "advantages": rng.normal(0, 1, (B, 1)).repeat(T, axis=1),
-        "mask": np.arange(T)[None] < lengths[:, None],
-        "covariant": rng.random((B, T)) < 0.3,
-    }
-
-
-# ---- the papers, as loops ------------------------------------------------------------------------------------
-
-
-def paper_token(data: dict[str, np.ndarray], b: int, t: int, cfg: LossSettings) -> tuple[float, float]:
-    """−J of one token and its derivative by log π, for the losses with a ratio per token."""
-    logp, old, advantage = data["logps"][b, t], data["old_logps"][b, t], data["advantages"][b, t]
-    ratio = np.exp(logp - old)
-    if cfg.loss == "cispo":
-        weight = min(ratio, 1 + cfg.epsilon_high)
-        return -weight * advantage * logp, -weight * advantage
-    if cfg.loss == "sapo":
-        tau = cfg.sapo_temperature_positive if advantage > 0 else cfg.sapo_temperature_negative
-        gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
-        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * ratio * advantage
-    if cfg.loss == "kl_cov":
-        sign = cfg.kl_cov_weight * np.sign(logp - old) * data["covariant"][b, t]
-        return -ratio * advantage + sign * (logp - old), -ratio * advantage + sign
-    if cfg.loss == "clip_cov" and data["covariant"][b, t]:
-        return 0.0, 0.0
-    return paper_clip(ratio, advantage, ratio, cfg)
-
-
-def paper_clip(ratio: float, advantage: float, slope: float, cfg: LossSettings) -> tuple[float, float]:
-    """−min(min(ρ, δ) A, clip(ρ) A) and its derivative, when dρ = slope."""
-    delta = np.inf if cfg.delta is None else cfg.delta
-    first = min(ratio, delta) * advantage
-    second = min(max(ratio, 1 - cfg.epsilon_low), 1 + cfg.epsilon_high) * advantage
-    if first <= second:
-        return -first, -advantage * slope if ratio < delta else 0.0
-    inside = 1 - cfg.epsilon_low < ratio < 1 + cfg.epsilon_high
-    return -second, -advantage * slope if inside else 0.0
-
-
-def paper_kl(x: float, kind: str) -> tuple[float, float]:
-    """Estimate and derivative by log π, x = log π − log π_ref."""
-    if kind == "k1":
-        return x, 1.0
-    if kind == "k2":
-        return x * x / 2, x
-    return np.exp(-x) - 1 + x, 1 - np.exp(-x)
-
-
-def paper_weight(loss: str, lengths: np.ndarray, b: int) -> float:
-    if loss in ("grpo", "gspo", "sapo"):
-        return 1 / len(lengths) / lengths[b]
-    if loss == "dr_grpo":
-        return 1 / (len(lengths) * T_MAX)
-    return 1 / lengths.sum()
-
-
-def paper_policy_terms(data: dict[str, np.ndarray], cfg: LossSettings) -> tuple[np.ndarray, np.ndarray]:
-    """−J per token (B, T) and derivative by log π; GSPO in its sequence form, spread evenly over the tokens."""
-    values, gradients = np.zeros((B, T)), np.zeros((B, T))
-    for b in range(B):
-        valid = [t for t in range(T) if data["mask"][b, t]]
-        if cfg.loss == "gspo":
-            s = np.exp(sum(data["logps"][b, t] - data["old_logps"][b, t] for t in valid) / len(valid))
-            value, gradient = paper_clip(s, data["advantages"][b, 0], s, cfg)
-            for t in valid:
-                values[b, t], gradients[b, t] = value, gradient
-            continue
-        for t in valid:
-            values[b, t], gradients[b, t] = paper_token(data, b, t, cfg)
-    return values, gradients
-
-
-def paper_loss(data: dict[str, np.ndarray], cfg: LossSettings, selected: np.ndarray | None = None) -> tuple[float, Any]:
-    """The step's loss and its gradient by log π, (B, T)."""
-    lengths = data["mask"].sum(1)
-    values, gradients = paper_policy_terms(data, cfg)
-    loss, gradient = 0.0, np.zeros((B, T))
-    for b in range(B):
-        for t in range(T):
-            if not data["mask"][b, t]:
-                continue
-            factor = 1.0 if selected is None else float(selected[b, t])
-            if cfg.importance_cap is not None:
-                factor *= min(np.exp(data["old_logps"][b, t] - data["sampler_logps"][b, t]), cfg.importance_cap)
-            value, slope = factor * values[b, t], factor * gradients[b, t]
-            if cfg.beta and cfg.kl_in == "loss":
-                kl, kl_slope = paper_kl(data["logps"][b, t] - data["ref_logps"][b, t], cfg.kl)
-                value, slope = value + cfg.beta * kl, slope + cfg.beta * kl_slope
-            weight = paper_weight(cfg.loss, lengths, b)
-            loss += weight * value - cfg.entropy_weight * data["entropy"][b, t] / lengths.sum()
-            gradient[b, t] = weight * slope
-    return loss, gradient
-
-
-# ---- ours ----------------------------------------------------------------------------------------------------
 
 
 def tensors(
@@ -162,6 +48,9 @@ def ours(policy: PolicyOutputs, inputs: LossInputs, cfg: LossSettings, totals: T
     totals, dtype = totals or step_totals(inputs.mask), policy.logps.dtype
     weights, entropy_weights = (token_weights(loss, inputs.mask, totals, T_MAX, dtype) for loss in (cfg.loss, "dapo"))
     return policy_loss(policy, replace(inputs, weights=weights, entropy_weights=entropy_weights), cfg)
+
+
+# ---- against the papers --------------------------------------------------------------------------------------
 
 
 def check_against_paper(cfg: LossSettings, dtype: torch.dtype = torch.float64, selected: bool = False) -> None:
@@ -333,7 +222,7 @@ def test_zero_advantages_are_exactly_zero(loss: str) -> None:
     assert (gradient == 0).all()
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------
+# ---- metrics -------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_sums_that_add_up() -> None:
@@ -389,88 +278,3 @@ def test_extremes_look_at_valid_tokens_alone() -> None:
     assert smallest("sampling/importance_sampling_ratio/min") == pytest.approx(weight.min())
     assert largest("sampling/importance_sampling_ratio/max") == pytest.approx(weight.max())
     assert outputs[1].maxima["ratio/max"] == -torch.inf and outputs[1].minima["clip_ratio/low_min"] == torch.inf
-
-
-def test_masking_truncated_completions() -> None:
-    mask = torch.ones(3, 2, dtype=torch.bool)
-    truncated = torch.tensor([False, True, False])
-    assert loss_mask(mask, truncated, False).all()
-    assert loss_mask(mask, truncated, True).sum(1).tolist() == [2, 0, 2]
-
-
-def test_sampler_weights_are_capped_and_ignore_unknown_tokens() -> None:
-    old = torch.zeros(1, 4)
-    sampler = torch.tensor([[-1.0, 1.0, torch.nan, -5.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    expected = torch.tensor([[2.0, float(np.exp(-1)), 1.0, 1.0]])
-    torch.testing.assert_close(sampler_weights(old, sampler, mask, cap=2.0), expected)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
-def test_entropy_threshold_keeps_the_share(share: float) -> None:
-    entropies = torch.randperm(50).float()
-    assert (entropies >= entropy_threshold(entropies, share)).sum() == round(share * 50)
-    assert entropy_threshold(torch.empty(0), share) == -torch.inf
-
-
-def test_kl_estimates_have_the_right_mean() -> None:
-    """Σ_y π(y) k(y) is KL(π ‖ π_ref) for k1 and k3; the gradients are those that the docstring says."""
-    theta = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    ref = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
-    log_p = theta.log_softmax(0)
-    p = log_p.exp()
-    forward = (p * (log_p - ref)).sum()
-    reverse = (ref.exp() * (ref - log_p)).sum()
-    for kind, target in (("k1", None), ("k2", forward), ("k3", reverse)):
-        estimate = kl_estimate(log_p - ref, kind)
-        if kind != "k2":
-            assert (p * estimate).sum().item() == pytest.approx(forward.item())
-        (gradient,) = torch.autograd.grad((p.detach() * estimate).sum(), theta, retain_graph=True)
-        wanted = torch.zeros(5, dtype=torch.float64)
-        if target is not None:
-            (wanted,) = torch.autograd.grad(target, theta, retain_graph=True)
-        torch.testing.assert_close(gradient, wanted)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_in_the_reward(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    data = make()
-    rewards = np.random.default_rng(7).normal(size=B)
-    expected = rewards.copy()
-    for b in range(B):
-        for t in range(T):
-            if data["mask"][b, t]:
-                expected[b] -= 0.5 * paper_kl(data["logps"][b, t] - data["ref_logps"][b, t], kind)[0]
-    data["ref_logps"][~data["mask"]] = np.nan
-    logps, ref, given = (torch.tensor(each).to(dtype) for each in (data["logps"], data["ref_logps"], rewards))
-    ours = kl_penalised_rewards(given, logps, ref, torch.tensor(data["mask"]), 0.5, kind).double().numpy()
-    assert np.linalg.norm(ours - expected) <= tolerance * np.linalg.norm(expected)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"loss": "cispo", "delta": 2.0}, "delta"),
-        ({"loss": "sapo", "delta": 2.0}, "delta"),
-        ({"loss": "kl_cov", "minibatches": 2, "delta": 2.0}, "delta"),
-        ({"entropy_target": 0.2, "entropy_weight": 0.1}, "remove one of them"),
-        ({"loss": "kl_cov"}, "no effect with one update per rollout"),
-        ({"loss": "clip_cov", "clip_cov_low": 2.0, "clip_cov_high": 2.0}, "clip_cov_low 2 is not below"),
-        ({"delta": 1.2}, "above 1"),
-        ({"multi_reward": "normalise_then_sum", "scale_rewards": "batch"}, "scale_rewards batch"),
-        ({"multi_reward": "normalise_then_sum", "scale_rewards": "none"}, "scale_rewards none"),
-        ({"advantage": "pass_at_k", "scale_rewards": "none"}, "scale_rewards has no meaning"),
-        ({"advantage": "maxrl", "multi_reward": "normalise_then_sum"}, "multi_reward has no meaning"),
-        ({"advantage": "maxrl", "overlong_cache": 3}, "make negative"),
-        ({"advantage": "maxrl", "beta": 0.1, "kl_in": "reward"}, "make negative"),
-        ({"pass_k": 1}, "pass_k"),
-    ],
-)
-def test_settings_that_would_do_nothing_are_refused(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        GrpoConfig(**settings)
-
-
-def test_large_kl_is_not_clamped() -> None:
-    assert kl_estimate(torch.tensor(-50.0), "k3") > 1e21

@@ -1,4 +1,4 @@
-"""A server that speaks vLLM's part of HTTP that we use, on a tiny model, with faults to plant."""
+"""A server that speaks vLLM's part of HTTP that we use, on a tiny model, with faults to plant; and its client."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from vdr_cli.config import RolloutConfig
 from vdr_cli.rollout.base import RolloutRequest
 from vdr_cli.rollout.in_vllm.vdr_weights import Receiver
 from vdr_cli.rollout.transformers_backend import TransformersRollout
+from vdr_cli.rollout.vllm_backend import VllmRollout
 from vdr_cli.samples import Sampling
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
+KEYS = [2**62 + 11, 22, 33]
 
 
 class FakeWorker(Receiver):
@@ -178,3 +184,54 @@ def fake_vllm() -> Iterator[FakeVllm]:
     server = FakeVllm()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def servers(fake_vllm: Any) -> Iterator[list[Any]]:
+    """One with two workers, one with one; both hold the model as it begins."""
+    second = type(fake_vllm)()
+    fake_vllm.workers = 2
+    for server in (fake_vllm, second):
+        server.model = tiny()
+    yield [fake_vllm, second]
+    second.stop()
+
+
+class NoTokenizer:
+    pad_token_id = 0
+
+    def save_pretrained(self, directory: Path) -> None:
+        pass
+
+
+def tiny(tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def change(model: torch.nn.Module, amount: float = 0.05) -> None:
+    """An optimizer step, enlarged."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=amount)
+
+
+def connect(fake: Any, directory: Path, main: bool = True, **settings: Any) -> VllmRollout:
+    config = RolloutConfig(backend="vllm", vllm={"urls": [fake.url], "retries": 1, "start_timeout": 2, **settings})
+    return VllmRollout(config, NoTokenizer(), 0, [1], directory, main)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.rollout.test_vllm_rollout import KEYS, PROMPTS, tiny
-from tests.rollout.test_vllm_rollout import connect as connected
+from tests.rollout.conftest import KEYS, PROMPTS, tiny
+from tests.rollout.conftest import connect as connected
 from vdr_cli.errors import DataError, MachineError
 from vdr_cli.models.policy import completion_logps
 from vdr_cli.rollout.base import RolloutRequest

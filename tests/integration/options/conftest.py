@@ -123,6 +123,14 @@ class Left:
         return float((a - b).norm() / b.norm())
 
 
+def assert_resumed(left: Left, run: str, step: int) -> None:
+    """From this step's checkpoint on, the run is the same to the bit: its metrics, its weights."""
+    after = [line for line in left.metrics(run) if line["step"] > step]
+    assert after and left.metrics(f"{run}_resumed") == after
+    whole, parts = left.weights(run), left.weights(f"{run}_resumed")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
 def named_runs(item: pytest.Item) -> set[str]:
     """The runs that a test names, its parameters filled in: `runs("{loss}_two")`."""
     parameters = getattr(item, "callspec", None)

@@ -31,6 +31,60 @@ EOS = {"disagreement.mode": "end_of_sequence", "disagreement.members": 4}
 PER_TOKEN = {"disagreement.mode": "per_token", "disagreement.members": 4}
 TWICE = {"grpo.num_iterations": 2, "train.steps": 4, "train.learning_rate": 3e-3}
 """Two updates a rollout, far enough apart for ratios to be clipped."""
+CLIPPED = {"grpo.epsilon_low": 0.01, "grpo.epsilon_high": 0.02}
+
+LOSSES: dict[str, Settings] = {
+    "dapo": {
+        **TWICE,
+        **CLIPPED,
+        "train.adam_betas": [0.7, 0.95],
+        "train.adam_epsilon": 1e-4,
+        "train.weight_decay": 0.2,
+        "train.max_grad_norm": 0.3,
+        "train.seed": 7,
+    },
+    "grpo": {**TWICE, **CLIPPED, "grpo.loss": "grpo", "grpo.delta": 1.03, "train.lr_schedule": "cosine"},
+    "dr_grpo": {
+        "grpo.loss": "dr_grpo",
+        "grpo.scale_rewards": "none",
+        "train.lr_schedule": "linear",
+        "train.warmup_steps": 2,
+        "train.steps": 4,
+        "train.max_grad_norm": 0.0,
+    },
+    "cispo": {**TWICE, **CLIPPED, "grpo.loss": "cispo", "rollout.temperature": 1.3, "rollout.top_p": 0.8},
+    "gspo": {**TWICE, **CLIPPED, "grpo.loss": "gspo", "rollout.min_p": 0.05, "rollout.repetition_penalty": 1.2},
+    "sapo": {**TWICE, "grpo.loss": "sapo", "grpo.entropy_weight": 0.3, "rollout.temperature": 0.7},
+    "batch": {
+        "grpo.scale_rewards": "batch",
+        "grpo.overlong_cache": 3,
+        "grpo.mask_truncated": True,
+        "rollout.max_new_tokens": 6,
+        "grpo.loss": "dapo",
+    },
+    "minibatches": {**TWICE, **CLIPPED, "grpo.minibatches": 2, "train.prompts_per_step": 4, "train.steps": 8},
+    "clip_cov": {**TWICE, "grpo.loss": "clip_cov", "grpo.clip_cov_share": 0.2, "grpo.clip_cov_low": 0.1},
+    "kl_cov": {**TWICE, "grpo.loss": "kl_cov", "grpo.kl_cov_share": 0.1, "grpo.kl_cov_weight": 0.7},
+    "entropy_target": {
+        "grpo.entropy_target": 1.0,
+        "grpo.entropy_delta": 0.3,
+        "grpo.entropy_max": 0.5,
+        "train.steps": 4,
+    },
+}
+"""Losses, their clips and entropy terms, the optimizer and its learning rate."""
+
+BONUSES: dict[str, Settings] = {
+    "last_k": {**EOS, "disagreement.scope": "last_k", "disagreement.last_k": 2, "train.seed": 3},
+    "members": {**EOS, "bonus.clip": 1.0, "train.steps": 3, "disagreement.dropout": 0.25, "train.seed": 11},
+    "rmi": {**EOS, "disagreement.measure": "rmi", "bonus.shape": "multiplicative"},
+    "by_token": {**PER_TOKEN, "disagreement.mask_sharing": "token", "disagreement.last_n": 3},
+    "rmi_tokens": {**PER_TOKEN, "disagreement.measure": "rmi"},
+    "linear": {**EOS, "bonus.schedule": "linear", "bonus.schedule_fraction": 0.8, "train.steps": 3},
+    "cosine": {**EOS, "bonus.schedule": "cosine", "bonus.gate": "zero_variance", "train.steps": 3},
+    "staircase": {**EOS, "bonus.schedule": "staircase", "train.steps": 4, "bonus.shape": "reward"},
+}
+"""Members, measures, and the bonus that is made of them."""
 
 REWARDS = """
 def digits(completions, **_):
@@ -56,50 +110,12 @@ async def target(prompts, completions, target, **_):
 """
 
 
-def alone(folder: Path) -> dict[str, Settings]:
-    """Runs of one process."""
+def batches(folder: Path) -> dict[str, Settings]:
+    """Runs with other data, rewards, sampling, KL or advantages; folder: where prepare() put its files."""
     mine = [{"name": f"{folder}/mine.py:{name}", "weight": w} for name, w in (("digits", 1.5), ("length", 0.25))]
     two = {"rewards.functions": [{"name": "countdown"}, *mine, {"name": f"{folder}/mine.py:target", "weight": -0.5}]}
     own = {"data.name": f"{folder}/seven.jsonl", "rewards.functions": two["rewards.functions"]}
-    clipped = {"grpo.epsilon_low": 0.01, "grpo.epsilon_high": 0.02}
     return {
-        "dapo": {
-            **TWICE,
-            **clipped,
-            "train.adam_betas": [0.7, 0.95],
-            "train.adam_epsilon": 1e-4,
-            "train.weight_decay": 0.2,
-            "train.max_grad_norm": 0.3,
-            "train.seed": 7,
-        },
-        "grpo": {**TWICE, **clipped, "grpo.loss": "grpo", "grpo.delta": 1.03, "train.lr_schedule": "cosine"},
-        "dr_grpo": {
-            "grpo.loss": "dr_grpo",
-            "grpo.scale_rewards": "none",
-            "train.lr_schedule": "linear",
-            "train.warmup_steps": 2,
-            "train.steps": 4,
-            "train.max_grad_norm": 0.0,
-        },
-        "cispo": {**TWICE, **clipped, "grpo.loss": "cispo", "rollout.temperature": 1.3, "rollout.top_p": 0.8},
-        "gspo": {**TWICE, **clipped, "grpo.loss": "gspo", "rollout.min_p": 0.05, "rollout.repetition_penalty": 1.2},
-        "sapo": {**TWICE, "grpo.loss": "sapo", "grpo.entropy_weight": 0.3, "rollout.temperature": 0.7},
-        "batch": {
-            "grpo.scale_rewards": "batch",
-            "grpo.overlong_cache": 3,
-            "grpo.mask_truncated": True,
-            "rollout.max_new_tokens": 6,
-            "grpo.loss": "dapo",
-        },
-        "minibatches": {**TWICE, **clipped, "grpo.minibatches": 2, "train.prompts_per_step": 4, "train.steps": 8},
-        "clip_cov": {**TWICE, "grpo.loss": "clip_cov", "grpo.clip_cov_share": 0.2, "grpo.clip_cov_low": 0.1},
-        "kl_cov": {**TWICE, "grpo.loss": "kl_cov", "grpo.kl_cov_share": 0.1, "grpo.kl_cov_weight": 0.7},
-        "entropy_target": {
-            "grpo.entropy_target": 1.0,
-            "grpo.entropy_delta": 0.3,
-            "grpo.entropy_max": 0.5,
-            "train.steps": 4,
-        },
         "acting": {
             "rollout.members": True,
             "disagreement.members": 3,
@@ -130,14 +146,15 @@ def alone(folder: Path) -> dict[str, Settings]:
             "data.name": "starter",
             "rewards.functions": [{"name": "countdown"}],
         },
-        "last_k": {**EOS, "disagreement.scope": "last_k", "disagreement.last_k": 2, "train.seed": 3},
-        "members": {**EOS, "bonus.clip": 1.0, "train.steps": 3, "disagreement.dropout": 0.25, "train.seed": 11},
-        "rmi": {**EOS, "disagreement.measure": "rmi", "bonus.shape": "multiplicative"},
-        "by_token": {**PER_TOKEN, "disagreement.mask_sharing": "token", "disagreement.last_n": 3},
-        "rmi_tokens": {**PER_TOKEN, "disagreement.measure": "rmi"},
-        "linear": {**EOS, "bonus.schedule": "linear", "bonus.schedule_fraction": 0.8, "train.steps": 3},
-        "cosine": {**EOS, "bonus.schedule": "cosine", "bonus.gate": "zero_variance", "train.steps": 3},
-        "staircase": {**EOS, "bonus.schedule": "staircase", "train.steps": 4, "bonus.shape": "reward"},
+    }
+
+
+def alone(folder: Path) -> dict[str, Settings]:
+    """Runs of one process."""
+    return {
+        **LOSSES,
+        **batches(folder),
+        **BONUSES,
         "bfloat16": {**EOS, "model.dtype": "bfloat16"},
         "zero1": {**EOS, "engine.ds_config": "zero1", "train.weight_decay": 0.1},
     }
