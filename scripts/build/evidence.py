@@ -28,6 +28,7 @@ STUDIES = {
     "starter": "starter",
     "countdown4": "countdown4",
     "routes": "routes",
+    "routes-dose": "routes, weight, gate, schedule and form",
     "countdown4-gated": "countdown4, no bonus for failed groups",
     "countdown4-dose": "countdown4, weight and members",
     "countdown4-settings": "countdown4, gate, schedule and scale",

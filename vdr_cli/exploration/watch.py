@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 EVIDENCE = (
     "disagreement has not been shown to help; --bonus surprisal and --bonus counts have, on one of three tasks, with "
-    "bonus.weight 0.3 and bonus.gate all (docs/evidence.md)"
+    "bonus.weight 0.3 (docs/evidence.md)"
 )
 """Printed once, when a run begins that pays for disagreement."""
 
