@@ -2,10 +2,10 @@
 
     python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
-evidence.png has a panel for each study that compares disagreement, or a rival that keeps pass@1, with a placebo: pass@k
-at the end, of the control, of disagreement, of a placebo and of the rival with the best endpoint among those; or,
-where the endpoint is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the
-control, in every study. Bands and bars are 95 % intervals.
+evidence.png has a panel for each study that compares disagreement, or the best rival that keeps pass@1, with its
+placebo: pass@k at the end, of the control, of disagreement, of that rival and of the placebo; or, where the endpoint is
+no pass@k, the endpoint of these arms. differences.png has every arm's difference from the control, in every study. Bands
+and bars are 95 % intervals.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ STUDIES = {
 NO_RIVALS = ("noise", "permuted", "negative", "plain_more")
 """Placebos, and the control at equal cost."""
 OURS = {"end_of_sequence": "#0969da", "per_token_rmi": "#8250df"}
-PLACEBOS = ("end_of_sequence_permuted", "per_token_rmi_permuted", "surprisal_permuted")
+PLACEBO_OF = "{}_permuted"
 CONTROL, PLACEBO, RIVAL, START = "#24292f", "#8c959f", "#bc4c00", "#afb8c1"
 GOOD, BAD, OPEN = "#1a7f37", "#cf222e", "#57606a"
 LEGEND = {
@@ -105,16 +105,16 @@ def chosen(record: Record) -> dict[str, str]:
         if row.difference and row.difference.n and arm not in OURS and not any(word in arm for word in NO_RIVALS)
         if (price := once[arm].difference) and price.value > -MOST_LOST
     }
-    placebos = [arm for arm in PLACEBOS if arm in rows][:1]
     best = [max(rivals, key=lambda arm: rivals[arm])] if rivals else []
+    placebos = [placebo for arm in (*OURS, *best) if (placebo := PLACEBO_OF.format(arm)) in rows][:1]
     colours = {"": START, record.study.file.control: CONTROL} | OURS
     colours |= dict.fromkeys(placebos, PLACEBO) | dict.fromkeys(best, RIVAL)
     return {arm: colour for arm, colour in colours.items() if arm in rows or not arm}
 
 
 def is_compared(record: Record) -> bool:
-    """True when the study has a placebo, and something to show beside it."""
-    return bool(set(PLACEBOS) & set(record.study.arms) and {*OURS.values(), RIVAL} & set(chosen(record).values()))
+    """True when the study has a placebo of an arm that is shown."""
+    return PLACEBO in chosen(record).values()
 
 
 def draw_curves(axes: Any, record: Record) -> None:
@@ -146,7 +146,7 @@ def draw_endpoint(axes: Any, record: Record) -> None:
             bar = (control + row.difference.low, control + row.difference.high)
             axes.plot(bar, [place, place], color=colour, linewidth=2.2)
     axes.axvline(control, color=CONTROL, linewidth=0.8)
-    names = {"": "start"} | dict.fromkeys(PLACEBOS, "a placebo")
+    names = {"": "start"} | {arm: "a placebo" for arm, colour in shown if colour == PLACEBO}
     axes.set_yticks(range(len(shown)), [names.get(arm, arm) for arm, _ in shown])
     axes.set(xlabel=f"{endpoint} per problem", ylim=(-0.6, len(shown) - 0.4))
 
