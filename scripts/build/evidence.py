@@ -3,9 +3,9 @@
     python scripts/build/evidence.py [--output docs/images] [DIRECTORY ...]
 
 evidence.png has a panel for each study that compares disagreement, or the best rival that keeps pass@1, with its
-placebo: pass@k at the end, of the control, of disagreement, of that rival and of the placebo; or, where the endpoint is
-no pass@k, the endpoint of these arms. differences.png has every arm's difference from the control, in every study. Bands
-and bars are 95 % intervals.
+placebo: pass@k at the end, of the control, of disagreement, of that rival and of the placebo; or, where the endpoint
+is no pass@k, the endpoint of these arms. differences.png has every arm's difference from the control, in every study.
+Bands and bars are 95 % intervals.
 """
 
 from __future__ import annotations
