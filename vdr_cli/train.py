@@ -74,8 +74,9 @@ def train(config: Config, resume: str | None = None) -> int:
     """
     with open_run(config, resume) as run:
         res, state, log = run.resources, run.state, run.log
-        if state.step == 0 and config.train.eval_every:
-            log.starting_point(evaluate(res, state, log))
+        if config.train.eval_every and (state.step == 0 or state.owes_evaluation):
+            log.evaluation(state.step, evaluate(res, state, log))
+        state.owes_evaluation = False
         while not state.is_over(config.train) and not run.stopped():
             before = state.step
             with res.timer.phase("step"):
@@ -94,6 +95,7 @@ def train(config: Config, resume: str | None = None) -> int:
                 except (ConfigError, DataError):  # the step's checkpoint is saved, so its record must be there
                     log.step(res, state, metrics, batch, advantages, due.completions)
                     state.count_refusals(updates.refused)
+                    state.owes_evaluation = True
                     raise
             log.step(res, state, metrics, batch, advantages, due.completions)
             stop_if_refused_too_often(res, state, log, batch, advantages, updates)

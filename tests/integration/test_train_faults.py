@@ -113,8 +113,8 @@ def test_a_row_that_one_rank_cannot_use_ends_both_with_a_checkpoint(train, tmp_p
     assert (tmp_path / "run" / "checkpoints" / "step_000001" / "manifest.json").is_file()
 
 
-def test_a_failed_evaluation_leaves_no_hole_in_the_record(train, read, tmp_path: Path) -> None:
-    """The step before it is recorded once, and a resumed run goes on as if nothing had happened."""
+def test_a_failed_evaluation_is_made_up_for(train, read, tmp_path: Path) -> None:
+    """The step before it is saved. The resumed run evaluates it first, at the end of the run too."""
     for split in ("train", "held_out"):
         rows = [json.dumps({"prompt": f"{number} 2 3=6:", "split": split}) + "\n" for number in range(8)]
         (tmp_path / f"{split}.jsonl").write_text("".join(rows))
@@ -127,20 +127,24 @@ def test_a_failed_evaluation_leaves_no_hole_in_the_record(train, read, tmp_path:
         "train.eval_prompts": 4,
     }
     reward = "from pathlib import Path\ndef mine(completions, split, **_):\n{}    return list(map(len, completions))\n"
-    first = tmp_path / "run" / "completions" / "step_000001.parquet"
-    failing = f"    assert split[0] == 'train' or not Path({str(first)!r}).exists()\n"
-    (tmp_path / "mine.py").write_text(reward.format(failing))
-    ended = train(tmp_path / "run", ranks=2, settings=settings)
-    assert ended.returncode == 3 and "AssertionError" in ended.stderr, ended.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step_000002" / "manifest.json").is_file()
+
+    def failing(step: int) -> str:
+        before = tmp_path / "run" / "completions" / f"step_{step - 1:06d}.parquet"
+        return f"    assert split[0] == 'train' or not Path({str(before)!r}).exists()\n"
+
+    for step, resume in ((2, ()), (4, ("--resume", "auto"))):
+        (tmp_path / "mine.py").write_text(reward.format(failing(step)))
+        ended = train(tmp_path / "run", *resume, ranks=2, settings=settings)
+        assert ended.returncode == 3 and "AssertionError" in ended.stderr, ended.stderr
+        assert (tmp_path / "run" / "checkpoints" / f"step_{step:06d}" / "manifest.json").is_file()
+        assert read.metrics(tmp_path / "run")[-1].keys() & {"step", "loss", "eval/pass@1"} == {"step", "loss"}
     (tmp_path / "mine.py").write_text(reward.format(""))
     for run, resume in (("run", ("--resume", "auto")), ("whole", ())):
         ended = train(tmp_path / run, *resume, ranks=2, settings=settings)
         assert ended.returncode == 0, ended.stderr
     mine, whole = read.metrics(tmp_path / "run"), read.metrics(tmp_path / "whole")
-    evaluated = {name for name in whole[2] if name.startswith("eval/")}
-    assert evaluated and [line["step"] for line in whole] == [0, 1, 2, 3, 4]
-    assert mine == [*whole[:2], {name: value for name, value in whole[2].items() if name not in evaluated}, *whole[3:]]
+    assert [line["step"] for line in whole if "eval/pass@1" in line] == [0, 2, 4]
+    assert mine == whole
     mine, whole = read.completions(tmp_path / "run"), read.completions(tmp_path / "whole")
     assert len(whole) == 4 and mine == whole
 
@@ -198,6 +202,35 @@ def test_a_signal_saves_and_the_run_goes_on_later(sharded, forked, read, tmp_pat
     resumed = forked("train", *flags, str(done + 1), *more, ranks=processes)
     assert resumed.returncode == 0, resumed.stderr
     assert len(read.metrics(output)) == done + 1
+
+
+SLOW = """
+import time
+def slow(completions, **_):
+    time.sleep(3)
+    return list(map(len, completions))
+"""
+
+
+def test_a_step_longer_than_the_timeout_is_saved_after_a_signal(sharded, read, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SLOW)
+    output = tmp_path / "run"
+    flags = ["--output", str(output), "--ds-config", sharded, "--reward", f"{tmp_path}/mine.py:slow", "--steps", "400"]
+    flags += ["--max-restarts", "1"]  # with a supervisor
+    for setting in ("launch.fault_timeout=1", "train.prompts_per_step=2", "rollout.group_size=4"):
+        flags += ["--set", setting]
+    command = [sys.executable, "-m", "vdr_cli", "train", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        wait_for_steps(output, 2)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            signal_all(process, signal.SIGKILL)
+    assert process.returncode == 128 + signal.SIGTERM and "not done" not in stderr, stderr
+    assert (output / "checkpoints" / f"step_{len(read.metrics(output)):06d}").is_dir()
 
 
 def wait_for_steps(output: Path, count: int) -> None:

@@ -44,6 +44,22 @@ def test_truncate_drops_later_and_torn_lines(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_numbers_that_come_later_join_their_line(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, PLAIN) as writer:
+        for step in (1, 2, 3):
+            writer.log(step, {"reward": step, "kl": math.nan})
+    for value in (0.5, 0.25):  # the second time after a kill: the checkpoint does not know of the first
+        with MetricsWriter(tmp_path, PLAIN) as writer:
+            writer.truncate(2)
+            writer.amend(2, {"eval/pass@1": value})
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"step": 1, "reward": 1, "kl": None}
+    assert json.loads(second) == {"step": 2, "reward": 2, "kl": None, "eval/pass@1": 0.25}
+    with MetricsWriter(tmp_path / "other", PLAIN) as writer:  # a run that goes on from another run's checkpoint
+        writer.amend(2, {"eval/pass@1": 0.5})
+    assert list(read_metrics(tmp_path / "other" / "metrics.jsonl")) == [{"step": 2, "eval/pass@1": 0.5}]
+
+
 def test_reading_leaves_out_a_torn_end_and_names_a_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2')
@@ -62,9 +78,11 @@ def test_tensorboard_purges_what_a_resumed_run_writes_again(tmp_path: Path) -> N
             writer.log(step, {"reward": step})
     with MetricsWriter(tmp_path, ObserveConfig()) as writer:
         writer.truncate(2)
+        writer.amend(2, {"eval/reward": 20})
         writer.log(3, {"reward": 30})
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 30)]
+    assert [(event.step, event.value) for event in events.Scalars("eval/reward")] == [(2, 20)]
 
 
 def test_wandb_that_is_not_installed_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

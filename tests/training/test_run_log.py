@@ -64,7 +64,7 @@ def evaluated(folder: Path, notes: Notes, values: list[float], resume_at: int | 
         if resume_at is not None:
             log.truncate(resume_at)
         for value in values:
-            log.starting_point({"eval/pass@1": 0.5, "eval/pass@8": value, "eval/pass@8_high": value + 0.01})
+            log.evaluation(0, {"eval/pass@1": 0.5, "eval/pass@8": value, "eval/pass@8_high": value + 0.01})
 
 
 def test_a_collapse_is_reported_once_also_over_a_resume(tmp_path: Path) -> None:

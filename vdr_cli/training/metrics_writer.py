@@ -43,26 +43,33 @@ class MetricsWriter:
 
     def truncate(self, step: int) -> None:
         """Drop everything after this step: a resumed run writes it again. Atomic."""
-        self._file.close()
-        _keep_through(self.path, step)
-        self._file = self.path.open("ab", buffering=0)
+        self._rewrite(step, {})
         self._purge_step = step + 1
+
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add numbers to the line of this step, the newest one, and send them on as `log` does. Atomic.
+
+        Raises MachineError on a full disk; the line is as it was.
+        """
+        try:
+            self._rewrite(step, _all_finite(metrics))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._upload(step, metrics)
+        self._draw(step, metrics)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and send the same numbers to TensorBoard and Weights & Biases.
 
         Raises MachineError on a full disk; the line is kept and written before the next one.
         """
-        finite = {name: _finite(value) for name, value in metrics.items()}
-        self._pending += json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n"
-        if self._wandb is not None:
-            self._wandb.log(dict(finite), step=step)
+        self._pending += _line({"step": step, **_all_finite(metrics)}).encode()
+        self._upload(step, metrics)
         try:
             self._write_pending()
         except OSError as error:
-            raise MachineError(f"{self.run_dir}: metrics cannot be written: {error.strerror or error}") from error
-        if self._settings.tensorboard and not self._board_lost:
-            self._draw(step, metrics)
+            raise self._cannot_write(error) from error
+        self._draw(step, metrics)
 
     def close(self) -> None:
         """Write what is left; MachineError when that cannot be done."""
@@ -84,7 +91,23 @@ class MetricsWriter:
         if run is not None:
             run.finish()
 
+    def _rewrite(self, step: int, added: Mapping[str, float | None]) -> None:
+        self._file.close()
+        try:
+            _keep_through(self.path, step, added)
+        finally:
+            self._file = self.path.open("ab", buffering=0)
+
+    def _cannot_write(self, error: OSError) -> MachineError:
+        return MachineError(f"{self.run_dir}: metrics cannot be written: {error.strerror or error}")
+
+    def _upload(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._wandb is not None:
+            self._wandb.log(_all_finite(metrics), step=step)
+
     def _draw(self, step: int, metrics: Mapping[str, float]) -> None:
+        if not self._settings.tensorboard or self._board_lost:
+            return
         board = self._board()
         try:
             for name, value in metrics.items():
@@ -133,7 +156,16 @@ def _finite(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _keep_through(path: Path, step: int) -> None:
+def _all_finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _finite(value) for name, value in metrics.items()}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _keep_through(path: Path, step: int, added: Mapping[str, float | None]) -> None:
+    """Keep the whole lines up to this step. added: more numbers for the line of the step, which is made without one."""
     with (
         replacing(path) as partial,
         path.open(encoding="utf-8", errors="replace") as lines,
@@ -141,8 +173,13 @@ def _keep_through(path: Path, step: int) -> None:
     ):
         for line in lines:
             record = parse_line(line)
-            if record is not None and record["step"] <= step and line.endswith("\n"):
-                kept.write(line)
+            if record is None or record["step"] > step or not line.endswith("\n"):
+                continue
+            if record["step"] == step and added:
+                line, added = _line({**record, **added}), {}
+            kept.write(line)
+        if added:
+            kept.write(_line({"step": step, **added}))
 
 
 def _start_wandb(run_dir: Path, config: Mapping[str, Any] | None) -> Any:

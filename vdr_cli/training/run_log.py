@@ -62,12 +62,20 @@ class RunLog:
             for line in read_metrics(self._writer.path):
                 self._collapse.warnings(line)
 
-    def starting_point(self, metrics: dict[str, float]) -> None:
-        """Record the held-out numbers before the first step, so that every run shows what it improved."""
-        self._write(0, metrics)
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record held-out numbers apart from a step's: those before the first step, or those that a step still owed.
+
+        Collective. Raises MachineError on every rank when the line of a step cannot be rewritten.
+        """
+        if step == 0:
+            self._write(0, metrics)
+        else:
+            with collectives.agreed():
+                if self._writer is not None:
+                    self._writer.amend(step, metrics)
         self._warn_of_collapse(metrics)
         shown = [f"{name} {value:.3f}" for name, value in metrics.items() if not name.endswith(("_low", "_high"))]
-        self.note(f"step 0: {', '.join(shown)}")
+        self.note(f"step {step}: {', '.join(shown)}")
 
     def step(
         self,

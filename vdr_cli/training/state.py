@@ -11,7 +11,7 @@ from vdr_cli.exploration.sources import Memory
 from vdr_cli.grpo.entropy_control import EntropyControl
 from vdr_cli.training.pending_rollout import PendingRollout
 
-SAVED = ("step", "drawn", "tokens", "prompt_tokens", "seconds", "refused", "best", "best_step")
+SAVED = ("step", "drawn", "tokens", "prompt_tokens", "seconds", "refused", "best", "best_step", "owes_evaluation")
 """Fields that a checkpoint's state.json carries, beside `rms` and `entropy`."""
 
 
@@ -34,6 +34,8 @@ class LoopState:
     best: float | None = None
     """Best held-out pass@1."""
     best_step: int | None = None
+    owes_evaluation: bool = False
+    """The evaluation that was due after this step failed: a resumed run does it first."""
     rms: RunningRms = field(default_factory=RunningRms)
     """The bonus's running RMS, which a step moves on before it ends."""
     finished_rms: dict[str, float] = field(default_factory=lambda: RunningRms().state_dict())
