@@ -12,6 +12,7 @@ import torch
 from vdr_cli.config import Config
 from vdr_cli.config.load import load_config
 from vdr_cli.engine import build
+from vdr_cli.engine.deepspeed_import import module
 from vdr_cli.engine.ds_config import (
     SMALLEST_BUCKET,
     DsConfig,
@@ -120,6 +121,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but train.max_grad_norm is 1.0"),
         ({"bf16": {"enabled": False}}, "bf16.enabled disagrees with model.dtype"),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"fp16": {"enabled": 1}}, "fp16 is not supported; remove it and set model.dtype to bfloat16 or float32"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "fp16 is not supported; remove it"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}}, "optimizer is set by train.learning_rate"),
         ({"optimizer": {"type": "Lion"}}, "optimizer.type is Lion but train.optimizer is adamw; remove it or make"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7; give 0 to 3"),
@@ -151,6 +154,15 @@ def test_the_optimizer_that_runs_may_be_named(name: str, tmp_path: Path) -> None
     [
         ({"communication_data_type": "float"}, "Invalid communication_data_type. .* Got: float; correct it"),
         ({"data_types": {"grad_accum_dtype": "xx"}}, "data_types.grad_accum_dtype is 'xx'; give bf16, fp16 or fp32"),
+        ({"data_types": {"buffer_dtype": "int8"}}, "data_types.buffer_dtype is 'int8'; give bf16, fp16 or fp32"),
+        (
+            {"data_types": {"param_dtype": "bf16"}},
+            "data_types.param_dtype is bf16 but model.dtype is float32; remove it or make them agree",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}},
+            "without ZeRO, data_types.grad_accum_dtype is bf16 but model.dtype is float32; remove it or .*",
+        ),
         ({"comms_logger": {"prof_ops": "all"}}, "prof_ops: Input should be a valid list; correct it"),
     ],
 )
@@ -162,7 +174,20 @@ def test_what_deepspeed_refuses_is_not_the_models_fault(
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, **given}))
     monkeypatch.setattr(build, "load_for_training", lambda *_: pytest.fail("weights are loaded"))
     with pytest.raises(ConfigError, match=f"^engine.ds_config .*mine.json: {line}$"):
-        build.build_engine(config(str(file), f"model.name={tiny_path}"), device)
+        build.build_engine(config(str(file), f"model.name={tiny_path}", "model.dtype=float32"), device)
+
+
+def test_types_that_need_the_norm_of_the_gradient(tmp_path: Path) -> None:
+    """DeepSpeed raises for them only when the weights are loaded."""
+    file = tmp_path / "mine.json"
+    known = module("runtime.config").DtypeEnum
+    zero = {"stage": 1, "compute_grad_norm": False}
+    file.write_text(json.dumps({"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}))
+    line = r"^engine.ds_config mine: zero_optimization.compute_grad_norm is false, which .* data_types.grad_accum_dtype"
+    with pytest.raises(ConfigError, match=line):
+        build._check_data_types("mine", resolved(config(str(file))), known)
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    build._check_data_types("mine", resolved(config(str(file))), known)
 
 
 def test_bfloat16_needs_zero(tmp_path: Path) -> None:

@@ -176,15 +176,36 @@ def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
     except Exception as error:  # a value of a wrong type makes it raise anything
         told = _told(error) if isinstance(error, ValidationError) else reason(error)
         raise ConfigError(f"engine.ds_config {name}: {told}; correct it") from error
-    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):  # DeepSpeed reads these when it makes the engine
+    _check_data_types(name, ds_config, runtime.DtypeEnum)
+
+
+def _check_data_types(name: str, ds_config: DsConfig, known: Any) -> None:
+    """Check types that DeepSpeed reads when it makes the engine. known: its enumeration of types and their names."""
+    model = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
+    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
         value = ds_config.get("data_types", {}).get(key)
+        if value is None:
+            continue
         try:
-            if value is not None:
-                runtime.DtypeEnum(value)
-        except ValueError as error:
+            dtype = known(value).value
+        except ValueError:
+            dtype = None
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):  # it would take int8, which holds no gradient
+            raise ConfigError(f"engine.ds_config {name}: data_types.{key} is {value!r}; give bf16, fp16 or fp32")
+        accumulates_alone = key == "grad_accum_dtype" and zero_stage(ds_config) == 0
+        if dtype is not model and (accumulates_alone or key == "param_dtype"):
+            where = "without ZeRO, " * accumulates_alone
             raise ConfigError(
-                f"engine.ds_config {name}: data_types.{key} is {value!r}; give bf16, fp16 or fp32"
-            ) from error
+                f"engine.ds_config {name}: {where}data_types.{key} is {value} but model.dtype is "
+                f"{str(model).removeprefix('torch.')}; remove it or make them agree"
+            )
+        zero = ds_config["zero_optimization"]
+        mixed = key == "grad_accum_dtype" and (model, dtype) == (torch.bfloat16, torch.float32)
+        if mixed and zero_stage(ds_config) == 1 and not zero.get("compute_grad_norm", True):
+            raise ConfigError(
+                f"engine.ds_config {name}: zero_optimization.compute_grad_norm is false, which stage 1 does not allow "
+                f"with model.dtype bfloat16 and data_types.grad_accum_dtype {value}; remove one of the two"
+            )
 
 
 def _told(error: ValidationError) -> str:

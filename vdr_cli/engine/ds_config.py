@@ -228,8 +228,10 @@ def _refuse_conflicts(name: str, given: DsConfig, config: Config, world_size: in
         raise ConfigError(
             f"engine.ds_config {name}: bf16.enabled disagrees with model.dtype; remove it, set model.dtype"
         )
-    if given.get("fp16", {}).get("enabled", False) is True:
-        raise ConfigError(f"engine.ds_config {name}: fp16 is not supported; set model.dtype to bfloat16 or float32")
+    if given.get("fp16", {}).get("enabled", "auto") not in ("auto", False):
+        raise ConfigError(
+            f"engine.ds_config {name}: fp16 is not supported; remove it and set model.dtype to bfloat16 or float32"
+        )
     optimizer = given.get("optimizer", {}).get("type", "auto")
     if str(optimizer).lower() not in OPTIMIZER_NAMES[config.train.optimizer]:
         raise ConfigError(
