@@ -149,6 +149,21 @@ def test_ranks_that_hear_nothing_are_ended_in_time(tmp_path: Path, monkeypatch: 
     assert run_once(plan(STUCK, tmp_path, fault_timeout=0.5), [], signals) == 143
 
 
+def test_ranks_in_a_long_step_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's watchdog says how long its step may take when the signal arrives."""
+
+    def ask(*_: object) -> bool:
+        (tmp_path / "patience").write_text("1000.0")
+        return True
+
+    monkeypatch.setattr(supervisor, "SLACK", 0.0)
+    monkeypatch.setattr(supervisor, "_ask_ranks_to_stop", ask)
+    signals = Signals([signal.SIGTERM], [time.monotonic()])
+    script = f"import time; time.sleep(3); {FINISH}"
+    assert run_once(plan(script, tmp_path, fault_timeout=0.5), [], signals) == 0
+    assert not (tmp_path / "patience").exists()
+
+
 def test_what_a_reward_left_behind_does_not_undo_success(tmp_path: Path) -> None:
     """A helper process that ignores SIGTERM is killed; the run has finished all the same."""
     helper = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vdr_cli.launch import outcome
 from vdr_cli.launch.environment import free_port
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -102,6 +103,17 @@ def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:
     assert code == 128 + signal.SIGTERM
     assert "not done 2 s after SIGTERM" in said
     assert "launch.fault_timeout" in said
+
+
+def test_a_step_gets_the_time_that_steps_take(tmp_path: Path) -> None:
+    """The longest took 1000 s, and the timeout is 2 s. The supervisor, which gives up later, reads it in the file."""
+    (rank,) = start("long", size=1, directory=tmp_path)
+    rank.send_signal(signal.SIGTERM)
+    ((code, said),) = ends([rank])
+    assert code == 0, said
+    assert outcome.patience_told(tmp_path) == 2002.0
+    outcome.forget_stop(tmp_path)
+    assert outcome.patience_told(tmp_path) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])

@@ -68,6 +68,7 @@ def test_without_a_watchdog_every_call_is_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(watchdog, "_watchdog", None)
     met: list[object] = []
     watchdog.phase("rollout")
+    watchdog.note_step(3.0)
     watchdog.end(ValueError())
     with watchdog.connected(0, 2, lambda value: met.append(value)):
         pass

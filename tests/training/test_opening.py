@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from vdr_cli.config.load import load_config
 from vdr_cli.data.order import stream_indices
 from vdr_cli.engine import checkpoint as checkpoints
 from vdr_cli.errors import ConfigError, MachineError
-from vdr_cli.training.opening import _check_end, _choose_checkpoint, _drawn, _prepare_directory
+from vdr_cli.system.stopping import StopSignal
+from vdr_cli.training import opening
+from vdr_cli.training.opening import Run, _check_end, _choose_checkpoint, _drawn, _prepare_directory
 
 
 def test_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path) -> None:
@@ -60,6 +63,18 @@ def test_a_model_without_an_end_is_reported(caplog: pytest.LogCaptureFixture) ->
     assert "have no EOS token: every completion is cut" in caplog.text and "set rollout.stop" in caplog.text
     with pytest.raises(ConfigError, match=r"grpo.mask_truncated leaves nothing to train on: .* no EOS token"):
         _check_end(load_config(overrides=["grpo.mask_truncated=true"]), [])
+
+
+def test_the_watchdog_knows_how_long_steps_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their evaluations and checkpoints: a signal is looked at after all of it."""
+    clock, noted = iter([13.0, 33.0]), list[float]()
+    monkeypatch.setattr(opening, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(opening.watchdog, "note_step", noted.append)
+    monkeypatch.setattr(opening.collectives, "all_reduce_max", lambda values: values)
+    nothing: Any = None
+    run = Run(nothing, nothing, nothing, nothing, StopSignal(), looked_at=10.0)
+    assert not run.stopped() and not run.stopped()
+    assert noted == [3.0, 20.0]
 
 
 def test_the_rows_that_a_run_draws() -> None:

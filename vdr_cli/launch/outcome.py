@@ -1,7 +1,8 @@
 """The end of a run, written by the run itself: exit codes of launchers over ssh cannot be trusted.
 
 finished.json stands in the run directory when the run ended as it should; fault.json when it ended
-for a reason it knows. `stop` in the same directory asks every rank to save and end.
+for a reason it knows. `stop` in the same directory asks every rank to save and end; `patience` is rank 0's
+answer to a signal: the seconds in which the step in progress should end.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from vdr_cli.system.files import write_whole
 FINISHED = "finished.json"
 FAULT = "fault.json"
 STOP = "stop"
+PATIENCE = "patience"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ def clear(directory: Path) -> None:
 
 
 def forget_faults(directory: Path) -> None:
-    """Forget an earlier run's fault and its `stop`, but not that it was complete: this one may yet be refused."""
-    for name in (FAULT, STOP):
+    """Forget an earlier run's fault and its stop, but not that it was complete: this one may yet be refused."""
+    for name in (FAULT, STOP, PATIENCE):
         (directory / name).unlink(missing_ok=True)
 
 
@@ -93,15 +95,30 @@ def ask_to_stop(directory: Path, signal_number: int) -> bool:
 
 
 def forget_stop(directory: Path) -> None:
-    """Remove the `stop` file that an earlier run left."""
-    with suppress(OSError):
-        (directory / STOP).unlink(missing_ok=True)
+    """Remove the files `stop` and `patience` that an earlier run left."""
+    for name in (STOP, PATIENCE):
+        with suppress(OSError):
+            (directory / name).unlink(missing_ok=True)
 
 
 def asked_to_stop(directory: Path) -> int | None:
     """The signal number in the `stop` file, if it is there."""
     try:
         return int((directory / STOP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def tell_patience(directory: Path, seconds: float) -> None:
+    """Tell the supervisor how long after a signal the ranks end themselves. Best effort, as for a fault."""
+    with suppress(OSError):
+        _write(directory / PATIENCE, seconds)
+
+
+def patience_told(directory: Path) -> float | None:
+    """The seconds in the `patience` file, if it is there."""
+    try:
+        return float((directory / PATIENCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -50,7 +50,8 @@ class Plan:
     """Ranks are on other hosts too: signals reach them through the run directory, ends are read off pdsh's stderr."""
     fault_timeout: float
     resumes: Path | None = None
-    """The run directory in which a restart looks for checkpoints, on every host; None: the command is just repeated."""
+    """The run directory in which a restart looks for checkpoints, on every host; None: the command is just repeated.
+    A host that does not share it waits for plan.fault_timeout after a signal."""
 
 
 class HostEnds:
@@ -196,10 +197,10 @@ def exit_code(plan: Plan, launcher_code: int, signals: Signals, finished_before:
 def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: HostEnds) -> int:
     """Until the launcher ends, or must be ended.
 
-    A first signal asks the ranks to save and end, a second one ends everything now, and so does time: ranks end
-    themselves plan.fault_timeout after a signal, unless nothing of theirs can run any more. When one host's ranks have
-    failed, the others have FOLLOW seconds (plan.fault_timeout, if that is less) to end as well: those that had met
-    it notice at once, and pdsh itself would wait for the rest for ever.
+    A first signal asks the ranks to save and end, a second one ends everything now, and so does time: after a signal
+    ranks end themselves in the seconds that rank 0 tells (plan.fault_timeout, if it does not), unless nothing of theirs
+    can run any more. When one host's ranks have failed, the others have FOLLOW seconds (plan.fault_timeout, if that is
+    less) to end as well: those that had met it notice at once, and pdsh itself would wait for the rest for ever.
     """
     passed_on = 0
     while child.poll() is None:
@@ -209,10 +210,16 @@ def _wait(child: subprocess.Popen[bytes], plan: Plan, signals: Signals, hosts: H
                 break
         if hosts.failed_for() > min(FOLLOW, plan.fault_timeout):
             break
-        if passed_on and time.monotonic() - signals.times[0] > plan.fault_timeout + SLACK:
+        if passed_on and time.monotonic() - signals.times[0] > _patience(plan) + SLACK:
             break
         time.sleep(POLL)
     return child.returncode if child.returncode is not None else MachineError.exit_code
+
+
+def _patience(plan: Plan) -> float:
+    """Seconds in which the ranks end after a signal."""
+    told = outcome.patience_told(plan.resumes) if plan.resumes is not None else None
+    return max(plan.fault_timeout, told or 0.0)
 
 
 def _ask_ranks_to_stop(plan: Plan, number: int) -> bool:

@@ -5,7 +5,8 @@ A rank that waits in a collective for one that died would wait for minutes or fo
 - a launcher above this process ended (every half second): exit at once
 - another rank ended or cannot be reached (peers.py): exit at once, the cause passed on to all
 - another rank ended with an error and `timeout` seconds later this one still runs: exit
-- Ctrl-C or SIGTERM arrived and `timeout` seconds later the step and its checkpoint were not done: exit
+- Ctrl-C or SIGTERM arrived and the step and its checkpoint were not done in `timeout` seconds and twice the longest
+  step so far: exit
 - a `stop` file in the run directory: raise that signal here (how a signal reaches other hosts)
 
 It ends the process with os._exit: a collective that will never complete cannot be left in any other way,
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,18 @@ from vdr_cli.system.processes import end_process
 
 POLL = 0.5
 DEFAULT_TIMEOUT = 60.0
+STEPS_AFTER_SIGNAL = 2.0
+"""Number of longest steps that ranks wait for after a signal, beside the timeout. Steps grow as completions do."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """The first signal."""
+
+    number: int
+    at: float
+    patience: float
+    """Seconds in which the step in progress must end."""
 
 
 class Watchdog:
@@ -42,11 +56,12 @@ class Watchdog:
     def __init__(self, directory: Path | None, timeout: float) -> None:
         self.directory, self.timeout = directory, timeout
         self.phase = "start"
+        self.longest_step = 0.0
         self._watched = Watched()
         self._peers: Peers | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._told_to_stop: tuple[int, float] | None = None
+        self._told_to_stop: _Stop | None = None
         self._farewell_at = 0.0
         self._signals = _signal_pipe()
         threading.Thread(target=self._run, name="vdr-watchdog", daemon=True).start()
@@ -105,13 +120,16 @@ class Watchdog:
         except BlockingIOError:
             received = []
         if received and self._told_to_stop is None:
-            self._told_to_stop = received[0], time.monotonic()
-        if self._told_to_stop is not None and time.monotonic() - self._told_to_stop[1] > self.timeout:
-            number = self._told_to_stop[0]
+            patience = self.timeout + STEPS_AFTER_SIGNAL * self.longest_step
+            self._told_to_stop = _Stop(received[0], time.monotonic(), patience)
+            if self.directory is not None and "VDR_RUN_DIRECTORY" in os.environ and os.environ.get("RANK") == "0":
+                outcome.tell_patience(self.directory, patience)
+        stop = self._told_to_stop
+        if stop is not None and time.monotonic() - stop.at > stop.patience:
             self._exit(
-                f"not done {self.timeout:g} s after {signal.Signals(number).name}, so ending without a checkpoint of "
-                "this step; set launch.fault_timeout above the longest step",
-                128 + number,
+                f"not done {round(stop.patience, 1):g} s after {signal.Signals(stop.number).name}, so ending without a "
+                "checkpoint of this step; set launch.fault_timeout above the longest step",
+                128 + stop.number,
             )
 
     def _overdue(self, farewell: Loss) -> Loss | None:
@@ -164,6 +182,12 @@ def phase(name: str) -> None:
     """Note the phase that this rank is in, for the line that it leaves when it is ended."""
     if _watchdog is not None:
         _watchdog.phase = name
+
+
+def note_step(seconds: float) -> None:
+    """Take in how long a step took, so that a signal in a later one gives it as long."""
+    if _watchdog is not None:
+        _watchdog.longest_step = max(_watchdog.longest_step, seconds)
 
 
 def end(error: BaseException | None = None) -> None:

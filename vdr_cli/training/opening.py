@@ -7,8 +7,9 @@ import random
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,14 @@ class Run:
     log: RunLog
     stop: StopSignal
     exit_code: int = 0
+    looked_at: float = field(default_factory=monotonic)
+    """Time at which the step in progress began, on the clock of time.monotonic."""
 
     def stopped(self) -> bool:
-        """True when any rank received Ctrl-C or SIGTERM; the exit code says which. Collective."""
+        """True when any rank received Ctrl-C or SIGTERM; the exit code says which. Collective, before each step."""
+        now = monotonic()
+        watchdog.note_step(now - self.looked_at)
+        self.looked_at = now
         signal_number = int(collectives.all_reduce_max([float(self.stop.received)])[0])
         if signal_number:
             self.exit_code = 128 + signal_number

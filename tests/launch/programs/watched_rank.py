@@ -10,7 +10,8 @@ from vdr_cli.errors import DataError
 from vdr_cli.launch import watchdog
 
 rank, size, port, what = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-signal.signal(signal.SIGTERM, lambda *_: None)
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 if what == "early":  # a pool that ends at once may end a worker that has hardly begun
     os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -35,7 +36,14 @@ def share(value):  # a broadcast over a socket of its own
 watchdog.begin(os.environ.get("VDR_RUN_DIRECTORY"), timeout=2.0)
 watchdog.phase("reward")
 with watchdog.connected(rank, size, share):
+    if what == "long":
+        watchdog.note_step(1000.0)
     print("ready", flush=True)
+    if what == "long":  # its step ends, and is saved, after more than the timeout
+        while not told:
+            time.sleep(0.05)
+        time.sleep(5)
+        sys.exit(0)
     if rank == 1 and what == "bug":
         raise KeyError("answer")
     if rank == 1 and what == "error":

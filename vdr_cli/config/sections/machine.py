@@ -55,8 +55,8 @@ class LaunchConfig(Section):
     drop_lost_hosts: bool = False
     """Leave out hosts that do not answer at a restart, and use fewer processes."""
     fault_timeout: Annotated[float, Field(gt=0)] = 60.0
-    """Seconds within which every process ends once a fault is noticed, and after Ctrl-C or SIGTERM. It must be longer
-    than the longest step with its checkpoint: a step that a signal finds in progress is lost after this time."""
+    """Seconds within which every process ends once a fault is noticed. After Ctrl-C or SIGTERM, the step in progress
+    and its checkpoint have this time and twice the longest step so far; if they take longer, they are lost."""
     check_hosts: bool = True
     """With a hostfile: check that every host is reachable and has the same versions before anything starts."""
 
