@@ -368,3 +368,16 @@ def test_refused_before_anything_starts(arguments, code, expected, started, caps
     streams = capsys.readouterr()
     assert expected in streams.err and streams.err.count("\n") == 1 and started == {}
     assert sorted(Path.cwd().iterdir()) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--num-processes", "2"]])
+@pytest.mark.parametrize("given", ["environment", "launch.env"])
+def test_a_variable_that_deepspeed_cannot_read_is_named(
+    started, more: list[str], given: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if given == "environment":
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1h")
+    else:
+        more = [*more, "--set", "launch.env.DEEPSPEED_TIMEOUT=1h"]
+    assert app.run(["train", *more]) == 2 and not started
+    assert "the environment variable DEEPSPEED_TIMEOUT is '1h', not a whole number" in capsys.readouterr().err

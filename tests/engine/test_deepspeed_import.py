@@ -1,12 +1,15 @@
-"""Two changes to DeepSpeed: ZeRO-3's linear map without a gradient, and parameters that are not printed."""
+"""DeepSpeed's import, and two changes to it: a linear map without a gradient, and parameters that are not printed."""
 
 from __future__ import annotations
+
+from importlib import util
 
 import pytest
 import torch
 from torch import nn
 
 from vdr_cli.engine import deepspeed_import
+from vdr_cli.errors import ConfigError
 
 CASES = [
     pytest.param(shape, with_bias, id=f"{len(shape)}d{'_bias' * with_bias}")
@@ -57,3 +60,11 @@ def test_parameters_print_their_numbers_again_afterwards() -> None:
     with deepspeed_import.parameters_unprinted():
         assert "1." not in repr(parameter)
     assert "1." in repr(parameter)
+
+
+def test_a_variable_that_deepspeed_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1h")
+    spec = util.spec_from_file_location("imported_again", deepspeed_import.__file__)
+    assert spec is not None and spec.loader is not None
+    with pytest.raises(ConfigError, match=r"^the environment variable DEEPSPEED_TIMEOUT is '1h', not a whole number"):
+        spec.loader.exec_module(util.module_from_spec(spec))

@@ -56,6 +56,13 @@ def test_a_batch_script_is_not_a_rank() -> None:
     assert translated({**SRUN, "RANK": "0", "WORLD_SIZE": "2"}) == {}
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE"])
+def test_a_number_of_a_launcher_that_is_none_is_named(name: str) -> None:
+    environment = {"OMPI_COMM_WORLD_SIZE": "2"} if name.startswith("OMPI") else SRUN
+    with pytest.raises(ConfigError, match=rf"^the environment variable {name} is 'x', not a whole number \("):
+        translated({**environment, name: "x"})
+
+
 def test_mpirun_is_understood() -> None:
     mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     assert translated({**mpi, "MASTER_ADDR": "h1"})["RANK"] == "1"

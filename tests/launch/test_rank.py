@@ -36,6 +36,8 @@ def test_half_of_the_variables_make_no_rank(left: dict[str, str]) -> None:
         ({"MASTER_ADDR": ""}, "no MASTER_ADDR"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a whole number"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; a port is 1 to 65535"),
+        ({"LOCAL_SIZE": "all"}, "LOCAL_SIZE is 'all', not a whole number"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x', not a whole number"),
         ({"RANK": "2"}, "RANK is 2, not below WORLD_SIZE 2"),
     ],
 )

@@ -17,6 +17,7 @@ from vdr_cli.launch.reexec import check_launch, hosts_of, launch, wants_ranks, w
 from vdr_cli.planning.batches import batch_plan
 from vdr_cli.system import stopping
 from vdr_cli.system.imports import importing
+from vdr_cli.system.variables import check_for_deepspeed, whole_number
 
 
 def start(
@@ -24,6 +25,7 @@ def start(
 ) -> int:
     """Check, then print the plan, start the ranks, or train as the rank that this process is. The exit code."""
     check_before_start(config, resume)
+    check_for_deepspeed({**os.environ, **config.launch.env})
     if resume is not None and config.train.output is None:
         raise ConfigError("--resume needs --output, the run directory to continue")
     several = wants_ranks(config.launch)
@@ -51,7 +53,7 @@ def start(
 
 def chosen_output(config: Config) -> str:
     """`default_output`, where one process decides it for all; ConfigError where several would."""
-    if config.launch.no_ssh or int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) > 1:
+    if config.launch.no_ssh or whole_number(os.environ, "SLURM_STEP_NUM_NODES", 1) > 1:
         raise ConfigError("--output is needed when vdr is started on every host, so that all use the same directory")
     return default_output()
 
@@ -91,7 +93,8 @@ def _launch(config: Config, arguments: list[str]) -> int:
 
 def _node_rank(config: Config) -> int:
     """This host's number when vdr is started once on every host; 0 elsewhere."""
-    return config.launch.node_rank if config.launch.node_rank is not None else int(os.environ.get("SLURM_NODEID", 0))
+    given = config.launch.node_rank
+    return given if given is not None else whole_number(os.environ, "SLURM_NODEID", 0)
 
 
 def _train(config: Config, resume: str | None) -> int:

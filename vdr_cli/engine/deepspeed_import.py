@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdr_cli.system.variables import check_for_deepspeed
+
+check_for_deepspeed(os.environ)
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed: Any = importlib.import_module("deepspeed")

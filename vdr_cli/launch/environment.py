@@ -16,6 +16,7 @@ from vdr_cli.config.schema import LaunchConfig
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.launch import ancestors, watchdog
 from vdr_cli.launch.rank import GPU_DEVICES, gpu_names, is_rank, processes_started
+from vdr_cli.system.variables import whole_number
 
 DEFAULT_PORT = 29500
 TRAVELLING = (
@@ -49,12 +50,12 @@ def translated(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if is_rank(environ):
         return {}
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environ:
-        job = int(environ.get("SLURM_JOB_ID", 0))
+    if whole_number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in environ:
+        job = whole_number(environ, "SLURM_JOB_ID", 0)
         names = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
         address = slurm_hosts(environ)[0]
         port = str(20000 + job % 20000)  # the same for all tasks without a word between them
-    elif int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    elif whole_number(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         names = {
             "RANK": "OMPI_COMM_WORLD_RANK",
             "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",

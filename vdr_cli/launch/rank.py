@@ -39,14 +39,21 @@ def processes_started(environ: Mapping[str, str] = os.environ) -> int:
         value = environ.get(name)
         if not value:
             raise ConfigError(f"the environment has RANK and WORLD_SIZE but no {name}; {_UNSET}")
-        if name != "MASTER_ADDR" and not value.isdecimal():
-            raise ConfigError(f"the environment variable {name} is {value!r}, not a whole number; {_UNSET}")
+        if name != "MASTER_ADDR":
+            _check_number(name, value)
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):  # not every launcher sets one
+        _check_number(name, environ.get(name) or "1")
     rank, size, port = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if rank >= size:
         raise ConfigError(f"the environment variable RANK is {rank}, not below WORLD_SIZE {size}; {_UNSET}")
     if not 0 < port < 65536:
         raise ConfigError(f"the environment variable MASTER_PORT is {port}; a port is 1 to 65535")
     return size
+
+
+def _check_number(name: str, value: str) -> None:
+    if not value.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {value!r}, not a whole number; {_UNSET}")
 
 
 def gpu_names(visible: str) -> list[str]:

@@ -28,6 +28,7 @@ from vdr_cli.launch.hostfile import LOCAL_NAMES, Hosts, hostfile_text, read_host
 from vdr_cli.launch.preflight import Question, check_hosts, meeting_of, reachable_hosts
 from vdr_cli.launch.rank import is_rank
 from vdr_cli.launch.supervisor import Plan, supervise
+from vdr_cli.system.variables import check_for_deepspeed, whole_number
 
 LAUNCHER_PROGRAMS = {"pdsh": ("pdsh",), "openmpi": ("mpirun", "ompi_info"), "slurm": ("srun",)}
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax={count}"
@@ -86,7 +87,7 @@ def launch(
 def check_launch(launch: LaunchConfig, directory: Path | None) -> Hosts:
     """The hosts of a launch; ConfigError for whatever can be wrong with it before any host is contacted."""
     hosts = hosts_of(launch)
-    checked(launch.env)
+    check_for_deepspeed({**os.environ, **checked(launch.env)})
     if _node_rank(launch, hosts) is None:
         check_plain(launch, str(Path.cwd()), directory)
         travelling(os.environ, launch.env)
@@ -166,16 +167,16 @@ def _plan_over_hosts(
 def _node_rank(launch: LaunchConfig, hosts: Hosts) -> int | None:
     """This machine's place among the hosts when only its own ranks are to be started; None: start those of all."""
     if launch.no_ssh:
-        rank = launch.node_rank if launch.node_rank is not None else os.environ.get("SLURM_NODEID")
-        if rank is None:
+        rank = whole_number(os.environ, "SLURM_NODEID", -1) if launch.node_rank is None else launch.node_rank
+        if rank < 0:
             raise ConfigError("launch.no_ssh needs --node-rank: this host's place in the hostfile, from 0")
-        if int(rank) >= len(hosts):
+        if rank >= len(hosts):
             raise ConfigError(f"launch.node_rank {rank}: there are {len(hosts)} hosts, numbered from 0")
-        return int(rank)
+        return rank
     if launch.node_rank is not None:
         raise ConfigError("launch.node_rank is set without launch.no_ssh; give both, or neither")
     if _one_task_a_node() and launch.hostfile is None:
-        return int(os.environ["SLURM_NODEID"])
+        return whole_number(os.environ, "SLURM_NODEID", 0)
     name = next(iter(hosts))
     return 0 if len(hosts) == 1 and name in (*LOCAL_NAMES, socket.gethostname()) else None
 
@@ -193,8 +194,8 @@ def _rendezvous(launch: LaunchConfig, hosts: Hosts) -> tuple[str, int | None]:
 
 def _one_task_a_node() -> bool:
     """Started by srun with one task on each of several nodes, so each starts the ranks of its own."""
-    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
-    return nodes > 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == nodes and "SLURM_NODEID" in os.environ
+    nodes, tasks = (whole_number(os.environ, f"SLURM_STEP_NUM_{each}", 1) for each in ("NODES", "TASKS"))
+    return nodes > 1 and tasks == nodes and "SLURM_NODEID" in os.environ
 
 
 def _say(line: str) -> None:
