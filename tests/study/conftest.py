@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vdr_cli.config.load import dump_given
 from vdr_cli.study.directory import StudyDirectory, study_tree
 from vdr_cli.study.load import Study, study_of
 from vdr_cli.study.plan import Task, tasks_of
@@ -67,6 +68,7 @@ def fill(
         write_counts(study, directory, task, 1 / (1 + np.exp(-odds)), generator)
         if not task.is_start:
             write_metrics(directory, task, level, generator)
+            write_config(study, directory, task)
 
 
 def write_counts(
@@ -86,6 +88,13 @@ def write_counts(
     path = directory.evaluation(task)
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(counts))
+
+
+def write_config(study: Study, directory: StudyDirectory, task: Task) -> None:
+    """The run's config.yaml, with what differs from the defaults."""
+    assert task.arm is not None and task.seed is not None
+    text = dump_given(study.config(task.bed, task.arm, task.seed, task.trial))
+    (directory.run(task) / "config.yaml").write_text(text)
 
 
 def write_metrics(directory: StudyDirectory, task: Task, level: float, generator: np.random.Generator) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -12,16 +15,18 @@ from typing import Any
 import pytest
 
 from tests.study.test_running import machine  # noqa: F401
+from vdr_cli.cli.study import _show_plan
 from vdr_cli.config.load import dump_config, load_config
-from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.errors import ConfigError, DataError, MachineError
 from vdr_cli.study.archive import kept_run
 from vdr_cli.study.directory import open_directory
 from vdr_cli.study.load import load_study
 from vdr_cli.study.page import archive, rebuild, write_results
 from vdr_cli.study.plan import Task, runs_of
-from vdr_cli.study.record import record_of
+from vdr_cli.study.record import read_record, record_of
 
 FILES = ("study.json", "study.md", "study.html")
+RECORDS = sorted((Path(__file__).parents[2] / "docs" / "evidence").glob("*/record"))
 
 
 def test_an_archive_gives_the_report_byte_for_byte(make_study: Any, tmp_path: Path) -> None:
@@ -71,13 +76,22 @@ def test_a_study_goes_on_from_its_archive(machine: Any, tmp_path: Path) -> None:
     assert json.loads((directory / "study.json").read_text())["tuning"] == kept["tuning"]
 
 
-def test_the_registered_file_continues_a_published_archive(tmp_path: Path) -> None:
-    """The archive holds 43 of the registered 60 seeds, and the study file with all of them."""
-    bed = Path(__file__).parents[2] / "docs" / "evidence" / "countdown4-confirm"
-    shutil.copytree(bed / "record", tmp_path / "study")
-    registered = load_study(bed / "study.yaml")
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.parent.name)
+def test_the_registered_file_continues_a_published_archive(record: Path, tmp_path: Path) -> None:
+    """Each archive holds the study as it is registered, whole or cut short."""
+    shutil.copytree(record, tmp_path / "study")
+    registered = load_study(record.parent / "study.yaml")
     study = replace(registered, file=registered.file.model_copy(update={"output": str(tmp_path / "study")}))
     assert open_directory(study, resume=True)[1] == []
+
+
+def test_a_dry_run_counts_the_runs_of_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dose = next(record for record in RECORDS if record.parent.name == "countdown4-dose")
+    shutil.copytree(dose, tmp_path / "study")
+    registered = load_study(dose.parent / "study.yaml")
+    study = replace(registered, file=registered.file.model_copy(update={"output": str(tmp_path / "study")}))
+    _show_plan(study, runs_of(study), resume=True)
+    assert re.search(r"already evaluated +45\n", capsys.readouterr().out)
 
 
 def test_a_tuned_arm_joins_an_archive_by_the_start_kept_there(machine: Any, tmp_path: Path) -> None:  # noqa: F811
@@ -115,16 +129,118 @@ def test_an_archive_of_other_settings_is_refused(machine: Any, tmp_path: Path) -
 def test_what_is_no_archive_is_one_line(make_study: Any, tmp_path: Path) -> None:
     study, directory = make_study(seeds=2)
     write_results(record_of(study, directory), directory.path)
-    with pytest.raises(ConfigError, match="holds the runs of a study"):
+    with pytest.raises(ConfigError, match="holds the study itself"):
         archive(directory.path, directory.path)
+    settings = directory.run(Task("starter", "grpo", 0)) / "config.yaml"
+    settings.rename(tmp_path / "config.yaml")
     with pytest.raises(DataError, match=r"config\.yaml: cannot be read"):
         archive(directory.path, tmp_path / "kept")
-    for task in runs_of(study):
-        (directory.run(task) / "config.yaml").write_text(dump_config(study.config(task.bed, task.arm, task.seed)))
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "config.yaml").rename(settings)
     archive(directory.path, tmp_path / "kept")
     (tmp_path / "kept" / "metrics.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match=r"metrics\.parquet: cannot be read"):
         rebuild(tmp_path / "kept")
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def ended(make_study: Any, folder: str, **more: Any) -> Path:
+    """The directory of a small study that has ended."""
+    arms = {"plain": (0.0, 0.0), "noise": (0.0, 0.0)}
+    study, directory = make_study(arms, prompts=4, folder=folder, **{"seeds": 2, **more})
+    write_results(record_of(study, directory), directory.path)
+    return Path(directory.path)
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "configs/notes.yaml", "README.md", "metrics.parquet"])
+def test_a_directory_that_holds_something_else_is_left_alone(make_study: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "kept" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="kept: is not empty and not an archive alone"):
+        archive(ended(make_study, "study"), tmp_path / "kept")
+    assert files_in(tmp_path / "kept") == {name: b"mine"}
+
+
+def test_a_file_and_a_studys_directory_are_no_targets(make_study: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    one, other = ended(make_study, "one"), ended(make_study, "other")
+    for target, message in ((tmp_path / "file", "file: a file; "), (other, "other: holds the runs of a study")):
+        with pytest.raises(ConfigError, match=message):
+            archive(one, target)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_only_an_archive_of_the_same_study_is_replaced(make_study: Any, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    archive(ended(make_study, "one"), kept)  # an empty directory
+    before = files_in(kept)
+    with pytest.raises(ConfigError, match=r"kept: holds the archive of another study \(equivalence differs\)"):
+        archive(ended(make_study, "other", equivalence=0.05), kept)
+    assert files_in(kept) == before
+    (kept / "configs" / "starter-gone.yaml").write_text("left by another study")
+    archive(ended(make_study, "grown", seeds=3), kept)
+    assert sorted(path.name for path in (kept / "configs").iterdir()) == ["starter-noise.yaml", "starter-plain.yaml"]
+    assert len(read_record(kept).runs) == 6
+    with pytest.raises(ConfigError, match="seeds 2 missing"):
+        archive(tmp_path / "one", kept)
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_target_as_it_was(
+    make_study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, source = tmp_path / "kept", ended(make_study, "grown", seeds=3)
+    archive(ended(make_study, "study"), kept)
+    before = files_in(tmp_path)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vdr_cli.study.archive.pq.write_table", full)
+    with pytest.raises(MachineError, match=r"kept: the archive cannot be written \(No space left on device\)"):
+        archive(source, kept)
+    assert files_in(tmp_path) == before
+
+
+def test_study_yaml_need_not_be_there(make_study: Any, tmp_path: Path) -> None:
+    """study.json holds it too."""
+    source = ended(make_study, "study")
+    archive(source, tmp_path / "with")
+    (source / "study.yaml").unlink()
+    archive(source, tmp_path / "without")
+    assert files_in(tmp_path / "with") == files_in(tmp_path / "without")
+
+
+def test_runs_that_the_record_does_not_know_are_not_left_out(make_study: Any, tmp_path: Path) -> None:
+    """Neither those of a grown study that was killed, nor others that were evaluated since."""
+    source = ended(make_study, "study", seeds=1)
+    shutil.copy(source / "study.json", tmp_path / "first.json")
+    shutil.rmtree(source)
+    ended(make_study, "study", seeds=2)
+    shutil.copy(tmp_path / "first.json", source / "study.json")
+    with pytest.raises(ConfigError, match=r"study\.json is older than study\.yaml \(other seeds\); finish the study"):
+        archive(source, tmp_path / "kept")
+    (source / "study.yaml").unlink()
+    tree = json.loads((source / "study.json").read_text())
+    tree["study"]["seeds"] = [0, 1]
+    (source / "study.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"study\.json lacks starter/plain seed 1, starter/noise seed 1, evaluated"):
+        archive(source, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_trial_that_the_record_does_not_know_is_not_left_out(make_study: Any, tmp_path: Path) -> None:
+    tuning = {"seeds": [9], "trials": {"plain": [{}, {"grpo.beta": 0.1}], "noise": [{}, {"grpo.beta": 0.1}]}}
+    source = ended(make_study, "study", tuning=tuning)
+    tree = json.loads((source / "study.json").read_text())
+    tree["tuning"].pop()
+    (source / "study.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"study\.json lacks starter/noise trial 2, evaluated since"):
+        archive(source, tmp_path / "kept")
 
 
 def test_pairs_of_arms_are_compared(make_study: Any) -> None:

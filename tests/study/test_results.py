@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vdr_cli.config.load import config_hash, load_config
 from vdr_cli.errors import ConfigError, DataError
 from vdr_cli.stats.paired import holm, mean_over_seeds
 from vdr_cli.study.analysis import Difference, analysed, best_first, contrasts, curves, start_value, verdict_of
@@ -148,6 +149,42 @@ def test_the_results_come_again_bit_for_bit_from_the_record_and_the_metrics(make
     assert "grpo.beta: 0.1" in (moved / "study.md").read_text()
 
 
+def test_a_run_is_hashed_by_the_settings_it_ran_with(make_study: Make) -> None:
+    """Not by those that the code's present defaults would give it."""
+    study, directory = make_study(prompts=4, seeds=2)
+    path = directory.run(Task("starter", "grpo", 1)) / "config.yaml"
+    before = {run.task: run.settings for run in record_of(study, directory).runs}
+    path.write_text(path.read_text() + "grpo:\n  epsilon_high: 0.4321\n")  # as if the default had been another
+    after = {run.task: run.settings for run in record_of(study, directory).runs}
+    assert (
+        after.pop(Task("starter", "grpo", 1))
+        == config_hash(load_config(path))
+        != before.pop(Task("starter", "grpo", 1))
+    )
+    assert after == before
+
+
+def test_the_page_shows_the_settings_that_the_arms_share(make_study: Make) -> None:
+    beds = {
+        "starter": {},
+        "narrow": {"rollout": {"top_k": 5}, "rewards.functions": [{"name": "a|b:c"}, {"name": "length"}]},
+    }
+    arms, texts = {"grpo": (0.0, 0.0), "bald": (0.0, 0.0)}, []
+    for gate in ("all", "not_failed"):
+        study, directory = make_study(arms, 4, seeds=2, folder=gate, beds=beds, base={"bonus.gate": gate})
+        write_results(record_of(study, directory), directory.path)
+        texts.append([(directory.path / name).read_text().replace(f"# {gate}", "#") for name in FILES[1:]])
+    for before, after in zip(*texts, strict=True):
+        assert before != after
+    for text, row in zip(texts[1], ("| base | {} |", '<th scope="row">base</th><td class="text">{}</td>'), strict=True):
+        assert row.format("bonus.gate: not_failed") in text
+    assert r"| bed narrow | rollout.top_k: 5, rewards.functions: [{name: a\|b:c}, {name: length}] |" in texts[1][0]
+    assert "| bed starter | as the base |" in texts[1][0]
+    study, directory = make_study(arms, 4, seeds=2)
+    write_results(record_of(study, directory), directory.path)
+    assert "| base | the defaults |" in (directory.path / "study.md").read_text()
+
+
 def test_no_time_is_in_the_record(make_study: Make) -> None:
     study, directory = make_study(seeds=2)
     write_results(record_of(study, directory), directory.path)
@@ -166,7 +203,7 @@ def test_what_cannot_be_read_is_one_line(make_study: Make, tmp_path: Path) -> No
     write_results(record_of(study, directory), directory.path)
     metrics = directory.run(Task("starter", "grpo", 1)) / "metrics.jsonl"
     metrics.unlink()
-    with pytest.raises(ConfigError, match=f"{metrics}: missing"):
+    with pytest.raises(DataError, match=f"{metrics}: missing"):
         rebuild(directory.path)
     (directory.path / "study.json").write_text("{}")
     with pytest.raises(DataError, match="not the results of a study"):

@@ -64,7 +64,7 @@ def test_reading_leaves_out_a_torn_end_and_names_a_bad_line(tmp_path: Path) -> N
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2')
     assert len(list(read_metrics(path))) == 1
-    for rubbish in (b"rubbish", b"\xff", b"9" * 5000):
+    for rubbish in (b"rubbish", b"\xff", b"9" * 5000, b'{"step": 2, "loss": "low"}'):
         path.write_bytes(b'{"step": 1, "a": 1}\n' + rubbish + b"\n")
         with pytest.raises(DataError, match=r"metrics.jsonl:2"):
             list(read_metrics(path))

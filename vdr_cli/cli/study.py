@@ -29,7 +29,7 @@ ShardText = Annotated[
     str | None, typer.Option("--shard", metavar="I/N", help="Run only part I of N; parts may run at the same time.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the study in the output directory.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print what would run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check every arm's settings; print what would run.")]
 
 
 def command(
@@ -88,9 +88,11 @@ def _check_runs(study: Study) -> None:
 
 def _show_plan(study: Study, tasks: list[Task], resume: bool) -> None:
     from vdr_cli.stats.paired import detectable_deviations
+    from vdr_cli.study.archive import archived_tasks
     from vdr_cli.study.directory import StudyDirectory, check_directory
 
     directory = StudyDirectory(Path(study.file.output))
+    kept = archived_tasks(directory.path)
     for line in check_directory(study, directory, resume):
         typer.echo(line)
     trials = sum(task.is_trial for task in tasks)
@@ -102,7 +104,7 @@ def _show_plan(study: Study, tasks: list[Task], resume: bool) -> None:
         ("output", study.file.output),
         ("runs of record", str(runs)),
         ("tuning runs", str(trials)),
-        ("already evaluated", str(sum(directory.evaluation(task).is_file() for task in tasks))),
+        ("already evaluated", str(sum(task in kept or directory.evaluation(task).is_file() for task in tasks))),
         ("endpoint", study.file.endpoint),
         ("detectable difference", f"{deviations:.2f} standard deviations of a seed's difference (power 0.8, Holm)"),
     ):

@@ -12,8 +12,7 @@ on another machine.
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -25,18 +24,31 @@ import pyarrow.parquet as pq
 from vdr_cli.config.load import load_config
 from vdr_cli.config.schema import Config
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
-from vdr_cli.errors import ConfigError, DataError
+from vdr_cli.errors import DataError
 from vdr_cli.study.plan import Task
 
 ARCHIVE = "metrics.parquet"
-CONFIGS = "configs"
+CONFIGS, CONFIG = "configs", "config.yaml"
 KEPT = frozenset({
     "reward", "solved", "entropy", "frac_reward_zero_std", "completions/mean_length", "completions/distinct", "kl",
     "loss", "grad_norm", "step_time", "sampled_tokens",
 })  # fmt: skip
 KEPT_SECTIONS = ("eval/", "bonus/", "disagreement/")
 """Metrics of an archive: these names, and all in these sections."""
-KEYS = ("bed", "arm", "seed", "started", "step")
+
+
+def _is_name(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+KEYS: Mapping[str, Callable[[pa.DataType], bool]] = {
+    "bed": _is_name,
+    "arm": _is_name,
+    "seed": pa.types.is_integer,
+    "started": lambda kind: pa.types.is_timestamp(kind) and kind.tz is not None,
+    "step": pa.types.is_integer,
+}
+"""Column to the test of its type; the others are metrics, numbers all."""
 
 Metrics = dict[str, dict[int, float]]
 """Name to step to value."""
@@ -51,15 +63,38 @@ class KeptRun:
 
 
 def kept_run(directory: Path, task: Task) -> KeptRun:
-    """The run's metrics and its start, from its directory or the archive. Raises ConfigError when they are gone."""
+    """The run's metrics and its start, from its directory or the archive. Raises DataError when they are gone."""
     run = directory / task.path
-    if (run / METRICS_FILE).is_file():
-        seconds = int(next(path for path in (run / "config.yaml", run) if path.exists()).stat().st_mtime)
-        return KeptRun(datetime.fromtimestamp(seconds, UTC), _by_name(run / METRICS_FILE))
     archived = _archived(directory)
-    if task not in archived:
-        raise ConfigError(f"{run / METRICS_FILE}: missing; the report of a study needs the metrics of each of its runs")
-    return archived[task]
+    if task in archived and not (run / METRICS_FILE).is_file():
+        return archived[task]
+    if is_archive(directory) and not run.is_dir():
+        state = f"no metrics of {task.name} in it" if (directory / ARCHIVE).is_file() else "missing"
+        raise DataError(f"{directory / ARCHIVE}: {state}; restore the file from a copy")
+    metrics = _by_name(metrics_file(directory, task))
+    seconds = int(next(path for path in (run / CONFIG, run) if path.exists()).stat().st_mtime)
+    return KeptRun(datetime.fromtimestamp(seconds, UTC), metrics)
+
+
+def is_archive(directory: Path) -> bool:
+    """True for an archive, whole or not."""
+    return (directory / ARCHIVE).is_file() or (directory / CONFIGS).is_dir()
+
+
+def metrics_file(directory: Path, task: Task) -> Path:
+    """The run's metrics.jsonl. Raises DataError when it is gone."""
+    path = directory / task.path / METRICS_FILE
+    if not path.is_file():
+        raise DataError(f"{path}: missing; the report of a study needs the metrics of each of its runs")
+    return path
+
+
+def run_config(directory: Path, task: Task) -> Config:
+    """The settings that a run had, from its directory. Raises ConfigError, DataError."""
+    path = directory / task.path / CONFIG
+    if not path.is_file():
+        raise DataError(f"{path}: missing; remove the run's directory, and run it again with --resume")
+    return load_config(path)
 
 
 def archived_tasks(directory: Path) -> frozenset[Task]:
@@ -74,7 +109,7 @@ def name_of(task: Task) -> str:
 
 def settings_text(directory: Path, task: Task) -> str:
     """The settings of a run, or of its arm's first run in the archive: YAML. Raises DataError where there are none."""
-    run, kept = directory / task.path / "config.yaml", directory / CONFIGS / f"{name_of(task)}.yaml"
+    run, kept = directory / task.path / CONFIG, directory / CONFIGS / f"{name_of(task)}.yaml"
     path = kept if kept.is_file() and not run.is_file() else run
     try:
         return path.read_text(encoding="utf-8")
@@ -90,18 +125,12 @@ def kept_config(directory: Path, task: Task) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"seed": task.seed})})
 
 
-def write_archive(runs: Mapping[Task, KeptRun], configs: Mapping[str, str], source: Path, target: Path) -> list[Path]:
-    """Write the archive's files beside a copy of study.yaml and study.json; their paths.
-
-    configs: BED-ARM to YAML. Raises OSError.
-    """
-    (target / CONFIGS).mkdir(parents=True, exist_ok=True)
-    for name in ("study.yaml", "study.json"):
-        shutil.copyfile(source / name, target / name)
-    pq.write_table(_table(runs), target / ARCHIVE, compression="zstd", compression_level=19)
+def write_archive(runs: Mapping[Task, KeptRun], configs: Mapping[str, str], directory: Path) -> None:
+    """Write the metrics and the settings. configs: BED-ARM to YAML. Raises OSError."""
+    (directory / CONFIGS).mkdir(parents=True)
     for name, text in configs.items():
-        (target / CONFIGS / f"{name}.yaml").write_text(text, encoding="utf-8")
-    return [target / "study.yaml", target / "study.json", target / ARCHIVE, target / CONFIGS]
+        (directory / CONFIGS / f"{name}.yaml").write_text(text, encoding="utf-8")
+    pq.write_table(_table(runs), directory / ARCHIVE, compression="zstd", compression_level=19)
 
 
 def _table(runs: Mapping[Task, KeptRun]) -> pa.Table:
@@ -143,14 +172,26 @@ def _read(path: Path, stamp: int) -> dict[Task, KeptRun]:
     """The runs of an archive. stamp: when it was written, so that a newer one is read."""
     try:
         table = pq.read_table(path)
+        _check_columns(table)
         keys = [table[name].to_pylist() for name in KEYS]
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as the metrics of a study ({' '.join(str(error).split())})") from None
     rows = [(Task(bed, arm, seed), step) for bed, arm, seed, _, step in zip(*keys, strict=True)]
     found = {task: KeptRun(started, {}) for (task, _), started in zip(rows, keys[3], strict=True)}
     for name in table.column_names:
         if name not in KEYS:
             for (task, step), value in zip(rows, table[name].to_pylist(), strict=True):
-                if value is not None:
+                if value is not None and math.isfinite(value):
                     found[task].metrics.setdefault(name, {})[step] = value
     return found
+
+
+def _check_columns(table: pa.Table) -> None:
+    """Raise ValueError for a column of another type than `_table` writes, or a key that is null."""
+    for column in table.schema:
+        is_right = KEYS.get(column.name, pa.types.is_floating)
+        if not is_right(column.type):
+            raise ValueError(f"column {column.name} holds {column.type}")
+    for name in KEYS:
+        if table[name].null_count:
+            raise ValueError(f"column {name} has rows without a value")

@@ -21,7 +21,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from vdr_cli.config.yaml_text import dump_tree, parse_document
+from vdr_cli.config.load import read_document
+from vdr_cli.config.yaml_text import dump_tree
 from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.study.load import Study, study_of
 from vdr_cli.study.plan import Shard, Task
@@ -58,12 +59,12 @@ class StudyDirectory:
         place = self.path / "work" / task.path
         return place.with_name(f"{place.name}.{suffix}")
 
-    def study_text(self) -> str | None:
-        """The study file of the directory; None in a new one."""
-        try:
-            return (self.path / STUDY_FILE).read_text(encoding="utf-8")
-        except FileNotFoundError:
+    def study_tree(self) -> dict[str, Any] | None:
+        """The complete study file of the directory; None in a new one. Raises ConfigError for a damaged one."""
+        path = self.path / STUDY_FILE
+        if not path.exists():
             return None
+        return study_tree(study_of({**read_document(path).tree, "output": str(self.path)}, str(path)))
 
 
 def study_tree(study: Study) -> dict[str, Any]:
@@ -91,18 +92,15 @@ def open_directory(study: Study, resume: bool) -> tuple[StudyDirectory, list[str
 def check_directory(study: Study, directory: StudyDirectory, resume: bool) -> list[str]:
     """Lines about what differs from the study that the directory holds. Raises ConfigError when it may not."""
     is_taken = _is_taken(directory.path)  # listed first: another process may write study.yaml and runs in between
-    text = directory.study_text()
-    if text is None:
+    earlier = directory.study_tree()
+    if earlier is None:
         if is_taken:
             raise ConfigError(f"output {directory.path}: is not empty and holds no study; give another directory")
         return []
-    path = str(directory.path / STUDY_FILE)
-    earlier = study_tree(study_of({**parse_document(text, path).tree, "output": str(directory.path)}, path))
     changed = [key for key, value in study_tree(study).items() if earlier.get(key) != value]
-    if conflicts := _conflicts(earlier, study_tree(study)):
+    if found := conflicts(earlier, study_tree(study)):
         raise ConfigError(
-            f"output {directory.path}: holds a study with other settings ({'; '.join(conflicts)}); "
-            "give another directory"
+            f"output {directory.path}: holds a study with other settings ({'; '.join(found)}); give another directory"
         )
     if not resume:
         raise ConfigError(f"output {directory.path}: holds this study already; go on with it by --resume")
@@ -115,7 +113,7 @@ def _is_taken(path: Path) -> bool:
     return any(not any(fnmatch(name, known) for known in BEFORE_STUDY_FILE) for name in names)
 
 
-def _conflicts(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def conflicts(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The differences between two study files that make them different studies, in words."""
     kept = [key for key in now if key not in GROWING and key not in FREE]
     found = [f"{key} differs" for key in kept if earlier.get(key) != now[key]]

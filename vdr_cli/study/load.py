@@ -82,6 +82,10 @@ class Study:
         """Settings tried for each arm; 0 without tuning."""
         return len(next(iter(self.file.tuning.trials.values()))) if self.file.tuning else 0
 
+    def where(self, *key: str | int) -> str:
+        """FILE:LINE and the dotted key, for messages."""
+        return f"{places_of(self.places)(key) or self.name}: {'.'.join(map(str, key))}"
+
     def config(self, bed: str, arm: str, seed: int, trial: int | None = None) -> Config:
         """The settings of one run. trial: the index of the arm's tuned settings; None: the arm as it stands."""
         file = self.file
@@ -144,12 +148,15 @@ def study_of(tree: Tree, name: str, places: Mapping[KeyPath, str] | None = None)
 
 
 def check_study(study: Study) -> None:
-    """Raise ConfigError for a study that cannot answer its question."""
-    file, at = study.file, places_of(study.places)
+    """Raise ConfigError for a study that cannot answer its question, or whose runs would not start."""
+    check_structure(study)
+    _check_owned(study)
+    _check_settings(study)
 
-    def where(*key: str | int) -> str:
-        return f"{at(key) or study.name}: {'.'.join(map(str, key))}"
 
+def check_structure(study: Study) -> None:
+    """Raise ConfigError for arms, seeds or metrics that do not fit together. It does not look at the runs' settings."""
+    file, where = study.file, study.where
     for section in ("beds", "arms"):
         _check_names(getattr(file, section), section, where)
     if file.control not in file.arms:
@@ -159,12 +166,11 @@ def check_study(study: Study) -> None:
     check_endpoint(file.endpoint, file.evaluation.samples, where("endpoint"))
     for index, name in enumerate(file.secondary):
         check_endpoint(name, file.evaluation.samples, where("secondary", index))
-    if repeated := _repeated(file.seeds):
-        raise ConfigError(f"{where('seeds')}: {repeated[0]} is given twice; keep one")
-    _check_owned(study, where)
-    _check_tuning(study, where)
-    _check_contrasts(study, where)
-    _check_settings(study, where)
+    _check_once(file.seeds, where("seeds"))
+    _check_once(file.secondary, where("secondary"))
+    _check_once([f"[{', '.join(pair)}]" for pair in file.contrasts], where("contrasts"))
+    _check_tuning(study)
+    _check_contrasts(study)
 
 
 def warnings(study: Study) -> list[str]:
@@ -211,9 +217,9 @@ def _check_names(names: Iterable[str], section: str, where: Any) -> None:
         raise ConfigError(f"{where(section)}: empty; name at least one")
 
 
-def _check_owned(study: Study, where: Any) -> None:
+def _check_owned(study: Study) -> None:
     """Refuse settings that the study gives to each run itself."""
-    file = study.file
+    file, where = study.file, study.where
     trees: dict[KeyPath, Settings] = {("base",): file.base}
     trees |= {("beds", bed): settings for bed, settings in file.beds.items()}
     trees |= {("arms", arm): settings for arm, settings in file.arms.items()}
@@ -227,8 +233,8 @@ def _check_owned(study: Study, where: Any) -> None:
                 raise ConfigError(f"{where(*place)}: {key} is the study's; it sets it from `{ours}`")
 
 
-def _check_tuning(study: Study, where: Any) -> None:
-    file = study.file
+def _check_tuning(study: Study) -> None:
+    file, where = study.file, study.where
     if file.tuning is None:
         return
     for arm in file.tuning.trials:
@@ -242,11 +248,11 @@ def _check_tuning(study: Study, where: Any) -> None:
         raise ConfigError(
             f"{where('tuning', 'seeds')}: {shared[0]} is also one of seeds; tune on seeds that the result does not use"
         )
-    if repeated := _repeated(file.tuning.seeds):
-        raise ConfigError(f"{where('tuning', 'seeds')}: {repeated[0]} is given twice; keep one")
+    _check_once(file.tuning.seeds, where("tuning", "seeds"))
 
 
-def _check_contrasts(study: Study, where: Any) -> None:
+def _check_contrasts(study: Study) -> None:
+    where = study.where
     for index, pair in enumerate(study.file.contrasts):
         for arm in pair:
             if arm not in study.file.arms:
@@ -257,22 +263,24 @@ def _check_contrasts(study: Study, where: Any) -> None:
             raise ConfigError(f"{where('contrasts', index)}: {pair[0]} against itself; give two arms")
 
 
-def _check_settings(study: Study, where: Any) -> None:
+def _check_settings(study: Study) -> None:
     """Every run's settings are valid, and no arm is another one."""
     for bed in study.beds:
         known: dict[str, str] = {}
         for arm in study.arms:
             config = study.config(bed, arm, study.file.seeds[0])
-            _check_schedules(study, config, arm, where)
+            _check_schedules(study, config, arm)
             settings = repr(computed_settings(config))
             if settings in known:
-                raise ConfigError(f"{where('arms', arm)}: the same settings as {known[settings]}; remove one of them")
+                raise ConfigError(
+                    f"{study.where('arms', arm)}: the same settings as {known[settings]}; remove one of them"
+                )
             known[settings] = arm
             for trial in range(study.trials):
                 study.config(bed, arm, study.file.seeds[0], trial)
 
 
-def _check_schedules(study: Study, config: Config, arm: str, where: Any) -> None:
+def _check_schedules(study: Study, config: Config, arm: str) -> None:
     """A schedule goes by steps, so it needs to know how many there are."""
     if config.train.steps != MOST_STEPS or study.file.budget.steps is not None:
         return
@@ -281,10 +289,15 @@ def _check_schedules(study: Study, config: Config, arm: str, where: Any) -> None
         section, _, name = key.partition(".")
         if getattr(getattr(config, section), name, "constant") != "constant":
             raise ConfigError(
-                f"{where('arms', arm)}: {key} follows steps, and the budget is not in steps; set train.steps in base"
+                f"{study.where('arms', arm)}: {key} follows steps, and the budget is not in steps; set train.steps in "
+                "base"
             )
 
 
-def _repeated(seeds: Iterable[int]) -> list[int]:
-    seen: set[int] = set()
-    return [seed for seed in seeds if seed in seen or seen.add(seed)]  # type: ignore[func-returns-value]
+def _check_once(items: Iterable[int | str], where: str) -> None:
+    """Raise ConfigError for an item that is given twice."""
+    seen: set[int | str] = set()
+    for item in items:
+        if item in seen:
+            raise ConfigError(f"{where}: {item} is given twice; keep one")
+        seen.add(item)

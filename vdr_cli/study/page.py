@@ -13,17 +13,20 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from vdr_cli.errors import ConfigError, MachineError
+from vdr_cli.config.yaml_text import dump_tree
+from vdr_cli.errors import MachineError
 from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
 from vdr_cli.study.analysis import Curve, Row, Rows, analysed, best_first, curves, start_value
-from vdr_cli.study.archive import kept_run, name_of, settings_text, write_archive
+from vdr_cli.study.archive import ARCHIVE, CONFIGS, kept_run, name_of, settings_text, write_archive
+from vdr_cli.study.archiving import check_source, check_target
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
+from vdr_cli.study.directory import STUDY_FILE, study_tree
 from vdr_cli.study.drawing import RangeRow, ranges_svg
 from vdr_cli.study.endpoints import described
 from vdr_cli.study.record import RESULTS, Record, read_record, record_text
 from vdr_cli.study.texts import Table
-from vdr_cli.system.files import write_whole
+from vdr_cli.system.files import replacing, write_whole
 from vdr_cli.system.text import visible
 
 START = "start"
@@ -57,14 +60,7 @@ class Bed:
 
 def write_results(record: Record, directory: Path) -> list[Path]:
     """Write study.json, study.md and study.html; their paths. Raises MachineError when the disk refuses."""
-    rows, runs = analysed(record), read_runs(record, directory)
-    results = {bed: {name: {arm: asdict(row) for arm, row in arms.items()} for name, arms in names.items()}
-               for bed, names in rows.items()}  # fmt: skip
-    files = {
-        RESULTS: record_text(record, results),
-        "study.md": markdown(record, rows, runs),
-        "study.html": html(record, rows, runs),
-    }
+    files = result_texts(record, directory)
     try:
         for name, text in files.items():
             write_whole(directory / name, text)
@@ -73,22 +69,42 @@ def write_results(record: Record, directory: Path) -> list[Path]:
     return [directory / name for name in files]
 
 
+def result_texts(record: Record, directory: Path) -> dict[str, str]:
+    """Name to text of the results, from the record and the directory's metrics. Raises DataError."""
+    rows, runs = analysed(record), read_runs(record, directory)
+    results = {bed: {name: {arm: asdict(row) for arm, row in arms.items()} for name, arms in names.items()}
+               for bed, names in rows.items()}  # fmt: skip
+    return {
+        RESULTS: record_text(record, results),
+        "study.md": markdown(record, rows, runs),
+        "study.html": html(record, rows, runs),
+    }
+
+
 def rebuild(directory: Path) -> list[Path]:
     """Write the results again from study.json and the runs' metrics. Raises VdrError."""
     return write_results(read_record(directory), directory)
 
 
 def archive(directory: Path, target: Path) -> list[Path]:
-    """Write a small copy of the study, from which its report can be rebuilt; the paths. Raises VdrError."""
+    """Write a small copy of the study, from which its report can be rebuilt; the paths.
+
+    The target becomes the archive, or stays as it was. Raises VdrError.
+    """
     record = read_record(directory)
-    if target.resolve() == directory.resolve() or (target.is_dir() and any(target.glob("runs"))):
-        raise ConfigError(f"{target}: holds the runs of a study; give another directory for the archive")
-    runs = {run.task: kept_run(directory, run.task) for run in record.runs}
+    check_source(record, directory)
+    check_target(record, directory, target)
+    runs, configs = {run.task: kept_run(directory, run.task) for run in record.runs}, _configs(record, directory)
     try:
-        paths = write_archive(runs, _configs(record, directory), directory, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as partial:
+            write_archive(runs, configs, partial)
+            texts_of_files = {STUDY_FILE: dump_tree(study_tree(record.study)), **result_texts(record, partial)}
+            for name, text in texts_of_files.items():
+                (partial / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise MachineError(f"{target}: the archive cannot be written ({error.strerror})") from None
-    return [*paths, *rebuild(target)]
+    return [target / name for name in (*texts_of_files, ARCHIVE, CONFIGS)]
 
 
 def _configs(record: Record, directory: Path) -> dict[str, str]:
@@ -117,7 +133,9 @@ def html(record: Record, rows: Rows, runs: Sequence[RunMetrics]) -> str:
         name=visible(record.study.file.endpoint),
         bound=f"{record.study.file.equivalence:g}",
         meanings=[(name, described(name, record.study.file.evaluation.samples)) for name in _secondary(record)],
+        common_line=texts.common_line(record),
         tuning=texts.tuning_table(record) if record.tuning else None,
+        common=texts.common_table(record),
         arms=texts.arms_table(record),
         method=texts.method_lines(record),
     )
@@ -233,7 +251,8 @@ def markdown(record: Record, rows: Rows, runs: Sequence[RunMetrics]) -> str:
             parts.append(_as_markdown(secondary))
     if record.tuning:
         parts += ["## Tuning", _as_markdown(texts.tuning_table(record))]
-    parts += ["## Arms", _as_markdown(texts.arms_table(record))]
+    parts += ["## Arms", texts.common_line(record), _as_markdown(texts.common_table(record))]
+    parts += [_as_markdown(texts.arms_table(record))]
     parts += ["## How to read this", "\n".join(f"- {line}" for line in texts.method_lines(record))]
     return "\n\n".join(parts) + "\n"
 

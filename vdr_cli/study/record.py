@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -17,49 +17,18 @@ import numpy as np
 
 from vdr_cli.config.load import config_hash
 from vdr_cli.data.metrics import METRICS_FILE, read_metrics
-from vdr_cli.errors import ConfigError, DataError
-from vdr_cli.study.archive import archived_tasks
-from vdr_cli.study.directory import StudyDirectory, study_tree
+from vdr_cli.errors import ConfigError, DataError, VdrError
+from vdr_cli.study.archive import ARCHIVE, archived_tasks, metrics_file, run_config
+from vdr_cli.study.directory import STUDY_FILE, StudyDirectory, study_tree
 from vdr_cli.study.endpoints import Measured, first_success, value_of
-from vdr_cli.study.load import Study, study_of
+from vdr_cli.study.load import Study, check_structure, study_of
 from vdr_cli.study.plan import Task, runs_of, trials_of
+from vdr_cli.study.stored import RESTORE, STORED, RunRecord, counts_fault, parsed, read_counts, run_from
 
 RESULTS = "study.json"
 FORMAT = 1
 DIGITS = 8
 """Significant digits of results: fewer than rounding on another machine could change."""
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """One run of record, or the starting model of a bed (no arm)."""
-
-    bed: str
-    samples: int
-    solved: list[int]
-    classes: list[int]
-    reward: list[float]
-    arm: str | None = None
-    seed: int | None = None
-    trial: int | None = None
-    """The tuned settings it ran with."""
-    settings: str | None = None
-    """Hash of everything that decides what it computes."""
-    steps: int = 0
-    tokens: int = 0
-    """Completion tokens sampled in training."""
-    first_success: float = 0.0
-
-    @property
-    def task(self) -> Task:
-        """Its place among the study's directories."""
-        return Task(self.bed, self.arm, self.seed)
-
-    @property
-    def measured(self) -> Measured:
-        return Measured(
-            self.samples, np.array(self.solved), np.array(self.classes), np.array(self.reward), self.first_success
-        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +56,7 @@ class Record:
 def record_of(study: Study, directory: StudyDirectory) -> Record:
     """The runs that the directory and its archive hold so far.
 
-    Raises DataError when runs were measured on other prompts.
+    Raises DataError when runs were measured on other prompts, or lack their settings or metrics.
     """
     kept = archived_record(directory.path)
     rows: dict[str, list[int]] = dict(kept.rows) if kept else {}
@@ -106,6 +75,16 @@ def record_of(study: Study, directory: StudyDirectory) -> Record:
     return Record(directory.path.absolute().name, study, rows, starts, runs, tuning_of(study, directory))
 
 
+def unrecorded(record: Record, directory: StudyDirectory) -> list[str]:
+    """Names of the runs and trials that are evaluated in the directory and not in the record."""
+    study, known = record.study, {run.task for run in (*record.starts, *record.runs)}
+    tasks = [task for task in [*(Task(bed) for bed in study.beds), *runs_of(study)] if task not in known]
+    names = [task.name for task in tasks if read_counts(directory.evaluation(task)) is not None]
+    tried = {(row["bed"], row["arm"], row["trial"]) for row in record.tuning}
+    trials = [(row["bed"], row["arm"], row["trial"]) for row in tuning_of(study, directory)]
+    return names + [f"{bed}/{arm} trial {trial + 1}" for bed, arm, trial in trials if (bed, arm, trial) not in tried]
+
+
 def archived_record(directory: Path) -> Record | None:
     """The record of runs whose directories are gone: the archive's study.json, less runs that have no metrics there.
 
@@ -114,7 +93,8 @@ def archived_record(directory: Path) -> Record | None:
     tasks = archived_tasks(directory)
     if not tasks:
         return None
-    found = _read_record(directory, (directory / RESULTS).stat().st_mtime_ns)
+    path = directory / RESULTS
+    found = _read_record(directory, path.stat().st_mtime_ns if path.is_file() else 0)
     return replace(found, runs=[run for run in found.runs if run.task in tasks])
 
 
@@ -129,7 +109,7 @@ def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Map
     if task.is_start or task.arm is None or task.seed is None:
         return RunRecord(task.bed, **kept)
     trial = chosen_trial(study, directory, task.bed, task.arm) if study.trials else None
-    lines = [line for line in read_metrics(directory.run(task) / METRICS_FILE) if "reward" in line]
+    lines = [line for line in read_metrics(metrics_file(directory.path, task)) if "reward" in line]
     last = lines[-1] if lines else {}
     return RunRecord(
         task.bed,
@@ -137,7 +117,7 @@ def _run_record(study: Study, directory: StudyDirectory, task: Task, counts: Map
         arm=task.arm,
         seed=task.seed,
         trial=trial,
-        settings=config_hash(study.config(task.bed, task.arm, task.seed, trial)),
+        settings=config_hash(run_config(directory.path, task)),
         steps=int(last.get("step", 0)),
         tokens=int(last.get("sampled_tokens", 0)),
         first_success=first_success(lines),
@@ -206,15 +186,6 @@ def _measured(directory: StudyDirectory, task: Task | None, counts: Mapping[str,
     )
 
 
-def read_counts(path: Path) -> dict[str, Any] | None:
-    """The counts that measure.py wrote; None where there are none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "solved" in found else None
-
-
 # ---- the file ----------------------------------------------------------------------------------------------------
 
 
@@ -239,24 +210,85 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 
 def read_record(directory: Path) -> Record:
-    """The record in a directory's study.json. Raises ConfigError when there is none, DataError when it is broken."""
+    """The record in a directory's study.json. Raises ConfigError when there is none, DataError when it is damaged."""
     path = directory / RESULTS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{directory}: no {RESULTS} in it; give the directory of a study that has run") from None
-    except (OSError, ValueError) as error:
+        raise _no_results(directory) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise DataError(f"{path}: not the results of a study that this version of vdr can read")
-    study = study_of({**found["study"], "output": str(directory)}, str(path))
-    starts, runs = ([_restored(row) for row in found[name]] for name in ("starts", "runs"))
-    return Record(found["title"], study, found["rows"], starts, runs, found["tuning"])
+    found = parsed(STORED, tree, str(path))
+    starts = [run_from(row, f"{path}: starts[{index}]") for index, row in enumerate(found.starts)]
+    runs = [run_from(row, f"{path}: runs[{index}]") for index, row in enumerate(found.runs)]
+    tuning = [asdict(row) for row in found.tuning]
+    record = Record(found.title, _stored_study(found.study, directory), found.rows, starts, runs, tuning)
+    for fault in _faults(record):
+        raise DataError(f"{path}: {fault}; {RESTORE}")
+    return record
 
 
-def _restored(row: dict[str, Any]) -> RunRecord:
-    """null stands for a number that is none."""
-    return RunRecord(**{**row, "first_success": math.nan if row["first_success"] is None else row["first_success"]})
+def _no_results(directory: Path) -> VdrError:
+    if (directory / ARCHIVE).is_file():
+        return DataError(f"{directory / RESULTS}: missing; the archive is not whole")
+    if (directory / STUDY_FILE).is_file():
+        return ConfigError(
+            f"{directory}: the study in it has not ended, so there is no {RESULTS}; finish it with "
+            "`vdr study STUDY.yaml --resume`"
+        )
+    return ConfigError(f"{directory}: no {RESULTS} in it; give the directory of a study that has run")
+
+
+def _stored_study(tree: Mapping[str, Any], directory: Path) -> Study:
+    """The study in study.json. Its settings are not checked: they were valid for the version of vdr that ran it."""
+    try:
+        study = study_of({**tree, "output": str(directory)}, f"{directory / RESULTS}: study")
+        check_structure(study)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    return study
+
+
+def _faults(record: Record) -> Iterator[str]:
+    """Contradictions between the record's parts, with the run and the key."""
+    study, asked = record.study, record.study.file.evaluation
+    yield from (f"rows: {bed} is not a bed of the study" for bed in record.rows if bed not in study.beds)
+    for section, runs, samples in (
+        ("starts", record.starts, asked.start_samples),
+        ("runs", record.runs, asked.samples),
+    ):
+        seen: set[Task] = set()
+        for run in runs:
+            fault = _place_fault(run, study, section == "starts")
+            if not fault and run.samples != samples:
+                fault = f"samples is {run.samples}, and the study asks for {samples}"
+            if not fault and run.task in seen:
+                fault = "is there twice"
+            fault = fault or counts_fault(run, len(record.rows.get(run.bed, [])))
+            if fault:
+                yield f"{section}: {run.task.name}: {fault}"
+            seen.add(run.task)
+    for row in record.tuning:
+        if row["bed"] not in study.beds or row["arm"] not in study.arms or row["trial"] >= study.trials:
+            yield f"tuning: {row['bed']}/{row['arm']} trial {row['trial']}: not a trial of the study"
+
+
+def _place_fault(run: RunRecord, study: Study, is_start: bool) -> str:
+    """The first of bed, arm, seed and trial that the study does not have; empty when it has all."""
+    if run.bed not in study.beds:
+        return f"bed is {run.bed}; the study has {', '.join(study.beds)}"
+    if is_start:
+        given = [key for key in ("arm", "seed", "trial") if getattr(run, key) is not None]
+        return f"{given[0]} is given, and a starting model has none" if given else ""
+    if run.arm not in study.arms:
+        return f"arm is {run.arm}; the study has {', '.join(study.arms)}"
+    if run.seed not in study.file.seeds:
+        return f"seed is {run.seed}, which is not one of the study's"
+    if run.trial is not None and run.trial >= study.trials:
+        return f"trial is {run.trial}; the study has {study.trials}"
+    return ""
 
 
 def rounded(value: Any) -> Any:

@@ -26,7 +26,8 @@ from vdr_cli.study.directory import StudyDirectory, try_lock
 from vdr_cli.study.load import Study
 from vdr_cli.study.measure import fingerprint
 from vdr_cli.study.plan import Task, with_starts
-from vdr_cli.study.record import archived_record, chosen_trial, read_counts, start_of
+from vdr_cli.study.record import archived_record, chosen_trial, start_of
+from vdr_cli.study.stored import read_counts
 from vdr_cli.system.files import write_whole
 from vdr_cli.system.stopping import StopSignal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from vdr_cli.config.paths import PathText
 from vdr_cli.config.sections.base import Positive, Section
@@ -12,7 +12,22 @@ from vdr_cli.config.sections.base import Positive, Section
 Settings = dict[str, Any]
 """Settings of a run, as in its configuration file: nested sections, or dotted keys (`train.learning_rate: 1e-4`)."""
 
+
+def _some(seeds: list[int]) -> list[int]:
+    if not seeds:
+        raise ValueError("give at least one seed")
+    return seeds
+
+
+def _two(pair: Any) -> Any:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise ValueError("give two arms, such as [bald, permuted]")
+    return pair
+
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Seeds = Annotated[list[Seed], AfterValidator(_some)]
+Pair = Annotated[tuple[str, str], BeforeValidator(_two)]
 MOST_K = 256
 """The area under pass@k ends here, or at evaluation.samples."""
 
@@ -50,7 +65,7 @@ class Evaluation(Section):
 class Tuning(Section):
     """Settings tried for each arm, on seeds that the result does not use."""
 
-    seeds: Annotated[list[Seed], Field(min_length=1)]
+    seeds: Seeds
     """Seeds of the trials."""
     trials: dict[str, list[Settings]]
     """Arm to the settings tried, the same number for every arm. The one with the best mean endpoint is taken, on each
@@ -70,7 +85,7 @@ class StudyFile(Section):
     """Name to what the arm changes."""
     control: str
     """The arm that the others are compared with."""
-    seeds: Annotated[list[Seed], Field(min_length=1)] = list(range(20))
+    seeds: Seeds = list(range(20))
     """A list, or how many: 20 is 0 to 19. Every arm runs with every seed: same prompts, same random numbers."""
     budget: Budget
     """The end of every run."""
@@ -80,7 +95,7 @@ class StudyFile(Section):
     """The number that decides, after the last step."""
     secondary: list[str] = ["pass@1", "area", "classes", "new_problems", "first_success"]
     """Further numbers, described with intervals and not tested."""
-    contrasts: list[tuple[str, str]] = []
+    contrasts: list[Pair] = []
     """Pairs of arms, such as a bonus and its placebo: the first minus the second, by the endpoint, described with
     intervals and not tested."""
     equivalence: Annotated[float, Field(gt=0)] = 0.02

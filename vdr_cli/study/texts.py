@@ -170,7 +170,7 @@ def tuning_table(record: Record) -> Table:
     rows = [
         [
             row["bed"], row["arm"], settings_text(tuning.trials[row["arm"]][row["trial"]]) if tuning else "",
-            number(row["value"]), "taken" if row["taken"] else "",
+            "" if row["value"] is None else number(row["value"]), "taken" if row["taken"] else "",
         ]
         for row in record.tuning
     ]  # fmt: skip
@@ -182,10 +182,31 @@ def arms_table(record: Record) -> Table:
     return Table(["arm", "settings"], [[arm, settings_text(record.study.file.arms[arm])] for arm in record.study.arms])
 
 
-def settings_text(settings: Mapping[str, object]) -> str:
+def common_line(record: Record) -> str:
+    """The order in which the settings apply."""
+    tuned = ", then the trial taken" if record.study.trials else ""
+    return f"A run has the settings of the base, changed by those of its bed, then its arm{tuned}."
+
+
+def common_table(record: Record) -> Table:
+    """The settings that the arms share: of the base, and of each bed."""
+    file = record.study.file
+    beds = [[f"bed {bed}", settings_text(settings)] for bed, settings in file.beds.items()]
+    return Table(["of", "settings"], [["base", settings_text(file.base, "the defaults")], *beds])
+
+
+def settings_text(settings: Mapping[str, object], empty: str = "as the base") -> str:
     """Settings on one line, dotted: `disagreement.mode: none, grpo.beta: 0.1`."""
-    found = _flat(settings)
-    return ", ".join(f"{key}: {dump_tree({'x': value})[3:].strip()}" for key, value in found.items()) or "as the base"
+    return ", ".join(f"{key}: {_value_text(value)}" for key, value in _flat(settings).items()) or empty
+
+
+def _value_text(value: object) -> str:
+    """YAML on one line."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_value_text(inner)}' for key, inner in value.items())}}}"
+    return dump_tree({"x": value})[3:].strip()
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -17,8 +17,8 @@ from rich.text import Text
 from vdr_cli.data.metrics import METRICS_FILE
 from vdr_cli.study.directory import StudyDirectory
 from vdr_cli.study.load import Study
-from vdr_cli.study.record import read_counts
 from vdr_cli.study.running import Job, Watcher
+from vdr_cli.study.stored import read_counts
 from vdr_cli.system.text import duration, visible
 
 MARKS = {
