@@ -34,6 +34,7 @@ STUDIES = {
     "countdown4-settings": "countdown4, gate, schedule and scale",
     "starter-further": "starter, further sources",
     "countdown4-further": "countdown4, further sources",
+    "countdown4-novelty": "countdown4, novelty again",
     "countdown4-reuse": "countdown4, four updates, block C",
     "countdown4-confirm": "countdown4, four updates per rollout",
     "countdown4-surprisal": "countdown4, four updates, surprisal again",
@@ -53,7 +54,7 @@ LEGEND = {
     "a placebo": PLACEBO,
     "best rival": RIVAL,
 }
-PANELS_IN_A_ROW = 3
+PANELS_IN_A_ROW = 4
 MOST_LOST = 0.01
 """pass@1 that a rival may lose, by the preregistration."""
 

@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 EVIDENCE = (
-    "disagreement has not been shown to help; --bonus surprisal and --bonus counts have, on one of three tasks, with "
-    "bonus.weight 0.3 (docs/evidence.md)"
+    "disagreement has not been shown to help; on one task each, --bonus novelty has (where most groups fail), and "
+    "--bonus surprisal and counts with bonus.weight 0.3 (where problems have several right answers): docs/evidence.md"
 )
 """Printed once, when a run begins that pays for disagreement."""
 
