@@ -62,9 +62,19 @@ def test_parameters_print_their_numbers_again_afterwards() -> None:
     assert "1." in repr(parameter)
 
 
-def test_a_variable_that_deepspeed_cannot_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "1h")
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("DEEPSPEED_TIMEOUT", "1h", "DEEPSPEED_TIMEOUT is '1h', not a whole number"),
+        ("DS_ACCELERATOR", "cuda", "DS_ACCELERATOR is cuda, but torch finds no GPU; unset it"),
+    ],
+)
+def test_a_variable_that_deepspeed_cannot_use_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     spec = util.spec_from_file_location("imported_again", deepspeed_import.__file__)
     assert spec is not None and spec.loader is not None
-    with pytest.raises(ConfigError, match=r"^the environment variable DEEPSPEED_TIMEOUT is '1h', not a whole number"):
+    with pytest.raises(ConfigError, match=f"^the environment variable {says}"):
         spec.loader.exec_module(util.module_from_spec(spec))

@@ -153,6 +153,7 @@ def test_the_optimizer_that_runs_may_be_named(name: str, tmp_path: Path) -> None
     ("given", "line"),
     [
         ({"communication_data_type": "float"}, "Invalid communication_data_type. .* Got: float; correct it"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype is not a setting; give .*"),
         ({"data_types": {"grad_accum_dtype": "xx"}}, "data_types.grad_accum_dtype is 'xx'; give bf16, fp16 or fp32"),
         ({"data_types": {"buffer_dtype": "int8"}}, "data_types.buffer_dtype is 'int8'; give bf16, fp16 or fp32"),
         (

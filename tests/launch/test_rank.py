@@ -38,6 +38,7 @@ def test_half_of_the_variables_make_no_rank(left: dict[str, str]) -> None:
         ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536; a port is 1 to 65535"),
         ({"LOCAL_SIZE": "all"}, "LOCAL_SIZE is 'all', not a whole number"),
         ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x', not a whole number"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0, and this rank is one"),
         ({"RANK": "2"}, "RANK is 2, not below WORLD_SIZE 2"),
     ],
 )

@@ -105,6 +105,18 @@ def test_a_signal_that_leads_to_nothing_ends_in_time() -> None:
     assert "launch.fault_timeout" in said
 
 
+def test_ranks_whose_time_is_over_do_not_count_as_lost(tmp_path: Path) -> None:
+    """A signal reaches them a little apart; who ends first is no fault of the others."""
+    ranks = start("wait", directory=tmp_path)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+        time.sleep(0.4)
+    for code, said in ends(ranks):
+        assert code == 128 + signal.SIGTERM and "not done 2 s after SIGTERM" in said
+        assert "ended without a word" not in said
+    assert not (tmp_path / "fault.json").exists()
+
+
 def test_a_step_gets_the_time_that_steps_take(tmp_path: Path) -> None:
     """The longest took 1000 s, and the timeout is 2 s. The supervisor, which gives up later, reads it in the file."""
     (rank,) = start("long", size=1, directory=tmp_path)

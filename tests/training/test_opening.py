@@ -16,6 +16,7 @@ from vdr_cli.errors import ConfigError, MachineError
 from vdr_cli.system.stopping import StopSignal
 from vdr_cli.training import opening
 from vdr_cli.training.opening import Run, _check_end, _choose_checkpoint, _drawn, _prepare_directory
+from vdr_cli.training.state import LoopState
 
 
 def test_damaged_checkpoints_are_no_reason_to_start_again(tmp_path: Path) -> None:
@@ -72,9 +73,18 @@ def test_the_watchdog_knows_how_long_steps_take(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(opening.watchdog, "note_step", noted.append)
     monkeypatch.setattr(opening.collectives, "all_reduce_max", lambda values: values)
     nothing: Any = None
-    run = Run(nothing, nothing, nothing, nothing, StopSignal(), looked_at=10.0)
+    run = Run(nothing, LoopState(longest_step=8.0), nothing, nothing, StopSignal(), looked_at=10.0)
     assert not run.stopped() and not run.stopped()
-    assert noted == [3.0, 20.0]
+    assert noted == [8.0, 20.0], "the first is from before the resume"
+    assert LoopState.restored(run.state.saved()).longest_step == 20.0
+
+
+def test_ranks_agree_on_how_long_a_step_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "monotonic", lambda: 13.0)
+    monkeypatch.setattr(opening.collectives, "all_reduce_max", lambda values: [values[0], max(values[1], 5.0)])
+    nothing: Any = None
+    run = Run(nothing, LoopState(), nothing, nothing, StopSignal(), looked_at=10.0)
+    assert not run.stopped() and run.state.longest_step == 5.0
 
 
 def test_the_rows_that_a_run_draws() -> None:

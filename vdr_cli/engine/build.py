@@ -179,11 +179,17 @@ def _check_by_deepspeed(name: str, ds_config: DsConfig) -> None:
     _check_data_types(name, ds_config, runtime.DtypeEnum)
 
 
+DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype")
+
+
 def _check_data_types(name: str, ds_config: DsConfig, known: Any) -> None:
     """Check types that DeepSpeed reads when it makes the engine. known: its enumeration of types and their names."""
     model = torch.bfloat16 if ds_config["bf16"]["enabled"] else torch.float32
-    for key in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
-        value = ds_config.get("data_types", {}).get(key)
+    given = ds_config.get("data_types", {})
+    for key in given.keys() - set(DATA_TYPES):
+        raise ConfigError(f"engine.ds_config {name}: data_types.{key} is not a setting; give {', '.join(DATA_TYPES)}")
+    for key in DATA_TYPES:
+        value = given.get(key)
         if value is None:
             continue
         try:

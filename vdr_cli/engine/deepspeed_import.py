@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vdr_cli.errors import ConfigError
 from vdr_cli.system.variables import check_for_deepspeed
 
 check_for_deepspeed(os.environ)
 if not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cuda":
+        raise ConfigError("the environment variable DS_ACCELERATOR is cuda, but torch finds no GPU; unset it")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed: Any = importlib.import_module("deepspeed")
 

@@ -43,6 +43,8 @@ def processes_started(environ: Mapping[str, str] = os.environ) -> int:
             _check_number(name, value)
     for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):  # not every launcher sets one
         _check_number(name, environ.get(name) or "1")
+        if int(environ.get(name) or "1") == 0:
+            raise ConfigError(f"the environment variable {name} is 0, and this rank is one; {_UNSET}")
     rank, size, port = (int(environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     if rank >= size:
         raise ConfigError(f"the environment variable RANK is {rank}, not below WORLD_SIZE {size}; {_UNSET}")

@@ -36,6 +36,8 @@ from vdr_cli.system.processes import end_process
 
 POLL = 0.5
 DEFAULT_TIMEOUT = 60.0
+TOGETHER = 5.0
+"""Seconds by which ranks may differ in when a signal reaches them."""
 STEPS_AFTER_SIGNAL = 2.0
 """Number of longest steps that ranks wait for after a signal, beside the timeout. Steps grow as completions do."""
 
@@ -124,11 +126,15 @@ class Watchdog:
             self._told_to_stop = _Stop(received[0], time.monotonic(), patience)
             if self.directory is not None and "VDR_RUN_DIRECTORY" in os.environ and os.environ.get("RANK") == "0":
                 outcome.tell_patience(self.directory, patience)
+        self._stop_if_late()
+
+    def _stop_if_late(self, early: float = 0.0) -> None:
+        """End when the time after a signal is over, or will be in `early` seconds."""
         stop = self._told_to_stop
-        if stop is not None and time.monotonic() - stop.at > stop.patience:
+        if stop is not None and time.monotonic() - stop.at > stop.patience - early:
             self._exit(
                 f"not done {round(stop.patience, 1):g} s after {signal.Signals(stop.number).name}, so ending without a "
-                "checkpoint of this step; set launch.fault_timeout above the longest step",
+                "checkpoint of this step; raise launch.fault_timeout if a step needs longer",
                 128 + stop.number,
             )
 
@@ -139,6 +145,7 @@ class Watchdog:
 
     def _lose(self, loss: Loss) -> None:
         """The first to know tells the others, then everyone ends."""
+        self._stop_if_late(min(TOGETHER, self.timeout / 2))  # the other rank ended because its time was over
         peers = self._peers
         if peers is not None and peers.rank == 0:
             peers.tell(loss)

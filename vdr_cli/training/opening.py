@@ -90,9 +90,10 @@ class Run:
     def stopped(self) -> bool:
         """True when any rank received Ctrl-C or SIGTERM; the exit code says which. Collective, before each step."""
         now = monotonic()
-        watchdog.note_step(now - self.looked_at)
-        self.looked_at = now
-        signal_number = int(collectives.all_reduce_max([float(self.stop.received)])[0])
+        received, seconds = collectives.all_reduce_max([float(self.stop.received), now - self.looked_at])
+        self.looked_at, signal_number = now, int(received)
+        self.state.longest_step = max(self.state.longest_step, seconds)
+        watchdog.note_step(self.state.longest_step)
         if signal_number:
             self.exit_code = 128 + signal_number
         return bool(signal_number)
@@ -183,6 +184,7 @@ def _open(
     state = new_state(res)
     if resume is not None:
         state = checkpointer.restore(found)
+        watchdog.note_step(state.longest_step)
         log.truncate(state.step or -1)  # what was measured before the first step is measured again
         if collectives.is_main():
             remove_after(directory, state.step)

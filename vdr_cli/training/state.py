@@ -11,7 +11,10 @@ from vdr_cli.exploration.sources import Memory
 from vdr_cli.grpo.entropy_control import EntropyControl
 from vdr_cli.training.pending_rollout import PendingRollout
 
-SAVED = ("step", "drawn", "tokens", "prompt_tokens", "seconds", "refused", "best", "best_step", "owes_evaluation")
+SAVED = (
+    "step", "drawn", "tokens", "prompt_tokens", "seconds", "refused", "best", "best_step", "longest_step",
+    "owes_evaluation",
+)  # fmt: skip
 """Fields that a checkpoint's state.json carries, beside `rms` and `entropy`."""
 
 
@@ -34,6 +37,8 @@ class LoopState:
     best: float | None = None
     """Best held-out pass@1."""
     best_step: int | None = None
+    longest_step: float = 0.0
+    """Seconds of the longest step, its evaluation and checkpoint included; the same on every rank."""
     owes_evaluation: bool = False
     """The evaluation that was due after this step failed: a resumed run does it first."""
     rms: RunningRms = field(default_factory=RunningRms)
