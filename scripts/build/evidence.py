@@ -29,6 +29,7 @@ STUDIES = {
     "countdown4": "countdown4",
     "routes": "routes",
     "routes-dose": "routes, weight, gate, schedule and form",
+    "routes-confirm": "routes, the commands recommended",
     "countdown4-gated": "countdown4, no bonus for failed groups",
     "countdown4-dose": "countdown4, weight and members",
     "countdown4-settings": "countdown4, gate, schedule and scale",
