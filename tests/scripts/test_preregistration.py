@@ -265,8 +265,8 @@ TAMPERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tokens": (set_run(tokens=7), "starter/grpo seed 1: 7 sampled tokens; 60000 by metrics.parquet"),
     "first success": (set_run(first_success=3.0), "grpo seed 1: first success at step 3; 1 by metrics.parquet"),
-    "samples": (more_samples, "starter/grpo seed 0: 300 samples; registered are 256"),
-    "samples of the start": (more_samples, "starter start: 2000 samples; registered are 1024"),
+    "samples": (more_samples, "study.json: evaluation.samples is 300; registered is 256"),
+    "samples of the start": (more_samples, "evaluation.start_samples is 2000; registered is 1024"),
     "start missing": (
         lambda bed: edit_json(bed, lambda tree: tree.update(starts=[])),
         "the starting model's counts are missing",

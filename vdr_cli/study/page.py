@@ -19,7 +19,7 @@ from vdr_cli.report.charts import Chart, Series, svg
 from vdr_cli.study import texts
 from vdr_cli.study.analysis import Curve, Row, Rows, analysed, best_first, curves, start_value
 from vdr_cli.study.archive import ARCHIVE, CONFIGS, kept_run, name_of, settings_text, write_archive
-from vdr_cli.study.archiving import check_source, check_target
+from vdr_cli.study.archive_checks import check_source, check_target
 from vdr_cli.study.curves import RunMetrics, learning_curve, read_runs, shown_metrics
 from vdr_cli.study.directory import STUDY_FILE, study_tree
 from vdr_cli.study.drawing import RangeRow, ranges_svg

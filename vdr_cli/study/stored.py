@@ -86,7 +86,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class Stored:
-    """study.json, but for the results, which are computed anew."""
+    """The parts of study.json that are read. Its results are not: they are computed again."""
 
     title: str
     study: dict[str, Any]
